@@ -1,0 +1,6 @@
+"""`python -m fixify`, also what torchrun starts."""
+
+from fixify.cli import main
+
+if __name__ == "__main__":
+    main()
