@@ -1,0 +1,66 @@
+"""The `fixify` program: its commands, and how an error becomes one line and an exit code.
+
+Nothing here, nor at the top of a command's file, imports torch or timm: `fixify --help` and shell completion
+answer at once. A command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from fixify import __version__
+from fixify.cli import convert, inspect, report, verify
+from fixify.cli.output import fail
+from fixify.errors import FixifyError
+
+app = typer.Typer(
+    name="fixify",
+    help="Replace the classifier of a pretrained image model with a fixed one that is rebuilt from a few bytes.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command("convert")(convert.convert)
+app.command("report")(report.report)
+app.command("inspect")(inspect.inspect)
+app.command("verify")(verify.verify)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"fixify {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Replace the classifier of a pretrained image model with a fixed one that is rebuilt from a few bytes."""
+
+
+def main() -> None:
+    """Run the program. Exit codes: 0 done, 1 failed, 2 bad usage, 3 a check did not hold, 130 interrupted."""
+    try:
+        app()
+    except FixifyError as error:
+        if os.environ.get("FIXIFY_DEBUG"):
+            raise
+        fail(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted.\n")
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        # `fixify report --all | head`: the reader has what it wanted. Python would complain again at shutdown.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

@@ -1,0 +1,104 @@
+"""What commands print: results on stdout (tables or JSON), everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from fixify.errors import FixifyError
+
+
+def fail(error: FixifyError) -> None:
+    """Print an error on stderr: what went wrong, and what to do next. The messages are plain text, not markup."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text.assemble(("error: ", "bold red"), error.message))
+    if error.hint is not None:
+        console.print(Text(error.hint))
+
+
+class Output:
+    """The output of one command.
+
+    Args:
+        as_json: Print the result as one JSON object on stdout instead of tables.
+    """
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self._out = Console(highlight=False)
+        self.err = Console(stderr=True, highlight=False)
+
+    def result(self, data: Mapping[str, Any], *tables: RenderableType) -> None:
+        """Print the command's result: `data` under `--json`, else `tables`. Both say the same."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+            return
+        for table in tables:
+            self._out.print(table)
+
+    def say(self, text: str, *, style: str = "") -> None:
+        """Print a line for the person at the terminal, on stderr. Long lines are left to the terminal to wrap."""
+        self.err.print(Text(text, style=style), soft_wrap=True)
+
+    def next_step(self, command: str, why: str) -> None:
+        """Tell what to type next."""
+        self.err.print(Text.assemble(("next: ", "bold green"), (command, "bold"), f"   {why}"), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Print a warning on stderr."""
+        self.err.print(Text.assemble(("warning: ", "bold yellow"), text), soft_wrap=True)
+
+    @contextlib.contextmanager
+    def progress(self, description: str, total: float | None = None) -> Iterator[Callable[..., None]]:
+        """A progress bar on stderr, silent when stderr is not a terminal.
+
+        Yields a function `advance(steps=1, *, note="")`; `note` is shown beside the bar.
+        """
+        bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.err,
+            transient=True,
+            disable=not self.err.is_terminal,
+        )
+        with bar:
+            task = bar.add_task(description, total=total, note="")
+
+            def advance(steps: float = 1, *, note: str | None = None) -> None:
+                bar.advance(task, steps)
+                if note is not None:
+                    bar.update(task, note=note)
+
+            yield advance
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """An empty table in the house style; a column whose name starts with `>` is aligned right."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        if column.startswith(">"):
+            made.add_column(column[1:], justify="right", no_wrap=True)
+        else:
+            made.add_column(column, overflow="fold")
+    return made
+
+
+def human_bytes(count: float) -> str:
+    """`1536` -> `1.5 KB`; powers of 1000, as disks and download pages count."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
