@@ -1,0 +1,178 @@
+"""Converting: an ordinary checkpoint goes in, a slim one comes out. No training, no data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fixify._io import refuse_existing
+from fixify.checkpoint import DTYPES, SUFFIX, SlimInfo, is_slim, write_slim
+from fixify.counts import Savings, count_bytes, count_parameters, under
+from fixify.errors import SourceError, UsageError
+from fixify.heads import FixedClassifier, HeadSpec, choose_kind
+from fixify.originals import Original, read_original
+from fixify.retrofit import HeadRecord
+from fixify.sources import check_finite
+from fixify.zoo.architectures import build
+from fixify.zoo.classifiers import ClassifierSite
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did.
+
+    Attributes:
+        path: The slim checkpoint.
+        info: What is written in it.
+        savings: Parameters and bytes, before and after.
+        notes: Decisions that a person should know of: how the architecture was recognised, why a head was chosen.
+    """
+
+    path: Path
+    info: SlimInfo
+    savings: Savings
+    notes: tuple[str, ...]
+
+
+def convert(
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    head: str = "auto",
+    seed: int = 0,
+    arch: str | None = None,
+    num_classes: int | None = None,
+    scale: float | None = None,
+    bias: bool = True,
+    standardize: bool = True,
+    dtype: str | None = None,
+    ema: bool = False,
+    force: bool = False,
+) -> Conversion:
+    """Replace the classifier of a checkpoint by a fixed one, and write what is left as a slim checkpoint.
+
+    Every backbone tensor is written as it was stored, bit for bit (unless `dtype` is given).
+
+    Args:
+        source: A checkpoint file, or a model name.
+        out: Where to write; default: the source's name with `.fixed.safetensors`, in the current folder.
+        head: "hadamard", "orthogonal", or "auto": Hadamard where a matrix of that order is known.
+        seed: Seed of the codebook (of the random orthogonal matrix, or of the sign flips where C > 2N).
+        arch: The architecture, if it cannot be told from the file.
+        num_classes: Number of classes of a new label set; default: the original's.
+        scale: Initial value of alpha; default: where softmax reaches 0.95 at cosine 1.
+        bias: Keep a learned bias, one number a class (paper, section 2.2).
+        standardize: Standardise each feature by its running mean and deviation before normalising.
+        dtype: "float32", "float16" or "bfloat16": store the backbone in this type.
+        ema: Take the averaged weights of a training checkpoint.
+        force: Replace an existing file.
+
+    Raises:
+        SourceError, ArchitectureError, NoClassifierError: see `fixify.originals.read_original`.
+        HeadSpecError: no such codebook, for example no Hadamard matrix of that order.
+        OutputExistsError, OutputError: the output exists already, or cannot be written.
+        UsageError: an option is out of its range.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    if is_slim(source):
+        raise SourceError(f"{source} is a slim checkpoint already.", hint=f"Go on: fixify finetune {source} --data DATA")
+    target = Path(out) if out is not None else default_out(source)
+    refuse_existing(target, force=force)
+    original = read_original(source, arch=arch, ema=ema)
+    check_finite(original.tensors, original.source.name)
+
+    if dtype is not None:
+        for key, tensor in original.tensors.items():
+            if tensor.is_floating_point():
+                original.tensors[key] = tensor.to(DTYPES[dtype])
+
+    notes = list(original.notes)
+    records, heads = [], {}
+    for site in original.sites:
+        classes = num_classes or site.num_classes
+        kind, reason = choose_kind(site.num_features, classes) if head == "auto" else (head, None)
+        if reason is not None:
+            notes.append(reason)
+        spec = HeadSpec(
+            kind=kind,
+            num_features=site.num_features,
+            num_classes=classes,
+            seed=seed,
+            bias=bias,
+            standardize=standardize,
+        )
+        fixed = FixedClassifier(spec, scale=scale, channel_dim=site.channel_dim)
+        heads[site.path] = fixed
+        records.append(HeadRecord(site.path, site.layer_type, site.channel_dim, fixed.spec))
+
+    tensors, savings = _replace_heads(original, heads)
+    info = SlimInfo(
+        architecture=original.architecture,
+        heads=tuple(records),
+        preprocessing=original.preprocessing,
+        labels=original.labels if num_classes is None else None,
+        source={
+            "name": original.source.name,
+            "sha256": original.source.sha256,
+            "bytes": original.source.num_bytes,
+            "ema": original.source.used_ema,
+        },
+        savings=savings.to_dict(),
+        dtype=_main_dtype(original.tensors),
+    )
+    write_slim(target, tensors, info, force=force)
+    return Conversion(path=target, info=info, savings=savings, notes=tuple(notes))
+
+
+def default_out(source: str | Path) -> Path:
+    """Where `convert` writes unless told: `folder/model.pth` gives `model.fixed.safetensors` in the current folder."""
+    name = str(source).rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
+    for suffix in (".pth.tar", ".pth", ".pt", ".safetensors", ".bin", ".tar", ".ckpt"):
+        if name.endswith(suffix):
+            name = name.removesuffix(suffix)
+            break
+    return Path(name + SUFFIX)
+
+
+def _replace_heads(
+    original: Original, heads: dict[str, FixedClassifier]
+) -> tuple[dict[str, torch.Tensor], Savings]:
+    """The tensors of the slim checkpoint: the backbone's as they were, then each head's; and what that saves."""
+    classifier_keys: set[str] = set()
+    for site in original.sites:
+        classifier_keys |= under(original.tensors, site.path).keys()
+    tensors = {key: tensor for key, tensor in original.tensors.items() if key not in classifier_keys}
+    head_tensors = {
+        f"{path}.{key}": tensor for path, head in heads.items() for key, tensor in head.state_dict().items()
+    }
+    before = count_parameters(build(original.architecture, num_classes=original.num_classes, meta=True))
+    classifier = sum(site.num_parameters for site in original.sites)
+    savings = Savings(
+        parameters_before=before,
+        parameters_after=before - classifier + sum(count_parameters(head) for head in heads.values()),
+        classifier_parameters=classifier,
+        removed=sum(_weights(site) for site in original.sites),
+        bytes_before=count_bytes(original.tensors.values()),
+        bytes_after=count_bytes(tensors.values()) + count_bytes(head_tensors.values()),
+        classifier_bytes_before=count_bytes(original.tensors[key] for key in classifier_keys),
+        classifier_bytes_after=count_bytes(head_tensors.values()),
+    )
+    return tensors | head_tensors, savings
+
+
+def _weights(site: ClassifierSite) -> int:
+    """Elements of the layer's weight, without its bias: what a codebook replaces."""
+    return site.num_parameters - (site.num_classes if site.has_bias else 0)
+
+
+def _main_dtype(tensors: dict[str, torch.Tensor]) -> str:
+    """The floating type that most of the backbone's elements are stored in."""
+    elements = {name: 0 for name in DTYPES}
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    for tensor in tensors.values():
+        if tensor.dtype in names:
+            elements[names[tensor.dtype]] += tensor.numel()
+    return max(elements, key=lambda name: elements[name])

@@ -1,0 +1,142 @@
+"""An ordinary checkpoint made sense of: which architecture it is, and its tensors under that architecture's names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fixify.errors import AmbiguousArchitectureError, ArchitectureError, SourceError
+from fixify.sources import Source, open_source
+from fixify.zoo.architectures import Architecture, build, parse_architecture, preprocessing
+from fixify.zoo.classifiers import ClassifierSite, find_classifiers
+from fixify.zoo.identify import Candidate, fit, identify
+
+# Counters of BatchNorm: older and foreign checkpoints lack them, and nothing that is computed depends on them.
+_COUNTER = "num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class Original:
+    """A checkpoint with a learned classifier, whose architecture is known.
+
+    Attributes:
+        source: Where it came from.
+        architecture: What it is.
+        num_classes: Classes of its classifier.
+        tensors: Its state dict under the architecture's own key names; values and dtypes as stored.
+        sites: Its classifier layers.
+        preprocessing: timm's names and plain values.
+        labels: Class names, or None.
+        notes: How it was recognised, for the person who asked.
+    """
+
+    source: Source
+    architecture: Architecture
+    num_classes: int
+    tensors: dict[str, torch.Tensor]
+    sites: tuple[ClassifierSite, ...]
+    preprocessing: dict[str, Any]
+    labels: list[str] | None
+    notes: tuple[str, ...]
+
+    def model(self) -> nn.Module:
+        """Build the model and put the weights in (float32, eval mode).
+
+        Raises:
+            SourceError: the tensors do not fit; `read_original` has compared all shapes, so this is rare.
+        """
+        model = build(self.architecture, num_classes=self.num_classes)
+        try:
+            model.load_state_dict(self.tensors)
+        except RuntimeError as error:
+            raise SourceError(f"{self.source.name} does not fit {self.architecture.ref}: {error}") from error
+        return model.eval()
+
+
+def read_original(ref: str | Path, *, arch: str | None = None, ema: bool = False) -> Original:
+    """Read a checkpoint file or a model name, and find out what it is.
+
+    The architecture is, in this order: the one given, the one the file names, the one its keys and shapes fit.
+
+    Args:
+        ref: A file, a folder, or a model name.
+        arch: The architecture, if the caller knows it.
+        ema: Take the averaged weights.
+
+    Raises:
+        SourceError: it cannot be read.
+        ArchitectureError: no architecture fits, or not the one that was given or that the file names.
+        AmbiguousArchitectureError: several fit; the message lists what differs.
+        NoClassifierError: the model has no classifier.
+    """
+    source = open_source(str(ref), ema=ema)
+    candidate, note = _recognise(source, arch)
+    tensors = _rename(source, candidate)
+    architecture, num_classes = candidate.architecture, candidate.num_classes
+    skeleton = build(architecture, num_classes=num_classes, meta=True)
+    _refuse_other_tensors(source, architecture, tensors, skeleton)
+    labels = source.labels
+    notes = [note] if note else []
+    if labels is not None and len(labels) != num_classes:
+        notes.append(f"{len(labels)} class names came with {num_classes} classes; the names are left out.")
+        labels = None
+    return Original(
+        source=source,
+        architecture=architecture,
+        num_classes=num_classes,
+        tensors=tensors,
+        sites=tuple(find_classifiers(skeleton, architecture)),
+        preprocessing=preprocessing(architecture, source.pretrained_cfg),
+        labels=labels,
+        notes=tuple(notes),
+    )
+
+
+def _recognise(source: Source, arch: str | None) -> tuple[Candidate, str | None]:
+    shapes = {key: tuple(tensor.shape) for key, tensor in source.tensors.items()}
+    name = arch or source.architecture
+    if name is not None:
+        architecture = parse_architecture(name, **source.architecture_kwargs)
+        candidate = fit(architecture, shapes)
+        if candidate is None:
+            raise ArchitectureError(
+                f"{source.name} is not a checkpoint of {architecture.ref}: its tensors have other shapes.",
+                hint="Leave out --arch to have it recognised." if arch else f"fixify identify {source.name}",
+            )
+        return candidate, None
+    found = identify(shapes)
+    if len(found.candidates) > 1:
+        raise AmbiguousArchitectureError(
+            f"{source.name} fits several architectures:\n{found.describe()}",
+            hint=f"Say which: --arch {found.candidates[0].architecture.ref}",
+        )
+    candidate = found.candidates[0]
+    how = "key names and shapes" if candidate.key_map is None else "the order of its shapes; its key names are foreign"
+    return candidate, f"Recognised as {candidate.architecture.ref} from {how}."
+
+
+def _rename(source: Source, candidate: Candidate) -> dict[str, torch.Tensor]:
+    if candidate.key_map is None:
+        return dict(source.tensors)
+    return {candidate.key_map[key]: tensor for key, tensor in source.tensors.items() if key in candidate.key_map}
+
+
+def _refuse_other_tensors(
+    source: Source, architecture: Architecture, tensors: dict[str, torch.Tensor], skeleton: nn.Module
+) -> None:
+    """Every tensor of the architecture is there with its shape, and no other."""
+    expected = {key: tensor.shape for key, tensor in skeleton.state_dict().items()}
+    problems = [f"lacks {key}" for key in expected if key not in tensors and not key.endswith(_COUNTER)]
+    problems += [f"has {key}, which is unknown" for key in tensors if key not in expected]
+    problems += [
+        f"has {key} of shape {list(tensor.shape)}, not {list(expected[key])}"
+        for key, tensor in tensors.items()
+        if key in expected and tensor.shape != expected[key]
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise SourceError(f"{source.name} is not a complete {architecture.ref}: it {problems[0]}{more}.")
