@@ -9,14 +9,13 @@ import torch
 
 from fixify._io import refuse_existing
 from fixify.checkpoint import DTYPES, SUFFIX, SlimInfo, is_slim, write_slim
-from fixify.counts import Savings, count_bytes, count_parameters, under
+from fixify.counts import Savings, classifier_weights, count_bytes, count_parameters, under
 from fixify.errors import SourceError, UsageError
 from fixify.heads import FixedClassifier, HeadSpec, choose_kind
 from fixify.originals import Original, read_original
 from fixify.retrofit import HeadRecord
 from fixify.sources import check_finite
 from fixify.zoo.architectures import build
-from fixify.zoo.classifiers import ClassifierSite
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     if is_slim(source):
-        raise SourceError(f"{source} is a slim checkpoint already.", hint=f"Go on: fixify finetune {source} --data DATA")
+        raise SourceError(f"{source} is a slim checkpoint already.", hint=f"Next: fixify finetune {source} --data DATA")
     target = Path(out) if out is not None else default_out(source)
     refuse_existing(target, force=force)
     original = read_original(source, arch=arch, ema=ema)
@@ -137,9 +136,7 @@ def default_out(source: str | Path) -> Path:
     return Path(name + SUFFIX)
 
 
-def _replace_heads(
-    original: Original, heads: dict[str, FixedClassifier]
-) -> tuple[dict[str, torch.Tensor], Savings]:
+def _replace_heads(original: Original, heads: dict[str, FixedClassifier]) -> tuple[dict[str, torch.Tensor], Savings]:
     """The tensors of the slim checkpoint: the backbone's as they were, then each head's; and what that saves."""
     classifier_keys: set[str] = set()
     for site in original.sites:
@@ -154,7 +151,7 @@ def _replace_heads(
         parameters_before=before,
         parameters_after=before - classifier + sum(count_parameters(head) for head in heads.values()),
         classifier_parameters=classifier,
-        removed=sum(_weights(site) for site in original.sites),
+        removed=sum(classifier_weights(site) for site in original.sites),
         bytes_before=count_bytes(original.tensors.values()),
         bytes_after=count_bytes(tensors.values()) + count_bytes(head_tensors.values()),
         classifier_bytes_before=count_bytes(original.tensors[key] for key in classifier_keys),
@@ -163,14 +160,9 @@ def _replace_heads(
     return tensors | head_tensors, savings
 
 
-def _weights(site: ClassifierSite) -> int:
-    """Elements of the layer's weight, without its bias: what a codebook replaces."""
-    return site.num_parameters - (site.num_classes if site.has_bias else 0)
-
-
 def _main_dtype(tensors: dict[str, torch.Tensor]) -> str:
     """The floating type that most of the backbone's elements are stored in."""
-    elements = {name: 0 for name in DTYPES}
+    elements = dict.fromkeys(DTYPES, 0)
     names = {dtype: name for name, dtype in DTYPES.items()}
     for tensor in tensors.values():
         if tensor.dtype in names:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
+
+from fixify.errors import FormatError
+from fixify.zoo.classifiers import ClassifierSite
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,19 @@ class Savings:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"removed_share": self.removed_share}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Savings:
+        """Read back what `to_dict` wrote.
+
+        Raises:
+            FormatError: a count is missing or is not a whole number.
+        """
+        counts = {field.name: values.get(field.name) for field in fields(cls)}
+        wrong = [name for name, value in counts.items() if not isinstance(value, int)]
+        if wrong:
+            raise FormatError(f"The savings in the header lack a whole number for {wrong[0]}.")
+        return cls(**counts)
+
 
 def count_parameters(model: nn.Module) -> int:
     """Elements of all parameters; a parameter used twice counts once. Works on the meta device."""
@@ -56,3 +72,33 @@ def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
 def under(tensors: Mapping[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
     """The entries of a state dict that belong to the module at `path`."""
     return {key: tensor for key, tensor in tensors.items() if key.startswith(f"{path}.")}
+
+
+def classifier_weights(site: ClassifierSite) -> int:
+    """Elements of the layer's weight, without its bias: what a codebook replaces."""
+    return site.num_parameters - (site.num_classes if site.has_bias else 0)
+
+
+def project(model: nn.Module, sites: Iterable[ClassifierSite]) -> Savings:
+    """What `fixify convert` would save on a model, by arithmetic: no codebook is built, the meta device will do.
+
+    The heads are taken to be what `convert` makes: scale, bias, standardised features, no stored codes.
+    """
+    sites = list(sites)
+    state = model.state_dict()
+    parameters = count_parameters(model)
+    total_bytes = count_bytes(state.values())
+    old_parameters = sum(site.num_parameters for site in sites)
+    old_bytes = sum(count_bytes(under(state, site.path).values()) for site in sites)
+    new_parameters = sum(1 + site.num_classes for site in sites)
+    new_bytes = sum(4 * (1 + site.num_classes + 2 * site.num_features) + 8 for site in sites)
+    return Savings(
+        parameters_before=parameters,
+        parameters_after=parameters - old_parameters + new_parameters,
+        classifier_parameters=old_parameters,
+        removed=sum(classifier_weights(site) for site in sites),
+        bytes_before=total_bytes,
+        bytes_after=total_bytes - old_bytes + new_bytes,
+        classifier_bytes_before=old_bytes,
+        classifier_bytes_after=new_bytes,
+    )

@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from fixify.errors import FixifyError
@@ -82,23 +81,3 @@ class Output:
                     bar.update(task, note=note)
 
             yield advance
-
-
-def table(*columns: str, title: str | None = None) -> Table:
-    """An empty table in the house style; a column whose name starts with `>` is aligned right."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
-    for column in columns:
-        if column.startswith(">"):
-            made.add_column(column[1:], justify="right", no_wrap=True)
-        else:
-            made.add_column(column, overflow="fold")
-    return made
-
-
-def human_bytes(count: float) -> str:
-    """`1536` -> `1.5 KB`; powers of 1000, as disks and download pages count."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -1,0 +1,66 @@
+"""`fixify convert SOURCE`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fixify.cli.options import Arch, Ema, Force, Json, Out, Seed
+from fixify.cli.output import Output
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="A checkpoint (.pth, .pt, .safetensors) or a model name.")],
+    out: Out = None,
+    head: Annotated[str, typer.Option(help="hadamard, orthogonal, or auto: hadamard where one is known.")] = "auto",
+    seed: Seed = 0,
+    arch: Arch = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, help="A new label set of this size. Default: the classes of SOURCE.")
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option(min=0, help="Initial scale alpha. Default: softmax reaches 0.95 at cosine 1.")
+    ] = None,
+    bias: Annotated[bool, typer.Option("--bias/--no-bias", help="Keep one learned bias a class.")] = True,
+    standardize: Annotated[
+        bool, typer.Option("--standardize/--no-standardize", help="Standardise each feature before normalising.")
+    ] = True,
+    dtype: Annotated[
+        str | None, typer.Option(help="Store the backbone as float32, float16 or bfloat16. Default: as it is.")
+    ] = None,
+    ema: Ema = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Replace the classifier of a checkpoint by a fixed one, and write the slim checkpoint.
+
+    The backbone is kept bit for bit. No data is needed; accuracy comes back with `fixify finetune`.
+    """
+    from fixify.conversion import convert as run
+    from fixify.reporting.tables import savings_table
+
+    output = Output(as_json=as_json)
+    done = run(
+        source,
+        out,
+        head=head,
+        seed=seed,
+        arch=arch,
+        num_classes=num_classes,
+        scale=scale,
+        bias=bias,
+        standardize=standardize,
+        dtype=dtype,
+        ema=ema,
+        force=force,
+    )
+    for note in done.notes:
+        output.say(note)
+    savings = done.savings.to_dict()
+    output.result(
+        {"path": str(done.path), "notes": done.notes, "savings": savings, "info": done.info.model_dump()},
+        savings_table(done.savings, title=f"{Path(source).name} -> {done.path.name}"),
+    )
+    output.next_step(f"fixify finetune {done.path} --data DATA", "recover the accuracy (DATA has train/ and val/)")

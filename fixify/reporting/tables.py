@@ -1,0 +1,115 @@
+"""Tables for the terminal. They fit 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from fixify.checkpoint import SlimInfo
+from fixify.counts import Savings
+from fixify.reporting.models import ModelReport
+from fixify.verification import Check
+
+
+def new_table(*columns: str, title: str | None = None) -> Table:
+    """An empty table in the house style. A column whose name starts with `>` is aligned right and never wrapped."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        if column.startswith(">"):
+            made.add_column(column[1:], justify="right", no_wrap=True)
+        else:
+            made.add_column(column, overflow="fold")
+    return made
+
+
+def human_bytes(count: float) -> str:
+    """`1536` -> `1.5 KB`; powers of 1000, as disks and download pages count."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def savings_table(savings: Savings, *, title: str | None = None) -> Table:
+    """Before and after: parameters and bytes, of the whole model and of its classifier."""
+    made = new_table("", ">before", ">after", ">saved", title=title)
+    classifier_after = savings.parameters_after - (savings.parameters_before - savings.classifier_parameters)
+    for name, before, after in (
+        ("parameters", savings.parameters_before, savings.parameters_after),
+        ("  classifier", savings.classifier_parameters, classifier_after),
+    ):
+        made.add_row(name, f"{before:,}", f"{after:,}", _saved(before, after, f"{before - after:,}"))
+    for name, before, after in (
+        ("weights", savings.bytes_before, savings.bytes_after),
+        ("  classifier", savings.classifier_bytes_before, savings.classifier_bytes_after),
+    ):
+        made.add_row(name, human_bytes(before), human_bytes(after), _saved(before, after, human_bytes(before - after)))
+    return made
+
+
+def models_table(rows: Iterable[ModelReport]) -> Table:
+    """One row a model: how much of it is classifier, and what remains without."""
+    made = new_table("model", ">N", ">C", ">parameters", ">classifier", ">share", ">fixed")
+    for row in rows:
+        savings = row.savings
+        made.add_row(
+            row.name,
+            str(row.num_features),
+            str(row.num_classes),
+            f"{savings.parameters_before:,}",
+            f"{savings.classifier_parameters:,}",
+            f"{100 * savings.removed_share:.2f} %",
+            f"{savings.parameters_after:,}" + ("" if row.fixed else " *"),
+        )
+    if not all(row.fixed for row in rows):
+        made.caption = "* what fixify convert would leave; share: classifier weights of all parameters"
+        made.caption_justify = "left"
+    return made
+
+
+def info_table(path: Path, info: SlimInfo) -> Table:
+    """What a slim checkpoint says about itself, one fact a row."""
+    made = new_table("", "", title=path.name)
+    made.show_header = False
+    made.add_row("architecture", info.architecture.ref)
+    for record in info.heads:
+        spec = record.spec
+        made.add_row(f"head {record.path}", f"{spec.kind}, {spec.num_classes} classes x {spec.num_features} features")
+        made.add_row("", f"{spec.construction or 'seeded'}, seed {spec.seed}, {spec.digest}")
+    made.add_row("preprocessing", ", ".join(f"{key} {_plain(value)}" for key, value in info.preprocessing.items()))
+    if info.labels:
+        shown = ", ".join(info.labels[:4])
+        made.add_row("labels", f"{shown}, ... ({len(info.labels)})" if len(info.labels) > 4 else shown)
+    for key, value in info.source.items():
+        if value is not None:
+            made.add_row(f"source {key}", str(value))
+    savings = Savings.from_dict(info.savings)
+    made.add_row(
+        "saved", f"{savings.removed:,} weights ({100 * savings.removed_share:.1f} % of {savings.parameters_before:,})"
+    )
+    for key, value in (info.training or {}).items():
+        made.add_row(f"training {key}", _plain(value))
+    return made
+
+
+def checks_table(checks: Sequence[Check]) -> Table:
+    """One row a check."""
+    made = new_table("", "check", "found")
+    for check in checks:
+        made.add_row("[green]ok[/]" if check.passed else "[red]FAILED[/]", check.name, check.detail)
+    return made
+
+
+def _saved(before: float, after: float, difference: str) -> str:
+    return f"{difference} ({100 * (before - after) / before:.1f} %)" if before else difference
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ("x" if len(value) == 3 else ", ").join(_plain(item) for item in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
