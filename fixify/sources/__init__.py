@@ -1,0 +1,8 @@
+"""Any checkpoint, safely: files, folders and model names -> weights and what is known about them."""
+
+from __future__ import annotations
+
+from fixify.sources.opening import open_source
+from fixify.sources.source import Source, check_finite
+
+__all__ = ["Source", "check_finite", "open_source"]

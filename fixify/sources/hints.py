@@ -1,0 +1,101 @@
+"""What a checkpoint says about the model it holds: architecture, classes, preprocessing."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+from fixify.errors import ArchitectureError, SourceError
+from fixify.sources.source import Facts
+from fixify.sources.wrappers import items_of
+
+# timm's training options that say how images reach the model, by the name they have in a pretrained_cfg.
+_DATA_OPTIONS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+
+def facts_of_training(tree: object) -> Facts:
+    """Facts from the bookkeeping of a training script: timm's, torchvision's reference, PyTorch's ImageNet example."""
+    top = {key: value for key, value in items_of(tree) if isinstance(key, str)}
+    args = _arguments(top.get("args"))
+    model = args.get("model")
+    arch = top.get("arch")
+    name = model if isinstance(model, str) else arch if isinstance(arch, str) else None
+    if name is None:
+        return Facts()
+    # torchvision's reference script saves "model" and "lr_scheduler", PyTorch's example "best_acc1"; timm neither.
+    torchvision = ("model" in top and "lr_scheduler" in top) or "best_acc1" in top
+    architecture = known_architecture(f"torchvision/{name}" if torchvision else name)
+    if architecture is None:
+        return Facts()  # timm without args writes the name of the class there
+    return Facts(
+        architecture=architecture,
+        architecture_kwargs=_model_arguments(args),
+        num_classes=_positive(args.get("num_classes")),
+        pretrained_cfg={key: _plain(args[key]) for key in _DATA_OPTIONS if args.get(key)} or None,
+    )
+
+
+def facts_of_metadata(metadata: Mapping[str, str]) -> Facts:
+    """Facts from the metadata of a safetensors file, as people write them there: `architecture`, `num_classes`."""
+    name = metadata.get("architecture") or metadata.get("arch") or metadata.get("model_name")
+    architecture = known_architecture(name) if name else None
+    digits = metadata.get("num_classes", "")
+    labels = metadata.get("label_names")
+    return Facts(
+        architecture=architecture,
+        num_classes=int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 8 else None,
+        labels=_json_labels(labels) if labels else None,
+    )
+
+
+def known_architecture(name: str) -> str | None:
+    """`name` as `library/name` if a library has it, else None: a hint may be wrong and is no reason to fail."""
+    from fixify.zoo.architectures import parse_architecture
+
+    try:
+        return parse_architecture(name).ref
+    except ArchitectureError:
+        return None
+
+
+def _arguments(args: object) -> dict[str, Any]:
+    if isinstance(args, Namespace):
+        return {key: value for key, value in vars(args).items() if isinstance(key, str)}
+    return {key: value for key, value in items_of(args) if isinstance(key, str)}
+
+
+def _model_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
+    # As timm's train.py passes them on to create_model, where they differ from its defaults.
+    kwargs = {
+        key: value for key, value in items_of(args.get("model_kwargs")) if isinstance(key, str) and _is_plain(value)
+    }
+    channels = _positive(args.get("in_chans"))
+    if channels is not None and channels != 3:
+        kwargs["in_chans"] = channels
+    if isinstance(args.get("gp"), str):
+        kwargs["global_pool"] = args["gp"]
+    return kwargs
+
+
+def _positive(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _json_labels(text: str) -> list[str] | None:
+    try:
+        labels = json.loads(text)
+    except ValueError as error:
+        raise SourceError(f"The metadata's label_names are not JSON: {error}.") from error
+    return labels if isinstance(labels, list) and all(isinstance(label, str) for label in labels) else None
