@@ -1,0 +1,302 @@
+"""Architectures by name: parsing, building, preprocessing. Nothing here downloads, except `build(pretrained=True)`."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import timm
+import torchvision
+from timm.data import resolve_data_config
+from timm.models import get_deprecated_models, get_pretrained_cfg, split_model_name_tag
+from torch import nn
+
+from fixify.errors import ArchitectureError
+from fixify.zoo.meta import build_on_meta
+
+LIBRARIES = ("timm", "torchvision")
+
+# Arguments that would make a builder read weights or configuration from somewhere, or that `build` sets itself.
+# An `Architecture` can come out of a file, so they are refused rather than passed on.
+_RESERVED = {
+    *("num_classes", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict"),
+    *("pretrained_filter_fn", "pretrained_model_args", "checkpoint_path", "cache_dir", "weights", "weights_backbone"),
+    *("progress", "features_only", "device", "dtype"),
+}
+_TORCHVISION_TASKS = {
+    "detection": "object detection",
+    "segmentation": "segmentation",
+    "video": "video classification",
+    "optical_flow": "optical flow",
+    "quantization": "quantised inference",
+}
+# torchvision warns until this is said: its default is slow (it draws from SciPy's truncated normal) and will change.
+_TORCHVISION_DEFAULTS: dict[str, dict[str, Any]] = {
+    "googlenet": {"init_weights": False},
+    "inception_v3": {"init_weights": False},
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network that a library can build: which library, under which name, with which arguments.
+
+    Attributes:
+        library: "timm" or "torchvision".
+        name: The library's name for it, without tag.
+        kwargs: Arguments of the builder besides the number of classes (`in_chans`, `img_size`, ...), JSON-safe.
+        tag: Which pretrained weights: timm's tag ("a1_in1k") or the member of torchvision's weights enum
+            ("IMAGENET1K_V2"); None for the library's default. It decides preprocessing and the number of classes,
+            never the shapes of the backbone.
+    """
+
+    library: str
+    name: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    tag: str | None = None
+
+    @property
+    def ref(self) -> str:
+        """What a person types: "timm/resnet50", "timm/resnet50.a1_in1k", "torchvision/resnet50"."""
+        return f"{self.library}/{self.name}" + (f".{self.tag}" if self.tag else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"library": self.library, "name": self.name, "tag": self.tag, "kwargs": dict(self.kwargs)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Architecture:
+        """The inverse of `to_dict`, for values from outside.
+
+        Raises:
+            ArchitectureError: a missing or unknown key, a name that the installed libraries do not have, or
+                arguments that are not plain ones.
+        """
+        unknown = sorted(set(values) - {"library", "name", "tag", "kwargs"})
+        library, name, tag, kwargs = (values.get(key) for key in ("library", "name", "tag", "kwargs"))
+        if unknown or not isinstance(library, str) or not isinstance(name, str):
+            raise ArchitectureError(f"Not an architecture: {dict(values)!r}; expected library, name, tag and kwargs.")
+        if not isinstance(kwargs or {}, Mapping) or not isinstance(tag or "", str):
+            raise ArchitectureError(f"The arguments of {library}/{name} must be an object and its tag a string.")
+        found = parse_architecture(f"{library}/{name}", **(kwargs or {}))
+        # An unknown tag only costs the preprocessing defaults of that tag, so a file that names one still loads.
+        return cls(found.library, found.name, found.kwargs, tag or found.tag)
+
+
+def list_architectures(library: str | None = None) -> list[str]:
+    """All image classification architectures that the installed libraries can build, as "library/name"."""
+    if library not in (None, *LIBRARIES):
+        raise ArchitectureError(f"Unknown library {library!r}; fixify knows {' and '.join(LIBRARIES)}.")
+    return [f"{lib}/{name}" for lib in LIBRARIES if library in (None, lib) for name in _names(lib)]
+
+
+def parse_architecture(text: str, **kwargs: Any) -> Architecture:
+    """Read an architecture's name.
+
+    Args:
+        text: "resnet50", "resnet50.a1_in1k", "timm/resnet50", "torchvision/resnet50",
+            "torchvision/resnet50.IMAGENET1K_V2". A name without library is timm's if timm has it, else torchvision's.
+        kwargs: Arguments for the builder; None values are dropped.
+
+    Raises:
+        ArchitectureError: unknown name (the nearest are named), a torchvision model that is not an image
+            classifier, or an argument that an architecture may not have.
+    """
+    prefix, slash, rest = text.strip().partition("/")
+    if slash and prefix not in LIBRARIES:
+        raise ArchitectureError(
+            f"Unknown library {prefix!r} in {text!r}; fixify knows {' and '.join(LIBRARIES)}.",
+            hint=f"Type timm/{rest} or torchvision/{rest}.",
+        )
+    name, tag = split_model_name_tag(rest if slash else text.strip())
+    kwargs = _checked_kwargs(text, kwargs)
+    libraries = (prefix,) if slash else LIBRARIES
+    if "timm" in libraries and name in get_deprecated_models():
+        current = get_deprecated_models()[name]
+        if current is None:
+            raise ArchitectureError(f"timm has removed {name} without a replacement.")
+        name, current_tag = split_model_name_tag(current)
+        tag = tag or current_tag
+    for library in libraries:
+        if name in _name_set(library):
+            return Architecture(library, name, kwargs, _checked_tag(library, name, tag))
+    raise _unknown(text, name, libraries)
+
+
+def build(
+    arch: Architecture, *, num_classes: int | None = None, meta: bool = False, pretrained: bool = False
+) -> nn.Module:
+    """Build the network.
+
+    Args:
+        num_classes: None for the library's own number (`default_num_classes`).
+        meta: Build on the meta device, in a fraction of a second and without memory: for names and shapes. Such a
+            model cannot be run, and moving it to a device does not give its buffers their values.
+        pretrained: Load the library's weights of `arch.tag`, which downloads them if they are not in its cache.
+
+    Raises:
+        ArchitectureError: the library refuses the arguments.
+    """
+    if arch.library == "timm":
+        constructor = _timm_constructor(arch, num_classes, pretrained)
+    else:
+        constructor = _torchvision_constructor(arch, num_classes, pretrained)
+    if not arch.kwargs:
+        return build_on_meta(constructor) if meta else constructor()
+    try:
+        return build_on_meta(constructor) if meta else constructor()
+    # What a builder raises on arguments that do not suit it is not specified: all of these occur.
+    except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, KeyError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in arch.kwargs.items())
+        reason = str(error) or type(error).__name__
+        raise ArchitectureError(f"{arch.ref} cannot be built with {given}: {reason}") from error
+
+
+def default_num_classes(arch: Architecture) -> int:
+    """The number of classes that the library builds by default; 0 for an encoder without a classifier."""
+    if arch.library == "torchvision":
+        return len(_torchvision_weights(arch).meta["categories"])
+    cfg = get_pretrained_cfg(_timm_name(arch), allow_unregistered=True)
+    return 1000 if cfg is None else int(cfg.num_classes)
+
+
+def preprocessing(arch: Architecture, cfg: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """How images become the network's input when it is evaluated, as plain values.
+
+    Args:
+        cfg: What came with the weights (timm's `pretrained_cfg`); its values take precedence over the library's.
+
+    Returns:
+        input_size [channels, height, width], mean and std (of values in 0..1, one per channel), interpolation,
+        crop_pct (of the resized image that is kept), crop_mode.
+    """
+    known = _torchvision_preprocessing(arch) if arch.library == "torchvision" else _timm_preprocessing(arch)
+    known.update({key: value for key, value in (cfg or {}).items() if key in known and value is not None})
+    size = arch.kwargs.get("img_size", arch.kwargs.get("image_size"))
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        known["input_size"] = (known["input_size"][0], height, width)
+    channels = arch.kwargs.get("in_chans", known["input_size"][0])
+    known["input_size"] = (channels, *known["input_size"][1:])
+    for key in ("mean", "std"):
+        values = tuple(known[key])
+        # Statistics of RGB say nothing about other channels, except that their average suits grey images.
+        known[key] = values if len(values) == channels else (sum(values) / len(values),) * channels
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}
+
+
+def library_versions() -> dict[str, str]:
+    """The installed versions, without the part that tells a build ("+cu130")."""
+    return {lib.__name__: str(lib.__version__).partition("+")[0] for lib in (timm, torchvision)}
+
+
+@cache
+def _names(library: str) -> tuple[str, ...]:
+    if library == "timm":
+        return tuple(timm.list_models())
+    return tuple(torchvision.models.list_models(module=torchvision.models))
+
+
+@cache
+def _name_set(library: str) -> frozenset[str]:
+    return frozenset(_names(library))
+
+
+def _unknown(text: str, name: str, libraries: tuple[str, ...]) -> ArchitectureError:
+    if "torchvision" in libraries and name in torchvision.models.list_models():
+        module = torchvision.models.get_model_builder(name).__module__.split(".")
+        task = next((text for key, text in _TORCHVISION_TASKS.items() if key in module), "another task")
+        return ArchitectureError(
+            f"torchvision's {name} is a model for {task}; fixify converts image classifiers.",
+            hint="fixify report --all lists the architectures it converts.",
+        )
+    known = [ref for library in libraries for ref in list_architectures(library)]
+    short = {ref.partition("/")[2]: ref for ref in reversed(known)}
+    near = [short[match] for match in difflib.get_close_matches(name, short, n=5, cutoff=0.6)]
+    return ArchitectureError(
+        f"No architecture {text!r} in {' or '.join(f'{lib} {library_versions()[lib]}' for lib in libraries)}.",
+        hint=f"Nearest: {', '.join(near)}." if near else "fixify report --all lists the architectures it converts.",
+    )
+
+
+def _checked_kwargs(text: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    refused = sorted(_RESERVED & set(kwargs))
+    if refused:
+        raise ArchitectureError(f"{text}: {', '.join(refused)} cannot be an argument of an architecture.")
+    odd = sorted(key for key, value in kwargs.items() if not _is_plain(value))
+    if odd:
+        raise ArchitectureError(f"{text}: the value of {', '.join(odd)} must be a number, text, boolean or a list.")
+    return {key: value for key, value in kwargs.items() if value is not None}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _checked_tag(library: str, name: str, tag: str) -> str | None:
+    if not tag:
+        return None
+    if library == "timm":
+        known = [split_model_name_tag(full)[1] for full in timm.list_models(f"{name}.*", include_tags=True)]
+    else:
+        known = [member.name for member in torchvision.models.get_model_weights(name)]
+    if tag in known:
+        return tag
+    raise ArchitectureError(
+        f"{library} has no weights {tag!r} of {name}.",
+        hint=f"It has: {', '.join(known)}." if any(known) else f"Type {library}/{name} without a tag.",
+    )
+
+
+def _timm_name(arch: Architecture) -> str:
+    return f"{arch.name}.{arch.tag}" if arch.tag else arch.name
+
+
+def _timm_constructor(arch: Architecture, num_classes: int | None, pretrained: bool) -> Callable[[], nn.Module]:
+    kwargs = {key: tuple(value) if isinstance(value, list) else value for key, value in arch.kwargs.items()}
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    return lambda: timm.create_model(_timm_name(arch), pretrained=pretrained, **kwargs)
+
+
+def _timm_preprocessing(arch: Architecture) -> dict[str, Any]:
+    cfg = get_pretrained_cfg(_timm_name(arch), allow_unregistered=True)
+    return dict(resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg else {"input_size": (3, 224, 224)}))
+
+
+def _torchvision_weights(arch: Architecture) -> Any:
+    return torchvision.models.get_model_weights(arch.name)[arch.tag or "DEFAULT"]
+
+
+def _torchvision_constructor(arch: Architecture, num_classes: int | None, pretrained: bool) -> Callable[[], nn.Module]:
+    kwargs = dict(arch.kwargs)
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    weights = None
+    if pretrained:
+        weights = _torchvision_weights(arch)
+    else:
+        kwargs = _TORCHVISION_DEFAULTS.get(arch.name, {}) | kwargs
+    return lambda: torchvision.models.get_model(arch.name, weights=weights, **kwargs)
+
+
+def _torchvision_preprocessing(arch: Architecture) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        preset = _torchvision_weights(arch).transforms()
+    return {
+        "input_size": (3, preset.crop_size[0], preset.crop_size[0]),
+        "mean": tuple(preset.mean),
+        "std": tuple(preset.std),
+        "interpolation": preset.interpolation.value,
+        "crop_pct": preset.crop_size[0] / preset.resize_size[0],
+        "crop_mode": "center",
+    }

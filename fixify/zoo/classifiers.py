@@ -1,0 +1,148 @@
+"""Where a model's classifier is: the layers, each a linear map from features to one logit a class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fixify.errors import NoClassifierError
+from fixify.zoo.architectures import Architecture
+
+# torchvision has no interface for this: every one of its classifiers sits under one of these names, the auxiliary
+# ones of GoogLeNet and Inception v3 included. In each, the last linear layer gives the logits.
+_TORCHVISION_HEADS = ("fc", "classifier", "head", "heads")
+_TORCHVISION_AUXILIARY = ("aux1", "aux2", "AuxLogits")
+
+
+@dataclass(frozen=True)
+class ClassifierSite:
+    """One classifier layer of a model.
+
+    Attributes:
+        path: Its name in `model.named_modules()`.
+        layer_type: "Linear" or "Conv2d" (1x1), or the name of the subclass.
+        num_features: Width of its input.
+        num_classes: Width of its output.
+        channel_dim: The dimension of its input that holds the features: -1 for a Linear, 1 for a Conv2d.
+        num_parameters: Of its weight and its bias.
+        has_bias: Whether it has one.
+    """
+
+    path: str
+    layer_type: str
+    num_features: int
+    num_classes: int
+    channel_dim: int
+    num_parameters: int
+    has_bias: bool
+
+
+def find_classifiers(model: nn.Module, arch: Architecture | None = None) -> list[ClassifierSite]:
+    """Find every classifier layer of a model, in the order of `model.named_modules()`.
+
+    Models with one classifier have one; distilled and multi-scale models (DeiT's pairs, CrossViT, EfficientViM) and
+    models with auxiliary classifiers have several, whose logits they average or return. The layer itself is meant:
+    of LeViT's and RepViT's `NormLinear` that is the Linear, and the BatchNorm before it belongs to the backbone; of
+    MetaFormer's `MlpHead` the last layer.
+
+    Args:
+        arch: Used to word the refusal. The model decides how it is searched: timm's have `get_classifier()`.
+
+    Raises:
+        NoClassifierError: an encoder, a model built with `num_classes=0`, or a model that fixify cannot read.
+    """
+    name = arch.ref if arch is not None else type(model).__name__
+    if hasattr(model, "get_classifier"):
+        layers = _timm_layers(model, name)
+    elif hasattr(model, "forward_features") or hasattr(model, "reset_classifier"):
+        raise NoClassifierError(f"{name} is an encoder: it has no classifier to replace.")
+    else:
+        layers = _torchvision_layers(model, name)
+    return [_site(path, layer) for path, layer in layers]
+
+
+def _timm_layers(model: Any, name: str) -> list[tuple[str, nn.Module]]:
+    """Leaves below `get_classifier()`; `pretrained_cfg["classifier"]` settles which, where it names one of them.
+
+    It alone does not suffice: levit_384_s8's names one of its two. Nor does the width alone: the hidden layer of an
+    MLP head can be as wide as there are classes.
+    """
+    num_classes = getattr(model, "num_classes", 0)
+    if not num_classes:
+        raise NoClassifierError(
+            f"{name} has no classifier: it is an encoder, or was built with num_classes=0.",
+            hint="Give it one with --num-classes (in Python: build(arch, num_classes=...)).",
+        )
+    found = model.get_classifier()
+    heads = found if isinstance(found, (tuple, list)) else (found,)
+    paths = {module: path for path, module in model.named_modules()}
+    declared = _declared(model)
+    layers: list[tuple[str, nn.Module]] = []
+    for head in heads:
+        if head not in paths:
+            raise NoClassifierError(f"{name}: get_classifier() returns a {type(head).__name__} that is not its own.")
+        below = [
+            (_join(paths[head], path), layer) for path, layer in _linear_layers(head) if _width(layer) == num_classes
+        ]
+        layers += [item for item in below if item[0] in declared] or below
+    if not layers:
+        kinds = ", ".join(type(head).__name__ for head in heads)
+        raise NoClassifierError(
+            f"{name}: its classifier is a {kinds}, without a linear layer of {num_classes} outputs in it."
+        )
+    return layers
+
+
+def _declared(model: nn.Module) -> tuple[str, ...]:
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _torchvision_layers(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    children = dict(model.named_children())
+    layers = []
+    for attribute in (*_TORCHVISION_AUXILIARY, *_TORCHVISION_HEADS):
+        if attribute in children:
+            *_, (path, layer) = [("", None), *_linear_layers(children[attribute])]
+            if layer is not None:
+                layers.append((_join(attribute, path), layer))
+    widths = {_width(layer) for _, layer in layers}
+    if not any(path.split(".")[0] in _TORCHVISION_HEADS for path, _ in layers) or len(widths) != 1:
+        raise NoClassifierError(
+            f"{name} has no classifier that fixify can find.",
+            hint="It looks for timm's get_classifier() and for torchvision's fc, classifier, head or heads.",
+        )
+    order = {path: position for position, (path, _) in enumerate(model.named_modules())}
+    return sorted(layers, key=lambda item: order[item[0]])
+
+
+def _linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) or (
+            isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1
+        ):
+            yield path, layer
+
+
+def _width(layer: Any) -> int:
+    return int(layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features)
+
+
+def _join(prefix: str, path: str) -> str:
+    return ".".join(part for part in (prefix, path) if part)
+
+
+def _site(path: str, layer: Any) -> ClassifierSite:
+    convolution = isinstance(layer, nn.Conv2d)
+    return ClassifierSite(
+        path=path,
+        layer_type=type(layer).__name__,
+        num_features=int(layer.in_channels if convolution else layer.in_features),
+        num_classes=_width(layer),
+        channel_dim=1 if convolution else -1,
+        num_parameters=sum(parameter.numel() for parameter in layer.parameters(recurse=False)),
+        has_bias=layer.bias is not None,
+    )
