@@ -61,14 +61,14 @@ def find_classifiers(model: nn.Module, arch: Architecture | None = None) -> list
         raise NoClassifierError(f"{name} is an encoder: it has no classifier to replace.")
     else:
         layers = _torchvision_layers(model, name)
-    return [_site(path, layer) for path, layer in layers]
+    return [_site(path, layer) for path, layer in layers.items()]
 
 
-def _timm_layers(model: Any, name: str) -> list[tuple[str, nn.Module]]:
-    """Leaves below `get_classifier()`; `pretrained_cfg["classifier"]` settles which, where it names one of them.
+def _timm_layers(model: Any, name: str) -> dict[str, nn.Module]:
+    """Leaves below `get_classifier()`, and those that `pretrained_cfg["classifier"]` names.
 
-    It alone does not suffice: levit_384_s8's names one of its two. Nor does the width alone: the hidden layer of an
-    MLP head can be as wide as there are classes.
+    Neither suffices alone: the first leaves out VOLO's auxiliary head, the second one of levit_384_s8's two. Where
+    both speak of one head the second decides, for the hidden layer of an MLP head can be as wide as there are classes.
     """
     num_classes = getattr(model, "num_classes", 0)
     if not num_classes:
@@ -78,22 +78,26 @@ def _timm_layers(model: Any, name: str) -> list[tuple[str, nn.Module]]:
         )
     found = model.get_classifier()
     heads = found if isinstance(found, (tuple, list)) else (found,)
-    paths = {module: path for path, module in model.named_modules()}
-    declared = _declared(model)
-    layers: list[tuple[str, nn.Module]] = []
+    modules = dict(model.named_modules())
+    paths = {module: path for path, module in modules.items()}
+    declared = [path for path in _declared(model) if path in modules]
+    layers: dict[str, nn.Module] = {}
     for head in heads:
         if head not in paths:
             raise NoClassifierError(f"{name}: get_classifier() returns a {type(head).__name__} that is not its own.")
-        below = [
-            (_join(paths[head], path), layer) for path, layer in _linear_layers(head) if _width(layer) == num_classes
-        ]
-        layers += [item for item in below if item[0] in declared] or below
+        below = {
+            _join(paths[head], path): layer for path, layer in _linear_layers(head) if _width(layer) == num_classes
+        }
+        layers |= {path: layer for path, layer in below.items() if path in declared} or below
+    layers |= {
+        path: layer for path in declared for _, layer in _linear_layers(modules[path]) if _width(layer) == num_classes
+    }
     if not layers:
         kinds = ", ".join(type(head).__name__ for head in heads)
         raise NoClassifierError(
             f"{name}: its classifier is a {kinds}, without a linear layer of {num_classes} outputs in it."
         )
-    return layers
+    return _in_order(model, layers)
 
 
 def _declared(model: nn.Module) -> tuple[str, ...]:
@@ -101,22 +105,24 @@ def _declared(model: nn.Module) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _torchvision_layers(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+def _torchvision_layers(model: nn.Module, name: str) -> dict[str, nn.Module]:
     children = dict(model.named_children())
-    layers = []
+    layers: dict[str, nn.Module] = {}
     for attribute in (*_TORCHVISION_AUXILIARY, *_TORCHVISION_HEADS):
         if attribute in children:
-            *_, (path, layer) = [("", None), *_linear_layers(children[attribute])]
-            if layer is not None:
-                layers.append((_join(attribute, path), layer))
-    widths = {_width(layer) for _, layer in layers}
-    if not any(path.split(".")[0] in _TORCHVISION_HEADS for path, _ in layers) or len(widths) != 1:
+            for path, layer in list(_linear_layers(children[attribute]))[-1:]:
+                layers[_join(attribute, path)] = layer
+    widths = {_width(layer) for layer in layers.values()}
+    if not any(path.split(".")[0] in _TORCHVISION_HEADS for path in layers) or len(widths) != 1:
         raise NoClassifierError(
             f"{name} has no classifier that fixify can find.",
             hint="It looks for timm's get_classifier() and for torchvision's fc, classifier, head or heads.",
         )
-    order = {path: position for position, (path, _) in enumerate(model.named_modules())}
-    return sorted(layers, key=lambda item: order[item[0]])
+    return _in_order(model, layers)
+
+
+def _in_order(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    return {path: layers[path] for path, _ in model.named_modules() if path in layers}
 
 
 def _linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -19,6 +19,7 @@ KINDS = [
     ("timm/repvit_m0_9", [("head.head.l", 384, -1), ("head.head_dist.l", 384, -1)]),
     ("timm/crossvit_9_240", [("head.0", 128, -1), ("head.1", 256, -1)]),
     ("timm/cpubone_b0_bfrobust", [("head.classifier.linear", 1600, -1)]),
+    ("timm/volo_d1_224", [("aux_head", 384, -1), ("head", 384, -1)]),  # get_classifier() is one of two
     ("timm/caformer_s18", [("head.fc.fc2", 2048, -1)]),  # MlpHead
     ("timm/efficientvim_m1", [("heads.0", 128, -1), ("heads.1", 192, -1), ("heads.2", 320, -1), ("heads.3", 320, -1)]),
     ("torchvision/resnet18", [("fc", 512, -1)]),
