@@ -1,0 +1,24 @@
+"""Fixed classifiers: codebooks that are rebuilt from a few bytes, and the layer that multiplies with them fast.
+
+Knows nothing of files, model libraries or the command line.
+"""
+
+from fixify.heads.bounds import Coherence, coherence, rankin_bound, welch_bound
+from fixify.heads.codebooks import codebook
+from fixify.heads.matrices import hadamard, is_constructible
+from fixify.heads.module import FixedClassifier, initial_scale
+from fixify.heads.spec import HeadSpec, choose_kind
+
+__all__ = [
+    "Coherence",
+    "FixedClassifier",
+    "HeadSpec",
+    "choose_kind",
+    "codebook",
+    "coherence",
+    "hadamard",
+    "initial_scale",
+    "is_constructible",
+    "rankin_bound",
+    "welch_bound",
+]

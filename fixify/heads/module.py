@@ -1,0 +1,197 @@
+"""The fixed classifier as a layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fixify.errors import HeadSpecError
+from fixify.heads.codebooks import codebook
+from fixify.heads.spec import HeadSpec
+from fixify.heads.statistics import exact, floored, update_running_
+from fixify.heads.transform import CodeProduct
+
+_NORM_EPSILON = 1e-6
+"""Smallest norm that is divided by. The division is in float32, where it neither vanishes nor blows a gradient up."""
+
+
+def initial_scale(num_classes: int, confidence: float = 0.95) -> float:
+    """Scale alpha at which softmax reaches `confidence` for a class at cosine 1 with all others at cosine 0.
+
+    e^alpha / (e^alpha + C - 1) = p gives alpha = ln((C - 1) p / (1 - p)); about 9.9 for 1000 classes. Cosines lie in
+    [-1, 1], so a smaller scale cannot express certainty at all (paper, section 2.2).
+    """
+    return math.log(max(num_classes - 1, 1) * confidence / (1.0 - confidence))
+
+
+class FixedClassifier(nn.Module):
+    """Classifier whose weights are fixed codes: `logits = scale * normalize((x - center) / spread) @ Q.T + bias`.
+
+    Hoffer, Hubara & Soudry, "Fix your classifier" (ICLR 2018), sections 2.2 and 2.3; `center` and `spread` are 0 and 1
+    there. Standardising and the norm are computed in float32 at least, the product in the type that `nn.Linear` would
+    use (the input's, or autocast's), in which the logits are returned too.
+
+    Learned: `scale` [] (unless `spec.fixed_scale`) and `bias` [C] (if `spec.bias`). Buffers that are saved: `center`
+    and `spread` [N] and `num_batches_tracked` [] (if `spec.standardize`), `codes` [C] (if `spec.matched`).
+
+    Args:
+        spec: The head spec; resolved and verified here.
+        codes: Code index of each class, integers [C], for a matched head. May be left out and loaded with
+            `load_state_dict`, which verifies them against the spec's digest.
+        scale: Initial scale; None: `initial_scale(num_classes)`.
+        channel_dim: -1 for features [..., N]; 1 for feature maps [B, N, ...], as after a 1x1 convolution.
+
+    Raises:
+        HeadSpecError: The spec cannot be built, or `codes` does not fit.
+        CodebookMismatchError: The codebook is not the one the spec was written for.
+    """
+
+    scale: Tensor
+    bias: Tensor | None
+    center: Tensor | None
+    spread: Tensor | None
+    num_batches_tracked: Tensor | None
+    codes: Tensor | None
+
+    def __init__(
+        self,
+        spec: HeadSpec,
+        *,
+        codes: Tensor | None = None,
+        scale: float | None = None,
+        channel_dim: int = -1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if channel_dim not in (-1, 1):
+            raise HeadSpecError(f"channel_dim must be -1 (features) or 1 (feature maps), got {channel_dim!r}.")
+        indices = None if codes is None else codes.detach().cpu().numpy()
+        device = torch.get_default_device() if device is None else torch.device(device)
+        self.spec = spec.resolve(indices)
+        self.in_features = spec.num_features
+        self.out_features = spec.num_classes
+        self.channel_dim = channel_dim
+        self.starting_scale = initial_scale(spec.num_classes) if scale is None else float(scale)
+
+        def new(*shape: int) -> Tensor:
+            return torch.empty(shape, device=device, dtype=dtype)
+
+        if spec.fixed_scale:
+            self.register_buffer("scale", new())
+        else:
+            self.scale = nn.Parameter(new())
+        self.register_parameter("bias", nn.Parameter(new(spec.num_classes)) if spec.bias else None)
+        self.register_buffer("center", new(spec.num_features) if spec.standardize else None)
+        self.register_buffer("spread", new(spec.num_features) if spec.standardize else None)
+        count = torch.zeros((), dtype=torch.int64, device=device) if spec.standardize else None
+        self.register_buffer("num_batches_tracked", count)
+        self.register_buffer("codes", None)
+        if spec.matched:
+            # int64 in memory, since distributed training cannot broadcast unsigned 16 and 32 bit buffers.
+            stored = torch.zeros(spec.num_classes) if indices is None else torch.from_numpy(indices.astype(np.int64))
+            self.codes = stored.to(device=device, dtype=torch.int64)
+        self.product = CodeProduct(self.spec, indices, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Scale to its starting value, bias to zero, statistics to those of no data."""
+        with torch.no_grad():
+            self.scale.fill_(self.starting_scale)
+            if self.bias is not None:
+                self.bias.zero_()
+            if self.codes is not None and self.product.codes is not None:
+                self.codes.copy_(torch.from_numpy(self.product.codes.astype(np.int64)))
+        self.reset_statistics()
+
+    def reset_statistics(self) -> None:
+        """Forget the running statistics: center 0, spread 1."""
+        if self.center is not None and self.spread is not None and self.num_batches_tracked is not None:
+            self.center.zero_()
+            self.spread.fill_(1.0)
+            self.num_batches_tracked.zero_()
+
+    def calibrate_(self, batches: Iterable[Tensor]) -> FixedClassifier:
+        """Set center and spread to the exact mean and deviation of some features (no labels needed).
+
+        Args:
+            batches: What `forward` would be given, batch by batch: [..., N], or [B, N, ...] with channel_dim=1.
+
+        Raises:
+            HeadSpecError: The head has no statistics (`standardize`), or the features do not fit.
+        """
+        if self.center is None or self.spread is None or self.num_batches_tracked is None:
+            raise HeadSpecError("This head does not standardise its features; there is nothing to calibrate.")
+        center, spread, count = exact((self._channels_last(batch) for batch in batches), self.in_features)
+        self.center.copy_(center)
+        self.spread.copy_(spread)
+        self.num_batches_tracked.fill_(count)
+        return self
+
+    def codebook(self) -> Tensor:
+        """The codes Q, one unit-norm row a class, for export to other programs: float32 [C, N] on the CPU."""
+        return torch.from_numpy(np.array(codebook(self.spec, self.product.codes)))
+
+    def _channels_last(self, x: Tensor) -> Tensor:
+        return x.movedim(1, -1) if self.channel_dim == 1 else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of a batch.
+
+        Args:
+            x: Features [..., N]; with channel_dim=1 feature maps [B, N, ...]. Any batch size, 0 and 1 included.
+
+        Returns:
+            Logits [..., C], or [B, C, ...].
+        """
+        x = self._channels_last(x)
+        z = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of half-precision features overflow
+        if self.center is not None and self.spread is not None and self.num_batches_tracked is not None:
+            if self.training:
+                update_running_(self.center, self.spread, self.num_batches_tracked, z.detach())
+            z = (z - self.center) / floored(self.spread)
+        if self.spec.normalize:
+            z = F.normalize(z, dim=-1, eps=_NORM_EPSILON)
+        logits = self.product((z * (self.scale * self.product.prescale)).to(x.dtype))
+        if self.bias is not None:
+            logits = logits + self.bias.to(logits.dtype)
+        return logits.movedim(-1, 1) if self.channel_dim == 1 else logits
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.spec.kind}", f"in_features={self.in_features}", f"out_features={self.out_features}"]
+        parts += [f"bias={self.bias is not None}"]
+        parts += [name for name in ("standardize", "fixed_scale", "matched") if getattr(self.spec, name)]
+        if not self.spec.normalize:
+            parts.append("normalize=False")
+        if self.channel_dim != -1:
+            parts.append(f"channel_dim={self.channel_dim}")
+        return ", ".join(parts)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.codes is not None:
+            destination[prefix + "codes"] = destination[prefix + "codes"].to(self._codes_dtype())
+
+    def _codes_dtype(self) -> torch.dtype:
+        """Smallest unsigned integer type that holds every index of the code space."""
+        last = 2 * self.spec.num_features * (self.spec.blocks or 1) - 1
+        return torch.uint8 if last < 1 << 8 else torch.uint16 if last < 1 << 16 else torch.uint32
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.scale.is_meta:
+            return
+        device, dtype = self.scale.device, self.scale.dtype
+        if self.codes is not None and prefix + "codes" in state_dict:
+            self.codes = self.codes.to(torch.int64)
+            indices = self.codes.cpu().numpy()
+            self.spec = self.spec.resolve(indices)
+            self.product.rebuild(indices, device=device, dtype=dtype)
+        elif any(table.is_meta for table in self.product.buffers()):
+            self.product.rebuild(self.product.codes, device=device, dtype=dtype)

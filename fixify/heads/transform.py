@@ -1,0 +1,156 @@
+"""The product of features with all codes, without the codebook: H_N = H_a (x) H_b makes it two small products.
+
+With x reshaped to X [a, b], H_N x = H_a X H_b^T (the standard identity for Kronecker products), which costs
+N (a + b) multiplications for N scores instead of N^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fixify.errors import HeadSpecError
+from fixify.heads import dense
+from fixify.heads.codebooks import block_bits, checked_codes, construction_of, sign_codes
+from fixify.heads.matrices import Construction, elementary, order_of, rows
+from fixify.heads.spec import HeadSpec
+
+
+_TABLES = ("left", "right", "block_signs", "index", "class_signs", "table")
+
+
+def balanced_split(construction: Construction) -> tuple[Construction, Construction]:
+    """Cut the Kronecker product in two so that the orders a and b of the parts have the smallest sum a + b."""
+    factors = elementary(construction)
+    cuts = [(factors[:i], factors[i:]) for i in range(len(factors) + 1)]
+    return min(cuts, key=lambda cut: order_of(cut[0]) + order_of(cut[1]))
+
+
+def prefers_dense(num_classes: int, num_blocks: int, left: int, right: int) -> bool:
+    """Whether one product with all codes is faster than the fast product with so many blocks.
+
+    Multiplications per feature: C against K (a + b); a small product runs at about half the rate of a large one.
+    """
+    return num_classes < 2 * num_blocks * (left + right)
+
+
+class CodeProduct(nn.Module):
+    """Q z / prescale for the codebook Q [C, N] of a head: [..., N] -> [..., C].
+
+    Everything it holds is rebuilt from the spec (and the codes, if matched), so nothing of it is in a state dict. Signs
+    are held as +-2^-k, k near log2 sqrt(N): exact in every floating-point type, and no half-precision sum overflows.
+    The rest of the factor 1/sqrt(N), `prescale`, is left to the caller, who multiplies by a scale anyway.
+
+    Args:
+        spec: A resolved head spec.
+        codes: Code index of each class, integers [C], for a matched head; None until they are known.
+    """
+
+    left: Tensor | None  # H_a; None if a = 1
+    right: Tensor | None  # H_b
+    block_signs: Tensor | None  # [K, N]; None if only the plain block 0 is used
+    index: Tensor | None  # matched: position of each class among the K N scores, [C]
+    class_signs: Tensor | None  # matched: sign of each class, [C]
+    table: Tensor | None  # or, instead of all these, the codebook [C, N]
+
+    def __init__(
+        self,
+        spec: HeadSpec,
+        codes: np.ndarray | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.ready = False
+        self.prescale = 1.0
+        for name in _TABLES:
+            self.register_buffer(name, None, persistent=False)
+        self.rebuild(codes, device=device, dtype=dtype)
+
+    def rebuild(
+        self,
+        codes: np.ndarray | None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Fill the tables again, on a device and in a floating-point type.
+
+        Args:
+            codes: Code indices of a matched head; None: not known yet, `forward` will refuse.
+        """
+        self.codes = codes
+        self.ready = codes is not None or not self.spec.matched
+        spec = self.spec
+        tables: dict[str, np.ndarray] = {}
+        if spec.kind == "hadamard":
+            exponent = round(np.log2(spec.num_features) / 2)
+            self.prescale = 2.0**exponent / spec.num_features**0.5
+            if self.ready:
+                tables = self._hadamard_tables(np.float32(2.0**-exponent))
+        else:
+            tables = {"table": dense.codes(spec.kind, spec.num_features, spec.num_classes, spec.seed)}
+        device = torch.get_default_device() if device is None else torch.device(device)
+        for name in _TABLES:
+            table = None
+            if name in tables:
+                kind = torch.int64 if name == "index" else dtype or torch.get_default_dtype()
+                # asarray would share memory with the cached, read-only codes
+                table = torch.tensor(tables[name], device="cpu" if device.type == "meta" else device, dtype=kind)
+                table = table.to(device)
+            setattr(self, name, table)
+
+    def _hadamard_tables(self, unit: np.float32) -> dict[str, np.ndarray]:
+        spec, n = self.spec, self.spec.num_features
+        codes = checked_codes(spec, self.codes)
+        blocks, block = np.unique(codes // (2 * n), return_inverse=True)
+        left, right = balanced_split(construction_of(spec))
+        a, b = order_of(left), order_of(right)
+        if prefers_dense(spec.num_classes, len(blocks), a, b):
+            return {"table": sign_codes(spec, self.codes) * unit}
+        tables = {"right": rows(right, np.arange(b)) * unit}
+        if a > 1:
+            tables["left"] = rows(left, np.arange(a)).astype(np.float32)
+        if blocks.any():
+            tables["block_signs"] = 1.0 - 2.0 * block_bits(spec, blocks).astype(np.float32)
+        if spec.matched:
+            tables["index"] = block * n + codes % n
+            tables["class_signs"] = 1.0 - 2.0 * (codes // n % 2).astype(np.float32)
+        return tables
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodeProduct:
+        tables = [table for table in self._buffers.values() if table is not None]
+        was_meta = any(table.is_meta for table in tables)
+        super()._apply(fn, recurse)
+        tables = [table for table in self._buffers.values() if table is not None]
+        if was_meta and not any(table.is_meta for table in tables):  # `to_empty`: memory without the values
+            floating = next(table for table in tables if table.is_floating_point())
+            self.rebuild(self.codes, device=floating.device, dtype=floating.dtype)
+        return self
+
+    def forward(self, z: Tensor) -> Tensor:
+        if self.table is not None:
+            return F.linear(z, self.table)
+        if self.right is None:
+            raise HeadSpecError("This fixed classifier is matched and its codes have not been loaded yet.")
+        n, c = self.spec.num_features, self.spec.num_classes
+        z = z.unsqueeze(-2)
+        if self.block_signs is not None:
+            z = z * self.block_signs.to(z.dtype)  # [..., K, N]
+        b = self.right.shape[0]
+        scores = F.linear(z.unflatten(-1, (n // b, b)), self.right)
+        if self.left is not None:
+            scores = F.linear(scores.transpose(-1, -2), self.left).transpose(-1, -2)
+        scores = scores.flatten(-2)  # [..., K, N]
+        if self.index is not None and self.class_signs is not None:
+            return scores.flatten(-2).index_select(-1, self.index) * self.class_signs.to(scores.dtype)
+        if c > n:
+            return torch.stack((scores, -scores), dim=-2).flatten(-3)[..., :c]
+        first = 1 if c < n else 0
+        return scores.squeeze(-2)[..., first : first + c]
