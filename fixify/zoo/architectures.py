@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import timm
+import torch
 import torchvision
 from timm.data import resolve_data_config
 from timm.models import get_deprecated_models, get_pretrained_cfg, split_model_name_tag
@@ -146,14 +147,22 @@ def build(
     else:
         constructor = _torchvision_constructor(arch, num_classes, pretrained)
     if not arch.kwargs:
-        return build_on_meta(constructor) if meta else constructor()
+        return _construct(constructor, meta)
     try:
-        return build_on_meta(constructor) if meta else constructor()
+        return _construct(constructor, meta)
     # What a builder raises on arguments that do not suit it is not specified: all of these occur.
     except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, KeyError) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in arch.kwargs.items())
         reason = str(error) or type(error).__name__
         raise ArchitectureError(f"{arch.ref} cannot be built with {given}: {reason}") from error
+
+
+def _construct(constructor: Callable[[], nn.Module], meta: bool) -> nn.Module:
+    if meta:
+        return build_on_meta(constructor)
+    # Initial weights are drawn from the global generator; whoever seeded it gets it back as it was.
+    with torch.random.fork_rng(devices=[]):
+        return constructor()
 
 
 def default_num_classes(arch: Architecture) -> int:
