@@ -81,7 +81,7 @@ def convert(
     target = Path(out) if out is not None else default_out(source)
     refuse_existing(target, force=force)
     original = read_original(source, arch=arch, ema=ema)
-    check_finite(original.tensors, original.source.name)
+    check_finite(original.tensors)
 
     if dtype is not None:
         for key, tensor in original.tensors.items():
