@@ -1,0 +1,21 @@
+"""Data names to batches of images: `open_data`, `open_train_val`, `check_classes`, `make_loader`."""
+
+from fixify.data.classes import check_classes
+from fixify.data.loader import Augmentation, ImageLoader, default_workers, make_loader
+from fixify.data.names import DATA_NAMES, open_data, open_train_val
+from fixify.data.opened import ImageSource, OpenedData, Split, Subset
+
+__all__ = [
+    "DATA_NAMES",
+    "Augmentation",
+    "ImageLoader",
+    "ImageSource",
+    "OpenedData",
+    "Split",
+    "Subset",
+    "check_classes",
+    "default_workers",
+    "make_loader",
+    "open_data",
+    "open_train_val",
+]

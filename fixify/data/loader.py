@@ -1,0 +1,340 @@
+"""Batches of preprocessed images, on timm's transforms, the same with any number of workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from timm.data import Mixup, create_transform
+from timm.data.loader import PrefetchLoader
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+
+from fixify.data.opened import ImageSource, OpenedData
+from fixify.data.seeding import derive_seed, derive_seeds, kept_globals, permutation, seed_globals, seeded_globals
+from fixify.errors import DataError
+
+Batch = tuple[Tensor, Tensor]
+# Separate the random streams that belong to one (seed, epoch).
+_ORDER, _IMAGES, _BATCHES = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What training images go through; names and defaults are timm's (`timm.data.create_transform`, `Mixup`)."""
+
+    no_aug: bool = False
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float = 0.4
+    auto_augment: str | None = None
+    interpolation: str = "random"
+    reprob: float = 0.0
+    remode: Literal["const", "rand", "pixel"] = "pixel"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    smoothing: float = 0.0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether targets become distributions over the classes, [batch, num_classes], smoothing included."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+def default_workers(device: torch.device) -> int:
+    """Loader processes: up to 8 beside an accelerator; on a CPU half of the cores, as the model needs the others."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores) if device.type != "cpu" else min(8, cores // 2)
+
+
+def make_loader(
+    opened: OpenedData,
+    preprocessing: Mapping[str, Any],
+    *,
+    training: bool,
+    batch_size: int,
+    workers: int = 0,
+    device: torch.device | None = None,
+    seed: int = 0,
+    augmentation: Augmentation | None = None,
+) -> ImageLoader:
+    """Batches of images and labels for a model.
+
+    Args:
+        opened: The images.
+        preprocessing: timm's data configuration: input_size (channels, height, width), mean, std, interpolation,
+            crop_pct, crop_mode; as `timm.data.resolve_data_config` returns and slim checkpoints store.
+        training: Shuffled, augmented, the incomplete last batch left out. Otherwise in order, all of them.
+        batch_size: Images a batch; with fewer images than that, one batch has them all.
+        workers: Loader processes; 0 loads in this one.
+        device: Where the batches are to be used. On CUDA they are put there ahead of time (timm's prefetcher).
+        seed: Fixes order, augmentation and mixing together with the epoch.
+        augmentation: Only for training; None is `Augmentation()`.
+
+    Returns:
+        An iterable over (images float32 [B, channels, height, width], labels int64 [B]); with mixup or cutmix the
+        labels are float32 [B, num_classes].
+
+    Raises:
+        DataError: preprocessing that no image can be brought to; while iterating: an image that cannot be read.
+    """
+    device = device if device is not None else torch.device("cpu")
+    channels = _channels(preprocessing)
+    mean, std = (_per_channel(preprocessing[key], channels) for key in ("mean", "std"))
+    prefetch = device.type == "cuda"
+    common = {
+        "input_size": tuple(preprocessing["input_size"]),
+        "mean": mean,
+        "std": std,
+        "use_prefetcher": prefetch,
+    }
+    augmentation = augmentation if augmentation is not None else Augmentation()
+    if training:
+        transform = create_transform(
+            **common,
+            is_training=True,
+            no_aug=augmentation.no_aug,
+            scale=augmentation.scale,
+            ratio=augmentation.ratio,
+            hflip=augmentation.hflip,
+            vflip=augmentation.vflip,
+            color_jitter=augmentation.color_jitter,
+            auto_augment=augmentation.auto_augment,
+            interpolation=augmentation.interpolation,
+        )
+    else:
+        transform = create_transform(
+            **common,
+            interpolation=preprocessing.get("interpolation", "bilinear"),
+            crop_pct=preprocessing.get("crop_pct"),
+            crop_mode=preprocessing.get("crop_mode"),
+        )
+    keys = _Keys(len(opened), batch_size, training=training, seed=seed, even=training and augmentation.mixes)
+    loader: Any = DataLoader(
+        _Transformed(opened.images, "L" if channels == 1 else "RGB", transform, random=training),
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=prefetch,
+        persistent_workers=workers > 0,
+        worker_init_fn=_ignore_interrupt,
+        # Only so that starting workers does not draw from the global generator: seeds travel with the keys.
+        generator=torch.Generator().manual_seed(0),
+    )
+    erase, mix = _batch_stage(augmentation, opened.num_classes, device) if training else (None, None)
+    prefetcher = {"mean": mean, "std": std, "channels": channels, "device": device} if prefetch else None
+    return ImageLoader(loader, keys, prefetcher=prefetcher, erase=erase, mix=mix, device=device)
+
+
+class ImageLoader:
+    """Iterates over one epoch's batches; see `make_loader`. `set_epoch` says which epoch and where to begin."""
+
+    def __init__(
+        self,
+        loader: Any,
+        keys: _Keys,
+        *,
+        prefetcher: dict[str, Any] | None,
+        erase: Callable[[Tensor], Tensor] | None,
+        mix: Callable[[Tensor, Tensor], Batch] | None,
+        device: torch.device,
+    ) -> None:
+        self._loader = loader
+        self._keys = keys
+        self._prefetcher = prefetcher
+        self._erase = erase
+        self._mix = mix
+        self._device = device
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch (its order and augmentation) and the batch that the next iteration begins with."""
+        self._keys.epoch = epoch
+        self._keys.first_batch = first_batch
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return len(self._keys)
+
+    @property
+    def num_images(self) -> int:
+        """Images in a whole epoch."""
+        return self._keys.images_used
+
+    def __iter__(self) -> Iterator[Batch]:
+        number = self._keys.first_batch
+        for images, labels in self._batches():
+            if self._erase is not None or self._mix is not None:
+                with seeded_globals(self._keys.batch_seed(number), self._device):
+                    if self._erase is not None:
+                        images = self._erase(images)
+                    if self._mix is not None:
+                        images, labels = self._mix(images, labels)
+            yield images, labels
+            number += 1
+
+    def _batches(self) -> Iterator[Batch]:
+        raw = _raising(self._loader)
+        return iter(raw) if self._prefetcher is None else iter(PrefetchLoader(raw, **self._prefetcher))
+
+    def close(self) -> None:
+        """Stop the worker processes. The loader can be iterated again afterwards."""
+        iterator = self._loader._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()
+            self._loader._iterator = None
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """An image that failed. It travels as a value: an exception would arrive from a worker as a traceback."""
+
+    message: str
+    hint: str | None
+
+
+class _Keys(Sampler[list[tuple[int, int]]]):
+    """Batches of (index, seed of that image in this epoch)."""
+
+    def __init__(self, num_images: int, batch_size: int, *, training: bool, seed: int, even: bool) -> None:
+        self.num_images = num_images
+        self.training = training
+        self.seed = seed
+        self.epoch = 0
+        self.first_batch = 0
+        size = min(batch_size, num_images)
+        self.batch_size = size - size % 2 if even else size  # timm's Mixup pairs the images of a batch
+        if self.batch_size == 0:
+            raise DataError(f"{num_images} images are too few for a batch.")
+        # Without its last incomplete batch an epoch has no batch of one image, on which batch norm fails.
+        self.images_used = num_images - num_images % self.batch_size if training else num_images
+
+    def __len__(self) -> int:
+        return -(-self.images_used // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        if not self.training:
+            indices = range(self.num_images)
+            for start in range(self.first_batch * self.batch_size, self.num_images, self.batch_size):
+                yield [(index, 0) for index in indices[start : start + self.batch_size]]
+            return
+        order = permutation(self.seed, self.epoch, _ORDER, count=self.num_images)
+        seeds = derive_seeds(self.seed, self.epoch, _IMAGES, count=self.num_images)
+        for start in range(self.first_batch * self.batch_size, self.images_used, self.batch_size):
+            indices_here = order[start : start + self.batch_size]
+            yield list(zip(indices_here.tolist(), seeds[indices_here].tolist(), strict=True))
+
+    def batch_seed(self, number: int) -> int:
+        return derive_seed(self.seed, self.epoch, _BATCHES, number)
+
+
+class _Transformed(Dataset[Any]):
+    """Loads, converts to the model's number of channels, transforms.
+
+    Args:
+        images: The images.
+        mode: Pillow's "L" (one channel) or "RGB".
+        transform: timm's.
+        random: Whether the transform draws random numbers.
+    """
+
+    def __init__(self, images: ImageSource, mode: str, transform: Callable[[Image.Image], Tensor], *, random: bool):
+        self.images = images
+        self.mode = mode
+        self.transform = transform
+        self.random = random
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int] | _Unreadable]:
+        # A worker process has global generators of its own; this one's have to come out unchanged.
+        borrowed = self.random and get_worker_info() is None
+        with kept_globals() if borrowed else nullcontext():
+            return [self._item(index, seed) for index, seed in keys]
+
+    def _item(self, index: int, seed: int) -> tuple[Tensor, int] | _Unreadable:
+        try:
+            image, label = self.images.load(index)
+            if image.mode != self.mode:
+                image = image.convert(self.mode)
+        except DataError as error:
+            return _Unreadable(error.message, error.hint)
+        if self.random:
+            seed_globals(seed)
+        return self.transform(image), label
+
+
+def _ignore_interrupt(_worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the loop stops at a step of its choice and still needs its batches.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _collate(items: list[tuple[Tensor, int] | _Unreadable]) -> Any:
+    return next((item for item in items if isinstance(item, _Unreadable)), None) or default_collate(items)
+
+
+class _raising:
+    """A loader whose unreadable images are raised here, in the caller's process."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            for batch in self.loader:
+                if isinstance(batch, _Unreadable):
+                    raise DataError(batch.message, hint=batch.hint)
+                yield batch[0], batch[1]
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"A loader process ended unexpectedly: {str(error).splitlines()[0]}",
+                hint="Often memory: try --workers 0 or a smaller --batch-size.",
+            ) from error
+
+
+def _batch_stage(
+    augmentation: Augmentation, num_classes: int, device: torch.device
+) -> tuple[Callable[[Tensor], Tensor] | None, Callable[[Tensor, Tensor], Batch] | None]:
+    erase = mix = None
+    if augmentation.reprob > 0:
+        # On whole batches on either device (timm's prefetcher would erase one batch early).
+        erase = RandomErasing(augmentation.reprob, mode=augmentation.remode, max_count=1, device=device)
+    if augmentation.mixes:
+        mix = Mixup(
+            mixup_alpha=augmentation.mixup,
+            cutmix_alpha=augmentation.cutmix,
+            prob=augmentation.mixup_prob,
+            switch_prob=augmentation.mixup_switch_prob,
+            label_smoothing=augmentation.smoothing,
+            num_classes=num_classes,
+        )
+    return erase, mix
+
+
+def _channels(preprocessing: Mapping[str, Any]) -> int:
+    missing = [key for key in ("input_size", "mean", "std") if key not in preprocessing]
+    if missing:
+        raise DataError(f"The checkpoint does not say how images are preprocessed: {', '.join(missing)} missing.")
+    channels = int(preprocessing["input_size"][0])
+    if channels not in (1, 3):
+        raise DataError(f"The model takes images of {channels} channels; image files have 1 (gray) or 3 (RGB).")
+    return channels
+
+
+def _per_channel(values: Any, channels: int) -> tuple[float, ...]:
+    # A gray model derived from an RGB one has three means: their average is the convention (timm's too).
+    numbers = [float(value) for value in values]
+    return tuple(numbers) if len(numbers) == channels else (sum(numbers) / len(numbers),) * channels

@@ -1,0 +1,66 @@
+"""What a data name resolves to: images, labels, and the class names that fix what each label means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from PIL import Image
+
+Split = Literal["train", "val", "test"]
+
+
+class ImageSource(Protocol):
+    """A random-access collection of labelled images. It is copied into loader workers, so it has to pickle."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """Image `index`, decoded, and its label.
+
+        Raises:
+            DataError: the image cannot be read; the message names it.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class OpenedData:
+    """One split of one data set.
+
+    Attributes:
+        images: The labelled images.
+        class_names: Name of each label, in label order. Two data sets agree on labels exactly if these are equal.
+        location: Where it was found, for messages. A path of this machine: never written into a checkpoint.
+        description: One line for a person: which folder was used as which split, how many images and classes.
+        name: The data name without any path of this machine, as a checkpoint may record it.
+        split: What was asked for.
+    """
+
+    images: ImageSource
+    class_names: tuple[str, ...]
+    location: str
+    description: str
+    name: str
+    split: Split
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class Subset:
+    """Some of the images of a source, in the given order."""
+
+    def __init__(self, images: ImageSource, indices: list[int]) -> None:
+        self.images = images
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        return self.images.load(self.indices[index])

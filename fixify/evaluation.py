@@ -1,0 +1,251 @@
+"""Metrics over a whole data set: sums over images, never means of batch means."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fixify.errors import DataError
+
+Precision = Literal["none", "bf16", "fp16"]
+_BINS = 15
+_CONFIDENT = 0.5
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a model gets right.
+
+    Attributes:
+        top1: Percent of images whose most probable class is the label.
+        top5: Percent of images whose label is among the 5 most probable classes (100 with 5 classes or fewer).
+        loss: Mean cross-entropy, nats.
+        ece: Expected calibration error, percent, over 15 equally wide bins of confidence (Guo et al., 2017).
+        num_images: Images counted.
+        seconds: Time taken, loading included.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    ece: float
+    num_images: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """As JSON knows it: a loss that is not finite becomes None."""
+        return {key: value if math.isfinite(value) else None for key, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How often two models name the same class.
+
+    Attributes:
+        same: Percent of images to which both give the same most probable class.
+        confident_same: The same among the images on which the first model is more than 50 % sure; None without any.
+        confident_images: Number of those.
+        only_first_right: Images that the first model gets right and the second wrong.
+        only_second_right: Images that the second model gets right and the first wrong.
+    """
+
+    same: float
+    confident_same: float | None
+    confident_images: int
+    only_first_right: int
+    only_second_right: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same images."""
+
+    first: Metrics
+    second: Metrics
+    agreement: Agreement
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device,
+    amp: Precision = "none",
+    channels_last: bool = False,
+    on_batch: Callable[[int], object] | None = None,
+) -> Metrics:
+    """Metrics of a classifier over every image of a loader.
+
+    Args:
+        model: Maps images [B, channels, height, width] to logits [B, C]. Runs in eval mode; its modes are restored.
+        loader: Batches of (images, labels int64 [B]).
+        device: Where the model is.
+        amp: Autocast precision of the forward pass; the metrics themselves are computed in float32 and float64.
+        channels_last: Whether the model is in that memory format.
+        on_batch: Called after each batch with the number of images so far.
+
+    Raises:
+        DataError: there are no images.
+    """
+    started = time.perf_counter()
+    sums = _Sums()
+    with eval_mode(model), torch.no_grad():
+        for images, labels in loader:
+            sums.add(_logits(model, images, device, amp, channels_last), labels.to(device, non_blocking=True))
+            if on_batch is not None:
+                on_batch(sums.num_images)
+    return sums.metrics(time.perf_counter() - started)
+
+
+def compare(
+    first: nn.Module,
+    second: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    second_loader: Iterable[tuple[Tensor, Tensor]] | None = None,
+    *,
+    device: torch.device,
+    amp: Precision = "none",
+    on_batch: Callable[[int], object] | None = None,
+) -> Comparison:
+    """Metrics of two models, and how often they agree.
+
+    Args:
+        first: The reference, for example the original; both models have the same classes in the same order.
+        second: The other, for example the converted model.
+        loader: Batches of (images, labels) for the first model.
+        second_loader: The same images in the same batches, preprocessed for the second model; None if alike.
+        device: Where both models are.
+        amp: As in `evaluate`.
+        on_batch: As in `evaluate`.
+
+    Raises:
+        DataError: there are no images, the loaders differ, or the models have different numbers of classes.
+    """
+    started = time.perf_counter()
+    sums = (_Sums(), _Sums())
+    same = confident = confident_same = only_first = only_second = torch.zeros((), dtype=torch.int64, device=device)
+    with eval_mode(first), eval_mode(second), torch.no_grad():
+        for (images, labels), (other_images, other_labels) in _paired(loader, second_loader):
+            if not torch.equal(labels, other_labels):
+                raise DataError("The two loaders do not give the same images in the same order.")
+            labels = labels.to(device, non_blocking=True)
+            logits = _logits(first, images, device, amp)
+            other_logits = _logits(second, other_images, device, amp)
+            if logits.shape != other_logits.shape:
+                raise DataError(f"The models have {logits.shape[-1]} and {other_logits.shape[-1]} classes.")
+            sums[0].add(logits, labels)
+            sums[1].add(other_logits, labels)
+            confidence, ours = logits.softmax(dim=-1).max(dim=-1)
+            theirs = other_logits.argmax(dim=-1)
+            sure = confidence > _CONFIDENT
+            same = same + (ours == theirs).sum()
+            confident = confident + sure.sum()
+            confident_same = confident_same + (sure & (ours == theirs)).sum()
+            only_first = only_first + ((ours == labels) & (theirs != labels)).sum()
+            only_second = only_second + ((ours != labels) & (theirs == labels)).sum()
+            if on_batch is not None:
+                on_batch(sums[0].num_images)
+    seconds = time.perf_counter() - started
+    num_confident = int(confident)
+    return Comparison(
+        first=sums[0].metrics(seconds),
+        second=sums[1].metrics(seconds),
+        agreement=Agreement(
+            same=100 * int(same) / sums[0].num_images,
+            confident_same=100 * int(confident_same) / num_confident if num_confident else None,
+            confident_images=num_confident,
+            only_first_right=int(only_first),
+            only_second_right=int(only_second),
+        ),
+    )
+
+
+def agreement(
+    model_a: nn.Module, model_b: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: torch.device
+) -> Agreement:
+    """How often two models that take the same images name the same class; `compare` gives their metrics as well."""
+    return compare(model_a, model_b, loader, device=device).agreement
+
+
+def autocast(device: torch.device, amp: Precision) -> torch.autocast:
+    """The autocast context of a precision; does nothing for "none"."""
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=amp != "none")
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; then each module in its own mode again (a frozen batch norm stays frozen)."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+class _Sums:
+    """Running sums on the device, read once at the end: reading them every batch would make the device wait."""
+
+    def __init__(self) -> None:
+        self.num_images = 0
+        self._totals: Tensor | None = None  # float64: loss, top-1, top-5, then three rows of bins
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        logits = logits.float()
+        confidence, guess = logits.softmax(dim=-1).max(dim=-1)
+        right = guess == labels
+        five = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+        # Bins are (0, 1/15], ..., (14/15, 1], as in the paper's code; NaN goes to the last one.
+        bins = (confidence * _BINS).ceil().sub(1).nan_to_num(_BINS - 1).clamp(0, _BINS - 1).long()
+        per_bin = F.one_hot(bins, _BINS).float()
+        here = torch.cat(
+            [
+                F.cross_entropy(logits, labels, reduction="sum").reshape(1),
+                right.sum().reshape(1).float(),
+                (five == labels[:, None]).sum().reshape(1).float(),
+                (confidence[None] @ per_bin).flatten(),
+                (right.float()[None] @ per_bin).flatten(),
+            ]
+        )
+        # Sums of one batch fit float32 exactly enough; those of a data set do not. MPS has no float64.
+        here = here.cpu().double() if logits.device.type == "mps" else here.double()
+        self._totals = here if self._totals is None else self._totals + here
+        self.num_images += len(labels)
+
+    def metrics(self, seconds: float) -> Metrics:
+        if self._totals is None or self.num_images == 0:
+            raise DataError("There are no images to evaluate on.")
+        totals = self._totals.cpu()
+        loss, top1, top5 = (totals[:3] / self.num_images).tolist()
+        confidences, rights = totals[3 : 3 + _BINS], totals[3 + _BINS :]
+        ece = float((confidences - rights).abs().sum()) / self.num_images
+        return Metrics(100 * top1, 100 * top5, loss, 100 * ece, self.num_images, seconds)
+
+
+def _logits(
+    model: nn.Module, images: Tensor, device: torch.device, amp: Precision, channels_last: bool = False
+) -> Tensor:
+    images = images.to(device, non_blocking=True)
+    if channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with autocast(device, amp):
+        logits: Tensor = model(images)
+    return logits.float()
+
+
+def _paired(
+    loader: Iterable[tuple[Tensor, Tensor]], other: Iterable[tuple[Tensor, Tensor]] | None
+) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    if other is None:
+        return ((batch, batch) for batch in loader)
+    return zip(loader, other, strict=True)

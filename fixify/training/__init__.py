@@ -1,0 +1,41 @@
+"""The engine that trains and retrofits: `run_finetune` on files and names, `finetune` on a model and opened data."""
+
+from fixify.training.events import (
+    Calibrated,
+    EpochEnded,
+    EpochRecord,
+    EpochStarted,
+    Evaluated,
+    Evaluating,
+    Event,
+    Listener,
+    RunStarted,
+    Step,
+)
+from fixify.training.interrupt import TrainingInterrupted
+from fixify.training.logging import stored_options
+from fixify.training.options import FinetuneOptions
+from fixify.training.run import BEST_FILE, LAST_FILE, FinetuneResult, SaveModel, finetune
+from fixify.training.slim import run_finetune
+
+__all__ = [
+    "BEST_FILE",
+    "LAST_FILE",
+    "Calibrated",
+    "EpochEnded",
+    "EpochRecord",
+    "EpochStarted",
+    "Evaluated",
+    "Evaluating",
+    "Event",
+    "FinetuneOptions",
+    "FinetuneResult",
+    "Listener",
+    "RunStarted",
+    "SaveModel",
+    "Step",
+    "TrainingInterrupted",
+    "finetune",
+    "run_finetune",
+    "stored_options",
+]

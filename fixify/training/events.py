@@ -1,0 +1,107 @@
+"""What a run tells its listener. The engine draws nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from fixify.evaluation import Metrics
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """Before anything else; `first_epoch` is above 0 when a run is resumed."""
+
+    epochs: int
+    first_epoch: int
+    batches: int
+    train: str
+    val: str
+    device: str
+    workers: int
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """During an evaluation: "before" training, or the "validation" after an epoch."""
+
+    phase: Literal["before", "validation"]
+    images: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The model as it came, before any training."""
+
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The statistics of a standardising head were taken from so many training images."""
+
+    images: int
+
+
+@dataclass(frozen=True)
+class EpochStarted:
+    epoch: int
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """During an epoch; every step on a CPU, every 20th elsewhere. Loss and accuracy are of the epoch so far."""
+
+    epoch: int
+    batch: int
+    batches: int
+    loss: float
+    top1: float
+    lr: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch as it goes into metrics.jsonl. Epochs count from 0, as in timm's summary.csv.
+
+    Attributes:
+        epoch: Which epoch.
+        step: Updates of the weights since the start of the run.
+        lr: Learning rate of the last update.
+        train_loss: Mean loss over the epoch, with augmentation, while the weights moved.
+        train_top1: Percent; with mixup the label that weighs more counts.
+        val_loss, val_top1, val_top5, val_ece: See `fixify.evaluation.Metrics`; of the moving average if there is one.
+        scale: The head's learned scale alpha; None for other heads.
+        images_per_second: Training throughput, loading included.
+        seconds: Training and validation.
+    """
+
+    epoch: int
+    step: int
+    lr: float
+    train_loss: float
+    train_top1: float
+    val_loss: float
+    val_top1: float
+    val_top5: float
+    val_ece: float
+    scale: float | None
+    images_per_second: float
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class EpochEnded:
+    record: EpochRecord
+    is_best: bool
+
+
+Event = RunStarted | Evaluating | Evaluated | Calibrated | EpochStarted | Step | EpochEnded
+Listener = Callable[[Event], object]

@@ -1,0 +1,55 @@
+"""Stopping on Ctrl-C or SIGTERM at a step where everything can be saved."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from fixify.errors import TrainingError
+
+
+class TrainingInterrupted(TrainingError):
+    """The run was asked to stop, and did, with its state saved."""
+
+
+class StopRequest:
+    """Whether somebody asked the run to stop."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+
+class Stopped(Exception):
+    """Raised at a safe step after a stop request; `run` turns it into `TrainingInterrupted`."""
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Within the block the first SIGINT or SIGTERM only sets the request; a second one acts as usual.
+
+    Outside the main thread signals cannot be caught, and the request stays unset.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    caught = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in caught}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        request.requested = True
+        restore()
+
+    for number in caught:
+        signal.signal(number, handle)
+    try:
+        yield request
+    finally:
+        restore()

@@ -1,0 +1,177 @@
+"""One epoch of training."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import Tensor, nn
+
+from fixify.data import ImageLoader
+from fixify.data.seeding import derive_seed, seeded_torch
+from fixify.errors import TrainingError
+from fixify.evaluation import autocast
+from fixify.training.events import Listener, Step
+from fixify.training.interrupt import Stopped, StopRequest
+from fixify.training.options import FinetuneOptions
+from fixify.training.resume import Progress
+
+# Reading a loss makes an accelerator wait, so there it is done this often; a loss that is not finite is then
+# noticed a little later, but named with its own step.
+_READ_EVERY = 20
+_AUXILIARY_WEIGHT = 0.3  # Szegedy et al., "Going deeper with convolutions", section 5
+_DROPOUT = 3  # random stream beside those of fixify.data.loader
+
+
+@dataclass
+class Engine:
+    """What one step of training needs."""
+
+    model: nn.Module
+    optimiser: torch.optim.Optimizer
+    schedule: Scheduler
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None
+    loader: ImageLoader
+    options: FinetuneOptions
+    device: torch.device
+
+
+def train_epoch(engine: Engine, progress: Progress, stop: StopRequest, on_event: Listener) -> None:
+    """Train the rest of the epoch that `progress` is in, and keep `progress` up to date.
+
+    Raises:
+        TrainingError: a loss is not finite.
+        Stopped: a stop was requested; `progress` and the weights belong together.
+        DataError: an image cannot be read.
+    """
+    options, batches = engine.options, len(engine.loader)
+    engine.model.train()
+    engine.loader.set_epoch(progress.epoch, progress.batch)
+    pending = _Pending(engine, progress, on_event, already=progress.seconds)
+    engine.optimiser.zero_grad(set_to_none=True)
+    for images, targets in engine.loader:
+        # The last group of an epoch may be smaller; its mean is over its own batches.
+        group_start = progress.batch - progress.batch % options.grad_accum
+        group_size = min(options.grad_accum, batches - group_start)
+        last_of_group = progress.batch == group_start + group_size - 1
+        loss, right = _forward_backward(engine, progress, images, targets, group_size)
+        pending.add(loss, right, len(images))
+        progress.batch += 1
+        if last_of_group:
+            _update(engine, progress)
+        if stop.requested and last_of_group:
+            pending.read()
+            raise Stopped
+        if progress.batch == batches or pending.due:
+            pending.read()
+
+
+def _forward_backward(
+    engine: Engine, progress: Progress, images: Tensor, targets: Tensor, group_size: int
+) -> tuple[Tensor, Tensor]:
+    options = engine.options
+    images = images.to(engine.device, non_blocking=True)
+    targets = targets.to(engine.device, non_blocking=True)
+    if options.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    seed = derive_seed(options.seed, progress.epoch, _DROPOUT, progress.batch)
+    with seeded_torch(seed, engine.device):
+        with autocast(engine.device, options.amp):
+            logits, auxiliary = _outputs(engine.model(images))
+            # Mixed targets are distributions that include the smoothing already.
+            smoothing = options.smoothing if targets.ndim == 1 else 0.0
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+            for other in auxiliary:
+                loss = loss + _AUXILIARY_WEIGHT * F.cross_entropy(other.float(), targets, label_smoothing=smoothing)
+        engine.scaler.scale(loss / group_size).backward()
+    labels = targets if targets.ndim == 1 else targets.argmax(dim=-1)
+    return loss.detach(), (logits.detach().argmax(dim=-1) == labels).sum()
+
+
+def _outputs(outputs: Any) -> tuple[Tensor, list[Tensor]]:
+    """The logits, and those of auxiliary classifiers (torchvision's GoogLeNet and Inception have them in training)."""
+    if isinstance(outputs, Tensor):
+        return outputs, []
+    if isinstance(outputs, tuple) and outputs and isinstance(outputs[0], Tensor):
+        auxiliary = [output for output in outputs[1:] if output is not None]
+        if all(isinstance(output, Tensor) and output.shape == outputs[0].shape for output in auxiliary):
+            return outputs[0], auxiliary
+    raise TrainingError(
+        f"In training this model returns {type(outputs).__name__}, not logits; fixify cannot train it.",
+    )
+
+
+def _update(engine: Engine, progress: Progress) -> None:
+    if engine.options.clip_grad is not None:
+        engine.scaler.unscale_(engine.optimiser)
+        dispatch_clip_grad(engine.model.parameters(), engine.options.clip_grad)
+    progress.lr = float(engine.optimiser.param_groups[0]["lr"])
+    engine.scaler.step(engine.optimiser)
+    engine.scaler.update()
+    engine.optimiser.zero_grad(set_to_none=True)
+    progress.updates += 1
+    engine.schedule.step_update(progress.updates)
+    if engine.ema is not None:
+        engine.ema.update(engine.model, step=progress.updates)
+
+
+class _Pending:
+    """Losses that are still on the device."""
+
+    def __init__(self, engine: Engine, progress: Progress, on_event: Listener, *, already: float) -> None:
+        self.engine = engine
+        self.progress = progress
+        self.on_event = on_event
+        self.already = already
+        self.started = time.perf_counter()
+        self.first_images = progress.images
+        self.every = 1 if engine.device.type == "cpu" else _READ_EVERY
+        self.entries: list[tuple[Tensor, Tensor, int]] = []
+
+    @property
+    def due(self) -> bool:
+        return len(self.entries) >= self.every
+
+    def add(self, loss: Tensor, right: Tensor, images: int) -> None:
+        self.entries.append((loss, right, images))
+
+    def read(self) -> None:
+        if not self.entries:
+            return
+        progress = self.progress
+        losses = torch.stack([loss.double() if loss.device.type != "mps" else loss for loss, _, _ in self.entries])
+        rights = torch.stack([right for _, right, _ in self.entries])
+        first = progress.batch - len(self.entries)
+        for offset, (loss, right) in enumerate(zip(losses.tolist(), rights.tolist(), strict=True)):
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"The loss is {loss} in epoch {progress.epoch}, batch {first + offset} of "
+                    f"{len(self.engine.loader)} (learning rate {progress.lr:.3g}).",
+                    hint="The files of the last completed epoch are kept. Try a lower --lr, a longer "
+                    "--warmup-epochs, or --clip-grad 1.",
+                )
+            images = self.entries[offset][2]
+            progress.loss_sum += loss * images
+            progress.right += int(right)
+            progress.images += images
+        self.entries.clear()
+        elapsed = time.perf_counter() - self.started
+        progress.seconds = self.already + elapsed
+        self.on_event(
+            Step(
+                epoch=progress.epoch,
+                batch=progress.batch,
+                batches=len(self.engine.loader),
+                loss=progress.loss_sum / progress.images,
+                top1=100 * progress.right / progress.images,
+                lr=progress.lr,
+                images_per_second=(progress.images - self.first_images) / max(elapsed, 1e-9),
+            )
+        )

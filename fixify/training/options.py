@@ -1,0 +1,165 @@
+"""Everything that decides how a model is finetuned. Names are timm's where timm has one."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from timm.optim import list_optimizers
+
+from fixify.data import Augmentation, default_workers
+from fixify.errors import UsageError
+
+
+class FinetuneOptions(BaseModel):
+    """Options of a finetuning run. Build it with `FinetuneOptions.create`, which explains every mistake at once.
+
+    Attributes:
+        epochs: Passes over the training images.
+        batch_size: Images a step.
+        lr: Peak learning rate.
+        opt: timm's name of the optimiser; "sgd" has Nesterov momentum.
+        momentum: For optimisers that have one.
+        weight_decay: Not applied to vectors: biases, normalisation layers, and a fixed head's scale and bias.
+        sched: How the rate falls after warming up, updated every step.
+        warmup_epochs: Epochs (or a part of one) during which the rate rises linearly from `warmup_lr`.
+        warmup_lr: Rate of the first step.
+        min_lr: Rate at the end (cosine, linear).
+        decay_epochs: Epochs between two decays (step).
+        decay_rate: Factor of each (step).
+        head_lr_scale: The fixed head's scale and bias learn at this multiple of the rate.
+        ema_decay: Decay of an exponential moving average of the weights, which is then what is evaluated and saved.
+        grad_accum: Steps whose gradients make one update.
+        clip_grad: Largest norm of the gradient.
+        amp: Autocast precision.
+        channels_last: Memory format; often faster on CUDA.
+        seed: Fixes order, augmentation and dropout.
+        workers: Loader processes; None fits the machine.
+        device: "auto", or torch's name of a device.
+        calibration_images: Training images from which the statistics of an uncalibrated head are taken.
+
+    The rest is `fixify.data.Augmentation`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int = Field(default=5, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    lr: float = Field(default=0.02, gt=0, allow_inf_nan=False)
+    opt: str = "sgd"
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=1e-4, ge=0, allow_inf_nan=False)
+    sched: Literal["cosine", "linear", "step", "constant"] = "cosine"
+    warmup_epochs: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+    warmup_lr: float = Field(default=1e-5, ge=0, allow_inf_nan=False)
+    min_lr: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    decay_epochs: float = Field(default=30, gt=0, allow_inf_nan=False)
+    decay_rate: float = Field(default=0.1, gt=0, le=1)
+    head_lr_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    grad_accum: int = Field(default=1, ge=1)
+    clip_grad: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    channels_last: bool = False
+    seed: int = Field(default=0, ge=0)
+    workers: int | None = Field(default=None, ge=0)
+    device: str = "auto"
+    calibration_images: int = Field(default=512, ge=2)
+
+    no_aug: bool = False
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = Field(default=0.5, ge=0, le=1)
+    vflip: float = Field(default=0.0, ge=0, le=1)
+    color_jitter: float = Field(default=0.4, ge=0)
+    auto_augment: str | None = None
+    interpolation: Literal["random", "bilinear", "bicubic"] = "random"
+    reprob: float = Field(default=0.0, ge=0, le=1)
+    remode: Literal["const", "rand", "pixel"] = "pixel"
+    mixup: float = Field(default=0.0, ge=0)
+    cutmix: float = Field(default=0.0, ge=0)
+    mixup_prob: float = Field(default=1.0, ge=0, le=1)
+    mixup_switch_prob: float = Field(default=0.5, ge=0, le=1)
+    smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+    @classmethod
+    def create(cls, **given: Any) -> FinetuneOptions:
+        """Options with these values and the defaults.
+
+        Raises:
+            UsageError: unknown names (the nearest is named) and values out of range, all of them at once.
+        """
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            raise UsageError("\n".join(_sentence(problem) for problem in error.errors())) from error
+
+    def replace(self, **given: Any) -> FinetuneOptions:
+        """These options with some changed; raises like `create`."""
+        return self.create(**{**self.model_dump(), **given})
+
+    @field_validator("opt")
+    @classmethod
+    def _known_optimiser(cls, opt: str) -> str:
+        known = list_optimizers()
+        if opt.lower() not in known:
+            near = difflib.get_close_matches(opt.lower(), known, n=3)
+            nearest = f"; near to it: {', '.join(near)}" if near else ""
+            raise ValueError(f"{opt!r} is not an optimiser of timm{nearest}")
+        return opt.lower()
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _is_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1] < float("inf"):
+            raise ValueError(f"must be two positive numbers, the smaller first, not {value[0]:g} {value[1]:g}")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> FinetuneOptions:
+        if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
+            raise ValueError(f"warmup_epochs ({self.warmup_epochs:g}) must be less than epochs ({self.epochs})")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr:g}) must not be above lr ({self.lr:g})")
+        if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
+            raise ValueError(f"batch_size must be even with mixup or cutmix, not {self.batch_size}")
+        return self
+
+    def augmentation(self) -> Augmentation:
+        """The part that concerns training images."""
+        return Augmentation(**{name: getattr(self, name) for name in Augmentation.__dataclass_fields__})
+
+    def resolved_device(self) -> torch.device:
+        """The device: CUDA if there is one, then Apple's, then the CPU, unless said otherwise.
+
+        Raises:
+            UsageError: not a device, or not on this machine.
+        """
+        if self.device == "auto":
+            found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+            return torch.device("cpu") if found is None else found
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+            raise UsageError(f"There is no device {self.device!r} here.", hint="Try --device cpu") from error
+        return device
+
+    def resolved_workers(self) -> int:
+        """Loader processes."""
+        return default_workers(self.resolved_device()) if self.workers is None else self.workers
+
+    def recipe(self) -> dict[str, Any]:
+        """What determines the result, JSON-safe: everything except the machine's own `workers` and `device`."""
+        return self.model_dump(mode="json", exclude={"workers", "device"})
+
+
+def _sentence(problem: Any) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, FinetuneOptions.model_fields, n=1)
+        return f"There is no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{name}: {message} (given: {problem['input']!r})." if name else f"{message}."

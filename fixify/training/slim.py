@@ -1,0 +1,81 @@
+"""From a slim checkpoint and a data name to a finetuned slim checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fixify._io import sha256_of
+from fixify.checkpoint import load, read_info, save
+from fixify.data import check_classes, open_train_val
+from fixify.errors import UsageError
+from fixify.training.events import Listener
+from fixify.training.logging import stored_options
+from fixify.training.options import FinetuneOptions
+from fixify.training.run import BEST_FILE, LAST_FILE, FinetuneResult, finetune
+
+
+def run_finetune(
+    slim_path: Path | str,
+    data_name: str,
+    out_dir: Path | str,
+    options: FinetuneOptions | None = None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    download: bool = False,
+    on_event: Listener | None = None,
+) -> FinetuneResult:
+    """Finetune a slim checkpoint.
+
+    The data is checked against the checkpoint (class count; class names and their order, where the checkpoint has
+    them), the checkpoint is validated as it came, then trained and validated after each epoch.
+
+    Args:
+        slim_path: The checkpoint; it is not changed.
+        data_name: See `fixify.data.open_data`.
+        out_dir: Folder of the run; see `fixify.training.finetune`.
+        options: None takes the defaults, or with `resume` those the run was started with.
+        resume: Continue the run in `out_dir`.
+        force: Replace the run in `out_dir`.
+        download: Whether `torch/...` data may be downloaded.
+        on_event: Told what happens.
+
+    Raises:
+        FormatError, CodebookMismatchError: the checkpoint cannot be loaded.
+        DataError: the data is missing, not laid out as expected, or not the checkpoint's.
+        TrainingError, OutputExistsError, OutputError: see `fixify.training.finetune`.
+        UsageError: the checkpoint would be overwritten.
+    """
+    source, out = Path(slim_path), Path(out_dir)
+    if source.resolve() in {(out / name).resolve() for name in (BEST_FILE, LAST_FILE)}:
+        raise UsageError(f"The run in {out} would overwrite {source}.", hint="Choose another folder with -o.")
+    if options is None:
+        options = stored_options(out) if resume else FinetuneOptions()
+    info = read_info(source)
+    train, val = open_train_val(data_name, download=download)
+    stored_names = (info.training or {}).get("class_names") or info.labels
+    check_classes(train, info.num_classes, stored_names)
+    model = load(source)
+    if info.labels is None:
+        model.fixify_info = info.model_copy(update={"labels": list(train.class_names)})  # type: ignore[assignment]
+
+    def save_model(trained: nn.Module, path: Path, record: dict[str, Any]) -> None:
+        save(trained, path, force=True, training=record)
+
+    facts = {"checkpoint": source.name, "checkpoint_sha256": sha256_of(source)}
+    return finetune(
+        model,
+        train,
+        val,
+        info.preprocessing,
+        options,
+        out,
+        save=save_model,
+        resume=resume,
+        force=force,
+        facts=facts,
+        on_event=on_event,
+    )
