@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fixify.errors import ArchitectureError, SourceError
+from fixify.sources.labels import labels_of_config
 from fixify.sources.source import Facts
 from fixify.sources.wrappers import items_of
 
@@ -47,6 +48,38 @@ def facts_of_metadata(metadata: Mapping[str, str]) -> Facts:
         architecture=architecture,
         num_classes=int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 8 else None,
         labels=_json_labels(labels) if labels else None,
+    )
+
+
+def facts_of_config(config: Mapping[str, Any]) -> Facts:
+    """Facts from a config.json: timm's, its older flat form, transformers' wrapper of timm, or transformers' own.
+
+    Raises:
+        SourceError: it should describe a timm model and does not say which.
+    """
+    labels = labels_of_config(config.get("label_names") or config.get("labels"), config.get("label_descriptions"))
+    labels = labels or labels_of_config(config.get("id2label"), None)
+    name = config.get("architecture")
+    if not isinstance(name, str):
+        return Facts(labels=labels, num_classes=len(labels) if labels else None)  # a model of transformers
+    nested = config.get("pretrained_cfg")
+    cfg = dict(nested) if isinstance(nested, Mapping) else dict(config)
+    labels = labels or labels_of_config(cfg.get("label_names"), cfg.get("label_descriptions"))
+    tag = cfg.get("tag")
+    architecture = (known_architecture(f"timm/{name}.{tag}") if tag else None) or known_architecture(f"timm/{name}")
+    num_classes = _positive(config.get("num_classes")) or _positive(cfg.get("num_classes"))
+    given = config.get("model_args")
+    kwargs = {key: value for key, value in items_of(given) if isinstance(key, str) and _is_plain(value)}
+    num_classes = _positive(kwargs.pop("num_classes", None)) or num_classes
+    size = cfg.get("input_size")
+    if isinstance(size, list) and len(size) == 3 and size[0] != 3:
+        kwargs.setdefault("in_chans", size[0])
+    return Facts(
+        architecture=architecture,
+        architecture_kwargs=kwargs,
+        num_classes=num_classes,
+        pretrained_cfg={key: cfg[key] for key in _DATA_OPTIONS if cfg.get(key) is not None} or None,
+        labels=labels,
     )
 
 

@@ -6,41 +6,98 @@ import difflib
 import os
 from pathlib import Path
 
-from fixify.errors import SourceError
+from fixify.errors import ArchitectureError, SourceError
 from fixify.sources.files import open_file
+from fixify.sources.folders import SUFFIXES, WEIGHTS, open_folder, open_with_config
 from fixify.sources.source import Source
-
-_SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".tar", ".ckpt", ".th", ".pkl", ".zip")
 
 
 def open_source(ref: str | os.PathLike[str], *, ema: bool = False, meta: bool = False) -> Source:
     """Open a checkpoint.
 
     Args:
-        ref: A file.
+        ref: What exists under that path, if anything does: a file, or a folder with config.json and weights. Else a
+            model name: `resnet18`, `timm/resnet18.a1_in1k`, `torchvision/resnet50:IMAGENET1K_V2`,
+            `hf-hub:organisation/name@revision`, `local-dir:folder`.
         ema: Take the moving average of the weights, if the checkpoint holds one.
-        meta: Read only names, shapes and dtypes (tensors on the meta device): of a large safetensors file just
-            the header.
+        meta: Read only names, shapes and dtypes (tensors on the meta device): of a safetensors file the header.
 
     Raises:
         UnsafeCheckpointError: it would run code, or lies about what it holds. Nothing was run.
         SourceError: there is nothing of that name, or it cannot be read.
     """
     text = os.fspath(ref)
+    if not text:
+        raise SourceError("The name of the checkpoint is empty.", hint="Give a file, a folder or a model name.")
     path = Path(text).expanduser()
-    if os.path.exists(path):  # noqa: PTH110 - Path.exists raises on names that are too long
-        return open_file(path, ema=ema, meta=meta)
-    raise _no_such_file(text, path)
+    # os.path, since Path.exists raises on what cannot be a path (too long, a zero byte)
+    if os.path.exists(path):  # noqa: PTH110
+        return _open_path(path, ema=ema, meta=meta)
+    scheme, colon, rest = text.partition(":")
+    if colon and scheme in ("hf-hub", "hf_hub"):
+        from fixify.sources.hub import open_repository
+
+        return open_repository(rest, ema=ema, meta=meta)
+    if colon and scheme == "local-dir":
+        return _open_local(rest, ema=ema, meta=meta)
+    if scheme in ("http", "https", "ftp", "s3", "gs"):
+        raise SourceError(f"{text} is an address, not a file.", hint=f"Download it first: curl -LO {text}")
+    if _looks_like_path(text):
+        raise _no_such_file(text, path)
+    return _open_name(text, ema=ema, meta=meta)
+
+
+def _open_path(path: Path, *, ema: bool, meta: bool) -> Source:
+    if path.is_dir():
+        return open_folder(path, ema=ema, meta=meta)
+    if path.name in WEIGHTS:
+        return open_with_config(path, ema=ema, meta=meta)
+    source = open_file(path, ema=ema, meta=meta)
+    if source.architecture is None and "-" in path.name:
+        from fixify.sources.named import published_facts
+
+        source.with_facts(published_facts(path).or_else(source.facts))
+    return source
+
+
+def _open_local(text: str, *, ema: bool, meta: bool) -> Source:
+    folder = Path(text).expanduser()
+    if not os.path.isdir(folder):  # noqa: PTH112
+        raise SourceError(
+            f"local-dir: there is no folder {text!r}.", hint="Give a folder with model.safetensors in it."
+        )
+    return open_folder(folder, ema=ema, meta=meta)
+
+
+def _open_name(text: str, *, ema: bool, meta: bool) -> Source:
+    from fixify.sources.named import open_named
+    from fixify.zoo.architectures import parse_architecture
+
+    try:
+        architecture = parse_architecture(text.replace(":", ".", 1))
+    except ArchitectureError as error:
+        raise SourceError(f"{text[:100]!r} is no file, and no model name: {error.message}", hint=error.hint) from error
+    return open_named(architecture, ema=ema, meta=meta)
+
+
+def _looks_like_path(text: str) -> bool:
+    separators = {"/", os.sep} & set(text)
+    return text.endswith(SUFFIXES) or (bool(separators) and not text.startswith(("timm/", "torchvision/")))
 
 
 def _no_such_file(text: str, path: Path) -> SourceError:
     folder = path.parent
-    if not folder.is_dir():
-        return SourceError(f"There is no file {text}: the folder {folder} does not exist.")
-    names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(_SUFFIXES))
+    if not os.path.isdir(folder):  # noqa: PTH112
+        hint = f"If it is a repository of the Hugging Face hub: hf-hub:{text}" if _could_be_repository(text) else None
+        return SourceError(f"There is no file {text}: the folder {folder} does not exist.", hint=hint)
+    names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(SUFFIXES))
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     if near:
         return SourceError(f"There is no file {text}.", hint=f"Did you mean {' or '.join(near)}?")
     if names:
         return SourceError(f"There is no file {text}.", hint=f"In {folder} there are {', '.join(names[:5])}.")
     return SourceError(f"There is no file {text}, and no checkpoint in {folder}.")
+
+
+def _could_be_repository(text: str) -> bool:
+    return text.count("/") == 1 and not text.startswith(("/", "~", ".")) and not text.endswith(SUFFIXES)

@@ -74,6 +74,20 @@ class Source:
         """Name -> shape, in stored order: what an architecture is identified from."""
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
+    @property
+    def facts(self) -> Facts:
+        """What the source says about the model."""
+        return Facts(self.architecture, self.architecture_kwargs, self.num_classes, self.pretrained_cfg, self.labels)
+
+    def with_facts(self, facts: Facts) -> Source:
+        """This source, saying what `facts` say instead."""
+        self.architecture = facts.architecture
+        self.architecture_kwargs = facts.architecture_kwargs
+        self.num_classes = facts.num_classes
+        self.pretrained_cfg = facts.pretrained_cfg
+        self.labels = facts.labels
+        return self
+
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raise `SourceError` naming the first tensor that holds a NaN or an infinity.

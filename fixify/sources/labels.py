@@ -1,0 +1,108 @@
+"""Class names: ImageNet's, and those in a file."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from fixify.errors import SourceError
+
+_MAX_BYTES = 64 << 20
+_LAST_NUMBER = re.compile(r"^(?P<name>.*\S)[\s,;:]+(?P<index>\d{1,7})$")
+_FIRST_NUMBER = re.compile(r"^(?P<index>\d{1,7})[\s,;:]+(?P<name>\S.*)$")
+
+
+def imagenet_labels(num_classes: int) -> list[str] | None:
+    """Descriptions of ImageNet's classes in the order of the logits ("tench, Tinca tinca"), by timm's tables.
+
+    Returns:
+        None unless `num_classes` is that of a version of ImageNet: 1000, 11221 (21k, cleaned), 11821 (12k),
+        21841, 21842 or 21843 (22k and its variants).
+    """
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    return None if subset is None else list(ImageNetInfo(subset).label_descriptions())
+
+
+def read_class_map(path: Path) -> list[str]:
+    """Read class names from a file.
+
+    One name a line; "name index" or "index name" a line, separated by blanks, a tab, a comma or a colon; a JSON
+    list of names; or a JSON object, index -> name (or [..., name], as Keras writes it) or name -> index.
+
+    Raises:
+        SourceError: it cannot be read, or its indices are not 0..C-1, each once.
+    """
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise SourceError(f"{path} is too large for a list of class names.", hint="Give one name a line.")
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise SourceError(f"The class names in {path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path} is not a list of class names: it is no UTF-8 text.") from error
+    if text.lstrip().startswith(("[", "{")):
+        return _from_json(path, text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise SourceError(f"{path} holds no class names.", hint="Give one name a line, in the order of the classes.")
+    return _indexed(lines, _LAST_NUMBER) or _indexed(lines, _FIRST_NUMBER) or lines
+
+
+def labels_of_config(names: Any, descriptions: Any) -> list[str] | None:
+    """timm's `label_names` and `label_descriptions` as one label a class: the description where there is one."""
+    if isinstance(names, dict):  # transformers' id2label
+        return _by_index({index: name for index, name in names.items() if isinstance(name, str)})
+    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
+        return None
+    if isinstance(descriptions, dict):
+        return [str(descriptions.get(name, name)) for name in names]
+    if isinstance(descriptions, (list, tuple)) and len(descriptions) == len(names):
+        return [str(description) for description in descriptions]
+    return list(names)
+
+
+def _indexed(lines: list[str], pattern: re.Pattern[str]) -> list[str] | None:
+    matches = [pattern.match(line) for line in lines]
+    by_index = {int(match["index"]): match["name"].rstrip(" ,;:\t") for match in matches if match}
+    if sorted(by_index) != list(range(len(lines))):
+        return None
+    # "class 0", "class 1", ... are names that end in a number; two classes of one name exist (ImageNet's crane).
+    if 2 * len(set(by_index.values())) <= len(lines) and len(lines) > 1:
+        return None
+    return [by_index[index] for index in range(len(lines))]
+
+
+def _from_json(path: Path, text: str) -> list[str]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"The class names in {path} are not valid JSON: {error}.") from error
+    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+        return value
+    if isinstance(value, dict) and value:
+        if all(isinstance(index, int) and not isinstance(index, bool) for index in value.values()):
+            value = {index: name for name, index in value.items()}
+        labels = _by_index(
+            {index: name[-1] if isinstance(name, list) and name else name for index, name in value.items()}
+        )
+        if labels is not None:
+            return labels
+    raise SourceError(
+        f"The JSON in {path} is no list of class names.",
+        hint='It may be ["cat", "dog"], {"0": "cat", "1": "dog"} or {"cat": 0, "dog": 1}.',
+    )
+
+
+def _by_index(names: dict[Any, Any]) -> list[str] | None:
+    try:
+        by_index = {int(index): name for index, name in names.items()}
+    except (TypeError, ValueError):
+        return None
+    if sorted(by_index) != list(range(len(names))) or not by_index:
+        return None
+    ordered = [by_index[index] for index in range(len(by_index))]
+    return ordered if all(isinstance(name, str) for name in ordered) else None
