@@ -19,7 +19,6 @@ from fixify.heads.codebooks import block_bits, checked_codes, construction_of, s
 from fixify.heads.matrices import Construction, elementary, order_of, rows
 from fixify.heads.spec import HeadSpec
 
-
 _TABLES = ("left", "right", "block_signs", "index", "class_signs", "table")
 
 
@@ -33,9 +32,10 @@ def balanced_split(construction: Construction) -> tuple[Construction, Constructi
 def prefers_dense(num_classes: int, num_blocks: int, left: int, right: int) -> bool:
     """Whether one product with all codes is faster than the fast product with so many blocks.
 
-    Multiplications per feature: C against K (a + b); a small product runs at about half the rate of a large one.
+    Multiplications per feature: C against K (a + b), where small products run at about half the rate of a large one;
+    and below 2^16 entries the whole codebook costs less than starting a second product.
     """
-    return num_classes < 2 * num_blocks * (left + right)
+    return num_classes < 2 * num_blocks * (left + right) or num_classes * left * right < 1 << 16
 
 
 class CodeProduct(nn.Module):
@@ -140,17 +140,19 @@ class CodeProduct(nn.Module):
         if self.right is None:
             raise HeadSpecError("This fixed classifier is matched and its codes have not been loaded yet.")
         n, c = self.spec.num_features, self.spec.num_classes
-        z = z.unsqueeze(-2)
-        if self.block_signs is not None:
-            z = z * self.block_signs.to(z.dtype)  # [..., K, N]
         b = self.right.shape[0]
-        scores = F.linear(z.unflatten(-1, (n // b, b)), self.right)
+        a = n // b
+        k = 1 if self.block_signs is None else self.block_signs.shape[0]
+        lead = z.shape[:-1]
+        if self.block_signs is not None:
+            z = z.unsqueeze(-2) * self.block_signs.to(z.dtype)
+        scores = F.linear(z.reshape(*lead, k * a, b), self.right)
         if self.left is not None:
-            scores = F.linear(scores.transpose(-1, -2), self.left).transpose(-1, -2)
-        scores = scores.flatten(-2)  # [..., K, N]
+            scores = torch.matmul(self.left, scores.reshape(*lead, k, a, b))
         if self.index is not None and self.class_signs is not None:
-            return scores.flatten(-2).index_select(-1, self.index) * self.class_signs.to(scores.dtype)
+            return scores.reshape(*lead, k * n).index_select(-1, self.index) * self.class_signs.to(scores.dtype)
         if c > n:
-            return torch.stack((scores, -scores), dim=-2).flatten(-3)[..., :c]
+            scores = scores.reshape(*lead, k, 1, n)
+            return torch.cat((scores, -scores), dim=-2).reshape(*lead, k * 2 * n)[..., :c]
         first = 1 if c < n else 0
-        return scores.squeeze(-2)[..., first : first + c]
+        return scores.reshape(*lead, n)[..., first : first + c]
