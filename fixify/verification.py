@@ -65,7 +65,7 @@ def _codebook(info: SlimInfo, model: nn.Module) -> Check:
         facts = coherence(record.spec, head.codes)
         if facts.max_cosine > 1 - 1e-6:
             return Check("codebook", False, f"{record.path}: two classes have the same code")
-        found.append(f"{record.path}: {record.spec.digest}, largest cosine {facts.max_cosine:.3f}")
+        found.append(f"{record.path}: digest as recorded, largest cosine {facts.max_cosine:.3f}")
     return Check("codebook", True, "; ".join(found))
 
 

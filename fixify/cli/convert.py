@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -39,7 +38,7 @@ def convert(
     The backbone is kept bit for bit. No data is needed; accuracy comes back with `fixify finetune`.
     """
     from fixify.conversion import convert as run
-    from fixify.reporting.tables import savings_table
+    from fixify.reporting.tables import removed_line, savings_table
 
     output = Output(as_json=as_json)
     done = run(
@@ -61,6 +60,7 @@ def convert(
     savings = done.savings.to_dict()
     output.result(
         {"path": str(done.path), "notes": done.notes, "savings": savings, "info": done.info.model_dump()},
-        savings_table(done.savings, title=f"{Path(source).name} -> {done.path.name}"),
+        f"{done.path}: {removed_line(done.savings)}",
+        savings_table(done.savings),
     )
     output.next_step(f"fixify finetune {done.path} --data DATA", "recover the accuracy (DATA has train/ and val/)")

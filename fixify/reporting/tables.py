@@ -33,9 +33,9 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def savings_table(savings: Savings, *, title: str | None = None) -> Table:
+def savings_table(savings: Savings) -> Table:
     """Before and after: parameters and bytes, of the whole model and of its classifier."""
-    made = new_table("", ">before", ">after", ">saved", title=title)
+    made = new_table("", ">before", ">after", ">saved")
     classifier_after = savings.parameters_after - (savings.parameters_before - savings.classifier_parameters)
     for name, before, after in (
         ("parameters", savings.parameters_before, savings.parameters_after),
@@ -48,6 +48,14 @@ def savings_table(savings: Savings, *, title: str | None = None) -> Table:
     ):
         made.add_row(name, human_bytes(before), human_bytes(after), _saved(before, after, human_bytes(before - after)))
     return made
+
+
+def removed_line(savings: Savings) -> str:
+    """The saving in one sentence."""
+    share = 100 * savings.removed_share
+    return (
+        f"{savings.removed:,} classifier weights, {share:.1f} % of {savings.parameters_before:,} parameters, are gone"
+    )
 
 
 def models_table(rows: Iterable[ModelReport]) -> Table:
@@ -78,18 +86,19 @@ def info_table(path: Path, info: SlimInfo) -> Table:
     for record in info.heads:
         spec = record.spec
         made.add_row(f"head {record.path}", f"{spec.kind}, {spec.num_classes} classes x {spec.num_features} features")
-        made.add_row("", f"{spec.construction or 'seeded'}, seed {spec.seed}, {spec.digest}")
+        made.add_row("", ", ".join(part for part in (spec.construction, f"seed {spec.seed}") if part))
+        made.add_row("", short_digest(spec.digest))
     made.add_row("preprocessing", ", ".join(f"{key} {_plain(value)}" for key, value in info.preprocessing.items()))
     if info.labels:
         shown = ", ".join(info.labels[:4])
         made.add_row("labels", f"{shown}, ... ({len(info.labels)})" if len(info.labels) > 4 else shown)
-    for key, value in info.source.items():
-        if value is not None:
-            made.add_row(f"source {key}", str(value))
-    savings = Savings.from_dict(info.savings)
-    made.add_row(
-        "saved", f"{savings.removed:,} weights ({100 * savings.removed_share:.1f} % of {savings.parameters_before:,})"
-    )
+    source = info.source
+    if source.get("name"):
+        size = f", {human_bytes(source['bytes'])}" if source.get("bytes") else ""
+        made.add_row("source", f"{source['name']}{size}" + (", EMA weights" if source.get("ema") else ""))
+    if source.get("sha256"):
+        made.add_row("", short_digest(f"sha256:{source['sha256']}"))
+    made.add_row("saved", removed_line(Savings.from_dict(info.savings)))
     for key, value in (info.training or {}).items():
         made.add_row(f"training {key}", _plain(value))
     return made
@@ -101,6 +110,11 @@ def checks_table(checks: Sequence[Check]) -> Table:
     for check in checks:
         made.add_row("[green]ok[/]" if check.passed else "[red]FAILED[/]", check.name, check.detail)
     return made
+
+
+def short_digest(digest: str | None) -> str:
+    """The beginning of a digest, enough to tell two apart; `--json` has all of it."""
+    return "" if digest is None else digest if len(digest) <= 24 else f"{digest[:24]}..."
 
 
 def _saved(before: float, after: float, difference: str) -> str:
