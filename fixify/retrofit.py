@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fixify.errors import FormatError, HeadSpecError
+from fixify.errors import FormatError, HeadSpecError, NoClassifierError
 from fixify.heads import FixedClassifier, HeadSpec, choose_kind
 from fixify.zoo.architectures import Architecture
 from fixify.zoo.classifiers import ClassifierSite, find_classifiers
@@ -67,13 +67,20 @@ def fix_classifier_(
     *,
     seed: int = 0,
     scale: float | None = None,
+    keep_bias: bool = False,
     arch: Architecture | None = None,
     **options: Any,
 ) -> nn.Module:
     """Replace the classifier of a model by a fixed one, in place. Weights of the old one are dropped.
 
     Every classifier layer of the model is replaced (`zoo.classifiers.find_classifiers`); the new one has the old one's
-    device and floating type, and a bias if the old one had. After that `model.get_classifier()` is the fixed head.
+    device and floating type, and a bias if the old one had. After that `model.get_classifier()` is the fixed head, or
+    contains it where it is more than a linear layer (RepVit's BatchNorm + Linear). `reset_classifier()` gives the model
+    a learned classifier again. Merging BatchNorm into the classifier (`fuse()` of LeViT, RepVit and the like) is no
+    longer possible: a fixed classifier has no weights to merge it into.
+
+    All heads of a model get the same seed, so heads of the same width share one codebook: distilled models average the
+    logits of their heads, and the two features of a class are then drawn to the same code.
 
     Args:
         model: A timm or torchvision classification model, or one with a layer named like torchvision's.
@@ -81,6 +88,7 @@ def fix_classifier_(
             spec, whose numbers of features and classes must be the model's.
         seed: Seed of the codebook.
         scale: Initial alpha; default: where softmax reaches 0.95 at cosine 1.
+        keep_bias: Start from the old classifier's bias instead of zero.
         arch: Named in messages.
         options: Further fields of `HeadSpec`, for example `standardize=True`.
 
@@ -88,14 +96,25 @@ def fix_classifier_(
         `model`.
 
     Raises:
-        NoClassifierError: the model has no classifier.
-        HeadSpecError: no such codebook, or a spec of other sizes than the model's.
+        NoClassifierError: the model has no classifier, or it is fixed already.
+        HeadSpecError: no such codebook, a spec of other sizes than the model's, or no bias to keep. The model is as it
+            was.
     """
     if isinstance(kind, HeadSpec) and (seed or options):
         raise HeadSpecError("A HeadSpec already holds seed and options; give one or the other.")
+    if any(isinstance(module, FixedClassifier) for module in model.modules()):
+        raise NoClassifierError(
+            f"The classifier of this {type(model).__name__} is fixed already.",
+            hint="model.reset_classifier(num_classes) gives a timm model a learned one again.",
+        )
+    heads = {}
     for site in find_classifiers(model, arch):
         spec = kind if isinstance(kind, HeadSpec) else _spec_for(site, kind, seed, options)
-        _install(model, site, spec, scale)
+        heads[site.path] = _head(model, site, spec, scale)
+        if keep_bias:
+            _copy_bias(model.get_submodule(site.path), heads[site.path])
+    for path, head in heads.items():
+        replace_module(model, path, head)
     return model
 
 
@@ -104,9 +123,10 @@ def apply_heads_(model: nn.Module, records: Iterable[HeadRecord]) -> nn.Module:
 
     Raises:
         FormatError: the model has no classifier at a recorded path, or one of another size.
-        CodebookMismatchError: a codebook rebuilt here is not the recorded one.
+        CodebookMismatchError: a codebook rebuilt here is not the recorded one. The model is as it was.
     """
     sites = {site.path: site for site in find_classifiers(model)}
+    heads = {}
     for record in records:
         site = sites.get(record.path)
         if site is None:
@@ -114,7 +134,9 @@ def apply_heads_(model: nn.Module, records: Iterable[HeadRecord]) -> nn.Module:
         sizes = (site.num_features, site.num_classes, site.channel_dim)
         if sizes != (record.spec.num_features, record.spec.num_classes, record.channel_dim):
             raise FormatError(f"The head recorded for {record.path} does not have the size of the model's classifier.")
-        _install(model, site, record.spec)
+        heads[record.path] = _head(model, site, record.spec)
+    for path, head in heads.items():
+        replace_module(model, path, head)
     return model
 
 
@@ -134,7 +156,7 @@ def _spec_for(site: ClassifierSite, kind: str, seed: int, options: Mapping[str, 
     )
 
 
-def _install(model: nn.Module, site: ClassifierSite, spec: HeadSpec, scale: float | None = None) -> None:
+def _head(model: nn.Module, site: ClassifierSite, spec: HeadSpec, scale: float | None = None) -> FixedClassifier:
     if (spec.num_features, spec.num_classes) != (site.num_features, site.num_classes):
         raise HeadSpecError(
             f"The head spec is for {spec.num_features} features and {spec.num_classes} classes; the classifier "
@@ -142,5 +164,12 @@ def _install(model: nn.Module, site: ClassifierSite, spec: HeadSpec, scale: floa
         )
     old = model.get_submodule(site.path)
     weight: torch.Tensor = old.weight  # type: ignore[assignment]
-    new = FixedClassifier(spec, scale=scale, channel_dim=site.channel_dim, device=weight.device, dtype=weight.dtype)
-    replace_module(model, site.path, new.train(old.training))
+    head = FixedClassifier(spec, scale=scale, channel_dim=site.channel_dim, device=weight.device, dtype=weight.dtype)
+    return head.train(old.training)
+
+
+def _copy_bias(old: nn.Module, head: FixedClassifier) -> None:
+    if not isinstance(old.bias, torch.Tensor) or head.bias is None:
+        raise HeadSpecError("There is no bias to keep: the old classifier or the new one has none.")
+    with torch.no_grad():
+        head.bias.copy_(old.bias)

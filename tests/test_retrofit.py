@@ -1,0 +1,277 @@
+"""fixify.retrofit: what a model can still do after its classifier was replaced."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+
+from fixify.errors import FormatError, HeadSpecError, NoClassifierError
+from fixify.heads import FixedClassifier, HeadSpec
+from fixify.retrofit import HeadRecord, apply_heads_, fix_classifier_, replace_module
+from fixify.zoo import build, find_classifiers, parse_architecture
+
+NUM_CLASSES = 12
+# The smallest model of each way to build a classifier, and the size of image that it takes.
+TIMM: dict[str, int] = {
+    "resnet10t": 64,
+    "mobilenetv3_small_050": 64,  # a hidden layer and the classifier
+    "dla46_c": 64,  # 1x1 convolution
+    "convnext_atto": 64,
+    "vit_tiny_patch16_224": 224,
+    "deit_tiny_distilled_patch16_224": 224,
+    "levit_128s": 224,
+    "levit_256d": 224,
+    "repvit_m0_9": 64,
+    "iformer_t": 224,
+    "crossvit_9_240": 240,
+    "cpubone_nano": 64,
+    "poolformerv2_s12": 64,
+    "caformer_s18": 64,  # MlpHead
+    "efficientvim_m1": 224,
+    "efficientvim_m1_dist": 224,
+    "volo_d1_224": 224,  # an auxiliary head for each token
+}
+LARGER = {
+    "sequencer2d_s": 224,  # get_classifier() is the whole ClassifierHead
+    "samvit_base_patch16_224": 224,
+    "vitamin_small_224": 224,
+    "mvitv2_tiny": 224,
+}
+TORCHVISION = {
+    "mobilenet_v3_small": 64,
+    "squeezenet1_1": 64,
+    "googlenet": 224,  # two auxiliary classifiers
+    "swin_t": 64,
+    "regnet_y_400mf": 64,
+}
+
+
+def _small(ref: str, size: int) -> tuple[nn.Module, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = build(parse_architecture(ref), num_classes=NUM_CLASSES)
+        return model, torch.randn(2, 3, size, size)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors of an output: some models return several, or lists of them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _same(first: Any, second: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(_tensors(first), _tensors(second), strict=True))
+
+
+@pytest.mark.parametrize("name", [*TIMM, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGER)])
+@torch.no_grad()
+def test_timm_models_keep_working(name: str) -> None:
+    model, x = _small(f"timm/{name}", (TIMM | LARGER)[name])
+    model.eval()
+    sites = find_classifiers(model)
+    features = model.forward_features(x)
+    pre_logits = model.forward_head(features, pre_logits=True)
+    parameters = {id(parameter) for parameter in model.parameters()}
+
+    assert fix_classifier_(model, "auto") is model
+
+    fixed = {path: module for path, module in model.named_modules() if isinstance(module, FixedClassifier)}
+    assert list(fixed) == [site.path for site in sites]
+    for site in sites:
+        head = fixed[site.path]
+        assert (head.in_features, head.out_features) == (site.num_features, site.num_classes)
+        assert not head.training
+        assert (head.bias is not None) == site.has_bias
+    new = sum(parameter.numel() for path in fixed for parameter in fixed[path].parameters())
+    assert new <= sum(site.num_classes + 1 for site in sites)
+    assert sum(id(parameter) in parameters for parameter in model.parameters()) == len(parameters) - sum(
+        1 + site.has_bias for site in sites
+    )
+
+    classifier = model.get_classifier()
+    inside = [m for part in _parts(classifier) for m in part.modules() if isinstance(m, FixedClassifier)]
+    assert inside and set(inside) <= set(fixed.values())
+
+    # The backbone, and what it hands to the classifier, are untouched.
+    assert _same(model.forward_features(x), features)
+    assert _same(model.forward_head(features, pre_logits=True), pre_logits)
+    seen: list[Any] = []
+    hooks = [head.register_forward_hook(lambda module, args, out: seen.append(out)) for head in inside]
+    logits = model(x)
+    assert logits.shape == (2, NUM_CLASSES)
+    assert logits.isfinite().all()
+    assert len(seen) >= len(inside)
+    for hook in hooks:
+        hook.remove()
+
+    model.reset_classifier(5)
+    assert model(x).shape == (2, 5)
+    assert not any(isinstance(m, FixedClassifier) for part in _parts(model.get_classifier()) for m in part.modules())
+
+
+def _parts(classifier: Any) -> tuple[nn.Module, ...]:
+    return classifier if isinstance(classifier, tuple) else (classifier,)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision_models_keep_working(name: str) -> None:
+    model, x = _small(f"torchvision/{name}", TORCHVISION[name])
+    sites = find_classifiers(model)
+    fix_classifier_(model, "auto")
+    for site in sites:
+        assert isinstance(model.get_submodule(site.path), FixedClassifier)
+    assert model.eval()(x).shape == (2, NUM_CLASSES)
+    outputs = list(_tensors(model.train()(x)))
+    assert [output.shape for output in outputs] == [(2, NUM_CLASSES)] * len(sites)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "dla46_c", "levit_128s", "crossvit_9_240"])
+def test_gradients_reach_the_backbone_and_every_head(name: str) -> None:
+    model, x = _small(f"timm/{name}", TIMM[name])
+    fix_classifier_(model, "auto", standardize=True)
+    model.train()
+    outputs = [output for output in _tensors(model(x)) if output.is_floating_point()]
+    sum(output.square().mean() for output in outputs).backward()
+    for path, module in model.named_modules():
+        if isinstance(module, FixedClassifier):
+            assert module.scale.grad is not None, path
+            assert module.bias is not None and module.bias.grad is not None, path
+            assert module.num_batches_tracked == 1, path
+    stem = next(model.parameters())
+    assert stem.grad is not None and stem.grad.isfinite().all()
+
+
+def test_feature_extraction_and_parameter_groups_keep_working() -> None:
+    model, x = _small("timm/resnet10t", 64)
+    before = model.eval().forward_intermediates(x, intermediates_only=True)
+    fix_classifier_(model)
+    assert _same(model.forward_intermediates(x, intermediates_only=True), before)
+    groups = param_groups_layer_decay(model, weight_decay=0.05)
+    grouped = {id(parameter) for group in groups for parameter in group["params"]}
+    assert grouped == {id(parameter) for parameter in model.parameters()}
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "orthogonal", "auto"])
+def test_heads_of_one_width_share_a_codebook(kind: str) -> None:
+    model, _ = _small("timm/deit_tiny_distilled_patch16_224", 224)
+    fix_classifier_(model, kind, seed=3)
+    assert model.head.spec == model.head_dist.spec
+    assert model.head.spec.seed == 3
+    assert torch.equal(model.head.codebook(), model.head_dist.codebook())
+
+
+def test_auto_chooses_for_each_head() -> None:
+    model = nn.Module()
+    model.fc = nn.Linear(386, 10)  # no Hadamard matrix of this order is known here
+    assert fix_classifier_(model, "auto").fc.spec.kind == "orthogonal"
+    model.fc = nn.Linear(384, 10)
+    assert fix_classifier_(model, "auto").fc.spec.kind == "hadamard"
+
+
+def test_head_follows_the_layer_it_replaces() -> None:
+    model = timm.create_model("resnet10t", num_classes=7).to(torch.bfloat16)
+    fix_classifier_(model)
+    assert {parameter.dtype for parameter in model.fc.parameters()} == {torch.bfloat16}
+    model = build(parse_architecture("resnet10t"), num_classes=7, meta=True)
+    assert all(parameter.is_meta for parameter in fix_classifier_(model).fc.parameters())
+    model = nn.Module()
+    model.fc = nn.Linear(8, 4, bias=False)
+    assert fix_classifier_(model).fc.bias is None
+    model.fc = nn.Linear(8, 4, bias=False).eval()
+    head = fix_classifier_(model, bias=True, scale=3.5).fc
+    assert head.bias is not None
+    assert head.scale.item() == 3.5
+    assert not head.training
+
+
+def test_keep_bias() -> None:
+    model = timm.create_model("resnet10t", num_classes=7)
+    bias = model.fc.bias.detach().clone().normal_()
+    model.fc.bias.data.copy_(bias)
+    assert torch.equal(fix_classifier_(model, keep_bias=True).fc.bias, bias)
+    other = timm.create_model("resnet10t", num_classes=7)
+    with pytest.raises(HeadSpecError, match="no bias to keep"):
+        fix_classifier_(other, keep_bias=True, bias=False)
+    assert isinstance(other.fc, nn.Linear)
+
+
+def test_given_a_head_spec() -> None:
+    model = timm.create_model("resnet10t", num_classes=7)
+    spec = HeadSpec("orthogonal", model.num_features, 7, seed=9, standardize=True)
+    fix_classifier_(model, spec)
+    assert model.get_classifier().spec == spec.resolve()
+    with pytest.raises(HeadSpecError, match="already holds seed"):
+        fix_classifier_(model, spec, seed=1)
+
+
+def test_refusals_leave_the_model_alone() -> None:
+    model, _ = _small("timm/crossvit_9_240", 240)
+    before = list(model.head)
+    with pytest.raises(HeadSpecError, match="head spec is for 128 features"):
+        fix_classifier_(model, HeadSpec("hadamard", 128, NUM_CLASSES))  # fits the first head only
+    with pytest.raises(HeadSpecError, match="Unknown option 'standardise'"):
+        fix_classifier_(model, standardise=True)
+    assert list(model.head) == before
+    with pytest.raises(NoClassifierError, match="encoder"):
+        fix_classifier_(timm.create_model("resnet10t", num_classes=0))
+    fix_classifier_(model)
+    with pytest.raises(NoClassifierError, match="fixed already"):
+        fix_classifier_(model)
+
+
+def test_replace_module_at_any_depth() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), nn.Linear(3, 4))
+    new = nn.Identity()
+    replace_module(model, "0.1", new)
+    assert model[0][1] is new
+    replace_module(model, "1", new)
+    assert model[1] is new
+
+
+def _records(model: nn.Module) -> list[HeadRecord]:
+    return [
+        HeadRecord(site.path, site.layer_type, site.channel_dim, HeadSpec("hadamard", site.num_features, NUM_CLASSES))
+        for site in find_classifiers(model)
+    ]
+
+
+@pytest.mark.parametrize("ref", ["timm/crossvit_9_240", "timm/dla46_c", "torchvision/googlenet"])
+def test_apply_recorded_heads(ref: str) -> None:
+    arch = parse_architecture(ref)
+    records = [HeadRecord.from_dict(record.to_dict()) for record in _records(build(arch, num_classes=12, meta=True))]
+    model = apply_heads_(build(arch, num_classes=NUM_CLASSES, meta=True), records)
+    other = fix_classifier_(build(arch, num_classes=NUM_CLASSES, meta=True))
+    assert model.state_dict().keys() == other.state_dict().keys()
+    assert [model.get_submodule(r.path).channel_dim for r in records] == [r.channel_dim for r in records]
+
+
+def test_apply_refuses_what_does_not_fit() -> None:
+    model, _ = _small("timm/crossvit_9_240", 240)
+    first, second = _records(model)
+    before = list(model.head)
+    moved = HeadRecord("blocks.0", first.layer_type, first.channel_dim, first.spec)
+    with pytest.raises(FormatError, match=r"no classifier at blocks\.0; this model's: head\.0, head\.1"):
+        apply_heads_(model, [first, moved])
+    swapped = HeadRecord(second.path, first.layer_type, first.channel_dim, first.spec)
+    with pytest.raises(FormatError, match=r"recorded for head\.1 does not have the size"):
+        apply_heads_(model, [first, swapped])
+    turned = HeadRecord(first.path, "Conv2d", 1, first.spec)
+    with pytest.raises(FormatError, match="does not have the size"):
+        apply_heads_(model, [turned])
+    assert list(model.head) == before
+
+
+@pytest.mark.parametrize(
+    "change", [{"path": 1}, {"channel_dim": "1"}, {"spec": []}, {"extra": 1}, {"layer_type": None}]
+)
+def test_head_record_from_outside(change: dict) -> None:
+    values = HeadRecord("fc", "Linear", -1, HeadSpec("hadamard", 8, 4)).to_dict()
+    with pytest.raises(FormatError, match="Not a head record"):
+        HeadRecord.from_dict(values | change)
