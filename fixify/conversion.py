@@ -83,11 +83,6 @@ def convert(
     original = read_original(source, arch=arch, ema=ema)
     check_finite(original.tensors)
 
-    if dtype is not None:
-        for key, tensor in original.tensors.items():
-            if tensor.is_floating_point():
-                original.tensors[key] = tensor.to(DTYPES[dtype])
-
     notes = list(original.notes)
     records, heads = [], {}
     for site in original.sites:
@@ -107,7 +102,7 @@ def convert(
         heads[site.path] = fixed
         records.append(HeadRecord(site.path, site.layer_type, site.channel_dim, fixed.spec))
 
-    tensors, savings = _replace_heads(original, heads)
+    tensors, savings = _replace_heads(original, heads, None if dtype is None else DTYPES[dtype])
     info = SlimInfo(
         architecture=original.architecture,
         heads=tuple(records),
@@ -120,7 +115,7 @@ def convert(
             "ema": original.source.used_ema,
         },
         savings=savings.to_dict(),
-        dtype=_main_dtype(original.tensors),
+        dtype=dtype or _main_dtype(original.tensors),
     )
     write_slim(target, tensors, info, force=force)
     return Conversion(path=target, info=info, savings=savings, notes=tuple(notes))
@@ -136,12 +131,16 @@ def default_out(source: str | Path) -> Path:
     return Path(name + SUFFIX)
 
 
-def _replace_heads(original: Original, heads: dict[str, FixedClassifier]) -> tuple[dict[str, torch.Tensor], Savings]:
+def _replace_heads(
+    original: Original, heads: dict[str, FixedClassifier], dtype: torch.dtype | None
+) -> tuple[dict[str, torch.Tensor], Savings]:
     """The tensors of the slim checkpoint: the backbone's as they were, then each head's; and what that saves."""
     classifier_keys: set[str] = set()
     for site in original.sites:
         classifier_keys |= under(original.tensors, site.path).keys()
     tensors = {key: tensor for key, tensor in original.tensors.items() if key not in classifier_keys}
+    if dtype is not None:
+        tensors = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
     head_tensors = {
         f"{path}.{key}": tensor for path, head in heads.items() for key, tensor in head.state_dict().items()
     }

@@ -1,0 +1,251 @@
+"""The commands as a person sees them: output on the right stream, exit codes, one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fixify.cli.app import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run fixify in an empty folder: arguments -> exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run_once(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fixify", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_once
+
+
+@pytest.fixture(scope="module")
+def slim_bytes(small_pth: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    from fixify import convert
+
+    out = tmp_path_factory.mktemp("slim") / "small.fixed.safetensors"
+    return convert(small_pth, out, arch="test_efficientnet").path.read_bytes()
+
+
+def test_convert_real_checkpoint_of_foreign_names(run: Run, lite0: Path, tmp_path: Path) -> None:
+    code, out, err = run("convert", lite0)
+    assert code == 0, err
+    slim = tmp_path / "efficientnet-lite0-57934424.fixed.safetensors"
+    assert "1,280,000 classifier weights are gone" in out
+    assert "27.5 % of" in out
+    assert f"next: fixify finetune {slim.name} --data DATA" in err
+    stored, original = load_file(slim), torch.load(lite0, weights_only=True, map_location="cpu")
+    backbone = [key for key in stored if not key.startswith("classifier.")]
+    assert len(backbone) == len(original) - 2
+    # Same order, other names: timm's file order is that of the original.
+    from fixify.zoo.architectures import build, parse_architecture
+
+    names = [key for key in build(parse_architecture("tf_efficientnet_lite0")).state_dict() if key in backbone]
+    for name, tensor in zip(names, original.values(), strict=False):
+        assert torch.equal(stored[name], tensor), name
+    assert run("verify", slim, "--source", lite0)[0] == 0
+
+
+def test_convert_says_all_of_it_in_json(run: Run, small_pth: Path, tmp_path: Path) -> None:
+    code, out, _err = run("convert", small_pth, "--arch", "test_efficientnet", "--json", "-o", "a.safetensors")
+    said = json.loads(out)
+    assert code == 0
+    assert said["path"] == "a.safetensors"
+    assert said["savings"]["removed"] == 300 * 256
+    assert said["savings"]["bytes_before"] - said["savings"]["bytes_after"] > 300_000
+    assert said["info"]["architecture"]["name"] == "test_efficientnet"
+    assert (tmp_path / "a.safetensors").exists()
+
+
+def test_nothing_is_replaced_without_force(run: Run, small_pth: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small.fixed.safetensors"
+    out.write_text("precious")
+    code, _, err = run("convert", small_pth)
+    assert code == 1
+    assert err == "error: small.fixed.safetensors exists already.\nChoose another name with -o, or add --force.\n"
+    assert out.read_text() == "precious"
+    assert run("convert", small_pth, "--force")[0] == 0
+    assert out.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "check"),
+    [
+        (["--head", "orthogonal"], {"kind": "orthogonal"}),
+        (["--head", "hadamard"], {"kind": "hadamard"}),
+        (["--num-classes", "37"], {"num_classes": 37}),
+        (["--seed", "5"], {"seed": 5}),
+        (["--no-bias"], {"bias": False}),
+        (["--no-standardize"], {"standardize": False}),
+    ],
+)
+def test_convert_options_reach_the_head(
+    run: Run, small_pth: Path, options: list[str], check: dict[str, object]
+) -> None:
+    code, out, err = run("convert", small_pth, "--json", *options)
+    assert code == 0, err
+    spec = json.loads(out)["info"]["heads"][0]["spec"]
+    assert {key: spec[key] for key in check} == check
+
+
+def test_scale_and_dtype(run: Run, small_pth: Path) -> None:
+    assert run("convert", small_pth, "--scale", "3.5", "--dtype", "bfloat16")[0] == 0
+    stored = load_file("small.fixed.safetensors")
+    assert stored["classifier.scale"].item() == 3.5
+    assert stored["conv_stem.weight"].dtype == torch.bfloat16
+
+
+class _Malicious:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch pwned",)
+
+
+def _write_bad(kind: str, folder: Path) -> Path:
+    path = folder / "bad.pth"
+    if kind == "text":
+        path.write_text("<html>404</html>")
+    elif kind == "empty":
+        path.touch()
+    elif kind == "truncated":
+        torch.save({"a": torch.zeros(100_000)}, path)
+        path.write_bytes(path.read_bytes()[:200_000])
+    elif kind == "malicious":
+        path.write_bytes(pickle.dumps(_Malicious()))
+    elif kind == "malicious zip":
+        torch.save({"a": torch.zeros(1), "b": _Malicious()}, path)
+    elif kind == "unknown":
+        torch.save({"a": torch.zeros(2, 3), "b": torch.zeros(7)}, path)
+    elif kind == "nan":
+        import timm
+
+        state = timm.create_model("test_efficientnet", num_classes=10).state_dict()
+        state["conv_stem.weight"][0, 0, 0, 0] = float("nan")
+        torch.save(state, path)
+    elif kind == "truncated safetensors":
+        save_file({"a": torch.zeros(1000)}, path)
+        path.write_bytes(path.read_bytes()[:500])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("text", "bad.pth"),
+        ("empty", "empty"),
+        ("truncated", "bad.pth"),
+        ("malicious", "system"),
+        ("malicious zip", "system"),
+        ("unknown", "No architecture"),
+        ("nan", "conv_stem.weight"),
+        ("truncated safetensors", "bad.pth"),
+        ("missing", "no file"),
+    ],
+)
+def test_bad_input_is_one_message_and_leaves_nothing(run: Run, tmp_path: Path, kind: str, said: str) -> None:
+    path = _write_bad(kind, tmp_path)
+    before = set(tmp_path.iterdir())
+    code, out, err = run("convert", path)
+    assert code == 1
+    assert out == ""
+    assert err.startswith("error: ")
+    assert said in err
+    assert "Traceback" not in err
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["convert", "SMALL", "--arch", "resnte50"], 1, "resnet50"),
+        (["convert", "SMALL", "--arch", "resnet50"], 1, "not a checkpoint of timm/resnet50"),
+        (["convert", "SMALL", "--head", "hadamrad"], 1, "hadamard"),
+        (["convert", "SMALL", "--dtype", "int3"], 2, "float16"),
+        (["convert", "SMALL", "--num-classes", "0"], 2, "num-classes"),
+        (["convert", "SMALL", "-o", "no/such/folder/a.safetensors"], 1, "mkdir -p no/such/folder"),
+        (["convert"], 2, "source"),
+        (["convrt"], 2, "convert"),
+        (["inspect", "SMALL"], 1, "not a readable .safetensors"),
+        (["verify", "missing.safetensors"], 1, "no file"),
+        (["report", "resnte50"], 1, "resnet50"),
+        (["report"], 2, "*.fixed.safetensors"),
+        (["report", "vit_base_patch16_clip_224.nothing"], 1, "clip"),
+    ],
+)
+def test_mistakes(run: Run, small_pth: Path, arguments: list[str], code: int, said: str) -> None:
+    got, out, err = run(*[str(small_pth) if word == "SMALL" else word for word in arguments])
+    assert got == code
+    assert said in err.lower() or said in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_inspect_and_report(run: Run, slim_bytes: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.fixed.safetensors").write_bytes(slim_bytes)
+    code, out, _ = run("inspect", "a.fixed.safetensors")
+    assert code == 0
+    assert "300 classes x 256 features" in out
+    assert json.loads(run("inspect", "a.fixed.safetensors", "--json")[1])["architecture"]["name"] == "test_efficientnet"
+
+    code, out, _ = run("report")
+    assert code == 0
+    assert "a.fixed.safetensors" in out
+    rows = json.loads(run("report", "resnet50", "mobilenetv3_small_100", "a.fixed.safetensors", "--json")[1])["models"]
+    assert [row["savings"]["parameters_before"] for row in rows[:2]] == [25_557_032, 2_542_856]
+    assert rows[0]["savings"]["removed"] == 2_048_000
+    assert [row["fixed"] for row in rows] == [False, False, True]
+
+
+def test_tables_fit_80_columns(run: Run, slim_bytes: bytes, small_pth: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.fixed.safetensors").write_bytes(slim_bytes)
+    for arguments in (["inspect", "a.fixed.safetensors"], ["verify", "a.fixed.safetensors"], ["report", "resnet50"]):
+        assert max(map(len, run(*arguments)[1].splitlines())) <= 80
+
+
+def test_verify_exits_with_3_if_a_check_fails(run: Run, slim_bytes: bytes, small_pth: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(slim_bytes)
+    assert run("verify", "a.safetensors", "--source", small_pth)[0] == 0
+    # One bit of the last tensor (the backbone's, not the header's): finite still, and no longer the original's.
+    changed = bytearray(slim_bytes)
+    changed[-3] ^= 1
+    (tmp_path / "a.safetensors").write_bytes(changed)
+    code, out, err = run("verify", "a.safetensors", "--source", small_pth, "--json")
+    assert code == 3
+    assert not json.loads(out)["passed"]
+    assert "backbone" in err
+
+
+def test_a_real_process_and_its_streams(small_pth: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fixify", "convert", str(small_pth), "--json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["path"] == "small.fixed.safetensors"
+    assert "\x1b" not in done.stdout + done.stderr
+    refused = subprocess.run(
+        [sys.executable, "-m", "fixify", "convert", str(small_pth)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert refused.returncode == 1
+    assert refused.stdout == ""
+    assert refused.stderr.startswith("error: small.fixed.safetensors exists already.")
