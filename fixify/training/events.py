@@ -53,7 +53,11 @@ class EpochStarted:
 
 @dataclass(frozen=True)
 class Step:
-    """During an epoch; every step on a CPU, every 20th elsewhere. Loss and accuracy are of the epoch so far."""
+    """During an epoch; every step on a CPU, every 20th elsewhere.
+
+    Loss and accuracy are of the epoch so far; `scale` is the head's learned alpha, None for other heads; `step` counts
+    updates of the weights since the start of the run.
+    """
 
     epoch: int
     batch: int
@@ -62,6 +66,8 @@ class Step:
     top1: float
     lr: float
     images_per_second: float
+    scale: float | None
+    step: int
 
 
 @dataclass(frozen=True)

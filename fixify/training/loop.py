@@ -17,6 +17,7 @@ from fixify.data import ImageLoader
 from fixify.data.seeding import derive_seed, seeded_torch
 from fixify.errors import TrainingError
 from fixify.evaluation import autocast
+from fixify.heads import FixedClassifier
 from fixify.training.events import Listener, Step
 from fixify.training.interrupt import Stopped, StopRequest
 from fixify.training.options import FinetuneOptions
@@ -173,5 +174,12 @@ class _Pending:
                 top1=100 * progress.right / progress.images,
                 lr=progress.lr,
                 images_per_second=(progress.images - self.first_images) / max(elapsed, 1e-9),
+                scale=head_scale(self.engine.model),
+                step=progress.updates,
             )
         )
+
+
+def head_scale(model: nn.Module) -> float | None:
+    """The learned scale alpha of the model's (first) fixed head; None if it has none."""
+    return next((float(module.scale) for module in model.modules() if isinstance(module, FixedClassifier)), None)

@@ -16,7 +16,6 @@ from fixify.data import OpenedData, Subset, make_loader
 from fixify.data.seeding import permutation
 from fixify.errors import OutputError, OutputExistsError, TrainingError
 from fixify.evaluation import Metrics, evaluate
-from fixify.heads import FixedClassifier
 from fixify.training.calibration import calibrate_heads_, uncalibrated_heads
 from fixify.training.events import (
     Calibrated,
@@ -31,7 +30,7 @@ from fixify.training.events import (
 )
 from fixify.training.interrupt import Stopped, StopRequest, TrainingInterrupted, stop_on_signals
 from fixify.training.logging import LOG_FILES, write_logs, write_run
-from fixify.training.loop import Engine, train_epoch
+from fixify.training.loop import Engine, head_scale, train_epoch
 from fixify.training.optimisation import make_optimiser, make_schedule
 from fixify.training.options import FinetuneOptions
 from fixify.training.resume import STATE_FILE, Progress, Trained, read_state, write_state
@@ -239,7 +238,7 @@ class _Run:
             val_top1=metrics.top1,
             val_top5=metrics.top5,
             val_ece=metrics.ece,
-            scale=_scale(evaluated),
+            scale=head_scale(evaluated),
             images_per_second=progress.images / max(progress.seconds, 1e-9),
             seconds=progress.seconds + time.perf_counter() - started,
         )
@@ -312,11 +311,6 @@ def _claim_folder(out: Path, *, force: bool) -> None:
             path.unlink()
     except OSError as error:
         raise OutputError(f"Cannot use the folder {out}: {error.strerror}.") from error
-
-
-def _scale(model: nn.Module) -> float | None:
-    heads = [module for module in model.modules() if isinstance(module, FixedClassifier)]
-    return float(heads[0].scale) if heads else None
 
 
 def _silent(_event: Event) -> None:
