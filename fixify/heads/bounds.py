@@ -72,10 +72,12 @@ def coherence(spec: HeadSpec, codes: ArrayLike | None = None) -> Coherence:
         max_cosine = max(max_cosine, float(cosines.max()))
         cosines[np.arange(len(part)), part] = 0.0
         max_abs = max(max_abs, float(np.abs(cosines).max()))
-    gram = np.zeros((n, n))  # sum of squared cosines over all pairs = squared Frobenius norm of Q^T Q
-    for start in range(0, c, _EXACT_CLASSES):
-        chunk = book[start : start + _EXACT_CLASSES]
+    gram = np.zeros((n, n))  # its squared Frobenius norm is the sum of squared cosines over all pairs
+    with_themselves = 0.0
+    for start in range(0, c, _BLOCK):
+        chunk = book[start : start + _BLOCK].astype(np.float64)  # float32 would drown small cosines in rounding
         gram += chunk.T @ chunk
+        with_themselves += float(((chunk**2).sum(axis=1) ** 2).sum())
     pairs = c * (c - 1)
-    rms = (max(float((gram**2).sum()) - c, 0.0) / pairs) ** 0.5 if pairs else 0.0
+    rms = (max(float((gram**2).sum()) - with_themselves, 0.0) / pairs) ** 0.5 if pairs else 0.0
     return Coherence(max_cosine, rms, max_abs, welch_bound(n, c), rankin_bound(n, c), len(checked))

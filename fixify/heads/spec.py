@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from fixify.errors import CodebookMismatchError, HeadSpecError
 from fixify.heads import dense
 from fixify.heads.codebooks import construction_of, fingerprint, min_blocks
+from fixify.heads.kerdock import has_kerdock_set
 from fixify.heads.matrices import MAX_ORDER, format_construction, is_constructible
 
 KINDS = ("hadamard", "orthogonal", "simplex")
@@ -213,8 +214,9 @@ def choose_kind(num_features: int, num_classes: int) -> tuple[str, str]:
     """
     if not is_constructible(num_features):
         return "orthogonal", f"no Hadamard matrix of order {num_features} is known here"
-    if num_features < 64 and num_classes > 2**num_features:
-        return "orthogonal", f"there are fewer than {num_classes} different codes of {num_features} signs"
+    structured = num_classes <= (num_features**2 if has_kerdock_set(num_features) else 2 * num_features)
+    if not structured and num_classes**2 > 2.0 ** (num_features - 10):  # the birthday problem of seeded blocks
+        return "orthogonal", f"{num_classes} random codes of only {num_features} signs are likely to repeat one"
     if num_classes <= num_features:
         return "hadamard", f"{num_classes} classes fit into one Hadamard matrix of order {num_features}: orthogonal"
     if num_classes <= 2 * num_features:

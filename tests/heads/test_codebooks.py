@@ -84,7 +84,7 @@ def test_blocks_depend_on_seed_and_number_alone(n):
     other = block_bits(HeadSpec("hadamard", n, n, seed=1), np.arange(15))
     changed = [not np.array_equal(a, b) for a, b in zip(many, other, strict=True)]
     # Kerdock's vectors, blocks 0 .. 7 at N = 16, do not depend on the seed
-    assert changed == [n == 20 and i > 0 or n == 16 and i >= 8 for i in range(15)]
+    assert changed == [(n == 20 and i > 0) or (n == 16 and i >= 8) for i in range(15)]
 
 
 def test_a_given_construction_is_rebuilt_even_where_another_would_be_chosen():

@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fixify.heads import HeadSpec, bounds, coherence, rankin_bound, welch_bound
+
+
+def test_known_bounds():
+    assert welch_bound(64, 64) == 0
+    assert welch_bound(2, 3) == pytest.approx(0.5)  # three lines in a plane, 60 degrees
+    assert rankin_bound(64, 65) == pytest.approx(-1 / 64)
+    assert rankin_bound(64, 66) == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "max_cosine", "max_abs"),
+    [
+        (HeadSpec("hadamard", 1280, 1000), 0, 0),
+        (HeadSpec("hadamard", 768, 1000), 0, 1),
+        (HeadSpec("hadamard", 256, 2965), 1 / 16, 1),
+        (HeadSpec("hadamard", 1024, 3000), 1 / 32, 1),
+        (HeadSpec("simplex", 64, 65), -1 / 64, 1 / 64),
+    ],
+)
+def test_known_coherences(spec, max_cosine, max_abs):
+    result = coherence(spec)
+    assert result.max_cosine == pytest.approx(max_cosine, abs=1e-6)
+    assert result.max_abs == pytest.approx(max_abs, abs=1e-6)
+    assert result.classes_checked == spec.num_classes
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from(["hadamard", "orthogonal"]), st.sampled_from([12, 20, 64, 96]), st.integers(1, 400))
+def test_no_codebook_beats_the_bounds(kind, n, c):
+    result = coherence(HeadSpec(kind, n, c))
+    assert result.max_abs >= result.welch - 1e-6
+    assert result.max_cosine >= result.rankin - 1e-6
+    assert result.rms_cosine <= result.max_abs + 1e-6
+
+
+def test_sums_over_parts_are_those_of_the_whole(monkeypatch):
+    spec = HeadSpec("orthogonal", 24, 300)
+    from fixify.heads import codebook
+
+    book = codebook(spec).astype(np.float64)
+    gram = (book @ book.T)[~np.eye(300, dtype=bool)]
+    monkeypatch.setattr(bounds, "_BLOCK", 37)
+    result = coherence(spec)
+    assert result.max_cosine == pytest.approx(gram.max(), abs=1e-6)
+    assert result.max_abs == pytest.approx(np.abs(gram).max(), abs=1e-6)
+    assert result.rms_cosine == pytest.approx((gram**2).mean() ** 0.5, abs=1e-6)
+    monkeypatch.setattr(bounds, "_EXACT_CLASSES", 100)
+    monkeypatch.setattr(bounds, "_SAMPLED_CLASSES", 50)
+    sampled = coherence(spec)
+    assert sampled.classes_checked == 50
+    assert sampled.max_cosine <= result.max_cosine
+    assert sampled.rms_cosine == pytest.approx(result.rms_cosine, abs=1e-6)
+
+
+def test_matched_heads():
+    codes = np.array([1, 2 * 64 + 5, 4 * 64 + 9])
+    result = coherence(HeadSpec("hadamard", 64, 3, matched=True, blocks=3), codes)
+    assert result.max_abs == pytest.approx(1 / 8, abs=1e-6)

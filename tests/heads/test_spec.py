@@ -1,0 +1,138 @@
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fixify.errors import CodebookMismatchError, HeadSpecError
+from fixify.heads import HeadSpec, choose_kind
+from fixify.heads.spec import MAX_CLASSES, MAX_FEATURES
+
+VALID = {"kind": "hadamard", "num_features": 64, "num_classes": 10}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        HeadSpec("hadamard", 1280, 1000, seed=2**64 - 1, standardize=True),
+        HeadSpec("orthogonal", 386, 1000, bias=False, fixed_scale=True),
+        HeadSpec("simplex", 64, 65, normalize=False),
+    ],
+)
+def test_json_round_trip(spec):
+    resolved = spec.resolve()
+    again = HeadSpec.from_dict(json.loads(json.dumps(resolved.to_dict())))
+    assert again == resolved
+    assert again.resolve() == resolved
+    assert hash(again) == hash(resolved)
+
+
+def test_resolve_fills_in_and_verifies():
+    spec = HeadSpec("hadamard", 20, 100)
+    resolved = spec.resolve()
+    assert (resolved.construction, resolved.blocks) == ("paley1-20", 3)
+    assert resolved.digest.startswith("sha256:")
+    with pytest.raises(CodebookMismatchError) as error:
+        dataclasses.replace(resolved, seed=1).resolve()
+    assert "written for" in error.value.message
+    assert error.value.hint
+    orthogonal = HeadSpec("orthogonal", 20, 100).resolve()
+    with pytest.raises(CodebookMismatchError):
+        dataclasses.replace(orthogonal, seed=1).resolve()
+    with pytest.raises(CodebookMismatchError):
+        dataclasses.replace(orthogonal, digest=resolved.digest).resolve()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "hadamrad"}, "Did you mean 'hadamard'"),
+        ({"kind": 3}, "Unknown kind"),
+        ({"kind": ["hadamard"]}, "Unknown kind"),
+        ({"num_features": 0}, "num_features must be an integer from 1"),
+        ({"num_features": True}, "num_features must be an integer"),
+        ({"num_features": 64.0}, "num_features must be an integer"),
+        ({"num_features": "64"}, "num_features must be an integer"),
+        ({"num_features": MAX_FEATURES * 2}, "num_features must be an integer"),
+        ({"num_classes": -1}, "num_classes must be an integer"),
+        ({"num_classes": MAX_CLASSES + 1}, "num_classes must be an integer"),
+        ({"num_features": 65_536, "num_classes": MAX_CLASSES}, "beyond the limit"),
+        ({"kind": "orthogonal", "num_features": 65_536, "num_classes": 65_536}, "beyond the limit"),
+        ({"seed": -1}, "seed must be an integer"),
+        ({"seed": 2**64}, "seed must be an integer"),
+        ({"seed": True}, "seed must be an integer"),
+        ({"blocks": 0}, "blocks must be an integer"),
+        ({"blocks": 2}, "has 1 block"),
+        ({"bias": 1}, "bias must be true or false"),
+        ({"normalize": None}, "normalize must be true or false"),
+        ({"matched": True}, "needs blocks >= 1"),
+        ({"matched": True, "num_features": 65_536, "blocks": 65_536}, "more than 2\\^32 codes"),
+        ({"matched": True, "kind": "orthogonal"}, "belong to kind 'hadamard'"),
+        ({"construction": "sylvester-64", "kind": "simplex"}, "belong to kind 'hadamard'"),
+        ({"construction": 64}, "construction must be a string"),
+        ({"construction": "sylvester-32"}, "not of order 64"),
+        ({"construction": "paley1-64"}, "no paley1 matrix of order 64"),
+        ({"digest": "sha256:00"}, "Not a codebook digest"),
+        ({"digest": "md5"}, "Not a codebook digest"),
+        ({"digest": "sketch:nan"}, "Not a codebook digest"),
+        ({"digest": 5}, "Not a codebook digest"),
+        ({"version": 0}, "positive integer"),
+        ({"version": True}, "positive integer"),
+        ({"version": "1"}, "positive integer"),
+        ({"num_features": 386}, "No Hadamard matrix of order 386"),
+        ({"kind": "simplex", "num_classes": 66}, "at most 65 corners"),
+        ({"num_feature": 5}, "Did you mean 'num_features'"),
+        ({5: 5}, "Unknown entry"),
+    ],
+)
+def test_bad_specs_are_refused(change, message):
+    with pytest.raises(HeadSpecError, match=message):
+        HeadSpec.from_dict(VALID | change)
+
+
+def test_missing_entries_and_wrong_containers():
+    with pytest.raises(HeadSpecError, match="needs num_classes"):
+        HeadSpec.from_dict({"kind": "hadamard", "num_features": 64})
+    for data in ([], "hadamard", None, 3):
+        with pytest.raises(HeadSpecError, match="JSON object"):
+            HeadSpec.from_dict(data)
+
+
+def test_a_newer_version_says_upgrade_whatever_else_is_new():
+    with pytest.raises(HeadSpecError) as error:
+        HeadSpec.from_dict(VALID | {"version": 2, "rotation": "new"})
+    assert "upgrade" in error.value.hint
+
+
+text = st.text("hadmrsylvet-0164*:é", max_size=30)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | text,
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(text, children, max_size=3),
+    max_leaves=5,
+)
+FIELDS = [field.name for field in dataclasses.fields(HeadSpec)]
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from([*FIELDS, "x"]), json_values), st.booleans())
+def test_any_json_gives_a_spec_or_a_head_spec_error(data, complete):
+    try:
+        spec = HeadSpec.from_dict(VALID | data if complete else data)
+    except HeadSpecError:
+        return
+    assert HeadSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_choose_kind():
+    assert choose_kind(1280, 1000)[0] == "hadamard"
+    assert choose_kind(386, 1000)[0] == "orthogonal"
+    assert choose_kind(4, 1000)[0] == "orthogonal"
+    assert choose_kind(12, 241)[0] == "orthogonal"
+    assert choose_kind(12, 24)[0] == choose_kind(4, 16)[0] == choose_kind(16, 256)[0] == "hadamard"
+    assert choose_kind(32, 1000)[0] == choose_kind(4096, 10**6)[0] == "hadamard"
+    assert "3 Hadamard matrices" in choose_kind(256, 1500)[1]
+    for n, c in ((386, 10), (4, 1000), (64, 10), (64, 100), (64, 500), (4, 16), (12, 24), (1, 2)):
+        kind, reason = choose_kind(n, c)
+        assert HeadSpec(kind, n, c).resolve().kind == kind
+        assert reason

@@ -1,0 +1,151 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fixify.errors import HeadSpecError
+from fixify.heads import HeadSpec, codebook, transform
+from fixify.heads.matrices import factorise, format_construction, order_of, parse_construction
+from fixify.heads.transform import CodeProduct, balanced_split, prefers_dense
+
+SIZES = [
+    (n, c) for n in (1, 2, 4, 12, 20, 28, 36, 64, 96, 256, 320) for c in (1, n - 1, n, n + 1, 2 * n, 2 * n + 3, 5 * n)
+]
+SIZES += [(1280, 1000), (1280, 2570), (2048, 1000), (2048, 2048), (2048, 5000), (4920, 50)]
+SIZES = sorted({(n, c) for n, c in SIZES if 0 < c <= 2 ** min(n, 30) and (n, c) != (4, 20)})
+
+
+@pytest.fixture(params=[True, False], ids=["dense", "fast"])
+def path(request, monkeypatch):
+    """Each of the two ways of computing the same product, whatever the size."""
+    monkeypatch.setattr(transform, "prefers_dense", lambda *_: request.param)
+    return request.param
+
+
+def matched_codes(n, c, blocks, seed=0):
+    generator = np.random.default_rng(seed)
+    return generator.choice(2 * n * blocks, c, replace=False)
+
+
+def product_and_book(n, c, blocks=None, dtype=torch.float64):
+    """The product, and the codebook times what the product leaves to its caller."""
+    codes = None if blocks is None else matched_codes(n, c, blocks)
+    spec = HeadSpec("hadamard", n, c, matched=blocks is not None, blocks=blocks).resolve(codes)
+    product = CodeProduct(spec, codes, dtype=dtype)
+    # from the signs, which are exact, rather than from the float32 codebook
+    book = torch.from_numpy(np.sign(codebook(spec, codes))).to(dtype) * n**-0.5 / product.prescale
+    return product, book
+
+
+def features(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize(("n", "c"), SIZES)
+def test_value_and_gradient_of_the_codebook(path, n, c):
+    product, book = product_and_book(n, c)
+    x = features(3, n).requires_grad_()
+    weights = features(3, c, seed=1)
+    (gradient,) = torch.autograd.grad((product(x) * weights).sum(), x)
+    torch.testing.assert_close(product(x), x @ book.T, rtol=1e-12, atol=1e-11)
+    torch.testing.assert_close(gradient, weights @ book, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "blocks"), [(20, 15, 1), (20, 40, 5), (64, 700, 9), (256, 300, 4), (320, 700, 3), (256, 9, 4096)]
+)
+def test_value_and_gradient_of_a_matched_codebook(path, n, c, blocks):
+    product, book = product_and_book(n, c, blocks)
+    x = features(3, n).requires_grad_()
+    weights = features(3, c, seed=1)
+    (gradient,) = torch.autograd.grad((product(x) * weights).sum(), x)
+    torch.testing.assert_close(product(x), x @ book.T, rtol=1e-12, atol=1e-11)
+    torch.testing.assert_close(gradient, weights @ book, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "blocks"), [(12, 5, None), (12, 12, None), (12, 17, None), (12, 50, None), (12, 20, 4)]
+)
+def test_gradcheck(path, n, c, blocks):
+    product, _ = product_and_book(n, c, blocks)
+    x = features(2, n).requires_grad_()
+    assert torch.autograd.gradcheck(product, (x,))
+    assert torch.autograd.gradgradcheck(product, (x,))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from([16, 48, 64, 80, 144]), st.integers(1, 600), st.lists(st.integers(0, 3), max_size=3))
+def test_any_leading_dimensions(n, c, lead):
+    product, book = product_and_book(n, c)
+    x = features(*lead, n)
+    assert product(x).shape == (*lead, c)
+    torch.testing.assert_close(product(x), x @ book.T, rtol=1e-12, atol=1e-11)
+
+
+def test_tables_are_exact_in_every_type():
+    for n in (20, 256, 1280, 2048, 4096):
+        spec = HeadSpec("hadamard", n, n)
+        wide = CodeProduct(spec, dtype=torch.float64)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            narrow = CodeProduct(spec, dtype=dtype)
+            for name in ("left", "right"):
+                a, b = getattr(wide, name), getattr(narrow, name)
+                assert (a is None) == (b is None)
+                assert a is None or torch.equal(a, b.double())
+
+
+# An error no larger than a few times that of rounding the dense product's own inputs
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("n", [256, 1280, 2048])
+def test_error_is_that_of_the_dense_product(n, dtype, path):
+    product, book = product_and_book(n, n, dtype=dtype)
+    x = torch.nn.functional.normalize(features(8, n), dim=-1)
+    exact = x @ book.double().T
+    ours = (product(x.to(dtype)).double() - exact).abs().max()
+    naive = ((x.to(dtype) @ book.to(dtype).T).double() - exact).abs().max()
+    assert ours <= 3 * naive
+
+
+def test_splits_are_balanced():
+    def orders(n):
+        left, right = balanced_split(factorise(n))
+        return order_of(left), order_of(right)
+
+    assert orders(1) == (1, 1)
+    assert orders(2048) == (32, 64)
+    assert orders(1280) == (32, 40)
+    assert orders(36) == (1, 36)
+    construction = parse_construction("paley1-12*paley1-20", 240)
+    left, right = balanced_split(construction)
+    assert format_construction(left) == "paley1-12"
+    assert format_construction(right) == "paley1-20"
+
+
+def test_dense_is_chosen_where_the_factors_are_degenerate_or_the_head_small():
+    assert not prefers_dense(1000, 1, 32, 64)
+    assert prefers_dense(1000, 1, 1, 4920)
+    assert prefers_dense(10, 1, 8, 8)
+    assert prefers_dense(2350, 4096, 16, 16)
+
+
+def test_only_blocks_that_are_used_are_multiplied(monkeypatch):
+    monkeypatch.setattr(transform, "prefers_dense", lambda *_: False)
+    spec = HeadSpec("hadamard", 64, 50, matched=True, blocks=64)
+    codes = 2 * 64 * 17 + np.arange(50)
+    product = CodeProduct(spec.resolve(codes), codes)
+    assert product.block_signs.shape == (1, 64)
+
+
+def test_unknown_codes_are_refused_at_the_first_use():
+    product = CodeProduct(HeadSpec("hadamard", 64, 50, matched=True, blocks=64))
+    with pytest.raises(HeadSpecError, match="codes have not been loaded"):
+        product(torch.zeros(1, 64))
+
+
+def test_a_meta_product_gets_its_tables_when_it_gets_memory(path):
+    meta = CodeProduct(HeadSpec("hadamard", 64, 100).resolve(), device="meta")
+    assert all(table.is_meta for table in meta.buffers())
+    real = CodeProduct(HeadSpec("hadamard", 64, 100).resolve())
+    x = features(2, 64, dtype=torch.float32)
+    assert torch.equal(meta.to_empty(device="cpu")(x), real(x))
