@@ -1,0 +1,234 @@
+"""Which architecture a state dict is of, from its names and shapes alone.
+
+First by names (with the number of classes, the input channels and the image size left free), then by the order of the
+shapes, for checkpoints of other implementations. Several architectures can fit; all of them are returned, with what
+sets them apart, and none is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from fixify.errors import ArchitectureError
+from fixify.zoo.architectures import Architecture, build, list_architectures
+from fixify.zoo.foreign import NamingScheme, recognise
+from fixify.zoo.index import Entry, entries_of, load_index
+from fixify.zoo.signature import StateShapes, is_counter, shapes_of, signature_of
+from fixify.zoo.ties import Facts, merge, set_apart
+
+Progress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An architecture that a state dict fits.
+
+    Attributes:
+        architecture: With the arguments that the shapes ask for (`in_chans`, `img_size`).
+        num_classes: Of its classifier.
+        key_map: Name in the state dict -> name in the architecture; None where they are the same. BatchNorm's
+            counters are left out where the numbers of them differ.
+        aliases: Other architectures that are the same network with the same preprocessing.
+        differences: What sets it apart from the other candidates, by trait.
+    """
+
+    architecture: Architecture
+    num_classes: int
+    key_map: Mapping[str, str] | None = None
+    aliases: tuple[str, ...] = ()
+    differences: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Identification:
+    """What a state dict can be.
+
+    Attributes:
+        candidates: At least one. More than one: they fit equally well and compute different things.
+        by: "keys" or "shapes".
+        scheme: The foreign naming scheme that narrowed the candidates down, if one did.
+    """
+
+    candidates: tuple[Candidate, ...]
+    by: str
+    scheme: NamingScheme | None = None
+
+    def describe(self) -> str:
+        """One line a candidate, with what sets it apart."""
+        lines = []
+        for candidate in self.candidates:
+            kwargs = ", ".join(f"{key}={value}" for key, value in candidate.architecture.kwargs.items())
+            facts = "; ".join(f"{trait} {value}" for trait, value in candidate.differences.items())
+            name = candidate.architecture.ref + (f" ({kwargs})" if kwargs else "")
+            lines.append(f"  {name}" + (f": {facts}" if facts else ""))
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Match:
+    entry: Entry
+    choices: Mapping[str, int]
+
+    @property
+    def extra(self) -> dict[str, int]:
+        """Choices that are not the architecture's own."""
+        defaults = self.entry.signature.defaults
+        return {key: value for key, value in self.choices.items() if key in defaults and value != defaults[key]}
+
+    @property
+    def architecture(self) -> Architecture:
+        arch = self.entry.architecture
+        return replace(arch, kwargs={**arch.kwargs, **self.extra})
+
+
+def identify(shapes: Mapping[str, Sequence[int]], *, on_progress: Progress | None = None) -> Identification:
+    """Find the architectures that a state dict fits.
+
+    Args:
+        shapes: Name -> shape of each tensor, in the order in which they are stored.
+        on_progress: Called with (done, total) where architectures have to be built, which takes minutes: only with
+            versions of the libraries that the shipped index does not know.
+
+    Raises:
+        ArchitectureError: none fits.
+    """
+    state = StateShapes(shapes)
+    index = load_index()
+    installed = set(list_architectures())
+    stale = {ref for ref in installed if index.is_stale(ref.partition("/")[0])}
+    entries = [entry for entry in index.entries if entry.architecture.ref in installed]
+    if stale:
+        entries += _build(stale - {entry.architecture.ref for entry in entries}, on_progress)
+    found = _search(state, shapes, entries, confirm=bool(stale))
+    if found is None and stale:
+        found = _search(state, shapes, _build(stale, on_progress), confirm=False)
+    if found is None:
+        raise ArchitectureError(
+            f"No architecture of timm or torchvision has these {len(state.ordered)} tensors.",
+            hint="If it is one that was changed, or half of one, say which: --arch NAME.",
+        )
+    return found
+
+
+def fit(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> Candidate | None:
+    """How a state dict fits an architecture that is known.
+
+    Args:
+        arch: Arguments that the shapes ask for are added to its own.
+        shapes: Name -> shape of each tensor, in the order in which they are stored.
+
+    Returns:
+        None if it does not.
+
+    Raises:
+        ArchitectureError: the architecture cannot be built with its arguments.
+    """
+    build(arch, meta=True)  # says what is wrong with the arguments; the comparison below would only see no signature
+    found = signature_of(arch)
+    if found is None:
+        return None
+    state = StateShapes(shapes)
+    entries = [Entry(arch, found[0])]
+    for by_order in (False, True):
+        for match in _matches(state, entries, by_order=by_order):
+            if _confirmed(match, state, by_order=by_order):
+                return Candidate(match.architecture, match.choices["num_classes"], _key_map(match, shapes, by_order))
+    return None
+
+
+def _build(refs: Iterable[str], on_progress: Progress | None) -> list[Entry]:
+    names = sorted(refs)
+    return list(entries_of(names, None if on_progress is None else lambda done: on_progress(done, len(names))))
+
+
+def _search(
+    state: StateShapes, shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry], *, confirm: bool
+) -> Identification | None:
+    for by_order in (False, True):
+        matches = [
+            match
+            for match in _plainest(_matches(state, entries, by_order=by_order))
+            if not (confirm or match.extra) or _confirmed(match, state, by_order=by_order)
+        ]
+        if matches:
+            scheme = recognise(shapes) if by_order else None
+            matches, scheme = _narrowed(matches, scheme)
+            return Identification(_candidates(matches, shapes, by_order), "shapes" if by_order else "keys", scheme)
+    return None
+
+
+def _matches(state: StateShapes, entries: Iterable[Entry], *, by_order: bool) -> list[_Match]:
+    found = []
+    for entry in entries:
+        signature = entry.signature
+        if signature.num_tensors != len(state.ordered) or (not by_order and signature.keys != state.keys):
+            continue
+        choices = state.choices(signature.free, by_order=by_order)
+        if choices is None or choices["num_classes"] < 1:
+            continue
+        same = (
+            state.by_order(signature.free) == signature.ordered
+            if by_order
+            else (state.named(signature.free) == signature.named)
+        )
+        if same:
+            found.append(_Match(entry, choices))
+    return found
+
+
+def _plainest(matches: list[_Match]) -> list[_Match]:
+    """Those that need the fewest arguments: vit_base_patch16_384, not vit_base_patch16_224 at another image size."""
+    fewest = min((len(match.extra) for match in matches), default=0)
+    return [match for match in matches if len(match.extra) == fewest]
+
+
+def _confirmed(match: _Match, state: StateShapes, *, by_order: bool) -> bool:
+    """Whether the architecture, built with these choices, has exactly these shapes."""
+    try:
+        model = build(match.architecture, num_classes=match.choices["num_classes"], meta=True)
+    except ArchitectureError:
+        return False
+    built = StateShapes(shapes_of(model))
+    if by_order:
+        return [shape for _, shape in built.ordered] == [shape for _, shape in state.ordered]
+    return built.sorted == state.sorted
+
+
+def _narrowed(matches: list[_Match], scheme: NamingScheme | None) -> tuple[list[_Match], NamingScheme | None]:
+    if scheme is None or len(matches) == 1:
+        return matches, None
+    kept = [m for m in matches if scheme.value in m.entry.traits.get(scheme.trait, ("", ""))[1]]
+    return (kept, scheme) if kept else (matches, None)
+
+
+def _candidates(matches: list[_Match], shapes: Mapping[str, Sequence[int]], by_order: bool) -> tuple[Candidate, ...]:
+    facts = [Facts.of(match.architecture, match.entry.traits) for match in matches]
+    groups = merge(facts)
+    differences = set_apart([facts[group[0]] for group in groups])
+    return tuple(
+        Candidate(
+            architecture=matches[first].architecture,
+            num_classes=matches[first].choices["num_classes"],
+            key_map=_key_map(matches[first], shapes, by_order),
+            aliases=tuple(matches[index].architecture.ref for index in others),
+            differences=apart,
+        )
+        for (first, *others), apart in zip(groups, differences, strict=True)
+    )
+
+
+def _key_map(match: _Match, shapes: Mapping[str, Sequence[int]], by_order: bool) -> dict[str, str] | None:
+    if not by_order:
+        return None
+    model = build(match.architecture, num_classes=match.choices["num_classes"], meta=True)
+    theirs, ours = list(shapes), list(shapes_of(model))
+    mapped = dict(zip(_without_counters(theirs), _without_counters(ours), strict=True))
+    counters = [[key for key in keys if is_counter(key)] for keys in (theirs, ours)]
+    if len(counters[0]) == len(counters[1]):
+        mapped |= dict(zip(*counters, strict=True))
+    return mapped
+
+
+def _without_counters(keys: Iterable[str]) -> list[str]:
+    return [key for key in keys if not is_counter(key)]

@@ -1,0 +1,169 @@
+"""The index of signatures that ships with fixify: every architecture of timm and torchvision that takes classes.
+
+Rebuilt by `python -m fixify.zoo.index`, which takes some minutes. The same libraries give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fixify._io import write_atomic
+from fixify.errors import NoClassifierError
+from fixify.zoo.architectures import Architecture, library_versions, list_architectures, parse_architecture
+from fixify.zoo.classifiers import find_classifiers
+from fixify.zoo.signature import FreeDimensions, Signature, signature_of
+from fixify.zoo.traits import Trait, traits
+
+PATH = Path(__file__).with_name("index.json.xz")
+_FORMAT = 1
+
+# Arguments that change which tensors there are, or what is computed, and that the library itself chooses when it
+# loads its own weights: torchvision then drops the auxiliary classifiers and normalises the input once more.
+_VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    f"torchvision/{name}": tuple(
+        {"aux_logits": aux, "transform_input": transform} for aux in (True, False) for transform in (False, True)
+    )
+    for name in ("googlenet", "inception_v3")
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One architecture in the index.
+
+    Attributes:
+        architecture: Which.
+        signature: Of its names and shapes.
+        traits: What it computes, as far as others with the same shapes compute something else.
+    """
+
+    architecture: Architecture
+    signature: Signature
+    traits: Mapping[str, Trait] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Index:
+    """Signatures of many architectures, and the versions of the libraries that they are of."""
+
+    versions: Mapping[str, str]
+    entries: tuple[Entry, ...]
+
+    def is_stale(self, library: str) -> bool:
+        """Whether another version of the library is installed than the one that was indexed."""
+        return self.versions.get(library) != library_versions()[library]
+
+
+@cache
+def load_index() -> Index:
+    """The index that ships with fixify."""
+    data = json.loads(lzma.decompress(PATH.read_bytes()))
+    return Index(versions=data["versions"], entries=tuple(_entry(values) for values in data["entries"]))
+
+
+def entries_of(refs: Iterable[str], on_progress: Callable[[int], object] | None = None) -> Iterator[Entry]:
+    """Build architectures on the meta device and take their signatures. Those that take no classes are left out.
+
+    Args:
+        on_progress: Called with the number of names done.
+    """
+    for done, ref in enumerate(refs, start=1):
+        for kwargs in _VARIANTS.get(ref, ({},)):
+            arch = parse_architecture(ref, **kwargs)
+            found = signature_of(arch)
+            if found is not None and _has_classifier(found[1]):
+                yield Entry(arch, found[0], traits(found[1]))
+        if on_progress is not None:
+            on_progress(done)
+
+
+def build_index(refs: Iterable[str], on_progress: Callable[[int], object] | None = None) -> Index:
+    """Index architectures; of their traits, keep those that tell apart what shapes do not."""
+    entries = list(entries_of(refs, on_progress))
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        for kind, value in (("named", entry.signature.named), ("ordered", entry.signature.ordered)):
+            groups.setdefault((kind, value), []).append(entry)
+    kept: dict[int, set[str]] = {id(entry): set() for entry in entries}
+    for group in groups.values():
+        names = {name for entry in group for name in entry.traits}
+        apart = {name for name in names if len({entry.traits.get(name, ("", ""))[0] for entry in group}) > 1}
+        for entry in group:
+            kept[id(entry)] |= apart
+    return Index(
+        versions=library_versions(),
+        entries=tuple(
+            Entry(e.architecture, e.signature, {k: v for k, v in sorted(e.traits.items()) if k in kept[id(e)]})
+            for e in entries
+        ),
+    )
+
+
+def dump_index(index: Index) -> bytes:
+    """The index as it is shipped."""
+    data = {
+        "format": _FORMAT,
+        "versions": dict(index.versions),
+        "entries": [_values(entry) for entry in index.entries],
+    }
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return lzma.compress(text.encode(), format=lzma.FORMAT_XZ, preset=9 | lzma.PRESET_EXTREME)
+
+
+def _has_classifier(model: Any) -> bool:
+    try:
+        return bool(find_classifiers(model))
+    except NoClassifierError:
+        return False
+
+
+def _values(entry: Entry) -> list[Any]:
+    signature = entry.signature
+    return [
+        entry.architecture.ref,
+        dict(entry.architecture.kwargs),
+        signature.num_tensors,
+        *(signature.keys, signature.named, signature.ordered),
+        [[group.choice, group.samples, group.places] for group in signature.free],
+        dict(signature.defaults),
+        dict(entry.traits),
+    ]
+
+
+def _entry(values: list[Any]) -> Entry:
+    ref, kwargs, num_tensors, keys, named, ordered, free, defaults, found = values
+    library, _, name = ref.partition("/")
+    groups = tuple(
+        FreeDimensions(choice, tuple(map(tuple, samples)), tuple(map(tuple, places)))
+        for choice, samples, places in free
+    )
+    return Entry(
+        Architecture(library, name, kwargs),
+        Signature(num_tensors, keys, named, ordered, groups, defaults),
+        {trait: tuple(value) for trait, value in found.items()},
+    )
+
+
+def main() -> None:
+    """Rebuild the shipped index from the installed libraries."""
+    refs = list_architectures()
+
+    def report(done: int) -> None:
+        if done % 50 == 0 or done == len(refs):
+            print(f"{done}/{len(refs)}", file=sys.stderr)
+
+    index = build_index(refs, report)
+    data = dump_index(index)
+    write_atomic(PATH, data)
+    print(f"{len(index.entries)} architectures, {len(data)} bytes: {PATH.name}")
+
+
+if __name__ == "__main__":
+    main()
