@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from timm.data import create_dataset, create_loader
+
+from fixify.data import Augmentation, OpenedData, make_loader, open_data
+from fixify.data.idx import ArrayImages
+from fixify.errors import DataError
+
+RGB = {
+    "input_size": (3, 16, 16),
+    "mean": (0.5, 0.4, 0.3),
+    "std": (0.2, 0.2, 0.2),
+    "interpolation": "bicubic",
+    "crop_pct": 0.9,
+    "crop_mode": "center",
+}
+GRAY = {**RGB, "input_size": (1, 16, 16), "mean": (0.4,), "std": (0.2,)}
+EVERYTHING = Augmentation(reprob=0.5, mixup=0.4, cutmix=1.0, auto_augment="rand-m9-mstd0.5", vflip=0.5)
+
+
+@pytest.fixture(scope="module")
+def digits() -> OpenedData:
+    """22 random gray images of 4 classes."""
+    pixels = np.random.default_rng(0).integers(0, 256, (22, 20, 20), dtype=np.uint8)
+    names = ("a", "b", "c", "d")
+    return OpenedData(ArrayImages(pixels, np.arange(22) % 4), names, "", "", "digits", "train")
+
+
+def epoch(loader: Any, number: int = 0, first_batch: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    loader.set_epoch(number, first_batch)
+    return list(loader)
+
+
+def equal(ours: list[Any], theirs: list[Any]) -> bool:
+    return len(ours) == len(theirs) and all(
+        torch.equal(a, b) for one, other in zip(ours, theirs, strict=True) for a, b in zip(one, other, strict=True)
+    )
+
+
+class TestTraining:
+    def loader(self, data: OpenedData, **given: Any) -> Any:
+        return make_loader(data, GRAY, **{"training": True, "batch_size": 4, "augmentation": EVERYTHING, **given})
+
+    def test_an_epoch_is_the_same_with_any_number_of_workers(self, digits: OpenedData) -> None:
+        none, two = self.loader(digits), self.loader(digits, workers=2)
+        for number in (0, 1):  # the second from workers that live on
+            assert equal(epoch(none, number), epoch(two, number))
+        two.close()
+
+    def test_epochs_and_seeds_differ_and_repeat(self, digits: OpenedData) -> None:
+        loader = self.loader(digits)
+        first = epoch(loader, 0)
+        assert not equal(first, epoch(loader, 1))
+        assert not equal(first, epoch(self.loader(digits, seed=1), 0))
+        assert equal(first, epoch(self.loader(digits), 0))
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_an_epoch_may_begin_in_the_middle(self, digits: OpenedData, workers: int) -> None:
+        loader = self.loader(digits, workers=workers)
+        assert equal(epoch(loader, 3)[2:], epoch(loader, 3, first_batch=2))
+        loader.close()
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_the_callers_random_state_is_untouched(self, digits: OpenedData, workers: int) -> None:
+        before = random.getstate(), np.random.get_state()[1], torch.get_rng_state()  # noqa: NPY002
+        loader = self.loader(digits, workers=workers)
+        epoch(loader)
+        loader.close()
+        assert before[0] == random.getstate()
+        assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
+        assert torch.equal(before[2], torch.get_rng_state())
+
+    def test_it_does_not_depend_on_the_callers_random_state(self, digits: OpenedData) -> None:
+        first = epoch(self.loader(digits))
+        random.seed(99)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(99)
+            assert equal(first, epoch(self.loader(digits)))
+
+    def test_every_image_once_without_the_last_incomplete_batch(self, digits: OpenedData) -> None:
+        plain = self.loader(digits, augmentation=Augmentation(no_aug=True))
+        images = torch.cat([images for images, _ in epoch(plain)])
+        assert (len(plain), plain.num_images, len(images)) == (5, 20, 20)
+        assert len({image.numpy().tobytes() for image in images}) == 20
+
+    def test_fewer_images_than_a_batch_make_one_batch(self, digits: OpenedData) -> None:
+        assert [len(images) for images, _ in self.loader(digits, batch_size=64)] == [22]
+        with pytest.raises(DataError, match="too few"):
+            self.loader(
+                OpenedData(ArrayImages(np.zeros((1, 4, 4), np.uint8), np.zeros(1)), ("a",), "", "", "", "train")
+            )
+
+    def test_mixing_makes_targets_distributions(self, digits: OpenedData) -> None:
+        augmentation = Augmentation(mixup=1.0, smoothing=0.1)
+        (_, targets), *_ = epoch(self.loader(digits, augmentation=augmentation))
+        assert targets.shape == (4, 4)
+        assert torch.allclose(targets.sum(dim=1), torch.ones(4))
+        assert targets.min() >= 0.1 / 4 - 1e-6
+
+    def test_erasing_erases(self, digits: OpenedData) -> None:
+        plain = Augmentation(no_aug=True)
+        erased = Augmentation(no_aug=True, reprob=1.0, remode="const")
+        for (ours, _), (theirs, _) in zip(
+            self.loader(digits, augmentation=plain), self.loader(digits, augmentation=erased), strict=True
+        ):
+            changed = (ours != theirs).flatten(1).float().mean(dim=1)
+            assert (changed > 0.01).all() and (changed < 0.5).all()
+
+
+class TestEvaluation:
+    def test_all_images_in_order(self, digits: OpenedData) -> None:
+        batches = epoch(make_loader(digits, GRAY, training=False, batch_size=4))
+        assert [len(labels) for _, labels in batches] == [4, 4, 4, 4, 4, 2]
+        assert torch.cat([labels for _, labels in batches]).tolist() == [i % 4 for i in range(22)]
+
+    @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm leaves its files to the collector
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    def test_images_are_timms(self, make_folder: Callable[..., Path]) -> None:
+        root = make_folder()
+        theirs = create_loader(
+            create_dataset("", root=str(root), split="val"),
+            input_size=RGB["input_size"],
+            batch_size=4,
+            interpolation="bicubic",
+            mean=RGB["mean"],
+            std=RGB["std"],
+            crop_pct=RGB["crop_pct"],
+            crop_mode=RGB["crop_mode"],
+            num_workers=0,
+            use_prefetcher=False,
+            persistent_workers=False,
+        )
+        ours = make_loader(open_data(str(root), split="val"), RGB, training=False, batch_size=4)
+        assert equal(list(ours), list(theirs))
+
+    def test_gray_images_for_an_rgb_model_and_the_other_way_round(
+        self, digits: OpenedData, make_folder: Callable[..., Path]
+    ) -> None:
+        gray_as_rgb = epoch(make_loader(digits, {**RGB, "mean": (0.5,) * 3}, training=False, batch_size=22))[0][0]
+        assert gray_as_rgb.shape == (22, 3, 16, 16)
+        assert torch.equal(gray_as_rgb[:, 0], gray_as_rgb[:, 2])
+        rgb = open_data(str(make_folder()), split="val")
+        assert epoch(make_loader(rgb, GRAY, training=False, batch_size=9))[0][0].shape == (9, 1, 16, 16)
+
+    def test_three_means_of_a_gray_model_are_averaged(self, digits: OpenedData) -> None:
+        three = {**GRAY, "mean": (0.3, 0.4, 0.5), "std": (0.2, 0.2, 0.2)}
+        ours = epoch(make_loader(digits, three, training=False, batch_size=22))
+        assert torch.allclose(ours[0][0], epoch(make_loader(digits, GRAY, training=False, batch_size=22))[0][0])
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_an_unreadable_image_is_one_sentence_from_any_process(
+        self, make_folder: Callable[..., Path], workers: int
+    ) -> None:
+        root = make_folder()
+        (root / "val" / "bee" / "2.png").write_bytes(b"broken")
+        loader = make_loader(open_data(str(root), split="val"), RGB, training=False, batch_size=2, workers=workers)
+        with pytest.raises(DataError) as caught:
+            list(loader)
+        loader.close()
+        assert "val/bee/2.png: it is not an image" in caught.value.message
+        assert "Traceback" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("broken", "message"),
+        [({"input_size": (4, 16, 16)}, "4 channels"), ({"mean": None}, "mean missing")],
+    )
+    def test_preprocessing_that_cannot_be_done(self, digits: OpenedData, broken: dict[str, Any], message: str) -> None:
+        preprocessing = {key: value for key, value in {**RGB, **broken}.items() if value is not None}
+        with pytest.raises(DataError, match=message):
+            make_loader(digits, preprocessing, training=False, batch_size=2)

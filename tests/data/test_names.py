@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torchvision.datasets
+
+from fixify.data import DATA_NAMES, open_data
+from fixify.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FIXIFY_DATA", raising=False)
+
+
+def test_an_unknown_name_lists_the_known_ones_and_the_nearest() -> None:
+    with pytest.raises(DataError, match="Did you mean 'fashion-mnist'") as caught:
+        open_data("fashon-mnist", split="train")
+    assert all(name in str(caught.value) for name in DATA_NAMES)
+
+
+def test_an_unknown_torch_name() -> None:
+    with pytest.raises(DataError, match="Did you mean 'torch/cifar10'"):
+        open_data("torch/cifar11", split="train")
+
+
+def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "images.zip").write_bytes(b"")
+    with pytest.raises(DataError, match="is a file"):
+        open_data("images.zip", split="train")
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(DataError, match="is empty"):
+        open_data("nothing", split="train")
+
+
+@pytest.mark.parametrize("name", ["torch/cifar10", "cifar10", "cifar100", "torch/mnist"])
+def test_torch_data_that_is_not_here_says_how_to_get_it(name: str) -> None:
+    with pytest.raises(DataError, match="is in none of data, ") as caught:
+        open_data(name, split="val")
+    assert "--download" in str(caught.value)
+
+
+def test_torch_data_is_read_from_fixify_data(
+    tmp_path: Path, write_four: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_four(tmp_path / "disk" / "MNIST" / "raw", zipped=False)
+    monkeypatch.setenv("FIXIFY_DATA", str(tmp_path / "disk"))
+    val = open_data("torch/mnist", split="val")
+    assert (len(val), val.num_classes, val.name) == (10, 10, "torch/mnist")
+    image, label = val.images.load(3)
+    assert (image.size, image.mode, label) == ((28, 28), "L", 3)
+    assert len(open_data("torch/mnist", split="train")) == 20
+
+
+def test_a_failed_download_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", fail)
+    with pytest.raises(DataError, match="Cannot download torch/cifar10 to data: no route to host"):
+        open_data("torch/cifar10", split="train", download=True)

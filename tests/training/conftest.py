@@ -1,0 +1,69 @@
+"""A tiny data set and a tiny network that train in a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from fixify.data import OpenedData
+from fixify.data.idx import ArrayImages
+from fixify.heads import HeadSpec
+from fixify.retrofit import fix_classifier_
+
+NUM_CLASSES = 4
+
+
+def _stripes(num_images: int, seed: int, split: str) -> OpenedData:
+    """Gray 20x20 images whose class is the place of a bright stripe, in noise."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(num_images) % NUM_CLASSES
+    pixels = rng.integers(0, 120, (num_images, 20, 20), dtype=np.uint8)
+    for image, label in zip(pixels, labels, strict=True):
+        image[5 * label : 5 * label + 5] += 100
+    names = tuple(f"stripe{i}" for i in range(NUM_CLASSES))
+    images = ArrayImages(pixels, labels)
+    return OpenedData(images, names, "memory", f"{num_images} stripes", "stripes", split)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def stripes() -> tuple[OpenedData, OpenedData]:
+    """44 training and 20 validation images of 4 classes."""
+    return _stripes(44, 0, "train"), _stripes(20, 1, "val")
+
+
+@pytest.fixture(scope="session")
+def preprocessing() -> dict[str, Any]:
+    return {"input_size": (1, 16, 16), "mean": (0.4,), "std": (0.25,), "interpolation": "bilinear", "crop_pct": 1.0}
+
+
+@pytest.fixture(scope="session")
+def new_model() -> Callable[..., nn.Module]:
+    """A small convolutional network with dropout and batch norm, always with the same weights."""
+
+    def make(*, fixed: bool = True, standardize: bool = True) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = timm.create_model("test_efficientnet", in_chans=1, num_classes=NUM_CLASSES, drop_rate=0.2)
+        if fixed:
+            spec = HeadSpec("hadamard", model.num_features, NUM_CLASSES, standardize=standardize)
+            fix_classifier_(model, spec)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def save_weights() -> Callable[[nn.Module, Path, dict[str, Any]], None]:
+    """Stands for `fixify.checkpoint.save` where the model is no slim checkpoint."""
+
+    def save(model: nn.Module, path: Path, record: dict[str, Any]) -> None:
+        torch.save({"weights": model.state_dict(), "record": record}, path)
+
+    return save

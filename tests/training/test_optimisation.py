@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from fixify.heads import FixedClassifier
+from fixify.training import FinetuneOptions
+from fixify.training.optimisation import make_optimiser, make_schedule, parameter_groups
+
+
+def rates(options: FinetuneOptions, updates_per_epoch: int) -> list[float]:
+    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=options.lr)
+    schedule = make_schedule(optimiser, options, updates_per_epoch)
+    found = []
+    for update in range(options.epochs * updates_per_epoch):
+        found.append(optimiser.param_groups[0]["lr"])
+        schedule.step_update(update + 1)
+    return found
+
+
+class TestGroups:
+    def test_every_parameter_once_and_vectors_without_decay(self, new_model: Callable[..., nn.Module]) -> None:
+        model = new_model()
+        decayed, plain, head = parameter_groups(model, FinetuneOptions.create(weight_decay=0.1, head_lr_scale=3))
+        assert (decayed["weight_decay"], plain["weight_decay"], head["weight_decay"]) == (0.1, 0, 0)
+        assert all(parameter.ndim > 1 for parameter in decayed["params"])
+        assert all(parameter.ndim <= 1 for parameter in plain["params"])
+        everything = [id(p) for group in (decayed, plain, head) for p in group["params"]]
+        assert sorted(everything) == sorted(id(p) for p in model.parameters())
+
+    def test_the_fixed_heads_scale_and_bias_have_their_own_rate(self, new_model: Callable[..., nn.Module]) -> None:
+        model = new_model()
+        head = next(m for m in model.modules() if isinstance(m, FixedClassifier))
+        options = FinetuneOptions.create(head_lr_scale=3, lr=0.5, warmup_epochs=0)
+        optimiser = make_optimiser(model, options)
+        make_schedule(optimiser, options, 10)
+        *others, last = optimiser.param_groups
+        assert {id(p) for p in last["params"]} == {id(head.scale), id(head.bias)}
+        assert last["lr"] == pytest.approx(1.5)
+        assert [group["lr"] for group in others] == [0.5, 0.5]
+
+    def test_frozen_parameters_are_left_out(self, new_model: Callable[..., nn.Module]) -> None:
+        model = new_model()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = name.startswith("classifier")
+        (only,) = parameter_groups(model, FinetuneOptions.create())
+        assert len(only["params"]) == 2
+
+    def test_sgd_is_nesterov_and_other_optimisers_are_timms(self, new_model: Callable[..., nn.Module]) -> None:
+        sgd = make_optimiser(new_model(), FinetuneOptions.create(momentum=0.8))
+        assert (sgd.defaults["nesterov"], sgd.defaults["momentum"]) == (True, 0.8)
+        adamw = make_optimiser(new_model(), FinetuneOptions.create(opt="adamw", lr=1e-3))
+        assert isinstance(adamw, torch.optim.AdamW)
+
+
+class TestSchedule:
+    def test_warmup_then_cosine_to_the_end(self) -> None:
+        options = FinetuneOptions.create(epochs=4, lr=0.1, warmup_epochs=0.5, warmup_lr=0.0, min_lr=0.001)
+        found = rates(options, 10)
+        assert found[:6] == pytest.approx([0, 0.02, 0.04, 0.06, 0.08, 0.099 * (1 + math.cos(math.pi / 8)) / 2 + 0.001])
+        assert found[20] == pytest.approx((0.1 + 0.001) / 2)
+        assert 0.001 < found[-1] < 0.002
+
+    def test_linear_step_and_constant(self) -> None:
+        plain = {"epochs": 4, "lr": 1.0, "warmup_epochs": 0.0}
+        assert rates(FinetuneOptions.create(sched="linear", **plain), 2) == pytest.approx([1 - i / 8 for i in range(8)])
+        step = rates(FinetuneOptions.create(sched="step", decay_epochs=2, decay_rate=0.1, **plain), 2)
+        assert step == pytest.approx([1.0] * 4 + [0.1] * 4)
+        assert rates(FinetuneOptions.create(sched="constant", **plain), 2) == [1.0] * 8
+
+    def test_part_of_a_short_epoch_is_at_least_one_step(self) -> None:
+        found = rates(FinetuneOptions.create(epochs=2, lr=1.0, warmup_epochs=0.1, warmup_lr=0.0), 3)
+        assert found[0] == 0 and found[1] > 0.9
