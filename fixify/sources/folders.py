@@ -74,7 +74,7 @@ def shards_of(index: Path) -> dict[str, list[str]]:
         raise SourceError(f"{index} is no index of a checkpoint: it has no weight_map.")
     shards: dict[str, list[str]] = {}
     for key, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or shard.endswith(".json"):
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(SUFFIXES):
             raise UnsafeCheckpointError(f"{index} was refused: it names {shard!r}, which is no file beside it.")
         shards.setdefault(shard, []).append(key)
     return shards

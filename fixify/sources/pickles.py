@@ -14,7 +14,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 import torch.serialization
 
 from fixify.errors import SourceError, UnsafeCheckpointError
+from fixify.sources.sniffing import kind_of
 
 # What reading hostile bytes may raise inside torch: a parser built from Python operations fails in any of their ways.
 _PARSER_ERRORS = (
@@ -137,13 +138,15 @@ def _refusal(path: Path, reason: str) -> SourceError:
         return _unsafe(path, found[1] if "." in found[1] else f"builtins.{found[1]}")
     if "Unsupported operand" in reason:
         # Protocols above 2 have operations that torch's reader does not know: look, without running anything.
-        foreign = [name for name in _globals_in(path) if not _TENSOR_GLOBAL.fullmatch(name)]
+        protocol, names = _looked_through(path)
+        foreign = [name for name in names if not _TENSOR_GLOBAL.fullmatch(name)]
         if foreign:
             return _unsafe(path, foreign[0])
-        return SourceError(
-            f"{path} was saved with a pickle protocol that PyTorch's safe reader does not read (it reads 2).",
-            hint="Save it again without pickle_protocol, where it was made: torch.save(model.state_dict(), ...)",
-        )
+        if protocol > 2:
+            return SourceError(
+                f"{path} was saved with pickle protocol {protocol}; PyTorch's safe reader reads protocol 2.",
+                hint="Save it again without pickle_protocol, where it was made: torch.save(model.state_dict(), ...)",
+            )
     lines = [line.strip() for line in reason.splitlines() if line.strip() and not line.startswith("Check the doc")]
     return SourceError(
         f"{path} is not a checkpoint, or is cut short or damaged: {lines[-1][:160] if lines else 'it ends too early'}",
@@ -160,25 +163,28 @@ def _unsafe(path: Path, name: str) -> UnsafeCheckpointError:
     )
 
 
-def _globals_in(path: Path) -> list[str]:
-    """Names that the pickle in a file asks for, in order; read as text, never looked up."""
+def _looked_through(path: Path) -> tuple[int, list[str]]:
+    """The protocol of the pickle in a file and the names that it asks for, in order; read as text, never looked up."""
+    protocol = 0
     strings: list[str] = []
     names: list[str] = []
     try:
         for operation, argument, _ in pickletools.genops(_pickle_bytes(path)):
-            if operation.name == "GLOBAL":
+            if operation.name == "PROTO":
+                protocol = int(argument or 0)
+            elif operation.name == "GLOBAL":
                 names.append(str(argument).replace(" ", "."))
             elif operation.name == "STACK_GLOBAL" and len(strings) >= 2:
                 names.append(f"{strings[-2]}.{strings[-1]}")
             elif isinstance(argument, str):
                 strings.append(argument)
-    except (ValueError, LookupError, struct.error, OverflowError):
+    except (ValueError, LookupError, struct.error, OverflowError, EOFError, zipfile.BadZipFile):
         pass  # damaged further on: what was read so far is what there is to say
-    return names
+    return protocol, names
 
 
 def _pickle_bytes(path: Path) -> bytes:
-    if not zipfile.is_zipfile(path):
+    if kind_of(path) != "zip":
         return path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         return archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
@@ -208,7 +214,7 @@ def _check_archive(path: Path) -> None:
         )
     if names and all(name.endswith(".npy") for name in names):
         raise SourceError(f"{path} is a NumPy archive (.npz); fixify reads PyTorch and safetensors checkpoints.")
-    if sum(name.count("/") == 1 and name.endswith("/data.pkl") for name in names) != 1:
+    if not any(name.count("/") == 1 and name.endswith("/data.pkl") for name in names):
         raise SourceError(
             f"{path} is a zip archive without a checkpoint in it.",
             hint="If a checkpoint was packed into it, unpack it first.",
@@ -220,6 +226,12 @@ def _check_archive(path: Path) -> None:
                 f"({entry.compress_size} bytes that claim to be {entry.file_size}); torch.save never does that.",
                 hint="If you packed it yourself, save it again with torch.save.",
             )
+    if len(set(names)) != len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise UnsafeCheckpointError(
+            f"{path} was refused: it lists {twice} twice; readers disagree on which of them counts.",
+            hint="Download it again, from a place you trust.",
+        )
     claimed, size = sum(entry.file_size for entry in entries), path.stat().st_size
     if claimed > size:
         raise UnsafeCheckpointError(f"{path} was refused: its entries claim {claimed} bytes and the file has {size}.")

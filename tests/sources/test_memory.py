@@ -1,0 +1,74 @@
+"""Memory while opening and checking a file of 200 MB, measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+BYTES = 200 << 20
+LAYERS = 16
+
+# Peak resident memory above what is resident before, as a multiple of the file; one line of JSON for all cases.
+PROGRAM = """
+import json
+import sys
+from pathlib import Path
+from fixify.sources import check_finite, open_source
+
+def resident(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+def read(path, meta):
+    source = open_source(path, meta=meta)
+    if not meta:
+        check_finite(source.tensors)
+
+folder = Path(sys.argv[1])
+cases = [(name, mode) for mode in ("meta", "data") for name in (".safetensors", ".pth")] + [("-legacy.pth", "data")]
+peaks = {}
+for name, mode in cases:
+    path = folder / f"large{name}"
+    read(folder / f"small{name}", mode == "meta")  # imports, caches
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident("VmRSS")
+    read(path, mode == "meta")
+    peaks[f"{name} {mode}"] = (resident("VmHWM") - before) / path.stat().st_size
+print(json.dumps(peaks))
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    for size, stem in ((1 << 12, "small"), (BYTES, "large")):
+        state = {f"layer{index}.weight": torch.ones(size // LAYERS // 4) for index in range(LAYERS)}
+        safetensors.torch.save_file(state, folder / f"{stem}.safetensors")
+        torch.save(state, folder / f"{stem}.pth")
+        torch.save(state, folder / f"{stem}-legacy.pth", _use_new_zipfile_serialization=False)
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the kernel's count of resident memory")
+def test_peak(files: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(files)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    peaks = json.loads(done.stdout)
+    print(peaks)
+    assert peaks[".safetensors meta"] < 0.1 and peaks[".pth meta"] < 0.1
+    assert 0.9 < peaks[".safetensors data"] <= 1.3  # every page was looked at, and nothing was copied
+    assert 0.9 < peaks[".pth data"] <= 1.3
+    assert 0.9 < peaks["-legacy.pth data"] <= 2.2
