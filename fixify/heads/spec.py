@@ -215,7 +215,7 @@ def choose_kind(num_features: int, num_classes: int) -> tuple[str, str]:
     if not is_constructible(num_features):
         return "orthogonal", f"no Hadamard matrix of order {num_features} is known here"
     structured = num_classes <= (num_features**2 if has_kerdock_set(num_features) else 2 * num_features)
-    if not structured and num_classes**2 > 2.0 ** (num_features - 10):  # the birthday problem of seeded blocks
+    if not structured and num_classes**2 > 2 ** max(num_features - 10, 0):  # the birthday problem of seeded blocks
         return "orthogonal", f"{num_classes} random codes of only {num_features} signs are likely to repeat one"
     if num_classes <= num_features:
         return "hadamard", f"{num_classes} classes fit into one Hadamard matrix of order {num_features}: orthogonal"

@@ -130,7 +130,7 @@ def test_choose_kind():
     assert choose_kind(4, 1000)[0] == "orthogonal"
     assert choose_kind(12, 241)[0] == "orthogonal"
     assert choose_kind(12, 24)[0] == choose_kind(4, 16)[0] == choose_kind(16, 256)[0] == "hadamard"
-    assert choose_kind(32, 1000)[0] == choose_kind(4096, 10**6)[0] == "hadamard"
+    assert choose_kind(32, 1000)[0] == choose_kind(4096, 10**6)[0] == choose_kind(1280, 10**6)[0] == "hadamard"
     assert "3 Hadamard matrices" in choose_kind(256, 1500)[1]
     for n, c in ((386, 10), (4, 1000), (64, 10), (64, 100), (64, 500), (4, 16), (12, 24), (1, 2)):
         kind, reason = choose_kind(n, c)
