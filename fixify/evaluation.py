@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fixify.errors import DataError
+from fixify.errors import DataError, UsageError
 
 Precision = Literal["none", "bf16", "fp16"]
 _BINS = 15
@@ -173,6 +173,26 @@ def agreement(
 ) -> Agreement:
     """How often two models that take the same images name the same class; `compare` gives their metrics as well."""
     return compare(model_a, model_b, loader, device=device).agreement
+
+
+def check_input_size(model: nn.Module, input_size: Sequence[int]) -> None:
+    """Refuse an image size that the model cannot take (transformers with position embeddings, deep strides).
+
+    Args:
+        model: On the CPU.
+        input_size: (channels, height, width).
+
+    Raises:
+        UsageError: it cannot.
+    """
+    try:
+        with eval_mode(model), torch.no_grad():
+            model(torch.zeros(1, *input_size))
+    except (RuntimeError, AssertionError, ValueError) as error:  # what models raise on a wrong size
+        _, height, width = input_size
+        raise UsageError(
+            f"This model does not take images of {height} x {width}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def autocast(device: torch.device, amp: Precision) -> torch.autocast:

@@ -4,6 +4,7 @@ from fixify.data.classes import check_classes
 from fixify.data.loader import Augmentation, ImageLoader, default_workers, make_loader
 from fixify.data.names import DATA_NAMES, open_data, open_train_val
 from fixify.data.opened import ImageSource, OpenedData, Split, Subset
+from fixify.data.preprocessing import override
 
 __all__ = [
     "DATA_NAMES",
@@ -18,4 +19,5 @@ __all__ = [
     "make_loader",
     "open_data",
     "open_train_val",
+    "override",
 ]

@@ -182,4 +182,6 @@ class _Pending:
 
 def head_scale(model: nn.Module) -> float | None:
     """The learned scale alpha of the model's (first) fixed head; None if it has none."""
-    return next((float(module.scale.detach()) for module in model.modules() if isinstance(module, FixedClassifier)), None)
+    return next(
+        (float(module.scale.detach()) for module in model.modules() if isinstance(module, FixedClassifier)), None
+    )

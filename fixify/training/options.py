@@ -35,6 +35,8 @@ class FinetuneOptions(BaseModel):
         clip_grad: Largest norm of the gradient.
         amp: Autocast precision.
         channels_last: Memory format; often faster on CUDA.
+        img_size: Side of the images that the model gets; None is the checkpoint's.
+        crop_pct: Share of the resized image that the center crop keeps in validation; None is the checkpoint's.
         seed: Fixes order, augmentation and dropout.
         workers: Loader processes; None fits the machine.
         device: "auto", or torch's name of a device.
@@ -63,6 +65,8 @@ class FinetuneOptions(BaseModel):
     clip_grad: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     amp: Literal["none", "bf16", "fp16"] = "none"
     channels_last: bool = False
+    img_size: int | None = Field(default=None, ge=1)
+    crop_pct: float | None = Field(default=None, gt=0, le=1)
     seed: int = Field(default=0, ge=0)
     workers: int | None = Field(default=None, ge=0)
     device: str = "auto"

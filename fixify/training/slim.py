@@ -9,8 +9,9 @@ from torch import nn
 
 from fixify._io import sha256_of
 from fixify.checkpoint import load, read_info, save
-from fixify.data import check_classes, open_train_val
+from fixify.data import check_classes, open_train_val, override
 from fixify.errors import UsageError
+from fixify.evaluation import check_input_size
 from fixify.training.events import Listener
 from fixify.training.logging import stored_options
 from fixify.training.options import FinetuneOptions
@@ -47,7 +48,7 @@ def run_finetune(
         FormatError, CodebookMismatchError: the checkpoint cannot be loaded.
         DataError: the data is missing, not laid out as expected, or not the checkpoint's.
         TrainingError, OutputExistsError, OutputError: see `fixify.training.finetune`.
-        UsageError: the checkpoint would be overwritten.
+        UsageError: the checkpoint would be overwritten, or `img_size` does not fit the model.
     """
     source, out = Path(slim_path), Path(out_dir)
     if source.resolve() in {(out / name).resolve() for name in (BEST_FILE, LAST_FILE)}:
@@ -59,8 +60,11 @@ def run_finetune(
     stored_names = (info.training or {}).get("class_names") or info.labels
     check_classes(train, info.num_classes, stored_names)
     model = load(source)
-    if info.labels is None:
-        model.fixify_info = info.model_copy(update={"labels": list(train.class_names)})  # type: ignore[assignment]
+    preprocessing = override(info.preprocessing, img_size=options.img_size, crop_pct=options.crop_pct)
+    if options.img_size is not None:
+        check_input_size(model, preprocessing["input_size"])
+    labels = list(train.class_names) if info.labels is None else info.labels
+    model.fixify_info = info.model_copy(update={"labels": labels, "preprocessing": preprocessing})  # type: ignore[assignment]
 
     def save_model(trained: nn.Module, path: Path, record: dict[str, Any]) -> None:
         save(trained, path, force=True, training=record)
@@ -70,7 +74,7 @@ def run_finetune(
         model,
         train,
         val,
-        info.preprocessing,
+        preprocessing,
         options,
         out,
         save=save_model,

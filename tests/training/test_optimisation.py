@@ -46,7 +46,7 @@ class TestGroups:
     def test_frozen_parameters_are_left_out(self, new_model: Callable[..., nn.Module]) -> None:
         model = new_model()
         for name, parameter in model.named_parameters():
-            parameter.requires_grad = name.startswith("classifier")
+            parameter.requires_grad = name.startswith("fc.")
         (only,) = parameter_groups(model, FinetuneOptions.create())
         assert len(only["params"]) == 2
 

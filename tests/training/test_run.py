@@ -236,7 +236,7 @@ class TestRun:
         assert kinds.count(EpochEnded) == 2 and kinds.count(Step) == 10
 
     def test_it_learns(self, run: Runs, tmp_path: Path) -> None:
-        result = run(tmp_path, PLAIN.replace(epochs=8, lr=0.1))
+        result = run(tmp_path, PLAIN.replace(epochs=20, lr=0.1))
         assert result.before.top1 < 60
         assert result.after.val_top1 > 90
         assert result.history[-1].train_loss < result.history[0].train_loss
@@ -325,7 +325,8 @@ class TestSteps:
                 if isinstance(module, nn.BatchNorm2d):
                     module.momentum = 0.0
                     module.forward = lambda x: x  # type: ignore[method-assign]
-            made.drop_rate = 0.0
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
             return made
 
         options = PLAIN.replace(epochs=1, warmup_epochs=0, batch_size=20, lr=0.001)
