@@ -14,7 +14,7 @@ from fixify.errors import SourceError, UsageError
 from fixify.heads import FixedClassifier, HeadSpec, choose_kind
 from fixify.originals import Original, read_original
 from fixify.retrofit import HeadRecord
-from fixify.sources import check_finite
+from fixify.sources import check_finite, read_labels
 from fixify.zoo.architectures import build
 
 
@@ -47,6 +47,7 @@ def convert(
     bias: bool = True,
     standardize: bool = True,
     dtype: str | None = None,
+    labels: str | Path | None = None,
     ema: bool = False,
     force: bool = False,
 ) -> Conversion:
@@ -65,6 +66,7 @@ def convert(
         bias: Keep a learned bias, one number a class (paper, section 2.2).
         standardize: Standardise each feature by its running mean and deviation before normalising.
         dtype: "float32", "float16" or "bfloat16": store the backbone in this type.
+        labels: A file of class names or "imagenet" (see `fixify.sources.read_labels`); default: those that came with the source.
         ema: Take the averaged weights of a training checkpoint.
         force: Replace an existing file.
 
@@ -84,6 +86,9 @@ def convert(
     check_finite(original.tensors)
 
     notes = list(original.notes)
+    names = original.labels if num_classes is None else None
+    if labels is not None:
+        names = read_labels(labels, num_classes or original.num_classes)
     records, heads = [], {}
     for site in original.sites:
         classes = num_classes or site.num_classes
@@ -107,7 +112,7 @@ def convert(
         architecture=original.architecture,
         heads=tuple(records),
         preprocessing=original.preprocessing,
-        labels=original.labels if num_classes is None else None,
+        labels=names,
         source={
             "name": original.source.name,
             "sha256": original.source.sha256,

@@ -57,7 +57,7 @@ class Original:
         return model.eval()
 
 
-def read_original(ref: str | Path, *, arch: str | None = None, ema: bool = False) -> Original:
+def read_original(ref: str | Path, *, arch: str | None = None, ema: bool = False, meta: bool = False) -> Original:
     """Read a checkpoint file or a model name, and find out what it is.
 
     The architecture is, in this order: the one given, the one the file names, the one its keys and shapes fit.
@@ -66,6 +66,7 @@ def read_original(ref: str | Path, *, arch: str | None = None, ema: bool = False
         ref: A file, a folder, or a model name.
         arch: The architecture, if the caller knows it.
         ema: Take the averaged weights.
+        meta: Read only names, shapes and dtypes; the tensors are on the meta device.
 
     Raises:
         SourceError: it cannot be read.
@@ -73,7 +74,7 @@ def read_original(ref: str | Path, *, arch: str | None = None, ema: bool = False
         AmbiguousArchitectureError: several fit; the message lists what differs.
         NoClassifierError: the model has no classifier.
     """
-    source = open_source(str(ref), ema=ema)
+    source = open_source(ref, ema=ema, meta=meta)
     candidate, note = _recognise(source, arch)
     tensors = _rename(source, candidate)
     architecture, num_classes = candidate.architecture, candidate.num_classes
@@ -97,25 +98,26 @@ def read_original(ref: str | Path, *, arch: str | None = None, ema: bool = False
 
 
 def _recognise(source: Source, arch: str | None) -> tuple[Candidate, str | None]:
-    shapes = {key: tuple(tensor.shape) for key, tensor in source.tensors.items()}
     name = arch or source.architecture
     if name is not None:
         architecture = parse_architecture(name, **source.architecture_kwargs)
-        candidate = fit(architecture, shapes)
+        candidate = fit(architecture, source.shapes)
         if candidate is None:
             raise ArchitectureError(
                 f"{source.name} is not a checkpoint of {architecture.ref}: its tensors have other shapes.",
                 hint="Leave out --arch to have it recognised." if arch else f"fixify identify {source.name}",
             )
         return candidate, None
-    found = identify(shapes)
+    found = identify(source.shapes)
     if len(found.candidates) > 1:
         raise AmbiguousArchitectureError(
             f"{source.name} fits several architectures:\n{found.describe()}",
             hint=f"Say which: --arch {found.candidates[0].architecture.ref}",
         )
     candidate = found.candidates[0]
-    how = "key names and shapes" if candidate.key_map is None else "the order of its shapes; its key names are foreign"
+    how = "key names and shapes" if candidate.key_map is None else "the order of its shapes"
+    if found.scheme is not None:
+        how += f" and the key names of {found.scheme.name} ({found.scheme.trait} {found.scheme.value})"
     return candidate, f"Recognised as {candidate.architecture.ref} from {how}."
 
 

@@ -30,6 +30,7 @@ LAYERS = (
     "data",
     "evaluation",
     "training",
+    "prediction",
     "demo",
     "reporting",
     "cli",

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from fixify import __version__
-from fixify.cli import convert, inspect, report, verify
+from fixify.cli import convert, identify, inspect, plan, predict, report, verify
 from fixify.cli.output import fail
 from fixify.errors import FixifyError
 
@@ -28,7 +28,10 @@ app = typer.Typer(
 )
 
 app.command("convert")(convert.convert)
+app.command("predict")(predict.predict)
 app.command("report")(report.report)
+app.command("plan")(plan.plan)
+app.command("identify")(identify.identify)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 

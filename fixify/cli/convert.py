@@ -29,6 +29,9 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="Store the backbone as float32, float16 or bfloat16. Default: as it is.")
     ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="A file of class names, or imagenet. Default: those that came with SOURCE.")
+    ] = None,
     ema: Ema = False,
     force: Force = False,
     as_json: Json = False,
@@ -52,6 +55,7 @@ def convert(
         bias=bias,
         standardize=standardize,
         dtype=dtype,
+        labels=labels,
         ema=ema,
         force=force,
     )

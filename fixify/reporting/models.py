@@ -68,7 +68,7 @@ def report(model: nn.Module | str | Path, *, arch: str | None = None) -> ModelRe
             savings=Savings.from_dict(info.savings),
         )
     if Path(model).exists():
-        original = read_original(model, arch=arch)
+        original = read_original(model, arch=arch, meta=True)
         skeleton = build(original.architecture, num_classes=original.num_classes, meta=True)
         return _learned(original.source.name, original.architecture.ref, skeleton, list(original.sites))
     architecture = parse_architecture(str(model))

@@ -9,8 +9,11 @@ from rich.table import Table
 
 from fixify.checkpoint import SlimInfo
 from fixify.counts import Savings
+from fixify.prediction import Prediction
 from fixify.reporting.models import ModelReport
+from fixify.reporting.plan import KindPlan
 from fixify.verification import Check
+from fixify.zoo.identify import Identification
 
 
 def new_table(*columns: str, title: str | None = None) -> Table:
@@ -99,6 +102,47 @@ def info_table(path: Path, info: SlimInfo) -> Table:
     made.add_row("saved", removed_line(Savings.from_dict(info.savings)))
     for key, value in (info.training or {}).items():
         made.add_row(f"training {key}", _plain(value))
+    return made
+
+
+def kinds_table(kinds: Sequence[KindPlan]) -> Table:
+    """One row a kind of head: how far apart its codes are, beside the bounds."""
+    made = new_table("head", ">largest cosine", ">rms", ">Rankin", ">largest |cosine|", ">Welch")
+    for kind in kinds:
+        facts = kind.coherence
+        if facts is None:
+            made.add_row(kind.kind, "cannot be had: see below")
+            continue
+        numbers = (facts.max_cosine, facts.rms_cosine, facts.rankin, facts.max_abs, facts.welch)
+        made.add_row(kind.kind, *(f"{number:.3f}" for number in numbers))
+    reasons = [f"{kind.kind}: {kind.reason}" for kind in kinds if kind.reason]
+    if reasons:
+        made.caption = "\n".join(reasons)
+        made.caption_justify = "left"
+    return made
+
+
+def candidates_table(found: Identification) -> Table:
+    """One row an architecture that fits, with what sets it apart."""
+    made = new_table("architecture", ">classes", "arguments", "what sets it apart")
+    for candidate in found.candidates:
+        arch = candidate.architecture
+        facts = [f"{trait} {value}" for trait, value in candidate.differences.items()]
+        if candidate.aliases:
+            facts.append(f"same network: {', '.join(candidate.aliases)}")
+        arguments = ", ".join(f"{key}={value}" for key, value in arch.kwargs.items())
+        made.add_row(arch.ref, str(candidate.num_classes), arguments, "; ".join(facts))
+    return made
+
+
+def predictions_table(found: Sequence[Prediction]) -> Table:
+    """One block an image: its classes, most probable first."""
+    made = new_table("image", ">probability", ">class", "label")
+    for prediction in found:
+        rows = zip(prediction.probabilities, prediction.classes, prediction.labels, strict=True)
+        for position, (probability, number, label) in enumerate(rows):
+            name = Path(prediction.image).name if position == 0 else ""
+            made.add_row(name, f"{100 * probability:.1f} %", str(number), label)
     return made
 
 

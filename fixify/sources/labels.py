@@ -52,6 +52,26 @@ def read_class_map(path: Path) -> list[str]:
     return _indexed(lines, _LAST_NUMBER) or _indexed(lines, _FIRST_NUMBER) or lines
 
 
+def read_labels(path: Path | str, num_classes: int) -> list[str]:
+    """The class names of a model with so many classes.
+
+    Args:
+        path: A file (see `read_class_map`), or "imagenet" for the names of the ImageNet version of that size.
+
+    Raises:
+        SourceError: the file cannot be read, or there are more or fewer names than classes.
+    """
+    if str(path) == "imagenet":
+        known = imagenet_labels(num_classes)
+        if known is None:
+            raise SourceError(f"No version of ImageNet has {num_classes} classes.", hint="Give a file of class names.")
+        return known
+    names = read_class_map(Path(path))
+    if len(names) != num_classes:
+        raise SourceError(f"{path} has {len(names)} class names; the model has {num_classes} classes.")
+    return names
+
+
 def labels_of_config(names: Any, descriptions: Any) -> list[str] | None:
     """timm's `label_names` and `label_descriptions` as one label a class: the description where there is one."""
     if isinstance(names, dict):  # transformers' id2label

@@ -169,15 +169,17 @@ def _looked_through(path: Path) -> tuple[int, list[str]]:
     strings: list[str] = []
     names: list[str] = []
     try:
-        for operation, argument, _ in pickletools.genops(_pickle_bytes(path)):
-            if operation.name == "PROTO":
-                protocol = int(argument or 0)
-            elif operation.name == "GLOBAL":
-                names.append(str(argument).replace(" ", "."))
-            elif operation.name == "STACK_GLOBAL" and len(strings) >= 2:
-                names.append(f"{strings[-2]}.{strings[-1]}")
-            elif isinstance(argument, str):
-                strings.append(argument)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about escapes in strings of protocol 0
+            for operation, argument, _ in pickletools.genops(_pickle_bytes(path)):
+                if operation.name == "PROTO":
+                    protocol = int(argument or 0)
+                elif operation.name == "GLOBAL":
+                    names.append(str(argument).replace(" ", "."))
+                elif operation.name == "STACK_GLOBAL" and len(strings) >= 2:
+                    names.append(f"{strings[-2]}.{strings[-1]}")
+                elif isinstance(argument, str):
+                    strings.append(argument)
     except (ValueError, LookupError, struct.error, OverflowError, EOFError, zipfile.BadZipFile):
         pass  # damaged further on: what was read so far is what there is to say
     return protocol, names

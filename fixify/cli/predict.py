@@ -1,0 +1,41 @@
+"""`fixify predict CKPT IMAGES...`"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fixify.cli.options import Arch, Ema, Json
+from fixify.cli.output import Output
+
+
+def predict(
+    checkpoint: Annotated[str, typer.Argument(help="A slim or ordinary checkpoint, or a model name.")],
+    images: Annotated[list[str], typer.Argument(help="Image files.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
+    labels: Annotated[
+        str | None, typer.Option(help="A file of class names, or imagenet. Default: the checkpoint's.")
+    ] = None,
+    arch: Arch = None,
+    ema: Ema = False,
+    as_json: Json = False,
+) -> None:
+    """Labels and probabilities of images, preprocessed as the checkpoint says."""
+    from dataclasses import asdict, replace
+
+    from fixify.opening import open_model
+    from fixify.prediction import predict as run
+    from fixify.reporting.tables import predictions_table
+    from fixify.sources import read_labels
+
+    output = Output(as_json=as_json)
+    opened = open_model(checkpoint, arch=arch, ema=ema)
+    if labels is not None:
+        opened = replace(opened, labels=read_labels(labels, opened.num_classes))
+    found = []
+    with output.progress("classifying", total=len(images)) as advance:
+        for prediction in run(opened, images, top=top):
+            found.append(prediction)
+            advance()
+    output.result({"predictions": [asdict(prediction) for prediction in found]}, predictions_table(found))
