@@ -227,7 +227,7 @@ def _key_map(match: _Match, shapes: Mapping[str, Sequence[int]], by_order: bool)
     counters = [[key for key in keys if is_counter(key)] for keys in (theirs, ours)]
     if len(counters[0]) == len(counters[1]):
         mapped |= dict(zip(*counters, strict=True))
-    return mapped
+    return {key: mapped[key] for key in theirs if key in mapped}
 
 
 def _without_counters(keys: Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ from fixify.zoo.architectures import Architecture, preprocessing
 from fixify.zoo.traits import Trait
 
 _LAST = {".class"}  # long, and mostly a consequence of what is said better by another trait
-_MOST_SHOWN = 6
+_MOST_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,14 @@ def set_apart(facts: Sequence[Facts]) -> list[dict[str, str]]:
         values = {(found.library if own else "", found.values.get(name, ("", ""))[0]) for found in facts}
         if len(values) > (len({library for library, _ in values}) if own else 1):
             shown.append(name)
-    shown.sort(key=lambda name: (name in _LAST, name.startswith("."), name))
+    texts = {name: {found.values[name][1] for found in facts if name in found.values} for name in shown}
+    shown.sort(key=lambda name: (len(texts[name]) == 1, name in _LAST, name.startswith("."), name))
     return [
-        {name.lstrip("."): found.values[name][1] for name in shown[:_MOST_SHOWN] if name in found.values}
+        {
+            name.lstrip("."): found.values[name][1] + (" (placed differently)" if len(texts[name]) == 1 else "")
+            for name in shown[:_MOST_SHOWN]
+            if name in found.values
+        }
         for found in facts
     ]
 

@@ -20,7 +20,7 @@ _IRRELEVANT = {
     *("training", "drop_prob", "p", "momentum", "inplace", "drop_rate", "checkpointing", "grad_checkpointing"),
     *("num_classes", "out_features", "out_channels", "num_batches_tracked", "stochastic_depth_prob", "keep_prob"),
     *("scale_by_keep", "fused_attn", "dynamo", "exportable", "scriptable", "fast_attn", "name", "path_drop_prob"),
-    *("img_size", "grid_size", "num_patches", "input_resolution", "eps", "padding", "stride"),
+    *("img_size", "grid_size", "num_patches", "input_resolution", "eps", "padding", "stride", "ceil_mode"),
 }
 _ACTIVATION_NAMES = {"Swish": "SiLU", "SwishMe": "SiLU", "HardSwish": "Hardswish", "GELUTanh": "GELU (tanh)"}
 
@@ -48,7 +48,7 @@ def _general(module: nn.Module) -> dict[str, str]:
     if isinstance(module, conv._ConvNd) and max(module.kernel_size) > 1:
         return {"padding": _padding(module), "stride": str(tuple(module.stride))}
     if isinstance(module, (pooling._MaxPoolNd, nn.AvgPool2d)):
-        return {"pooling": f"{type(module).__name__}({module.extra_repr()})"}
+        return {"pooling": _pooling(module)}
     if "eps" in vars(module):
         return {"epsilon": f"{module.eps:g}"}
     if _is_activation(module):
@@ -69,6 +69,11 @@ def _padding(module: Any) -> str:
         return "as TensorFlow (same)"
     even = tuple(d * (k - 1) // 2 for k, d in zip(module.kernel_size, module.dilation, strict=True))
     return "even" if tuple(module.padding) == even else f"{tuple(module.padding)}"
+
+
+def _pooling(module: Any) -> str:
+    rounding = ", ceil" if module.ceil_mode else ""
+    return f"{type(module).__name__}({module.kernel_size}, {module.stride}, {module.padding}{rounding})"
 
 
 def _is_plain(value: Any) -> bool:

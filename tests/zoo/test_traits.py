@@ -53,6 +53,8 @@ def test_merge_and_set_apart() -> None:
     assert set_apart([a, c]) == [{"mean": "x"}, {"mean": "y"}]
     assert set_apart([a, d]) == [{}, {}]
     assert merge([a, d]) == [[0], [1]]
+    e = Facts("timm", {"padding": ("9", "even"), ".num_heads": ("2", "2"), "mean": ("x", "x")})
+    assert set_apart([a, e]) == [{"padding": "even (placed differently)"}] * 2
     assert set_apart([a, b, d]) == [{"num_heads": "2"}, {"num_heads": "4"}, {}]
 
 
