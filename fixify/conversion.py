@@ -66,7 +66,7 @@ def convert(
         bias: Keep a learned bias, one number a class (paper, section 2.2).
         standardize: Standardise each feature by its running mean and deviation before normalising.
         dtype: "float32", "float16" or "bfloat16": store the backbone in this type.
-        labels: A file of class names or "imagenet" (see `fixify.sources.read_labels`); default: those that came with the source.
+        labels: A file of class names or "imagenet" (see `fixify.sources.read_labels`); default: the source's.
         ema: Take the averaged weights of a training checkpoint.
         force: Replace an existing file.
 
