@@ -64,7 +64,8 @@ def convert(
     savings = done.savings.to_dict()
     output.result(
         {"path": str(done.path), "notes": done.notes, "savings": savings, "info": done.info.model_dump()},
-        f"{done.path}: {removed_line(done.savings)}",
+        removed_line(done.savings),
         savings_table(done.savings),
     )
+    output.say(f"Wrote {done.path}.")
     output.next_step(f"fixify finetune {done.path} --data DATA", "recover the accuracy (DATA has train/ and val/)")

@@ -56,7 +56,7 @@ def savings_table(savings: Savings) -> Table:
 def removed_line(savings: Savings) -> str:
     """The saving in one sentence."""
     share = f"{100 * savings.removed_share:.1f} % of {savings.parameters_before:,} parameters"
-    return f"{savings.removed:,} classifier weights are gone, {share}"
+    return f"{savings.removed:,} classifier weights are gone ({share})."
 
 
 def models_table(rows: Iterable[ModelReport]) -> Table:
