@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fixify.errors import DataError
-from fixify.evaluation import Metrics, agreement, compare, evaluate
+from fixify.errors import DataError, UsageError
+from fixify.evaluation import Metrics, agreement, check_input_size, compare, evaluate
 
 CPU = torch.device("cpu")
 
@@ -136,3 +136,11 @@ class TestCompare:
             compare(nn.Identity(), nn.Linear(4, 2), [(logits, labels)], device=CPU)
         with pytest.raises(DataError, match="same images"):
             compare(nn.Identity(), nn.Identity(), [(logits, labels)], [(logits, (labels + 1) % 4)], device=CPU)
+
+
+def test_an_image_size_that_the_model_cannot_take() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2), nn.BatchNorm1d(2))
+    check_input_size(model, (3, 8, 8))
+    assert model.training
+    with pytest.raises(UsageError, match="does not take images of 8 x 9: "):
+        check_input_size(model, (3, 8, 9))
