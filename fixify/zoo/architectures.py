@@ -84,7 +84,7 @@ class Architecture:
         if not isinstance(kwargs or {}, Mapping) or not isinstance(tag or "", str):
             raise ArchitectureError(f"The arguments of {library}/{name} must be an object and its tag a string.")
         found = parse_architecture(f"{library}/{name}", **(kwargs or {}))
-        # An unknown tag only costs the preprocessing defaults of that tag, so a file that names one still loads.
+        # A tag that this version of the library does not know costs only the preprocessing that goes with it.
         return cls(found.library, found.name, found.kwargs, tag or found.tag)
 
 
@@ -140,8 +140,10 @@ def build(
         pretrained: Load the library's weights of `arch.tag`, which downloads them if they are not in its cache.
 
     Raises:
-        ArchitectureError: the library refuses the arguments.
+        ArchitectureError: the library refuses the arguments, or has no weights of that tag.
     """
+    if pretrained:
+        _checked_tag(arch.library, arch.name, arch.tag)
     if arch.library == "timm":
         constructor = _timm_constructor(arch, num_classes, pretrained)
     else:
@@ -250,23 +252,28 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _checked_tag(library: str, name: str, tag: str) -> str | None:
-    if not tag:
-        return None
-    if library == "timm":
-        known = [split_model_name_tag(full)[1] for full in timm.list_models(f"{name}.*", include_tags=True)]
-    else:
-        known = [member.name for member in torchvision.models.get_model_weights(name)]
-    if tag in known:
-        return tag
+def _checked_tag(library: str, name: str, tag: str | None) -> str | None:
+    if not tag or tag in (known := _tags(library, name)):
+        return tag or None
     raise ArchitectureError(
         f"{library} has no weights {tag!r} of {name}.",
         hint=f"It has: {', '.join(known)}." if any(known) else f"Type {library}/{name} without a tag.",
     )
 
 
+def _tags(library: str, name: str) -> list[str]:
+    if library == "timm":
+        return [split_model_name_tag(full)[1] for full in timm.list_models(f"{name}.*", include_tags=True)]
+    return [member.name for member in torchvision.models.get_model_weights(name)]
+
+
+def _known_tag(arch: Architecture) -> str | None:
+    return arch.tag if arch.tag and arch.tag in _tags(arch.library, arch.name) else None
+
+
 def _timm_name(arch: Architecture) -> str:
-    return f"{arch.name}.{arch.tag}" if arch.tag else arch.name
+    tag = _known_tag(arch)
+    return f"{arch.name}.{tag}" if tag else arch.name
 
 
 def _timm_constructor(arch: Architecture, num_classes: int | None, pretrained: bool) -> Callable[[], nn.Module]:
@@ -282,7 +289,7 @@ def _timm_preprocessing(arch: Architecture) -> dict[str, Any]:
 
 
 def _torchvision_weights(arch: Architecture) -> Any:
-    return torchvision.models.get_model_weights(arch.name)[arch.tag or "DEFAULT"]
+    return torchvision.models.get_model_weights(arch.name)[_known_tag(arch) or "DEFAULT"]
 
 
 def _torchvision_constructor(arch: Architecture, num_classes: int | None, pretrained: bool) -> Callable[[], nn.Module]:

@@ -88,6 +88,19 @@ def test_round_trip_through_json() -> None:
     assert {arch: 1}[arch] == 1  # hashable in spite of its dict
 
 
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_tag_of_another_version(library: str) -> None:
+    """A file may name weights that the installed library does not know; only those weights cannot be had."""
+    arch = Architecture.from_dict({"library": library, "name": "resnet18", "tag": "of_tomorrow", "kwargs": {}})
+    plain = parse_architecture(f"{library}/resnet18")
+    assert Architecture.from_dict(arch.to_dict()) == arch
+    assert preprocessing(arch) == preprocessing(plain)
+    assert default_num_classes(arch) == 1000
+    assert build(arch, meta=True).state_dict().keys() == build(plain, meta=True).state_dict().keys()
+    with pytest.raises(ArchitectureError, match="no weights 'of_tomorrow'"):
+        build(arch, pretrained=True)
+
+
 @pytest.mark.parametrize(
     "values",
     [
