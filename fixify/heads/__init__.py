@@ -5,6 +5,7 @@ Knows nothing of files, model libraries or the command line.
 
 from fixify.heads.bounds import Coherence, coherence, rankin_bound, welch_bound
 from fixify.heads.codebooks import codebook
+from fixify.heads.matching import Matching, match
 from fixify.heads.matrices import hadamard, is_constructible
 from fixify.heads.module import FixedClassifier, initial_scale
 from fixify.heads.spec import HeadSpec, choose_kind
@@ -13,12 +14,14 @@ __all__ = [
     "Coherence",
     "FixedClassifier",
     "HeadSpec",
+    "Matching",
     "choose_kind",
     "codebook",
     "coherence",
     "hadamard",
     "initial_scale",
     "is_constructible",
+    "match",
     "rankin_bound",
     "welch_bound",
 ]

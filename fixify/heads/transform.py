@@ -29,6 +29,22 @@ def balanced_split(construction: Construction) -> tuple[Construction, Constructi
     return min(cuts, key=lambda cut: order_of(cut[0]) + order_of(cut[1]))
 
 
+def factor_tables(construction: Construction) -> tuple[np.ndarray, np.ndarray]:
+    """The two parts of `balanced_split` as matrices: float32 of +-1, [a, a] and [b, b]."""
+    left, right = (rows(part, np.arange(order_of(part))).astype(np.float32) for part in balanced_split(construction))
+    return left, right
+
+
+def fast_product(z: Tensor, left: Tensor | None, right: Tensor) -> Tensor:
+    """H z for H = left (x) right: [..., n] -> [..., n]. `left` None stands for [[1]]."""
+    b = right.shape[0]
+    a = z.shape[-1] // b
+    scores = F.linear(z.reshape(*z.shape[:-1], a, b), right)
+    if left is not None:
+        scores = torch.matmul(left, scores)
+    return scores.reshape(z.shape)
+
+
 def prefers_dense(num_classes: int, num_blocks: int, left: int, right: int) -> bool:
     """Whether one product with all codes is faster than the fast product with so many blocks.
 
@@ -110,13 +126,12 @@ class CodeProduct(nn.Module):
         spec, n = self.spec, self.spec.num_features
         codes = checked_codes(spec, self.codes)
         blocks, block = np.unique(codes // (2 * n), return_inverse=True)
-        left, right = balanced_split(construction_of(spec))
-        a, b = order_of(left), order_of(right)
-        if prefers_dense(spec.num_classes, len(blocks), a, b):
+        left, right = factor_tables(construction_of(spec))
+        if prefers_dense(spec.num_classes, len(blocks), len(left), len(right)):
             return {"table": sign_codes(spec, self.codes) * unit}
-        tables = {"right": rows(right, np.arange(b)) * unit}
-        if a > 1:
-            tables["left"] = rows(left, np.arange(a)).astype(np.float32)
+        tables = {"right": right * unit}
+        if len(left) > 1:
+            tables["left"] = left
         if blocks.any():
             tables["block_signs"] = 1.0 - 2.0 * block_bits(spec, blocks).astype(np.float32)
         if spec.matched:
@@ -140,19 +155,15 @@ class CodeProduct(nn.Module):
         if self.right is None:
             raise HeadSpecError("This fixed classifier is matched and its codes have not been loaded yet.")
         n, c = self.spec.num_features, self.spec.num_classes
-        b = self.right.shape[0]
-        a = n // b
         k = 1 if self.block_signs is None else self.block_signs.shape[0]
         lead = z.shape[:-1]
         if self.block_signs is not None:
             z = z.unsqueeze(-2) * self.block_signs.to(z.dtype)
-        scores = F.linear(z.reshape(*lead, k * a, b), self.right)
-        if self.left is not None:
-            scores = torch.matmul(self.left, scores.reshape(*lead, k, a, b))
+        scores = fast_product(z, self.left, self.right)  # [..., N] or [..., K, N]
         if self.index is not None and self.class_signs is not None:
             return scores.reshape(*lead, k * n).index_select(-1, self.index) * self.class_signs.to(scores.dtype)
         if c > n:
             scores = scores.reshape(*lead, k, 1, n)
             return torch.cat((scores, -scores), dim=-2).reshape(*lead, k * 2 * n)[..., :c]
         first = 1 if c < n else 0
-        return scores.reshape(*lead, n)[..., first : first + c]
+        return scores[..., first : first + c]

@@ -301,6 +301,18 @@ def test_reset_parameters():
     assert not head.center.any()
 
 
+def test_distributed_data_parallel_accepts_every_buffer():
+    """Even one process broadcasts all buffers from the first, which fails for unsigned types wider than a byte."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        head = nn.parallel.DistributedDataParallel(make(MATCHED))
+        for _ in range(2):
+            head(features(4, 256)).sum().backward()
+        assert head.module.scale.grad is not None
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_repr_says_what_it_is():
     text = repr(make(MATCHED))
     assert "hadamard, in_features=256, out_features=1000, bias=True, standardize, matched" in text

@@ -1,0 +1,187 @@
+"""Which code each class gets, when a trained classifier is replaced: the free code nearest to its old class vector.
+
+Not in the paper, which trains from scratch. A network that is already trained keeps the more of its accuracy, the
+better the new codes are correlated with the class vectors it was trained with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from fixify.errors import HeadSpecError
+from fixify.heads.codebooks import block_bits, construction_of, sign_codes
+from fixify.heads.spec import HeadSpec
+from fixify.heads.transform import factor_tables, fast_product
+
+SHARED_BLOCKS = 64
+"""Sign vectors tried where all classes share one block (C <= N)."""
+SEARCH_BLOCKS = 4096
+"""Blocks searched where they do not."""
+_SEARCHED_COSINES = 4_000_000_000  # a minute or so: fewer blocks are searched where C and N are large
+_CANDIDATES = 32
+_ASSIGNMENT_ENTRIES = 1 << 25
+_COHERENCE = 4.8
+"""Codes of two classes may have a cosine up to 4.8 / sqrt(N), 0.3 at N = 256, about the largest among as many random
+codes. Without a bound, classes with similar old vectors may take codes so near each other that they stay confused."""
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Codes chosen for the classes.
+
+    codes: code index of each class, int64 [C], all different, for a `HeadSpec` with matched=True and these `blocks`.
+    blocks: size of the code space in blocks.
+    mean_correlation: mean over classes of the cosine between code and old class vector (mean over classes removed).
+    """
+
+    codes: np.ndarray
+    blocks: int
+    mean_correlation: float
+
+
+def match(class_vectors: Tensor, *, seed: int = 0, blocks: int | None = None) -> Matching:
+    """Choose a code for every class of a classifier that is being replaced.
+
+    C <= N: rows of one Hadamard matrix, signs free, so the codes stay exactly orthogonal; optimal linear assignment
+    under each of up to 64 shared sign vectors (as many as fit into two bytes a class), of which the best is kept.
+    C > N: the best of `blocks` x 2N codes, searched with the fast transform, without duplicates and with bounded
+    coherence. Few blocks (about C / N) keep the fast product at inference; the default of thousands correlates better
+    and is multiplied as one dense matrix.
+
+    Args:
+        class_vectors: Weight of the old classifier, [C, N]. If the head standardises its features, in those
+            coordinates: weight * spread. The mean over classes is removed here, since softmax does not see it.
+        seed: Seed of the head spec.
+        blocks: Blocks of the code space; None: as described.
+
+    Raises:
+        HeadSpecError: Not a finite matrix, no Hadamard matrix of order N, or too few blocks.
+    """
+    if class_vectors.ndim != 2 or not bool(torch.isfinite(class_vectors).all()):
+        raise HeadSpecError(f"Class vectors must be a finite [C, N] matrix, got shape {list(class_vectors.shape)}.")
+    vectors = class_vectors.detach().to(device="cpu", dtype=torch.float32)
+    vectors = torch.nn.functional.normalize(vectors - vectors.mean(dim=0), dim=1)
+    c, n = vectors.shape
+    spec = HeadSpec("hadamard", n, c, seed=seed, matched=True, blocks=blocks or _default_blocks(n, c))
+    with torch.inference_mode():
+        codes = _match_in_one_block(spec, vectors) if c <= n else _match_in_many_blocks(spec, vectors)
+    chosen = torch.from_numpy(sign_codes(spec, codes)).float() * n**-0.5
+    return Matching(codes, spec.blocks or 1, float((chosen * vectors).sum(dim=1).mean()))
+
+
+def _default_blocks(n: int, c: int) -> int:
+    if c <= n:
+        return max(1, min(SHARED_BLOCKS, (1 << 16) // (2 * n)))
+    return max(-(-c // n), min(SEARCH_BLOCKS, _SEARCHED_COSINES // (c * n)))
+
+
+def _scores(spec: HeadSpec, vectors: Tensor, blocks: range, at_once: int) -> Iterator[tuple[range, Tensor]]:
+    """Cosines of all class vectors with all rows of some blocks (sign +): float32 [C, k, N], k blocks at a time."""
+    left, right = (torch.from_numpy(table) for table in factor_tables(construction_of(spec)))
+    for start in range(blocks.start, blocks.stop, at_once):
+        part = range(start, min(start + at_once, blocks.stop))
+        signs = torch.from_numpy(1.0 - 2.0 * block_bits(spec, np.array(part)).astype(np.float32))
+        yield part, fast_product(vectors[:, None] * signs, left, right) * spec.num_features**-0.5
+
+
+def _match_in_one_block(spec: HeadSpec, vectors: Tensor) -> np.ndarray:
+    """Optimal rows and signs inside one block, the best of all blocks: code indices, int64 [C]."""
+    n, c = spec.num_features, spec.num_classes
+    best, codes = -np.inf, np.zeros(c, dtype=np.int64)
+    for part, scores in _scores(spec, vectors, range(spec.blocks or 1), 1):
+        cosines = scores[:, 0].numpy()
+        strength = np.abs(cosines)
+        if part.start == 0 and c < n:
+            strength[:, 0] = -1.0  # the all-ones row: see `default_codes`
+        classes, rows = linear_sum_assignment(strength, maximize=True)
+        total = strength[classes, rows].sum()
+        if total > best:
+            best = total
+            codes = part.start * 2 * n + n * (cosines[classes, rows] < 0) + rows
+    return codes
+
+
+def _match_in_many_blocks(spec: HeadSpec, vectors: Tensor) -> np.ndarray:
+    """Code indices over all blocks, int64 [C]: optimal where the table of all codes is small, else greedy."""
+    n, c, k = spec.num_features, spec.num_classes, spec.blocks or 1
+    if c * 2 * n * k <= _ASSIGNMENT_ENTRIES:
+        return _assign(spec, vectors, k, np.empty(0, dtype=np.int64))
+    codes = _greedy(spec, *_candidates(spec, vectors))
+    left_over = np.flatnonzero(codes < 0)  # all their candidates went to others, as for classes with equal vectors
+    if len(left_over):
+        taken = codes[codes >= 0]
+        enough = min(k, -(-(len(left_over) + len(taken)) // (2 * n)) + 1)
+        codes[left_over] = _assign(spec, vectors[left_over], enough, taken)
+    return codes
+
+
+def _assign(spec: HeadSpec, vectors: Tensor, num_blocks: int, taken: np.ndarray) -> np.ndarray:
+    """Optimal assignment to the codes of the first blocks that are not taken: code indices, int64 [C]."""
+    n = spec.num_features
+    parts = [torch.stack((s, -s), dim=2).flatten(1) for _, s in _scores(spec, vectors, range(num_blocks), 16)]
+    cosines = torch.cat(parts, dim=1).numpy()
+    cosines[:, taken[taken < 2 * n * num_blocks]] = -2.0
+    return linear_sum_assignment(cosines, maximize=True)[1].astype(np.int64)
+
+
+def _candidates(spec: HeadSpec, vectors: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Some of the best codes of every class, best first: cosines float32 [C, T] and code indices int64 [C, T].
+
+    Only the best few of each block are looked at: with many blocks the best codes of all lie in different ones.
+    """
+    n, c, k = spec.num_features, spec.num_classes, spec.blocks or 1
+    per_block = min(n, -(-4 * _CANDIDATES // k))
+    cosines, codes = [], []
+    for part, scores in _scores(spec, vectors, range(k), max(1, (1 << 22) // (c * n))):
+        strength, row = scores.abs().topk(per_block, dim=2) if per_block > 1 else scores.abs().max(dim=2, keepdim=True)
+        negative = (scores.gather(2, row) < 0).long()
+        block = torch.arange(part.start, part.stop)[:, None]
+        cosines.append(strength.flatten(1))
+        codes.append(((2 * block + negative) * n + row).flatten(1))
+    best, position = torch.cat(cosines, dim=1).topk(min(_CANDIDATES, k * per_block), dim=1)
+    return best.numpy(), torch.cat(codes, dim=1).gather(1, position).numpy()
+
+
+def _greedy(spec: HeadSpec, cosines: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """In rounds: every class without a code asks for its next candidate, the strongest wish first.
+
+    A wish is granted unless the code lies within the coherence bound of one that is granted already. The bound is
+    relaxed for classes that have run out of candidates, up to where only equal codes are refused.
+
+    Returns:
+        Code indices, int64 [C]; -1 for classes none of whose candidates was free.
+    """
+    n, c = spec.num_features, spec.num_classes
+    codes = np.full(c, -1, dtype=np.int64)
+    granted = torch.empty((c, n))
+    num_granted = 0
+    bound = _COHERENCE * n**-0.5
+    while bound < 1.0 and (codes < 0).any():
+        for rank in range(candidates.shape[1]):
+            asking = np.flatnonzero(codes < 0)
+            asking = asking[np.argsort(-cosines[asking, rank], kind="stable")]
+            wishes = candidates[asking, rank]
+            signs = torch.from_numpy(sign_codes(replace(spec, num_classes=len(asking)), wishes)).float() * n**-0.5
+            free = torch.ones(len(asking), dtype=torch.bool)
+            if num_granted:
+                free = (signs @ granted[:num_granted].T).amax(dim=1) < bound
+            near = (signs @ signs.T >= bound).numpy()
+            accepted = free.numpy().copy()
+            for i in np.flatnonzero(accepted):
+                if accepted[i]:
+                    near[i, : i + 1] = False
+                    accepted[near[i]] = False
+            kept = np.flatnonzero(accepted)
+            codes[asking[kept]] = wishes[kept]
+            granted[num_granted : num_granted + len(kept)] = signs[torch.from_numpy(kept)]
+            num_granted += len(kept)
+            if num_granted == c:
+                break
+        bound = bound + 0.1 if bound + 0.1 < 1.0 else (1.0 - 1.0 / n if bound < 1.0 - 1.0 / n else 1.0)
+    return codes
