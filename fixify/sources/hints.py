@@ -32,7 +32,7 @@ def facts_of_training(tree: object) -> Facts:
         return Facts()  # timm without args writes the name of the class there
     return Facts(
         architecture=architecture,
-        architecture_kwargs=_model_arguments(args),
+        architecture_kwargs=_model_arguments(args, architecture),
         num_classes=_positive(args.get("num_classes")),
         pretrained_cfg={key: _plain(args[key]) for key in _DATA_OPTIONS if args.get(key)} or None,
     )
@@ -99,17 +99,30 @@ def _arguments(args: object) -> dict[str, Any]:
     return {key: value for key, value in items_of(args) if isinstance(key, str)}
 
 
-def _model_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
+def _model_arguments(args: Mapping[str, Any], architecture: str) -> dict[str, Any]:
     # As timm's train.py passes them on to create_model, where they differ from its defaults.
-    kwargs = {
-        key: value for key, value in items_of(args.get("model_kwargs")) if isinstance(key, str) and _is_plain(value)
-    }
-    channels = _positive(args.get("in_chans"))
+    given = items_of(args.get("model_kwargs"))
+    kwargs = {key: value for key, value in given if isinstance(key, str) and _is_plain(value)}
+    input_size = args.get("input_size")
+    if not (isinstance(input_size, (list, tuple)) and len(input_size) == 3 and all(map(_positive, input_size))):
+        input_size = (None, None, None)
+    channels = _positive(args.get("in_chans")) or input_size[0]
     if channels is not None and channels != 3:
         kwargs["in_chans"] = channels
+    size = _positive(args.get("img_size")) or input_size[1]
+    if size is not None and _is_built_for_one_size(architecture):
+        kwargs.setdefault("img_size", size)
     if isinstance(args.get("gp"), str):
         kwargs["global_pool"] = args["gp"]
     return kwargs
+
+
+def _is_built_for_one_size(architecture: str) -> bool:
+    from timm.models import get_pretrained_cfg
+
+    library, _, name = architecture.partition("/")
+    cfg = get_pretrained_cfg(name) if library == "timm" else None
+    return cfg is not None and cfg.fixed_input_size
 
 
 def _positive(value: object) -> int | None:

@@ -13,8 +13,9 @@ from torch import Tensor
 from fixify.errors import SourceError, UnsafeCheckpointError
 from fixify.sources.wrappers import WHERE_WEIGHTS_GO, StateDict
 
-# Modules that people wrap a model in. A leading one goes when everything is below it.
-_WRAPPERS = frozenset({"module", "model", "net", "network", "backbone", "encoder", "base_model", "timm_model", "trunk"})
+# Modules that people wrap a model in. A leading one goes when everything is below it; no model of timm's or
+# torchvision's has all its names below one of these ("encoder" would be such a name).
+_WRAPPERS = frozenset({"module", "model", "net", "network", "backbone", "base_model", "timm_model", "trunk"})
 # Names that only torch.compile, FSDP and activation checkpointing give; they may stand anywhere in a key.
 _INNER_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 # A copy of the model beside it in one state dict: torch's AveragedModel, timm's ModelEma inside another module.

@@ -148,6 +148,26 @@ def test_timm_training_checkpoint(tmp_path: Path) -> None:
     assert averaged.used_ema
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"model": "test_vit", "img_size": 128}, {"img_size": 128}),
+        ({"model": "test_vit", "input_size": (1, 96, 96)}, {"img_size": 96, "in_chans": 1}),
+        ({"model": "test_resnet", "img_size": 128}, {}),
+        ({"model": "test_resnet", "input_size": "large", "in_chans": -1}, {}),
+        ({"model": "test_resnet", "gp": "max", "model_kwargs": {"drop": [1, 2], "odd": {1: 2}}},
+         {"global_pool": "max", "drop": [1, 2]}),
+    ],
+)  # fmt: skip
+def test_arguments_of_timms_training_script(
+    tmp_path: Path, resnet_state: State, options: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    tree = {"arch": options["model"], "state_dict": resnet_state, "args": argparse.Namespace(**options)}
+    source = open_source(save(tree, tmp_path / "w.pth"))
+    assert source.architecture == f"timm/{options['model']}"
+    assert source.architecture_kwargs == expected
+
+
 def test_timm_checkpoint_without_args_names_a_class_which_is_no_architecture(
     tmp_path: Path, resnet_state: State
 ) -> None:

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import huggingface_hub.constants
 import pytest
@@ -163,6 +163,92 @@ def test_no_repository_name(ref: str) -> None:
     with pytest.raises(SourceError, match="no repository of the Hugging Face hub") as caught:
         open_source(ref)
     assert "hf-hub:organisation/name" in str(caught.value)
+
+
+class FakeHub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub as its client needs to download a file, or to learn that it may not."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    requests: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, *, body: bool) -> None:
+        self.requests.append(self.path)
+        repo, _, file = self.path.lstrip("/").partition("/resolve/")
+        content = self.files.get(f"{repo}/{file.partition('/')[2]}")
+        refusals = {"some/gated": (403, "GatedRepo"), "some/private": (401, "RepoNotFound")}
+        if file.startswith("v9/"):
+            refusals[repo] = (404, "RevisionNotFound")
+        if repo in refusals or content is None:
+            status, code = refusals.get(repo, (404, "EntryNotFound"))
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", REVISION)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_downloads_from_a_hub(tmp_path: Path, resnet_state: State) -> None:
+    """The hub's real client against a server of our own, in a process whose environment points there."""
+    FakeHub.files = {
+        "some/birds/model.safetensors": safetensors.torch.save(resnet_state),
+        "some/birds/config.json": json.dumps({"architecture": "test_resnet", "num_classes": 10}).encode(),
+        "some/other/README.md": b"no weights",
+    }
+    refs = ["some/birds", "some/birds", "some/other", "some/gated", "some/private", "some/birds@v9"]
+    program = (
+        "import json, sys\n"
+        "from fixify.errors import SourceError\n"
+        "from fixify.sources import open_source\n"
+        "said = []\n"
+        "for ref in sys.argv[1:]:\n"
+        "    try:\n"
+        "        source = open_source('hf-hub:' + ref)\n"
+        "        said.append([source.name, source.architecture, len(source.tensors)])\n"
+        "    except SourceError as error:\n"
+        "        said.append(str(error))\n"
+        "print(json.dumps(said))\n"
+    )
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+        environment |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{running.server_port}"}
+        environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", program, *refs],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+        )
+        running.shutdown()
+        thread.join()
+    assert done.returncode == 0, done.stderr
+    first, again, other, gated, private, revision = json.loads(done.stdout)
+    assert first == again == ["some/birds", "timm/test_resnet", len(resnet_state)]
+    asked = [path for path in FakeHub.requests if "birds" in path and "model.safetensors" in path and "v9" not in path]
+    assert len(asked) == 2  # HEAD and GET, once: the second time it came from the cache
+    assert "holds no weights that fixify reads" in other
+    assert "asks for a licence" in gated and "hf auth login" in gated
+    assert "or it is private" in private
+    assert "no revision v9" in revision
 
 
 def test_the_environment_is_honoured(tmp_path: Path, published: State) -> None:

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import struct
+import sys
 import tarfile
 import zipfile
 from collections import OrderedDict
@@ -98,6 +99,15 @@ def test_an_exported_program(tmp_path: Path) -> None:
         archive.writestr("model/archive_format", "pt2")
         archive.writestr("model/models/model.json", "{}")
     assert "torch.export" in refused(path)
+
+
+@pytest.mark.skipif("torch.distributed.tensor" in sys.modules, reason="the safe reader knows them once imported")
+def test_tensors_split_over_machines(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("w/data.pkl", b"\x80\x02ctorch.distributed.tensor\nDTensor\n.")
+        archive.writestr("w/version", b"3\n")
+    assert "DTensor" in refused(path)
 
 
 def test_another_pickle_protocol(tmp_path: Path) -> None:
