@@ -19,6 +19,9 @@ def convert(
     num_classes: Annotated[
         int | None, typer.Option(min=1, help="A new label set of this size. Default: the classes of SOURCE.")
     ] = None,
+    match: Annotated[
+        bool, typer.Option("--match/--no-match", help="Give each class the code nearest to its old class vector.")
+    ] = True,
     scale: Annotated[
         float | None, typer.Option(min=0, help="Initial scale alpha. Default: softmax reaches 0.95 at cosine 1.")
     ] = None,
@@ -51,6 +54,7 @@ def convert(
         seed=seed,
         arch=arch,
         num_classes=num_classes,
+        match=match,
         scale=scale,
         bias=bias,
         standardize=standardize,
