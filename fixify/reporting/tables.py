@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from fixify.prediction import Prediction
 from fixify.reporting.models import ModelReport
 from fixify.reporting.plan import KindPlan
 from fixify.verification import Check
+from fixify.zoo.architectures import LIBRARIES
+from fixify.zoo.coverage import Coverage
 from fixify.zoo.identify import Identification
 
 
@@ -102,6 +105,31 @@ def info_table(path: Path, info: SlimInfo) -> Table:
     made.add_row("saved", removed_line(Savings.from_dict(info.savings)))
     for key, value in (info.training or {}).items():
         made.add_row(f"training {key}", _plain(value))
+    return made
+
+
+def coverage_table(rows: Sequence[Coverage]) -> Table:
+    """One row an architecture: its classifier, or why there is none."""
+    made = new_table("model", ">parameters", ">classifier", ">share", "kind, or why not")
+    for row in rows:
+        kinds = Counter(site.layer_type for site in row.sites)
+        made.add_row(
+            row.ref,
+            f"{row.num_parameters:,}",
+            f"{row.head_parameters:,}" if row.sites else "",
+            f"{100 * row.head_parameters / row.num_parameters:.1f} %" if row.sites else "",
+            row.reason or ", ".join(kind if count == 1 else f"{count} {kind}" for kind, count in kinds.items()),
+        )
+    return made
+
+
+def coverage_summary_table(rows: Sequence[Coverage]) -> Table:
+    """How many architectures of each library can be converted."""
+    made = new_table("library", ">architectures", ">convertible", ">no classifier")
+    for library in LIBRARIES:
+        own = [row for row in rows if row.ref.startswith(f"{library}/")]
+        convertible = sum(row.convertible for row in own)
+        made.add_row(library, f"{len(own):,}", f"{convertible:,}", f"{len(own) - convertible:,}")
     return made
 
 
