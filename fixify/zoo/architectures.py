@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -65,6 +67,11 @@ class Architecture:
         """What a person types: "timm/resnet50", "timm/resnet50.a1_in1k", "torchvision/resnet50"."""
         return f"{self.library}/{self.name}" + (f".{self.tag}" if self.tag else "")
 
+    @property
+    def spelled(self) -> str:
+        """`ref` with the arguments: "timm/vit_base_patch16_224,img_size=384". `parse_architecture` reads it back."""
+        return ",".join([self.ref, *(f"{key}={json.dumps(value)}" for key, value in self.kwargs.items())])
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {"library": self.library, "name": self.name, "tag": self.tag, "kwargs": dict(self.kwargs)}
@@ -101,19 +108,22 @@ def parse_architecture(text: str, **kwargs: Any) -> Architecture:
     Args:
         text: "resnet50", "resnet50.a1_in1k", "timm/resnet50", "torchvision/resnet50",
             "torchvision/resnet50.IMAGENET1K_V2". A name without library is timm's if timm has it, else torchvision's.
-        kwargs: Arguments for the builder; None values are dropped.
+            Arguments may follow: "vit_base_patch16_224,img_size=384,in_chans=1".
+        kwargs: More arguments for the builder; None values are dropped.
 
     Raises:
         ArchitectureError: unknown name (the nearest are named), a torchvision model that is not an image
             classifier, or an argument that an architecture may not have.
     """
-    prefix, slash, rest = text.strip().partition("/")
+    spelled, _, arguments = text.strip().partition(",")
+    kwargs = {**_arguments(text, arguments), **kwargs}
+    prefix, slash, rest = spelled.partition("/")
     if slash and prefix not in LIBRARIES:
         raise ArchitectureError(
             f"Unknown library {prefix!r} in {text!r}; fixify knows {' and '.join(LIBRARIES)}.",
             hint=f"Type timm/{rest} or torchvision/{rest}.",
         )
-    name, tag = split_model_name_tag(rest if slash else text.strip())
+    name, tag = split_model_name_tag(rest if slash else spelled)
     kwargs = _checked_kwargs(text, kwargs)
     libraries = (prefix,) if slash else LIBRARIES
     if "timm" in libraries and name in get_deprecated_models():
@@ -244,6 +254,23 @@ def _checked_kwargs(text: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if value is not None}
 
 
+def _arguments(text: str, arguments: str) -> dict[str, Any]:
+    """Read "img_size=[96,128],in_chans=1"; values are JSON, or text where they are not."""
+    found: dict[str, Any] = {}
+    for argument in re.split(r",(?=\s*\w+=)", arguments) if arguments else ():
+        key, equals, value = argument.strip().partition("=")
+        if not equals:
+            raise ArchitectureError(
+                f"Not an argument: {argument!r} in {text!r}; expected name=value.",
+                hint="For example: vit_base_patch16_224,img_size=384,in_chans=1",
+            )
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found
+
+
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_is_plain(item) for item in value)
@@ -301,6 +328,8 @@ def _torchvision_constructor(arch: Architecture, num_classes: int | None, pretra
         weights = _torchvision_weights(arch)
     else:
         kwargs = _TORCHVISION_DEFAULTS.get(arch.name, {}) | kwargs
+        if arch.tag and arch.name in _TORCHVISION_DEFAULTS:
+            kwargs.setdefault("transform_input", True)  # as torchvision does with its own weights
     return lambda: torchvision.models.get_model(arch.name, weights=weights, **kwargs)
 
 

@@ -188,3 +188,38 @@ def test_preprocessing_follows_the_arguments_and_the_given_configuration() -> No
     assert found["std"] == [0.229, 0.224, 0.225]
     assert "url" not in found
     json.dumps(found)
+
+
+def test_arguments_in_the_name() -> None:
+    assert dict(parse_architecture("vit_tiny_patch16_224,img_size=96,in_chans=1").kwargs) == {
+        "img_size": 96,
+        "in_chans": 1,
+    }
+    assert parse_architecture("torchvision/googlenet,aux_logits=false").kwargs["aux_logits"] is False
+    assert parse_architecture("convnext_atto,head_norm_first=true,act_layer=relu").kwargs["act_layer"] == "relu"
+    assert parse_architecture("resnet18,in_chans=1", in_chans=2).kwargs["in_chans"] == 2
+    with pytest.raises(ArchitectureError, match="Not an argument: 'img_size'"):
+        parse_architecture("vit_tiny_patch16_224,img_size")
+    with pytest.raises(ArchitectureError, match="checkpoint_path"):
+        parse_architecture("resnet18,checkpoint_path=weights.pth")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "timm/resnet18.a1_in1k",
+        "timm/resnet18,in_chans=1",
+        "torchvision/googlenet,aux_logits=false,transform_input=true",
+    ],
+)
+def test_spelled_reads_back(text: str) -> None:
+    assert parse_architecture(text).spelled == text
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_weights_of_torchvision_want_their_input_transformed(name: str) -> None:
+    """torchvision sets this when it loads its weights, and nothing in a state dict shows it."""
+    assert build(parse_architecture(f"torchvision/{name}.IMAGENET1K_V1"), meta=True).transform_input
+    assert not build(parse_architecture(f"torchvision/{name}"), meta=True).transform_input
+    arch = parse_architecture(f"torchvision/{name}.IMAGENET1K_V1,transform_input=false")
+    assert not build(arch, meta=True).transform_input
