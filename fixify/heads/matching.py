@@ -29,6 +29,10 @@ _ASSIGNMENT_ENTRIES = 1 << 25
 _COHERENCE = 4.8
 """Codes of two classes may have a cosine up to 4.8 / sqrt(N), 0.3 at N = 256, about the largest among as many random
 codes. Without a bound, classes with similar old vectors may take codes so near each other that they stay confused."""
+_COVARIANCE_POWER = 0.35
+"""Power of the feature covariance that class vectors are multiplied with. Measured with 1000 glyph classes, N = 128 and
+no training (256 blocks): power 0: 8.7 %, 0.25: 13.4, 0.35: 14.9, 0.5: 14.0, 1: 11.3; scoring every code by the cosine
+between its logits and the old ones: 14.7. After two epochs (512 blocks): 26.3 without, 31.2 with 0.35."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,9 @@ class Matching:
     mean_correlation: float
 
 
-def match(class_vectors: Tensor, *, seed: int = 0, blocks: int | None = None) -> Matching:
+def match(
+    class_vectors: Tensor, *, seed: int = 0, blocks: int | None = None, feature_covariance: Tensor | None = None
+) -> Matching:
     """Choose a code for every class of a classifier that is being replaced.
 
     C <= N: rows of one Hadamard matrix, signs free, so the codes stay exactly orthogonal; optimal linear assignment
@@ -59,6 +65,8 @@ def match(class_vectors: Tensor, *, seed: int = 0, blocks: int | None = None) ->
             coordinates: weight * spread. The mean over classes is removed here, since softmax does not see it.
         seed: Seed of the head spec.
         blocks: Blocks of the code space; None: as described.
+        feature_covariance: Covariance [N, N] of the features, in the same coordinates, if some are at hand (no labels
+            needed): a code should agree with the class vector where features vary.
 
     Raises:
         HeadSpecError: Not a finite matrix, no Hadamard matrix of order N, or too few blocks.
@@ -66,13 +74,25 @@ def match(class_vectors: Tensor, *, seed: int = 0, blocks: int | None = None) ->
     if class_vectors.ndim != 2 or not bool(torch.isfinite(class_vectors).all()):
         raise HeadSpecError(f"Class vectors must be a finite [C, N] matrix, got shape {list(class_vectors.shape)}.")
     vectors = class_vectors.detach().to(device="cpu", dtype=torch.float32)
-    vectors = torch.nn.functional.normalize(vectors - vectors.mean(dim=0), dim=1)
+    vectors = vectors - vectors.mean(dim=0)
     c, n = vectors.shape
+    targets = vectors if feature_covariance is None else vectors @ _power(feature_covariance, n)
+    targets = torch.nn.functional.normalize(targets, dim=1)
     spec = HeadSpec("hadamard", n, c, seed=seed, matched=True, blocks=blocks or _default_blocks(n, c))
     with torch.inference_mode():
-        codes = _match_in_one_block(spec, vectors) if c <= n else _match_in_many_blocks(spec, vectors)
+        codes = _match_in_one_block(spec, targets) if c <= n else _match_in_many_blocks(spec, targets)
     chosen = torch.from_numpy(sign_codes(spec, codes)).float() * n**-0.5
-    return Matching(codes, spec.blocks or 1, float((chosen * vectors).sum(dim=1).mean()))
+    cosines = (chosen * torch.nn.functional.normalize(vectors, dim=1)).sum(dim=1)
+    return Matching(codes, spec.blocks or 1, float(cosines.mean()))
+
+
+def _power(covariance: Tensor, n: int) -> Tensor:
+    """The covariance to `_COVARIANCE_POWER`, float32 [N, N]; eigenvalues below 1 % of their mean count as that."""
+    if covariance.shape != (n, n) or not bool(torch.isfinite(covariance).all()):
+        raise HeadSpecError(f"The feature covariance must be finite, [{n}, {n}]; got shape {list(covariance.shape)}.")
+    values, vectors = torch.linalg.eigh(covariance.detach().to(device="cpu", dtype=torch.float64))
+    values = values.clamp_min(0.01 * float(values.mean()))
+    return (vectors * values**_COVARIANCE_POWER @ vectors.T).float()
 
 
 def _default_blocks(n: int, c: int) -> int:

@@ -96,6 +96,26 @@ def test_coherence_is_bounded(monkeypatch):
     assert largest[7.99] > largest[2.5]
 
 
+def test_feature_covariance_makes_codes_agree_where_features_vary():
+    """Without training, logits of the codes are nearer to those of the class vectors."""
+    vectors = class_vectors(200, 64)
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(64, 64, generator=generator) * torch.linspace(0.02, 1, 64) ** 2
+    features = torch.randn(2000, 64, generator=generator) @ mixing.T
+    old = features @ (vectors - vectors.mean(0)).T
+    agreement = []
+    for covariance in (None, features.T @ features / 2000):
+        matching = match(vectors, blocks=64, feature_covariance=covariance)
+        new = features @ torch.from_numpy(codebook(spec_of(matching, 200, 64), matching.codes)).T
+        agreement.append(torch.nn.functional.cosine_similarity(old, new).mean().item())
+    assert agreement[1] > agreement[0] + 0.03
+    identity = match(vectors, blocks=64, feature_covariance=torch.eye(64))
+    assert np.array_equal(identity.codes, match(vectors, blocks=64).codes)
+    for bad in (torch.eye(63), torch.full((64, 64), float("inf"))):
+        with pytest.raises(HeadSpecError, match="covariance"):
+            match(vectors, feature_covariance=bad)
+
+
 def test_more_blocks_correlate_better():
     vectors = class_vectors(200, 64)
     correlations = [match(vectors, blocks=k).mean_correlation for k in (4, 32, 256)]
@@ -119,7 +139,7 @@ def test_one_class():
 
 def test_same_input_same_codes_and_random_state_untouched():
     before = torch.get_rng_state()
-    first, second = match(class_vectors(100, 32)), match(class_vectors(100, 32))
+    first, second = (match(class_vectors(100, 32), blocks=500) for _ in range(2))
     assert np.array_equal(first.codes, second.codes)
     assert torch.equal(before, torch.get_rng_state())
 
