@@ -195,6 +195,23 @@ def check_input_size(model: nn.Module, input_size: Sequence[int]) -> None:
         ) from error
 
 
+def resolve_device(name: str | None) -> torch.device:
+    """The device of that name; for None or "auto" the first accelerator there is, else the CPU.
+
+    Raises:
+        UsageError: not a device, or not on this machine.
+    """
+    if name is None or name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return torch.device("cpu") if found is None else found
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise UsageError(f"There is no device {name!r} here.", hint="Try --device cpu") from error
+    return device
+
+
 def autocast(device: torch.device, amp: Precision) -> torch.autocast:
     """The autocast context of a precision; does nothing for "none"."""
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from fixify import __version__
-from fixify.cli import convert, identify, inspect, plan, predict, report, verify
+from fixify.cli import convert, eval, finetune, identify, inspect, plan, predict, report, verify
 from fixify.cli.output import fail
 from fixify.errors import FixifyError
 
@@ -28,6 +28,8 @@ app = typer.Typer(
 )
 
 app.command("convert")(convert.convert)
+app.command("finetune")(finetune.finetune)
+app.command("eval")(eval.evaluate)
 app.command("predict")(predict.predict)
 app.command("report")(report.report)
 app.command("plan")(plan.plan)

@@ -11,6 +11,7 @@ from timm.optim import list_optimizers
 
 from fixify.data import Augmentation, default_workers
 from fixify.errors import UsageError
+from fixify.evaluation import resolve_device
 
 
 class FinetuneOptions(BaseModel):
@@ -49,7 +50,7 @@ class FinetuneOptions(BaseModel):
 
     epochs: int = Field(default=5, ge=1)
     batch_size: int = Field(default=64, ge=1)
-    lr: float = Field(default=0.02, gt=0, allow_inf_nan=False)
+    lr: float = Field(default=0.05, gt=0, allow_inf_nan=False)
     opt: str = "sgd"
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=1e-4, ge=0, allow_inf_nan=False)
@@ -57,9 +58,9 @@ class FinetuneOptions(BaseModel):
     warmup_epochs: float = Field(default=0.5, ge=0, allow_inf_nan=False)
     warmup_lr: float = Field(default=1e-5, ge=0, allow_inf_nan=False)
     min_lr: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    decay_epochs: float = Field(default=30, gt=0, allow_inf_nan=False)
+    decay_epochs: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     decay_rate: float = Field(default=0.1, gt=0, le=1)
-    head_lr_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    head_lr_scale: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     grad_accum: int = Field(default=1, ge=1)
     clip_grad: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -136,20 +137,8 @@ class FinetuneOptions(BaseModel):
         return Augmentation(**{name: getattr(self, name) for name in Augmentation.__dataclass_fields__})
 
     def resolved_device(self) -> torch.device:
-        """The device: CUDA if there is one, then Apple's, then the CPU, unless said otherwise.
-
-        Raises:
-            UsageError: not a device, or not on this machine.
-        """
-        if self.device == "auto":
-            found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-            return torch.device("cpu") if found is None else found
-        try:
-            device = torch.device(self.device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-            raise UsageError(f"There is no device {self.device!r} here.", hint="Try --device cpu") from error
-        return device
+        """The device; raises UsageError if it is not on this machine."""
+        return resolve_device(self.device)
 
     def resolved_workers(self) -> int:
         """Loader processes."""

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from fixify._io import sha256_of
-from fixify.checkpoint import load, read_info, save
+from fixify.checkpoint import is_slim, load, read_info, save
 from fixify.data import check_classes, open_train_val, override
-from fixify.errors import UsageError
+from fixify.errors import FormatError, UsageError
 from fixify.evaluation import check_input_size
 from fixify.training.events import Listener
 from fixify.training.logging import stored_options
@@ -55,6 +55,8 @@ def run_finetune(
         raise UsageError(f"The run in {out} would overwrite {source}.", hint="Choose another folder with -o.")
     if options is None:
         options = stored_options(out) if resume else FinetuneOptions()
+    if source.is_file() and not is_slim(source):
+        raise FormatError(f"{source} is not a slim checkpoint.", hint=f"Make one first: fixify convert {source}")
     info = read_info(source)
     train, val = open_train_val(data_name, download=download)
     stored_names = (info.training or {}).get("class_names") or info.labels

@@ -1,0 +1,117 @@
+"""`fixify eval CKPT --data DATA`"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fixify.cli.options import Arch, Device, Ema, Json
+from fixify.cli.output import Output
+
+if TYPE_CHECKING:
+    from fixify.opening import OpenModel
+
+
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A slim or ordinary checkpoint, or a model name.")],
+    data: Annotated[str, typer.Option(help="A folder with val/ (and train/), or a name: imagenet, fashion-mnist ...")],
+    against: Annotated[
+        str | None, typer.Option(help="Another checkpoint: compare, and say how often they agree.", show_default=False)
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
+    batch_size: Annotated[int, typer.Option("-b", "--batch-size", min=1, help="Images a step.")] = 64,
+    workers: Annotated[
+        int | None, typer.Option("-j", "--workers", min=0, help="Loader processes. Default: fits the machine.")
+    ] = None,
+    device: Device = None,
+    amp: Annotated[str, typer.Option(help="none, bf16 or fp16.")] = "none",
+    img_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the images. Default: the checkpoint's.", show_default=False)
+    ] = None,
+    crop_pct: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, max=1, help="Share kept by the center crop. Default: the checkpoint's.", show_default=False
+        ),
+    ] = None,
+    download: Annotated[bool, typer.Option("--download", help="Download torch/... data that is not here.")] = False,
+    arch: Arch = None,
+    ema: Ema = False,
+    as_json: Json = False,
+) -> None:
+    """Measure top-1, top-5, loss and calibration error on a data set, and compare two checkpoints.
+
+    With --against the agreement is counted too: over all images, and over those on which OTHER is more than 50 % sure.
+    """
+    from fixify.data import check_classes, default_workers, make_loader, open_data, override
+    from fixify.errors import UsageError
+    from fixify.evaluation import Agreement, Metrics, check_input_size, compare, resolve_device
+    from fixify.evaluation import evaluate as measure
+    from fixify.opening import open_model
+    from fixify.reporting.metrics_tables import metrics_table
+
+    output = Output(as_json=as_json)
+    if split not in ("train", "val", "test"):
+        raise UsageError(f"--split is train, val or test, not {split!r}.")
+    if amp not in ("none", "bf16", "fp16"):
+        raise UsageError(f"--amp is none, bf16 or fp16, not {amp!r}.")
+    where = resolve_device(device)
+    opened = open_data(data, split=split, download=download)  # type: ignore[arg-type]
+    output.say(f"data: {opened.description}")
+
+    def prepare(ref: str) -> tuple[OpenModel, dict[str, Any]]:
+        model = open_model(ref, arch=arch, ema=ema)
+        training = (model.slim.training if model.slim is not None else None) or {}
+        check_classes(opened, model.num_classes, training.get("class_names") or model.labels)
+        preprocessing = override(model.preprocessing, img_size=img_size, crop_pct=crop_pct)
+        if img_size is not None:
+            check_input_size(model.model, preprocessing["input_size"])
+        model.model.to(where)
+        return model, preprocessing
+
+    def loader(preprocessing: dict[str, Any]) -> Any:
+        return make_loader(
+            opened,
+            preprocessing,
+            training=False,
+            batch_size=batch_size,
+            workers=default_workers(where) if workers is None else workers,
+            device=where,
+        )
+
+    model, preprocessing = prepare(checkpoint)
+    found: list[tuple[str, Metrics]]
+    agreement: Agreement | None = None
+    with output.progress("evaluating", total=len(opened)) as advance:
+        done = 0
+
+        def on_batch(images: int) -> None:
+            nonlocal done
+            advance(images - done)
+            done = images
+
+        if against is None:
+            metrics = measure(model.model, loader(preprocessing), device=where, amp=amp, on_batch=on_batch)  # type: ignore[arg-type]
+            found = [(model.name, metrics)]
+        else:
+            other, other_preprocessing = prepare(against)
+            comparison = compare(
+                other.model,
+                model.model,
+                loader(other_preprocessing),
+                None if other_preprocessing == preprocessing else loader(preprocessing),
+                device=where,
+                amp=amp,  # type: ignore[arg-type]
+                on_batch=on_batch,
+            )
+            found = [(model.name, comparison.second), (other.name, comparison.first)]
+            agreement = comparison.agreement
+    result: dict[str, Any] = {
+        "data": opened.name,
+        "split": split,
+        "models": [{"name": name, **metrics.to_dict()} for name, metrics in found],
+    }
+    if agreement is not None:
+        result["agreement"] = vars(agreement)
+    output.result(result, metrics_table(found, agreement))

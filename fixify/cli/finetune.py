@@ -1,0 +1,119 @@
+"""`fixify finetune [SLIM] --data DATA`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fixify.cli.options import Force, Json
+from fixify.cli.output import Output
+
+_AUGMENTATION = "Augmentation (timm's names)"
+_MACHINE = "Machine"
+
+
+def _option(
+    text: str, *names: str, panel: str | None = None, low: float | None = None, high: float | None = None
+) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, min=low, max=high)
+
+
+def finetune(
+    context: typer.Context,
+    data: Annotated[str, typer.Option(help="A folder with train/ and val/, or a name: imagenet, fashion-mnist ...")],
+    slim: Annotated[
+        Path | None, typer.Argument(help="A slim checkpoint. Default: the one in this folder.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="Folder of the run. Default: SLIM's name + -finetuned.", show_default=False),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder, exactly.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Download torch/... data that is not here.")] = False,
+    epochs: Annotated[int | None, _option("Passes over the training images. Default: 5.")] = None,
+    batch_size: Annotated[int | None, _option("Images a step. Default: 64.", "-b", "--batch-size")] = None,
+    lr: Annotated[float | None, _option("Peak learning rate. Default: 0.05.")] = None,
+    opt: Annotated[str | None, _option("timm's name of the optimiser. Default: sgd (Nesterov).")] = None,
+    momentum: Annotated[float | None, _option("Momentum. Default: 0.9.")] = None,
+    weight_decay: Annotated[float | None, _option("Weight decay of matrices. Default: 0.0001.")] = None,
+    sched: Annotated[str | None, _option("cosine, linear, step or constant. Default: cosine.")] = None,
+    warmup_epochs: Annotated[float | None, _option("Epochs of rising rate. Default: 0.5.")] = None,
+    min_lr: Annotated[float | None, _option("Rate at the end. Default: 0.0.")] = None,
+    decay_epochs: Annotated[float | None, _option("Epochs between decays (step). Default: 30.0.")] = None,
+    decay_rate: Annotated[float | None, _option("Factor of a decay (step). Default: 0.1.")] = None,
+    head_lr_scale: Annotated[float | None, _option("Rate multiple of the head's scale, bias. Default: 10.0.")] = None,
+    ema_decay: Annotated[float | None, _option("Average the weights with this decay, and keep that.")] = None,
+    grad_accum: Annotated[int | None, _option("Steps that make one update. Default: 1.")] = None,
+    clip_grad: Annotated[float | None, _option("Largest norm of the gradient.")] = None,
+    seed: Annotated[int | None, _option("Fixes order, augmentation, dropout. Default: 0.")] = None,
+    img_size: Annotated[int | None, _option("Side of the images. Default: the checkpoint's.")] = None,
+    crop_pct: Annotated[float | None, _option("Center crop in validation. Default: the checkpoint's.")] = None,
+    no_aug: Annotated[bool | None, _option("Resize only.", "--no-aug", panel=_AUGMENTATION)] = None,
+    scale: Annotated[
+        tuple[float, float] | None, _option("Area of the random crop. Default: 0.08 1.0.", panel=_AUGMENTATION)
+    ] = None,
+    ratio: Annotated[tuple[float, float] | None, _option("Its aspect ratio, two numbers.", panel=_AUGMENTATION)] = None,
+    hflip: Annotated[float | None, _option("Share mirrored. Default: 0.5.", panel=_AUGMENTATION)] = None,
+    vflip: Annotated[float | None, _option("Share upside down. Default: 0.0.", panel=_AUGMENTATION)] = None,
+    color_jitter: Annotated[float | None, _option("Colour jitter. Default: 0.4.", panel=_AUGMENTATION)] = None,
+    auto_augment: Annotated[
+        str | None, _option("A policy, for example rand-m9-mstd0.5.", "--aa", "--auto-augment", panel=_AUGMENTATION)
+    ] = None,
+    reprob: Annotated[float | None, _option("Share partly erased. Default: 0.0.", panel=_AUGMENTATION)] = None,
+    mixup: Annotated[float | None, _option("Mixup alpha. Default: 0.0.", panel=_AUGMENTATION)] = None,
+    cutmix: Annotated[float | None, _option("CutMix alpha. Default: 0.0.", panel=_AUGMENTATION)] = None,
+    smoothing: Annotated[float | None, _option("Label smoothing. Default: 0.0.", panel=_AUGMENTATION)] = None,
+    amp: Annotated[str | None, _option("none, bf16 or fp16. Default: none.", panel=_MACHINE)] = None,
+    channels_last: Annotated[bool | None, _option("Memory format.", "--channels-last", panel=_MACHINE)] = None,
+    workers: Annotated[
+        int | None, _option("Loader processes. Default: fits the machine.", "-j", "--workers", panel=_MACHINE)
+    ] = None,
+    device: Annotated[str | None, _option("cpu, cuda, mps ... Default: auto.", panel=_MACHINE)] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Train a slim checkpoint, so that the network fits its fixed classifier.
+
+    Leaves best.fixed.safetensors and last.fixed.safetensors in the folder of the run, with metrics.jsonl, timm's
+    summary.csv, and the state that --resume continues from. The data's classes have to be the checkpoint's.
+    """
+    from fixify.cli.slim import the_slim_file_here
+    from fixify.cli.training_display import TrainingDisplay
+    from fixify.reporting.metrics_tables import finetune_table
+    from fixify.training import FinetuneOptions, run_finetune, stored_options
+
+    output = Output(as_json=as_json)
+    source = Path(the_slim_file_here("finetune")) if slim is None else slim
+    folder = (
+        Path(source.name.removesuffix(".safetensors").removesuffix(".fixed") + "-finetuned") if out is None else out
+    )
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if name in FinetuneOptions.model_fields and value is not None
+    }
+    start = stored_options(folder) if resume else FinetuneOptions()
+    with TrainingDisplay(output) as display:
+        result = run_finetune(
+            source,
+            data,
+            folder,
+            start.replace(**given),
+            resume=resume,
+            force=force,
+            download=download,
+            on_event=display,
+        )
+    output.result(
+        {
+            "best": str(result.best_path),
+            "last": str(result.last_path),
+            "before": result.before.to_dict(),
+            "after": result.after.to_dict(),
+            "history": [record.to_dict() for record in result.history],
+        },
+        finetune_table(result),
+    )
+    output.next_step(f"fixify eval {result.best_path} --data {data}", "measure it again, or any other checkpoint")

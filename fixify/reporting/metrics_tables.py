@@ -1,0 +1,50 @@
+"""Tables of metrics: an evaluation, a comparison, a finetuning run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from fixify.evaluation import Agreement, Metrics
+from fixify.reporting.tables import new_table
+from fixify.training import FinetuneResult
+
+
+def metrics_table(found: Sequence[tuple[str, Metrics]], agreement: Agreement | None = None) -> Table:
+    """One row a model; below it, how often two models agree."""
+    made = new_table("model", ">top-1 %", ">top-5 %", ">loss", ">ECE %", ">images", ">seconds")
+    for name, metrics in found:
+        made.add_row(name, *_numbers(metrics), f"{metrics.num_images:,}", f"{metrics.seconds:.1f}")
+    if agreement is not None:
+        lines = [f"same class on {agreement.same:.2f} % of the images"]
+        if agreement.confident_same is not None:
+            lines.append(
+                f"and on {agreement.confident_same:.2f} % of the {agreement.confident_images:,} "
+                f"on which {found[1][0]} is more than 50 % sure"
+            )
+        lines.append(
+            f"only {found[0][0]} right: {agreement.only_second_right:,}; "
+            f"only {found[1][0]} right: {agreement.only_first_right:,}"
+        )
+        made.caption = "\n".join(lines)
+        made.caption_justify = "left"
+    return made
+
+
+def finetune_table(result: FinetuneResult) -> Table:
+    """The model as it came beside the best epoch."""
+    made = new_table("", ">top-1 %", ">top-5 %", ">loss", ">ECE %", title=str(result.best_path))
+    made.add_row("as converted", *_numbers(result.before))
+    after = result.after
+    best = (after.val_top1, after.val_top5, after.val_loss, after.val_ece)
+    made.add_row(f"after {after.epoch + 1} epochs", *_formatted(*best))
+    return made
+
+
+def _numbers(metrics: Metrics) -> tuple[str, ...]:
+    return _formatted(metrics.top1, metrics.top5, metrics.loss, metrics.ece)
+
+
+def _formatted(top1: float, top5: float, loss: float, ece: float) -> tuple[str, ...]:
+    return f"{top1:.2f}", f"{top5:.2f}", f"{loss:.4f}", f"{ece:.2f}"

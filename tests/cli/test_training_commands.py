@@ -1,0 +1,190 @@
+"""`fixify finetune` and `fixify eval` as a person sees them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import fixify
+from fixify.cli.app import main
+from fixify.cli.finetune import finetune
+
+Run = Callable[..., tuple[int, str, str]]
+QUICK = ("--img-size", 32, "--crop-pct", 1.0, "--no-aug", "--workers", 0, "--device", "cpu", "-b", 10)
+
+
+@pytest.fixture(scope="module")
+def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train/ (40 images) and val/ (20) of 4 classes, and two checkpoints of a network for them."""
+    folder = tmp_path_factory.mktemp("stripes")
+    rng = np.random.default_rng(0)
+    for split, images in (("train", 10), ("val", 5)):
+        for label in range(4):
+            for number in range(images):
+                pixels = rng.integers(0, 120, (32, 32), dtype=np.uint8)
+                pixels[8 * label : 8 * label + 8] += 100
+                path = folder / "data" / split / f"stripe{label}" / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("test_efficientnet", in_chans=1, num_classes=4)
+    torch.save({"arch": "test_efficientnet", "state_dict": model.state_dict()}, folder / "learned.pth")
+    fixify.convert(folder / "learned.pth", folder / "net.fixed.safetensors")
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run fixify in an empty folder: arguments -> exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("FIXIFY_DATA", raising=False)
+
+    def run_once(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fixify", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_once
+
+
+def test_finetune_then_eval(run: Run, stripes: Path, tmp_path: Path) -> None:
+    slim = tmp_path / "net.fixed.safetensors"
+    slim.write_bytes((stripes / "net.fixed.safetensors").read_bytes())
+    data = stripes / "data"
+    code, out, err = run("finetune", "--data", data, "--epochs", 2, *QUICK, "--json")  # the only slim file here
+    assert code == 0, err
+    said = json.loads(out)
+    assert said["best"] == "net-finetuned/best.fixed.safetensors"
+    assert [record["epoch"] for record in said["history"]] == [0, 1]
+    assert "epoch 2/2: loss " in err
+    assert f"next: fixify eval {said['best']} --data {data}" in err
+    assert "20 images of 4 classes from val/" in err
+
+    code, out, err = run("eval", said["best"], "--data", data, "--json", "--workers", 0)
+    (measured,) = json.loads(out)["models"]
+    assert code == 0, err
+    assert measured["top1"] == said["after"]["val_top1"]
+    assert measured["num_images"] == 20
+
+    # Done already; and again only when told to.
+    assert "--force" in run("finetune", slim, "--data", data, *QUICK)[2]
+    code, out, err = run("finetune", slim, "--data", data, "--resume")
+    assert code == 0, err
+    assert "as converted" in out and "after" in out
+    code, _, err = run("finetune", slim, "--data", data, "--resume", "--lr", 0.7)
+    assert code == 1 and "lr was 0.05 and is 0.7" in err
+
+
+def test_eval_compares_an_original_with_its_conversion(run: Run, stripes: Path) -> None:
+    slim, original = stripes / "net.fixed.safetensors", stripes / "learned.pth"
+    given = ("--data", stripes / "data", "--split", "train", "--img-size", 32, "--workers", 0)
+    code, out, err = run("eval", slim, "--against", original, *given, "--json")
+    assert code == 0, err
+    said = json.loads(out)
+    assert [model["name"] for model in said["models"]] == ["net.fixed.safetensors", "learned.pth"]
+    alone = json.loads(run("eval", original, *given, "--json")[1])["models"][0]
+    assert {**alone, "seconds": 0} == {**said["models"][1], "seconds": 0}
+    assert 0 <= said["agreement"]["same"] <= 100
+    code, out, err = run("eval", slim, "--against", slim, *given)
+    assert "same class on 100.00 % of the images" in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+
+
+def test_mistakes_are_one_line_and_what_to_do(run: Run, stripes: Path, tmp_path: Path) -> None:
+    slim, data = stripes / "net.fixed.safetensors", stripes / "data"
+    for arguments, expected, words in (
+        (("finetune", "--data", data), 2, "there is no *.fixed.safetensors in"),
+        (("finetune", slim, "--data", "imagnet"), 1, "Did you mean 'imagenet'"),
+        (("finetune", slim, "--data", data, "--opt", "sgdd"), 2, "near to it: sgd"),
+        (("finetune", slim, "--data", data / "train"), 1, "Expected one folder a class in each split"),
+        (("finetune", slim, "--data", data, "--resume"), 1, "There is no run to resume in net-finetuned"),
+        (("finetune", stripes / "learned.pth", "--data", data), 1, "fixify convert"),
+        (("eval", slim, "--data", data, "--split", "training"), 2, "--split is train, val or test"),
+        (("eval", slim, "--data", data, "--device", "gpu"), 2, "There is no device 'gpu'"),
+        (("eval", slim), 2, "--data"),
+    ):
+        code, out, err = run(*arguments)
+        assert (code, out) == (expected, ""), err
+        assert words in err
+        assert "Traceback" not in err
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.fixed.safetensors").write_bytes(slim.read_bytes())
+    code, _, err = run("finetune", "--data", data)
+    assert code == 2 and "a.fixed.safetensors, b.fixed.safetensors" in err
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(stripes: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fixify", "finetune", str(stripes / "net.fixed.safetensors"), "-o", "run"]
+    command += ["--data", str(stripes / "data"), "--workers", "1", *map(str, QUICK[:5]), "-b", "10"]
+    with subprocess.Popen(
+        [*command, "--epochs", "100000"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        deadline = time.monotonic() + 120
+        while (
+            not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").stat().st_size
+        ):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers as well
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Stopped in epoch " in err and "--resume" in err
+    assert "Traceback" not in err
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert f"Stopped in epoch {state['progress']['epoch']}, batch {state['progress']['batch']}" in err
+
+
+def test_the_help_says_the_real_defaults() -> None:
+    from fixify.training import FinetuneOptions
+
+    hints = get_type_hints(finetune, include_extras=True)
+    defaults = FinetuneOptions()
+    said = 0
+    for name in FinetuneOptions.model_fields:
+        if name not in inspect.signature(finetune).parameters:
+            assert name in {
+                "warmup_lr",
+                "calibration_images",
+                "interpolation",
+                "remode",
+                "mixup_prob",
+                "mixup_switch_prob",
+            }
+            continue
+        text = get_args(hints[name])[1].help
+        found = re.search(r"Default: ([\w. ]+?)( \(.*\))?\.?$", text)
+        value = getattr(defaults, name)
+        if found is None or value is None:
+            assert value is None or isinstance(value, bool) or name == "ratio", name
+            continue
+        plain = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        assert found[1] == plain, name
+        said += 1
+    assert said > 20
