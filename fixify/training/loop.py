@@ -153,7 +153,7 @@ class _Pending:
         for offset, (loss, right) in enumerate(zip(losses.tolist(), rights.tolist(), strict=True)):
             if not math.isfinite(loss):
                 raise TrainingError(
-                    f"The loss is {loss} in epoch {progress.epoch}, batch {first + offset} of "
+                    f"The loss is {loss} in epoch {progress.epoch + 1}, batch {first + offset + 1} of "
                     f"{len(self.engine.loader)} (learning rate {progress.lr:.3g}).",
                     hint="The files of the last completed epoch are kept. Try a lower --lr, a longer "
                     "--warmup-epochs, or --clip-grad 1.",

@@ -104,9 +104,9 @@ def finetune(
         except Stopped:
             if not run.has_state:
                 raise TrainingInterrupted("Stopped before training began; there is nothing to resume.") from None
-            where = f"epoch {run.progress.epoch}, batch {run.progress.batch}"
             raise TrainingInterrupted(
-                f"Stopped in {where}; everything up to there is in {out}.",
+                f"Stopped in epoch {run.progress.epoch + 1} of {options.epochs} after {run.progress.batch} of "
+                f"{len(run.engine.loader)} batches; everything up to there is in {out}.",
                 hint="Go on with the same command and --resume.",
             ) from None
         finally:

@@ -158,7 +158,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(stripes: Path, tmp_path: Path) -> No
     assert "Stopped in epoch " in err and "--resume" in err
     assert "Traceback" not in err
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    assert f"Stopped in epoch {state['progress']['epoch']}, batch {state['progress']['batch']}" in err
+    progress = state["progress"]
+    assert f"Stopped in epoch {progress['epoch'] + 1} of 100000 after {progress['batch']} of 4 batches" in err
 
 
 def test_the_help_says_the_real_defaults() -> None:

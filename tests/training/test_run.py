@@ -145,7 +145,9 @@ class TestResume:
                     os.kill(os.getpid(), number)
 
         before = signal.getsignal(number)
-        with pytest.raises(TrainingInterrupted, match=f"Stopped in epoch {when[0]}, batch ") as caught:
+        with pytest.raises(
+            TrainingInterrupted, match=f"Stopped in epoch {when[0] + 1} of 3 after . of 5 batches"
+        ) as caught:
             run(tmp_path, EVERYTHING, on_event=interrupt)
         assert "--resume" in str(caught.value)
         assert signal.getsignal(number) is before
@@ -160,7 +162,7 @@ class TestResume:
                 os.kill(os.getpid(), signal.SIGINT)
 
         sent: list[bool] = []
-        with pytest.raises(TrainingInterrupted, match="epoch 0, batch 5"):
+        with pytest.raises(TrainingInterrupted, match="epoch 1 of 3 after 5 of 5 batches"):
             run(tmp_path, EVERYTHING, on_event=interrupt)
         run(tmp_path, EVERYTHING, resume=True)
         self.same_as(whole, tmp_path)
@@ -353,7 +355,7 @@ class TestSteps:
             return logits * math.nan if sum(calls) == 8 else logits
 
         model.register_forward_hook(poison)
-        with pytest.raises(TrainingError, match="The loss is nan in epoch 1, batch 2 of 5") as caught:
+        with pytest.raises(TrainingError, match="The loss is nan in epoch 2, batch 3 of 5") as caught:
             run(tmp_path, PLAIN, model)
         assert "--lr" in str(caught.value)
         state = load(tmp_path / "state.pt")
