@@ -4,16 +4,48 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from fixify.errors import ArchitectureError, SourceError
+from fixify.errors import ArchitectureError
 from fixify.sources.labels import labels_of_config
 from fixify.sources.source import Facts
 from fixify.sources.wrappers import items_of
 
-# timm's training options that say how images reach the model, by the name they have in a pretrained_cfg.
-_DATA_OPTIONS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+_MAX_CHANNELS = 1 << 10
+_LARGEST = 1e9  # of any number that an architecture or its preprocessing takes
+_MAX_DEPTH = 4  # of lists in such an argument
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and 0 < len(value) <= _MAX_CHANNELS and all(map(_is_number, value))
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_positive, value))
+
+
+def _is_word(value: object) -> bool:
+    return isinstance(value, str) and value.isidentifier()
+
+
+def _is_share(value: object) -> bool:
+    return _is_number(value) and value > 0  # type: ignore[operator]
+
+
+# How images reach the model, in the words that timm's options and its pretrained_cfg share, and what is a value.
+_DATA_OPTIONS: dict[str, Callable[[object], bool]] = {
+    "input_size": _is_size,
+    "mean": _are_numbers,
+    "std": _are_numbers,
+    "interpolation": _is_word,
+    "crop_pct": _is_share,
+    "crop_mode": _is_word,
+}
 
 
 def facts_of_training(tree: object) -> Facts:
@@ -34,7 +66,7 @@ def facts_of_training(tree: object) -> Facts:
         architecture=architecture,
         architecture_kwargs=_model_arguments(args, architecture),
         num_classes=_positive(args.get("num_classes")),
-        pretrained_cfg={key: _plain(args[key]) for key in _DATA_OPTIONS if args.get(key)} or None,
+        pretrained_cfg=_data_options(args),
     )
 
 
@@ -52,11 +84,7 @@ def facts_of_metadata(metadata: Mapping[str, str]) -> Facts:
 
 
 def facts_of_config(config: Mapping[str, Any]) -> Facts:
-    """Facts from a config.json: timm's, its older flat form, transformers' wrapper of timm, or transformers' own.
-
-    Raises:
-        SourceError: it should describe a timm model and does not say which.
-    """
+    """Facts from a config.json: timm's, its older flat form, transformers' wrapper of timm, or transformers' own."""
     labels = labels_of_config(config.get("label_names") or config.get("labels"), config.get("label_descriptions"))
     labels = labels or labels_of_config(config.get("id2label"), None)
     name = config.get("architecture")
@@ -71,14 +99,14 @@ def facts_of_config(config: Mapping[str, Any]) -> Facts:
     given = config.get("model_args")
     kwargs = {key: value for key, value in items_of(given) if isinstance(key, str) and _is_plain(value)}
     num_classes = _positive(kwargs.pop("num_classes", None)) or num_classes
-    size = cfg.get("input_size")
-    if isinstance(size, list) and len(size) == 3 and size[0] != 3:
-        kwargs.setdefault("in_chans", size[0])
+    data = _data_options(cfg) or {}
+    if data.get("input_size", [3])[0] != 3:
+        kwargs.setdefault("in_chans", data["input_size"][0])
     return Facts(
         architecture=architecture,
         architecture_kwargs=kwargs,
         num_classes=num_classes,
-        pretrained_cfg={key: cfg[key] for key in _DATA_OPTIONS if cfg.get(key) is not None} or None,
+        pretrained_cfg=data or None,
         labels=labels,
     )
 
@@ -103,9 +131,7 @@ def _model_arguments(args: Mapping[str, Any], architecture: str) -> dict[str, An
     # As timm's train.py passes them on to create_model, where they differ from its defaults.
     given = items_of(args.get("model_kwargs"))
     kwargs = {key: value for key, value in given if isinstance(key, str) and _is_plain(value)}
-    input_size = args.get("input_size")
-    if not (isinstance(input_size, (list, tuple)) and len(input_size) == 3 and all(map(_positive, input_size))):
-        input_size = (None, None, None)
+    input_size = args["input_size"] if _is_size(args.get("input_size")) else (None, None, None)
     channels = _positive(args.get("in_chans")) or input_size[0]
     if channels is not None and channels != 3:
         kwargs["in_chans"] = channels
@@ -126,22 +152,22 @@ def _is_built_for_one_size(architecture: str) -> bool:
 
 
 def _positive(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31 else None
 
 
-def _is_plain(value: object) -> bool:
+def _is_plain(value: object, depth: int = 0) -> bool:
     if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))
+        return depth < _MAX_DEPTH and all(_is_plain(item, depth + 1) for item in value)
+    return value is None or isinstance(value, (bool, str)) or _is_number(value)
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _data_options(given: Mapping[str, Any]) -> dict[str, Any] | None:
+    found = {key: given[key] for key, is_value in _DATA_OPTIONS.items() if is_value(given.get(key))}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()} or None
 
 
 def _json_labels(text: str) -> list[str] | None:
     try:
-        labels = json.loads(text)
-    except ValueError as error:
-        raise SourceError(f"The metadata's label_names are not JSON: {error}.") from error
-    return labels if isinstance(labels, list) and all(isinstance(label, str) for label in labels) else None
+        return labels_of_config(json.loads(text), None)
+    except (ValueError, RecursionError):
+        return None

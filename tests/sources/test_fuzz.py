@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import io
+import json
+import math
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 
 from fixify.errors import SourceError
 from fixify.sources import Source, open_source
+from fixify.sources.hints import facts_of_config, facts_of_metadata, facts_of_training
 
 
 def _valid(format: str) -> bytes:
@@ -89,3 +93,49 @@ def test_every_truncation(tmp_path: Path, format: str) -> None:
 @given(content=st.binary(max_size=200), start=st.sampled_from([b"", b"\x80\x02", b"PK\x03\x04", b"\0" * 8 + b"{"]))
 def test_noise(tmp_path_factory: Any, content: bytes, start: bytes) -> None:
     _source_or_refusal(tmp_path_factory.getbasetemp() / "noise", start + content, meta=False, ema=False)
+
+
+_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["resnet18", "a.b"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+    max_leaves=8,
+)
+_KEYS = (
+    "architecture", "arch", "model", "num_classes", "label_names", "label_descriptions", "labels", "id2label",
+    "pretrained_cfg", "model_args", "model_kwargs", "input_size", "mean", "std", "interpolation", "crop_pct", "tag",
+    "in_chans", "img_size", "gp", "lr_scheduler", "best_acc1", "args",
+)  # fmt: skip
+_CONFIGS = st.dictionaries(st.sampled_from(_KEYS), _VALUES, max_size=8)
+
+
+def test_hints_nested_deeply() -> None:
+    deep: list[Any] = []
+    for _ in range(900):
+        deep = [deep]
+    facts = facts_of_config({"architecture": "test_vit", "model_args": {"a": deep}, "label_names": deep})
+    assert facts.architecture_kwargs == {} and facts.labels is None
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(config=_CONFIGS, nested=_CONFIGS)
+def test_hints_of_any_shape(config: dict[str, Any], nested: dict[str, Any]) -> None:
+    """What a file says about itself may be anything; facts that come of it have the types that they promise."""
+    metadata = {key: str(value) for key, value in config.items()}
+    for facts in (
+        facts_of_config(config),
+        facts_of_config({**config, "architecture": "test_vit", "pretrained_cfg": nested, "model_args": nested}),
+        facts_of_training({**config, "args": argparse.Namespace(**nested, vit=1)}),
+        facts_of_training({**config, "arch": "test_vit", "args": nested}),
+        facts_of_metadata(metadata),
+    ):
+        assert facts.architecture is None or facts.architecture.startswith(("timm/", "torchvision/"))
+        assert facts.num_classes is None or facts.num_classes > 0
+        assert facts.labels is None or all(isinstance(label, str) for label in facts.labels)
+        cfg = facts.pretrained_cfg or {}
+        assert all(math.isfinite(value) for key in ("mean", "std") for value in cfg.get(key, []))
+        json.dumps([cfg, facts.architecture_kwargs], allow_nan=False)
