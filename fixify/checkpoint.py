@@ -176,7 +176,7 @@ def load(path: Path | str, *, device: str | torch.device = "cpu") -> nn.Module:
         raise FormatError(
             f"The tensors of {path} are not those of {info.architecture.ref}: {_first_problem(error)}"
         ) from error
-    model.fixify_info = info
+    model.fixify_info = info  # type: ignore[assignment]
     return model.to(device).eval()
 
 

@@ -12,7 +12,7 @@ from fixify.checkpoint import DTYPES, SUFFIX, SlimInfo, is_slim, write_slim
 from fixify.counts import Savings, classifier_weights, count_bytes, count_parameters, under
 from fixify.errors import SourceError, UsageError
 from fixify.heads import FixedClassifier, HeadSpec, choose_kind
-from fixify.heads.matching import match as match_codes
+from fixify.heads import match as match_codes
 from fixify.originals import Original, read_original
 from fixify.retrofit import HeadRecord
 from fixify.sources import check_finite, read_labels

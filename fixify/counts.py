@@ -52,10 +52,12 @@ class Savings:
         Raises:
             FormatError: a count is missing or is not a whole number.
         """
-        counts = {field.name: values.get(field.name) for field in fields(cls)}
-        wrong = [name for name, value in counts.items() if not isinstance(value, int)]
-        if wrong:
-            raise FormatError(f"The savings in the header lack a whole number for {wrong[0]}.")
+        counts: dict[str, int] = {}
+        for field in fields(cls):
+            value = values.get(field.name)
+            if not isinstance(value, int):
+                raise FormatError(f"The savings in the header lack a whole number for {field.name}.")
+            counts[field.name] = value
         return cls(**counts)
 
 

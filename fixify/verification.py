@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,8 +62,9 @@ def _codebook(info: SlimInfo, model: nn.Module) -> Check:
     """The digest was compared while loading; what is left to see is that the codes are as spread as promised."""
     found = []
     for record in info.heads:
-        head = model.get_submodule(record.path)
-        facts = coherence(record.spec, head.codes)
+        head: Any = model.get_submodule(record.path)
+        codes = None if head.codes is None else head.codes.cpu().numpy()
+        facts = coherence(record.spec, codes)
         if facts.max_cosine > 1 - 1e-6:
             return Check("codebook", False, f"{record.path}: two classes have the same code")
         found.append(f"{record.path}: digest as recorded, largest cosine {facts.max_cosine:.3f}")

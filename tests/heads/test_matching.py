@@ -145,8 +145,8 @@ def test_same_input_same_codes_and_random_state_untouched():
 
 
 def test_default_number_of_blocks():
-    assert module._default_blocks(2048, 1000) == 16
-    assert module._default_blocks(256, 200) == 64
+    assert module._default_blocks(2048, 1000) == 8
+    assert module._default_blocks(256, 200) == 8
     assert module._default_blocks(256, 2965) == 4096
     assert 9 <= module._default_blocks(2048, 18_291) < 4096
 
