@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fixify.errors import FormatError, HeadSpecError, NoClassifierError
 from fixify.heads import FixedClassifier, HeadSpec
 from fixify.retrofit import HeadRecord, apply_heads_, fix_classifier_, replace_module
-from fixify.zoo import build, find_classifiers, parse_architecture
+from fixify.zoo import build, find_classifiers, list_architectures, parse_architecture, preprocessing
 
 NUM_CLASSES = 12
 # The smallest model of each way to build a classifier, and the size of image that it takes.
@@ -275,3 +275,28 @@ def test_head_record_from_outside(change: dict) -> None:
     values = HeadRecord("fc", "Linear", -1, HeadSpec("hadamard", 8, 4)).to_dict()
     with pytest.raises(FormatError, match="Not a head record"):
         HeadRecord.from_dict(values | change)
+
+
+@pytest.mark.slow
+def test_every_architecture_gives_logits_after_surgery() -> None:
+    """On the meta device, where running a network costs only its bookkeeping."""
+    failed = []
+    for ref in list_architectures():
+        arch = parse_architecture(ref)
+        try:
+            model = build(arch, num_classes=NUM_CLASSES, meta=True).eval()
+            sites = find_classifiers(model, arch)
+        except (NoClassifierError, TypeError, ValueError, AssertionError, RuntimeError):
+            continue  # takes no number of classes: fixify.zoo.coverage counts those
+        before = sum(parameter.numel() for parameter in model.parameters())
+        fix_classifier_(model, "auto")
+        after = sum(parameter.numel() for parameter in model.parameters())
+        saved = sum(site.num_features * site.num_classes - 1 for site in sites)
+        x = torch.empty(1, *preprocessing(arch)["input_size"], device="meta")
+        try:
+            shape = tuple(model(x).shape)
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            shape = (type(error).__name__, str(error)[:80])
+        if before - after != saved or shape != (1, NUM_CLASSES):
+            failed.append((ref, before - after, saved, shape))
+    assert not failed, "\n".join(map(str, failed))

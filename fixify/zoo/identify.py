@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from fixify.errors import ArchitectureError
+from fixify.errors import AmbiguousArchitectureError, ArchitectureError, NoClassifierError
 from fixify.zoo.architectures import Architecture, build, list_architectures
 from fixify.zoo.foreign import NamingScheme, recognise
-from fixify.zoo.index import Entry, entries_of, load_index
-from fixify.zoo.signature import StateShapes, is_counter, shapes_of, signature_of
+from fixify.zoo.index import Entry, entries_of, load_index, variants
+from fixify.zoo.signature import StateShapes, head_positions, is_counter, shapes_of, signature_of
 from fixify.zoo.ties import Facts, merge, set_apart
 
 Progress = Callable[[int, int], object]
@@ -58,10 +58,8 @@ class Identification:
         """One line a candidate, with what sets it apart."""
         lines = []
         for candidate in self.candidates:
-            kwargs = ", ".join(f"{key}={value}" for key, value in candidate.architecture.kwargs.items())
             facts = "; ".join(f"{trait} {value}" for trait, value in candidate.differences.items())
-            name = candidate.architecture.ref + (f" ({kwargs})" if kwargs else "")
-            lines.append(f"  {name}" + (f": {facts}" if facts else ""))
+            lines.append(f"  {candidate.architecture.spelled}" + (f": {facts}" if facts else ""))
         return "\n".join(lines)
 
 
@@ -92,6 +90,7 @@ def identify(shapes: Mapping[str, Sequence[int]], *, on_progress: Progress | Non
 
     Raises:
         ArchitectureError: none fits.
+        NoClassifierError: it is an architecture without its classifier.
     """
     state = StateShapes(shapes)
     index = load_index()
@@ -104,6 +103,7 @@ def identify(shapes: Mapping[str, Sequence[int]], *, on_progress: Progress | Non
     if found is None and stale:
         found = _search(state, shapes, _build(stale, on_progress), confirm=False)
     if found is None:
+        _refuse_headless(state, entries)
         raise ArchitectureError(
             f"No architecture of timm or torchvision has these {len(state.ordered)} tensors.",
             hint="If it is one that was changed, or half of one, say which: --arch NAME.",
@@ -123,18 +123,48 @@ def fit(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> Candidate | 
 
     Raises:
         ArchitectureError: the architecture cannot be built with its arguments.
+        AmbiguousArchitectureError: it fits in several ways that no shape tells apart (`fixify.zoo.index.variants`).
     """
-    build(arch, meta=True)  # says what is wrong with the arguments; the comparison below would only see no signature
-    found = signature_of(arch)
-    if found is None:
+    entries = [entry for variant in variants(arch) if (entry := _entry_of(variant)) is not None]
+    if not entries:
+        build(arch, meta=True)  # says so if it is the arguments that it does not take
         return None
     state = StateShapes(shapes)
-    entries = [Entry(arch, found[0])]
     for by_order in (False, True):
-        for match in _matches(state, entries, by_order=by_order):
-            if _confirmed(match, state, by_order=by_order):
-                return Candidate(match.architecture, match.choices["num_classes"], _key_map(match, shapes, by_order))
+        matches = [
+            match
+            for match in _matches(state, entries, by_order=by_order)
+            if not match.extra or _confirmed(match, state, by_order=by_order)
+        ]
+        if len(matches) > 1:
+            named = " or ".join(match.architecture.spelled for match in matches)
+            raise AmbiguousArchitectureError(f"A checkpoint cannot show which it is: {named}.", hint="Say it in full.")
+        for match in matches:
+            return Candidate(match.architecture, match.choices["num_classes"], _key_map(match, shapes, by_order))
     return None
+
+
+def _entry_of(arch: Architecture) -> Entry | None:
+    if not load_index().is_stale(arch.library):
+        for entry in load_index().entries:
+            known = entry.architecture
+            if (known.library, known.name, known.kwargs) == (arch.library, arch.name, arch.kwargs):
+                return replace(entry, architecture=arch)
+    found = signature_of(arch)
+    return None if found is None else Entry(arch, found[0])
+
+
+def _refuse_headless(state: StateShapes, entries: Iterable[Entry]) -> None:
+    for entry in entries:
+        signature = entry.signature
+        missing = len(head_positions(signature.free))
+        if len(state.ordered) == signature.num_tensors - missing and (
+            state.headless(signature.free) == signature.headless
+        ):
+            raise NoClassifierError(
+                f"These {len(state.ordered)} tensors are {entry.architecture.ref} without its classifier.",
+                hint="fixify replaces a classifier that is there; convert a checkpoint that still has it.",
+            )
 
 
 def _build(refs: Iterable[str], on_progress: Progress | None) -> list[Entry]:

@@ -9,7 +9,7 @@ import json
 import lzma
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,7 @@ _FORMAT = 1
 
 # Arguments that change which tensors there are, or what is computed, and that the library itself chooses when it
 # loads its own weights: torchvision then drops the auxiliary classifiers and normalises the input once more.
-_VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    f"torchvision/{name}": tuple(
-        {"aux_logits": aux, "transform_input": transform} for aux in (True, False) for transform in (False, True)
-    )
-    for name in ("googlenet", "inception_v3")
-}
+_CHOOSING = {"torchvision/googlenet", "torchvision/inception_v3"}
 
 
 @dataclass(frozen=True)
@@ -68,6 +63,25 @@ def load_index() -> Index:
     return Index(versions=data["versions"], entries=tuple(_entry(values) for values in data["entries"]))
 
 
+def variants(arch: Architecture) -> list[Architecture]:
+    """The ways to build an architecture that its name leaves open; mostly only itself.
+
+    Of torchvision's GoogLeNet and Inception v3, whose auxiliary classifiers a checkpoint has or has not, and which
+    were trained with `transform_input` if they started from torchvision's weights, and without if not.
+    """
+    if f"{arch.library}/{arch.name}" not in _CHOOSING:
+        return [arch]
+    auxiliary = [arch.kwargs["aux_logits"]] if "aux_logits" in arch.kwargs else [True, False]
+    # Weights that are named by a tag are torchvision's own, and `build` does as torchvision does.
+    transform = [True] if arch.tag else [False, True]
+    transform = [arch.kwargs["transform_input"]] if "transform_input" in arch.kwargs else transform
+    return [
+        replace(arch, kwargs={**arch.kwargs, "aux_logits": aux, "transform_input": again})
+        for aux in auxiliary
+        for again in transform
+    ]
+
+
 def entries_of(refs: Iterable[str], on_progress: Callable[[int], object] | None = None) -> Iterator[Entry]:
     """Build architectures on the meta device and take their signatures. Those that take no classes are left out.
 
@@ -75,8 +89,7 @@ def entries_of(refs: Iterable[str], on_progress: Callable[[int], object] | None 
         on_progress: Called with the number of names done.
     """
     for done, ref in enumerate(refs, start=1):
-        for kwargs in _VARIANTS.get(ref, ({},)):
-            arch = parse_architecture(ref, **kwargs)
+        for arch in variants(parse_architecture(ref)):
             found = signature_of(arch)
             if found is not None and _has_classifier(found[1]):
                 yield Entry(arch, found[0], traits(found[1]))
@@ -130,7 +143,7 @@ def _values(entry: Entry) -> list[Any]:
         entry.architecture.ref,
         dict(entry.architecture.kwargs),
         signature.num_tensors,
-        *(signature.keys, signature.named, signature.ordered),
+        *(signature.keys, signature.named, signature.ordered, signature.headless),
         [[group.choice, group.samples, group.places] for group in signature.free],
         dict(signature.defaults),
         dict(entry.traits),
@@ -138,7 +151,7 @@ def _values(entry: Entry) -> list[Any]:
 
 
 def _entry(values: list[Any]) -> Entry:
-    ref, kwargs, num_tensors, keys, named, ordered, free, defaults, found = values
+    ref, kwargs, num_tensors, keys, named, ordered, headless, free, defaults, found = values
     library, _, name = ref.partition("/")
     groups = tuple(
         FreeDimensions(choice, tuple(map(tuple, samples)), tuple(map(tuple, places)))
@@ -146,7 +159,7 @@ def _entry(values: list[Any]) -> Entry:
     )
     return Entry(
         Architecture(library, name, kwargs),
-        Signature(num_tensors, keys, named, ordered, groups, defaults),
+        Signature(num_tensors, keys, named, ordered, headless, groups, defaults),
         {trait: tuple(value) for trait, value in found.items()},
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -54,6 +55,7 @@ class Signature:
         keys: Of the sorted names.
         named: Of the names with their shapes, sorted by name, free dimensions masked.
         ordered: Of the shapes in the state dict's order, free dimensions masked.
+        headless: Like `named`, of what is left without the classifier.
         free: The free dimensions.
         defaults: What the architecture chooses for itself, for each choice but the number of classes.
     """
@@ -62,6 +64,7 @@ class Signature:
     keys: str
     named: str
     ordered: str
+    headless: str
     free: tuple[FreeDimensions, ...]
     defaults: Mapping[str, int]
 
@@ -81,6 +84,14 @@ class StateShapes:
     def named(self, free: Iterable[FreeDimensions]) -> str:
         """What `Signature.named` is for these shapes."""
         return _digest(f"{key} {shape}" for key, shape in _masked(self.sorted, free, 0))
+
+    def headless(self, free: Sequence[FreeDimensions]) -> str:
+        """What `Signature.headless` is for these shapes, if they are those of everything but the classifier."""
+        entries = list(self.sorted)
+        head = head_positions(free)
+        for position in head:
+            entries.insert(position, ("", ()))
+        return _headless(entries, free, head)
 
     def by_order(self, free: Iterable[FreeDimensions]) -> str:
         """What `Signature.ordered` is for these shapes."""
@@ -102,6 +113,11 @@ class StateShapes:
         if not all(possible.values()):
             return None
         return {choice: min(values) for choice, values in possible.items()}
+
+
+def head_positions(free: Iterable[FreeDimensions]) -> list[int]:
+    """Where the classifier's tensors are among the sorted names."""
+    return sorted({place[0] for group in free if group.choice == "num_classes" for place in group.places})
 
 
 def is_counter(key: str) -> bool:
@@ -141,6 +157,7 @@ def signature_of(arch: Architecture) -> tuple[Signature, nn.Module] | None:
         keys=state.keys,
         named=state.named(free),
         ordered=state.by_order(free),
+        headless=_headless(state.sorted, free, head_positions(free)),
         free=tuple(free),
         defaults=defaults,
     ), model
@@ -157,7 +174,9 @@ def _other_choices(arch: Architecture) -> list[tuple[str, int, list[int]]]:
 
 def _try(arch: Architecture) -> nn.Module | None:
     try:
-        return build(arch, num_classes=_MANY_CLASSES, meta=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what suits this choice badly is not going to be run
+            return build(arch, num_classes=_MANY_CLASSES, meta=True)
     # The builders differ in what they say to an argument that they do not have.
     except (ArchitectureError, TypeError, ValueError, AssertionError, RuntimeError):
         return None
@@ -187,6 +206,12 @@ def _free(state: StateShapes, choice: str, built: list[tuple[int, dict[str, Shap
                 samples = tuple((value, d) for (value, _), d in zip(built, dims, strict=True))
                 groups.setdefault(samples, []).append((rank[key], position, dim))
     return [FreeDimensions(choice, samples, tuple(places)) for samples, places in groups.items()]
+
+
+def _headless(entries: Sequence[tuple[str, Shape]], free: Sequence[FreeDimensions], head: Sequence[int]) -> str:
+    others = [group for group in free if group.choice != "num_classes"]
+    kept = [entry for position, entry in enumerate(_masked(entries, others, 0)) if position not in set(head)]
+    return _digest(f"{key} {shape}" for key, shape in kept)
 
 
 def _masked(

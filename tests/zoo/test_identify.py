@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform
 
 import fixify.zoo.identify as module
-from fixify.errors import ArchitectureError
+from fixify.errors import AmbiguousArchitectureError, ArchitectureError, NoClassifierError
 from fixify.zoo import build, find_classifiers, list_architectures, parse_architecture, preprocessing
 from fixify.zoo.identify import Identification, fit, identify
 from fixify.zoo.index import Index, build_index, load_index
@@ -88,7 +88,7 @@ def test_index_has_every_architecture_with_a_classifier() -> None:
             model = build(arch, num_classes=10, meta=True)
         except (TypeError, ValueError, AssertionError, RuntimeError):
             continue  # takes no number of classes
-        with pytest.raises(module.ArchitectureError.__mro__[1]):  # NoClassifierError is a FixifyError too
+        with pytest.raises(NoClassifierError):
             find_classifiers(model, arch)
 
 
@@ -149,6 +149,16 @@ def test_nothing_fits() -> None:
         identify(shapes)
 
 
+@pytest.mark.parametrize("ref", ["resnet18", "levit_128s", "vit_small_patch14_dinov2", "torchvision/googlenet"])
+def test_without_its_classifier(ref: str) -> None:
+    arch = parse_architecture(ref)
+    model = build(arch, num_classes=9, meta=True)
+    head = tuple(f"{site.path}." for site in find_classifiers(model, arch))
+    shapes = {key: shape for key, shape in shapes_of(model).items() if not key.startswith(head)}
+    with pytest.raises(NoClassifierError, match=f"tensors are .*{arch.name} without its classifier"):
+        identify(shapes)
+
+
 def test_identifying_is_fast() -> None:
     load_index()
     shapes = _shapes("vit_base_patch16_224")
@@ -173,6 +183,28 @@ def test_fit_to_a_known_architecture() -> None:
     assert fit(parse_architecture("resnet18", stem_width=48), wide).num_classes == 9
     with pytest.raises(ArchitectureError, match="no_such=1"):
         fit(parse_architecture("resnet18", no_such=1), shapes)
+
+
+def test_fit_where_shapes_leave_it_open() -> None:
+    """Whoever names the weights, or says how, is not asked; whoever names only the architecture is."""
+    shapes = _shapes("torchvision/googlenet", aux_logits=False)
+    with pytest.raises(AmbiguousArchitectureError) as error:
+        fit(parse_architecture("torchvision/googlenet"), shapes)
+    for transform in ("false", "true"):
+        spelled = f"torchvision/googlenet,aux_logits=false,transform_input={transform}"
+        assert spelled in error.value.message
+        assert fit(parse_architecture(spelled), shapes).architecture.spelled == spelled
+    found = fit(parse_architecture("torchvision/googlenet.IMAGENET1K_V1"), shapes)
+    assert dict(found.architecture.kwargs) == {"aux_logits": False, "transform_input": True}
+    found = fit(parse_architecture("torchvision/googlenet", transform_input=True), _shapes("torchvision/googlenet"))
+    assert dict(found.architecture.kwargs) == {"aux_logits": True, "transform_input": True}
+
+
+def test_candidates_can_be_typed() -> None:
+    shapes = _shapes("vit_tiny_patch16_224", 5, in_chans=1, img_size=96)
+    for candidate in identify(shapes).candidates:
+        arch = parse_architecture(candidate.architecture.spelled)
+        assert shapes_of(build(arch, num_classes=5, meta=True)) == shapes
 
 
 @pytest.fixture
