@@ -28,6 +28,9 @@ from fixify.errors import SourceError
 from fixify.sources.folders import CONFIG, WEIGHTS, open_with_config, shards_of
 from fixify.sources.source import Source
 
+# Of whichever HTTP library the client uses: requests before its version 1, httpx since.
+_TRANSPORT_ERRORS: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, OSError)
+
 
 def open_repository(
     repo: str, *, ema: bool = False, meta: bool = False, name: str | None = None, config: bool = True
@@ -77,7 +80,7 @@ def _get(repo_id: str, revision: str | None, file: str) -> Path | None:
             return Path(cached)
         if cached is not None:
             return None  # the cache knows that there is no such file
-        _refuse_unreachable(repo_id)
+        _refuse_unreachable(repo_id, revision)
         try:
             return Path(huggingface_hub.hf_hub_download(repo_id, file, revision=revision, library_name="fixify"))
         except EntryNotFoundError as error:
@@ -107,30 +110,31 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
             f"The Hugging Face hub has no repository {repo_id}, or it is private.",
             hint="Check the name; for a private one: hf auth login",
         ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise _unreachable(repo_id, _first_line(error.__cause__ or error)) from error
+    except _TRANSPORT_ERRORS as error:
+        raise _unreachable(repo_id, revision, _first_line(error.__cause__ or error)) from error
 
 
-def _refuse_unreachable(repo_id: str) -> None:
+def _refuse_unreachable(repo_id: str, revision: str | None) -> None:
     """Say within a moment that there is no network. The hub's own client tries for 23 seconds."""
-    if constants.is_offline_mode():
-        raise _unreachable(repo_id, "HF_HUB_OFFLINE is set")
+    if constants.HF_HUB_OFFLINE:
+        raise _unreachable(repo_id, revision, "HF_HUB_OFFLINE is set")
     if urllib.request.getproxies():
         return  # the proxy resolves names
     host = urlsplit(constants.ENDPOINT).hostname or ""
     try:
         socket.getaddrinfo(host, None)
     except OSError as error:
-        raise _unreachable(repo_id, f"{host}: {error.strerror or error}") from error
+        raise _unreachable(repo_id, revision, f"{host}: {error.strerror or error}") from error
 
 
-def _unreachable(repo_id: str, reason: str) -> SourceError:
+def _unreachable(repo_id: str, revision: str | None, reason: str) -> SourceError:
     folder = repo_id.rpartition("/")[2]
+    command = ["hf", "download", repo_id, *(["--revision", revision] if revision else []), "--local-dir", folder]
     cached = f"models--{repo_id.replace('/', '--')}"
     return SourceError(
         f"{repo_id} is not (or not all of it) in {constants.HF_HUB_CACHE}, and the Hugging Face hub cannot be reached "
         f"({reason}).",
-        hint=f"Where there is a network: hf download {shlex.quote(repo_id)} --local-dir {shlex.quote(folder)}\n"
+        hint=f"Where there is a network: {shlex.join(command)}\n"
         f"then bring that folder here and give it as local-dir:{folder}, or bring its cache folder {cached} "
         f"into {constants.HF_HUB_CACHE}{os.sep}",
     )

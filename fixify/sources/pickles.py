@@ -46,7 +46,7 @@ _REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)"
 
 
 class _Ignored:
-    """Stands in for an object that rides along in a checkpoint and is not needed: paths, NumPy scalars."""
+    """Stands in for an object that rides along in a checkpoint and is not needed: paths, dates, NumPy's."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -69,7 +69,13 @@ _STAND_INS: tuple[tuple[Any, str], ...] = (
         for name in (
             "numpy.core.multiarray.scalar",
             "numpy._core.multiarray.scalar",
+            "numpy.core.multiarray._reconstruct",
+            "numpy._core.multiarray._reconstruct",
             "numpy.dtype",
+            "numpy.ndarray",
+            "datetime.datetime",
+            "datetime.timedelta",
+            "torch.torch_version.TorchVersion",
             "pathlib.PosixPath",
             "pathlib.WindowsPath",
             "pathlib.PurePosixPath",

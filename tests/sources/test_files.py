@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import hashlib
+import sys
+import types
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
@@ -251,10 +254,35 @@ def test_what_rides_along_is_read_past(tmp_path: Path, resnet_state: State) -> N
         "state_dict": resnet_state,
         "metric": np.float64(0.5),
         "counts": defaultdict(list, {"a": [1]}),
+        "history": np.arange(3),
         "output": Path("runs/1"),
+        "started": datetime.datetime(2025, 1, 1, tzinfo=datetime.timezone.utc).replace(tzinfo=None),
+        "took": datetime.timedelta(hours=1),
+        "torch": torch.__version__,
+        "random": np.random.RandomState(0).get_state(),
         "rng": torch.get_rng_state(),
     }
     same(open_source(save(tree, tmp_path / "w.pth")), resnet_state)
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["pytorch_lightning.utilities.parsing", "lightning.fabric.utilities.data", "lightning_fabric.utilities.data"],
+)
+def test_lightnings_hyper_parameters(
+    tmp_path: Path, resnet_state: State, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    """They are of a dictionary class of Lightning's, which need not be installed to read the file."""
+    defining = types.ModuleType(module)
+    defining.AttributeDict = type("AttributeDict", (dict,), {"__module__": module})  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        parts = module.split(".")
+        for depth in range(1, len(parts)):
+            patch.setitem(sys.modules, ".".join(parts[:depth]), types.ModuleType(".".join(parts[:depth])))
+        patch.setitem(sys.modules, module, defining)
+        tree = {"state_dict": resnet_state, "hyper_parameters": defining.AttributeDict(lr=0.1, model={"name": "a"})}
+        path = save(tree, tmp_path / "w.ckpt")
+    same(open_source(path), resnet_state)
 
 
 def test_entries_that_are_no_tensors_are_named(tmp_path: Path, resnet_state: State) -> None:

@@ -75,7 +75,7 @@ def _source_or_refusal(path: Path, content: bytes, *, meta: bool, ema: bool) -> 
 
 
 @pytest.mark.parametrize("format", sorted(VALID))
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data(), meta=st.booleans(), ema=st.booleans())
 def test_damage(tmp_path_factory: Any, format: str, data: st.DataObject, meta: bool, ema: bool) -> None:
     path = tmp_path_factory.getbasetemp() / f"damaged-{format}"
@@ -121,7 +121,7 @@ def test_hints_nested_deeply() -> None:
     assert facts.architecture_kwargs == {} and facts.labels is None
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(config=_CONFIGS, nested=_CONFIGS)
 def test_hints_of_any_shape(config: dict[str, Any], nested: dict[str, Any]) -> None:
     """What a file says about itself may be anything; facts that come of it have the types that they promise."""

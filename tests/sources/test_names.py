@@ -144,6 +144,12 @@ def test_offline_says_what_to_fetch_and_where_to_put_it(caches: Path, ref: str) 
     assert str(caches / "hf") in said and f"models--{repo.replace('/', '--')}" in said
 
 
+def test_offline_names_the_revision() -> None:
+    with pytest.raises(SourceError) as caught:
+        open_source("hf-hub:someone/birds@v2")
+    assert "hf download someone/birds --revision v2 --local-dir birds" in str(caught.value)
+
+
 def test_no_network_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's own client would retry for 23 seconds."""
     import time
