@@ -52,12 +52,12 @@ def finetune(
     crop_pct: Annotated[float | None, _option("Center crop in validation. Default: the checkpoint's.")] = None,
     no_aug: Annotated[bool | None, _option("Resize only.", "--no-aug", panel=_AUGMENTATION)] = None,
     scale: Annotated[
-        tuple[float, float] | None, _option("Area of the random crop. Default: 0.08 1.0.", panel=_AUGMENTATION)
+        tuple[float, float] | None, _option("Area of the random crop. Default: 0.5 1.0.", panel=_AUGMENTATION)
     ] = None,
     ratio: Annotated[tuple[float, float] | None, _option("Its aspect ratio, two numbers.", panel=_AUGMENTATION)] = None,
     hflip: Annotated[float | None, _option("Share mirrored. Default: 0.5.", panel=_AUGMENTATION)] = None,
     vflip: Annotated[float | None, _option("Share upside down. Default: 0.0.", panel=_AUGMENTATION)] = None,
-    color_jitter: Annotated[float | None, _option("Colour jitter. Default: 0.4.", panel=_AUGMENTATION)] = None,
+    color_jitter: Annotated[float | None, _option("Colour jitter. Default: 0.0.", panel=_AUGMENTATION)] = None,
     auto_augment: Annotated[
         str | None, _option("A policy, for example rand-m9-mstd0.5.", "--aa", "--auto-augment", panel=_AUGMENTATION)
     ] = None,

@@ -43,7 +43,8 @@ class FinetuneOptions(BaseModel):
         device: "auto", or torch's name of a device.
         calibration_images: Training images from which the statistics of an uncalibrated head are taken.
 
-    The rest is `fixify.data.Augmentation`.
+    The rest is `fixify.data.Augmentation`, with two milder defaults than timm's, which are made for hundreds of epochs:
+    in the few of a retrofit, crops down to 8 % of the image and colour jitter cost accuracy.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -74,11 +75,11 @@ class FinetuneOptions(BaseModel):
     calibration_images: int = Field(default=512, ge=2)
 
     no_aug: bool = False
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: tuple[float, float] = (0.5, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = Field(default=0.5, ge=0, le=1)
     vflip: float = Field(default=0.0, ge=0, le=1)
-    color_jitter: float = Field(default=0.4, ge=0)
+    color_jitter: float = Field(default=0.0, ge=0)
     auto_augment: str | None = None
     interpolation: Literal["random", "bilinear", "bicubic"] = "random"
     reprob: float = Field(default=0.0, ge=0, le=1)

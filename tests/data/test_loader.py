@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from timm.data import create_dataset, create_loader
+from timm.data.loader import PrefetchLoader
 
 from fixify.data import Augmentation, OpenedData, make_loader, open_data
 from fixify.data.idx import ArrayImages
@@ -113,6 +114,25 @@ class TestTraining:
         ):
             changed = (ours != theirs).flatten(1).float().mean(dim=1)
             assert (changed > 0.01).all() and (changed < 0.5).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_timms_prefetcher_gives_the_same_batches(
+    digits: OpenedData, monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    # What CUDA gets, here on the CPU: uint8 batches that are normalised by the prefetcher.
+    def on_cpu(batches: Any, **given: Any) -> PrefetchLoader:
+        return PrefetchLoader(batches, **{**given, "device": torch.device("cpu")})
+
+    monkeypatch.setattr("fixify.data.loader.PrefetchLoader", on_cpu)
+    given = {"training": training, "batch_size": 4, "augmentation": Augmentation(auto_augment="rand-m9")}
+    plain = epoch(make_loader(digits, GRAY, **given), 2, first_batch=1)
+    prefetched = epoch(make_loader(digits, GRAY, device=torch.device("cuda"), **given), 2, first_batch=1)
+    assert len(plain) == len(prefetched) == (4 if training else 5)
+    for (ours, labels), (theirs, their_labels) in zip(plain, prefetched, strict=True):
+        assert torch.equal(labels, their_labels)
+        assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 class TestEvaluation:

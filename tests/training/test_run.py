@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from fixify.data import OpenedData, Subset, make_loader
 from fixify.data.idx import ArrayImages
-from fixify.errors import DataError, OutputExistsError, TrainingError
+from fixify.errors import DataError, OutputError, OutputExistsError, TrainingError
 from fixify.evaluation import evaluate
 from fixify.heads import FixedClassifier
 from fixify.training import (
@@ -398,6 +399,23 @@ class TestSteps:
         model.register_forward_hook(lambda module, _, out: {"logits": out} if module.training else out)
         with pytest.raises(TrainingError, match="returns dict, not logits"):
             run(tmp_path, PLAIN, model)
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_state_before(run: Runs, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(event: Event) -> None:
+        if isinstance(event, EpochEnded):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+
+    try:
+        with pytest.raises(OutputError, match=r"Cannot write .*state\.pt"):
+            run(tmp_path, PLAIN, on_event=fill, save=lambda _model, _path, _record: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load(tmp_path / "state.pt")["progress"]["epoch"] == 1
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert len(run(tmp_path, PLAIN, resume=True).history) == 2
 
 
 def test_stopping_before_training_leaves_nothing_to_resume(run: Runs, tmp_path: Path) -> None:
