@@ -147,6 +147,11 @@ def _is_matrix(tensor: Tensor) -> bool:
 
 
 def _plain(key: str, value: Tensor, name: str) -> Tensor:
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):  # as the program allows them: DTensor, torchao's
+        raise SourceError(
+            f"{name} stores {key} as a {type(value).__name__}, which needs the code that made it.",
+            hint="Save plain tensors: gathered (full_state_dict=True) if they are split, dequantised if quantised.",
+        )
     # Unbound: the safe reader lets a file set attributes on a Parameter, `detach` among them.
     tensor = torch.Tensor.detach(value)
     if tensor.layout != torch.strided:

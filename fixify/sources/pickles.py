@@ -153,12 +153,6 @@ def _refusal(path: Path, reason: str) -> SourceError:
                 f"{path} was saved with pickle protocol {protocol}; PyTorch's safe reader reads protocol 2.",
                 hint="Save it again without pickle_protocol, where it was made: torch.save(model.state_dict(), ...)",
             )
-    if "DTensor" in reason:
-        return SourceError(
-            f"{path} holds tensors that are split over several machines (DTensor).",
-            hint="Gather them where it was made: torch.distributed.checkpoint.state_dict.get_model_state_dict with "
-            "StateDictOptions(full_state_dict=True)",
-        )
     lines = [line.strip() for line in reason.splitlines() if line.strip() and not line.startswith("Check the doc")]
     return SourceError(
         f"{path} is not a checkpoint, or is cut short or damaged: {lines[-1][:160] if lines else 'it ends too early'}",

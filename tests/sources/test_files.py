@@ -331,16 +331,16 @@ def test_an_unaligned_archive(tmp_path: Path, resnet_state: State) -> None:
 
 def test_opening_leaves_the_allow_list_of_the_program_alone(tmp_path: Path, resnet_state: State) -> None:
     path = save({"state_dict": resnet_state, "args": argparse.Namespace(model="resnet18")}, tmp_path / "w.pth")
-    before = torch.serialization.get_safe_globals()
+    before = set(torch.serialization.get_safe_globals())
     open_source(path)
-    assert torch.serialization.get_safe_globals() == before
+    assert set(torch.serialization.get_safe_globals()) == before
     torch.serialization.add_safe_globals([argparse.Namespace])
     try:
         open_source(path)
         assert argparse.Namespace in torch.serialization.get_safe_globals()
     finally:
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
+        torch.serialization.add_safe_globals(list(before))
 
 
 def test_the_real_lite0(lite0: Path) -> None:
