@@ -149,3 +149,22 @@ def test_info_survives_a_round_trip(slim: Path) -> None:
     assert SlimInfo.model_validate(json.loads(info.model_dump_json())) == info
     assert info.num_classes == 300
     assert info.source["name"] == "small.pth"
+
+
+def test_the_golden_file_of_version_1_gives_its_logits() -> None:
+    """Files that are out there must load, and compute the same, for ever; see golden/make_golden.py."""
+    golden = Path(__file__).with_name("golden")
+    images = torch.arange(2 * 32 * 32).reshape(2, 1, 32, 32).mul(0.37).sin()
+    expected = torch.tensor(json.loads((golden / "v1.json").read_text())["logits"])
+    with torch.inference_mode():
+        logits = load(golden / "v1.fixed.safetensors")(images)
+    torch.testing.assert_close(logits[:, :8], expected, atol=1e-4, rtol=1e-4)
+    info = read_info(golden / "v1.fixed.safetensors")
+    assert info.architecture.to_dict() == {
+        "library": "timm",
+        "name": "test_efficientnet",
+        "tag": None,
+        "kwargs": {"in_chans": 1},
+    }
+    assert info.heads[0].spec.matched
+    assert info.dtype == "float16"
