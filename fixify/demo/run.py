@@ -1,0 +1,274 @@
+"""The demo: draw the data, convert the shipped checkpoint, fine-tune it, and measure everything on held-out typefaces.
+
+It does what a person would type: `fixify convert`, `fixify finetune`, `fixify eval`, through the same functions.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fixify._io import atomic_path, write_atomic
+from fixify.conversion import convert
+from fixify.counts import Savings
+from fixify.data import OpenedData, make_loader, open_train_val
+from fixify.demo.dataset import FACES, Faces, GlyphData, write_dataset
+from fixify.demo.plot import Curves, write_plot
+from fixify.errors import OutputError, OutputExistsError
+from fixify.evaluation import Metrics, evaluate
+from fixify.opening import OpenModel, open_model
+from fixify.training import EpochRecord, Event, FinetuneOptions, Step, finetune, run_finetune
+
+SHIPPED = Path(__file__).with_name("glyphs1000.pth")
+DEFAULT_FOLDER = Path("fixify-demo")
+EPOCHS = 4
+RESULTS = "demo.json"
+_MARK = "fixify.demo"
+
+Stage = Literal["draw", "convert", "original", "finetune", "control", "reload"]
+
+
+@dataclass(frozen=True)
+class StageStarted:
+    """A part of the demo begins; `text` says what it does, for a person."""
+
+    stage: Stage
+    text: str
+
+
+@dataclass(frozen=True)
+class Counted:
+    """So many images of a stage are done."""
+
+    done: int
+    total: int
+
+
+DemoEvent = StageStarted | Counted | Event
+DemoListener = Callable[[DemoEvent], object]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo measured, all of it in this run.
+
+    Attributes:
+        folder: Holds everything below.
+        original: The checkpoint with the learned classifier, a copy of the one that comes with fixify.
+        converted: The slim checkpoint right after conversion.
+        finetuned: The slim checkpoint after fine-tuning; the one to use.
+        data: The images.
+        plot: A picture of accuracy and alpha.
+        savings: Parameters and bytes, before and after.
+        original_metrics: The original on the held-out typefaces.
+        converted_metrics: The converted checkpoint, untrained.
+        finetuned_metrics: The file `finetuned`, read back from the disk.
+        history: Fine-tuning, epoch by epoch.
+        control_history: The original fine-tuned likewise, learned classifier and all: the same images, steps and
+            rates. Empty if it was left out.
+        scales: (step, alpha) after each step of fine-tuning.
+        seconds: The whole demo.
+    """
+
+    folder: Path
+    original: Path
+    converted: Path
+    finetuned: Path
+    data: GlyphData
+    plot: Path
+    savings: Savings
+    original_metrics: Metrics
+    converted_metrics: Metrics
+    finetuned_metrics: Metrics
+    history: tuple[EpochRecord, ...]
+    control_history: tuple[EpochRecord, ...]
+    scales: tuple[tuple[int, float], ...]
+    seconds: float
+
+    @property
+    def control(self) -> EpochRecord | None:
+        """The control's best epoch."""
+        return max(self.control_history, key=lambda record: record.val_top1, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; paths as they were given."""
+        plain: dict[str, Any] = dict(vars(self))
+        for name, value in plain.items():
+            if isinstance(value, Path):
+                plain[name] = str(value)
+            elif isinstance(value, (Metrics, Savings)):
+                plain[name] = value.to_dict()
+        plain["data"] = {**asdict(self.data), "folder": str(self.data.folder)}
+        for name in ("history", "control_history"):
+            plain[name] = [record.to_dict() for record in plain[name]]
+        return plain
+
+
+def demo_options(epochs: int = EPOCHS, *, seed: int = 0) -> FinetuneOptions:
+    """How the demo fine-tunes. Mirrored letters are other letters, so nothing is flipped, and little is cropped."""
+    return FinetuneOptions.create(
+        epochs=epochs,
+        seed=seed,
+        batch_size=64,
+        lr=0.1,
+        warmup_epochs=0.25,
+        scale=(0.8, 1.0),
+        ratio=(0.9, 1.1),
+        hflip=0.0,
+        color_jitter=0.0,
+        interpolation="bilinear",
+        channels_last=True,
+        device="cpu",
+    )
+
+
+def run_demo(
+    folder: Path = DEFAULT_FOLDER,
+    *,
+    epochs: int = EPOCHS,
+    control: bool = True,
+    faces: Faces = FACES,
+    force: bool = False,
+    on_event: DemoListener | None = None,
+) -> DemoResult:
+    """Run the demo in a folder, which is made if it is missing. Offline, on the CPU.
+
+    Args:
+        folder: Where everything goes. What an earlier demo drew there is used again.
+        epochs: Of fine-tuning.
+        control: Fine-tune the learned classifier likewise, so that what training alone brings is known.
+        faces: The typefaces of each split.
+        force: Replace the results of an earlier demo in the folder.
+        on_event: Told what happens; training tells what `fixify.training.run_finetune` tells.
+
+    Raises:
+        OutputExistsError: the folder has results already, or holds something else.
+        OutputError: the folder cannot be written.
+        TrainingInterrupted: SIGINT or SIGTERM.
+    """
+    started = time.perf_counter()
+    tell = on_event if on_event is not None else _silent
+    _claim(folder, force=force)
+    options = demo_options(epochs)
+
+    tell(StageStarted("draw", "Drawing the glyphs"))
+    data = write_dataset(folder / "glyphs", faces=faces, on_progress=lambda done, total: tell(Counted(done, total)))
+
+    tell(StageStarted("convert", "Converting the checkpoint"))
+    original = folder / SHIPPED.name
+    with atomic_path(original) as temporary:
+        shutil.copyfile(SHIPPED, temporary)
+    conversion = convert(original, folder / f"{SHIPPED.stem}.fixed.safetensors", force=True)
+
+    tell(StageStarted("original", "Evaluating the original"))
+    opened = open_model(original)
+    train, val = open_train_val(str(data.folder))
+    original_metrics = _evaluate(opened, val, tell)
+
+    tell(StageStarted("finetune", "Fine-tuning the fixed head"))
+    scales: list[tuple[int, float]] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Step) and event.scale is not None:
+            scales.append((event.step, event.scale))
+        tell(event)
+
+    tuned = run_finetune(conversion.path, str(data.folder), folder / "finetuned", options, force=True, on_event=listen)
+    controlled: tuple[EpochRecord, ...] = ()
+    if control:
+        tell(StageStarted("control", "Fine-tuning the original likewise, as a control"))
+        # It is measured, not kept: there is nothing to save.
+        controlled = finetune(
+            opened.model,
+            train,
+            val,
+            opened.preprocessing,
+            options,
+            folder / "control",
+            save=lambda _model, _path, _record: None,
+            force=True,
+            on_event=tell,
+        ).history
+
+    tell(StageStarted("reload", "Reading the slim checkpoint back and evaluating it"))
+    reloaded = _evaluate(open_model(tuned.best_path), val, tell)
+    plot = folder / "plot.png"
+    write_plot(
+        Curves(
+            original=original_metrics.top1,
+            fixed=[tuned.before.top1, *(record.val_top1 for record in tuned.history)],
+            control=[original_metrics.top1, *(record.val_top1 for record in controlled)] if controlled else [],
+            scales=scales,
+            num_images=original_metrics.num_images,
+        ),
+        plot,
+    )
+    result = DemoResult(
+        folder=folder,
+        original=original,
+        converted=conversion.path,
+        finetuned=tuned.best_path,
+        data=data,
+        plot=plot,
+        savings=conversion.savings,
+        original_metrics=original_metrics,
+        converted_metrics=tuned.before,
+        finetuned_metrics=reloaded,
+        history=tuned.history,
+        control_history=controlled,
+        scales=tuple(scales),
+        seconds=time.perf_counter() - started,
+    )
+    write_atomic(folder / RESULTS, json.dumps({_MARK: 1, **result.to_dict()}, indent=2) + "\n")
+    return result
+
+
+def _evaluate(opened: OpenModel, val: OpenedData, tell: DemoListener) -> Metrics:
+    loader = make_loader(val, opened.preprocessing, training=False, batch_size=250, workers=0)
+    return evaluate(
+        opened.model.to(memory_format=torch.channels_last),
+        loader,
+        device=torch.device("cpu"),
+        channels_last=True,
+        on_batch=lambda done: tell(Counted(done, len(val))),
+    )
+
+
+def _claim(folder: Path, *, force: bool) -> None:
+    """Make the folder and mark it as the demo's, so that nothing else is ever replaced."""
+    try:
+        folder.mkdir(exist_ok=True)
+        occupied = any(folder.iterdir())
+    except OSError as error:
+        raise OutputError(f"Cannot use the folder {folder}: {error.strerror}.") from error
+    if occupied:
+        found = _read_results(folder)
+        if _MARK not in found:
+            raise OutputExistsError(
+                f"{folder} holds files that are not the demo's.", hint="Name another folder: fixify demo FOLDER"
+            )
+        if "history" in found and not force:
+            raise OutputExistsError(
+                f"{folder} holds the results of an earlier demo.",
+                hint="Replace them (the drawn images are used again): --force. Or name another folder.",
+            )
+    write_atomic(folder / RESULTS, json.dumps({_MARK: 1}) + "\n")
+
+
+def _read_results(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _silent(_event: DemoEvent) -> None:
+    pass
