@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fixify.data import open_train_val
+from fixify.demo.classes import glyph_classes
+from fixify.demo.dataset import MANIFEST, write_dataset
+from fixify.errors import OutputError, OutputExistsError
+
+FEW = {"train": ("DejaVuSans",), "val": ("DejaVuSerif-BoldItalic",)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "glyphs", faces=FEW).folder
+
+
+def test_layout_is_what_finetune_reads(folder: Path) -> None:
+    train, val = open_train_val(str(folder))
+    assert (len(train), len(val)) == (1000, 2000)
+    assert list(train.class_names) == list(val.class_names) == [entry.name for entry in glyph_classes()]
+    with Image.open(folder / "val" / "digit_five" / "DejaVuSerif-BoldItalic-1.png") as image:
+        assert (image.mode, image.size) == ("L", (32, 32))
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["glyphs"]  # nothing temporary is left
+
+
+def test_it_is_reused(folder: Path) -> None:
+    written = (folder / MANIFEST).stat().st_mtime_ns
+    again = write_dataset(folder, faces=FEW)
+    assert again.reused
+    assert (folder / MANIFEST).stat().st_mtime_ns == written
+
+
+def test_another_selection_is_refused(folder: Path) -> None:
+    with pytest.raises(OutputExistsError, match="another version"):
+        write_dataset(folder)
+
+
+def test_a_foreign_folder_is_refused_and_kept(tmp_path: Path) -> None:
+    mine = tmp_path / "glyphs" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("keep me")
+    with pytest.raises(OutputExistsError, match="not the demo's"):
+        write_dataset(tmp_path / "glyphs", faces=FEW)
+    assert mine.read_text() == "keep me"
+
+
+def test_interrupted_writing_leaves_nothing(tmp_path: Path) -> None:
+    def stop(_done: int, _total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path / "glyphs", faces=FEW, on_progress=stop)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_parent_is_an_output_error(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="Cannot write"):
+        write_dataset(tmp_path / "nowhere" / "glyphs", faces=FEW)
