@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from fixify._io import atomic_path
 
@@ -60,7 +61,7 @@ def write_plot(curves: Curves, path: Path) -> None:
     left.annotate(
         f"fixed {curves.fixed[-1]:.1f}",
         (len(curves.fixed) - 1, curves.fixed[-1]),
-        xytext=(0, -14),
+        xytext=(0, -30),
         textcoords="offset points",
         ha="right",
         color=_FIXED,
@@ -86,6 +87,8 @@ def write_plot(curves: Curves, path: Path) -> None:
     steps, scales = zip(*curves.scales, strict=True) if curves.scales else ((), ())
     right.plot(steps, scales, color=_FIXED, linewidth=2)
     right.set_xscale("log")
+    right.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:g}"))
+    right.xaxis.set_minor_formatter(NullFormatter())
     right.set_xlabel("steps of fine-tuning")
     right.set_title("scale α, the head's one learned multiplier", loc="left", fontsize=10)
     for axes in (left, right):
