@@ -28,7 +28,7 @@ def demo(
 ) -> None:
     """The whole job on real images: convert, fine-tune, evaluate. Offline, on the CPU, in about two minutes.
 
-    A small network that reads 1,000 characters comes with fixify; the images are drawn with the typefaces that
+    A small network that reads 500 characters comes with fixify; the images are drawn with the typefaces that
     matplotlib carries, and every accuracy is measured on typefaces that no training has seen.
     """
     from fixify.demo.run import EPOCHS, run_demo

@@ -1,4 +1,4 @@
-"""The 1,000 classes: which characters, in label order, and where the typefaces are.
+"""The 500 classes: which characters, in label order, and where the typefaces are.
 
 `classes.txt` is the list; `fixify.demo.selection` made it. It is kept as a file because the labels of the shipped
 checkpoint must not depend on how this machine's FreeType happens to round.

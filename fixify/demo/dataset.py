@@ -22,7 +22,7 @@ MANIFEST = "glyphs.json"
 VERSION = 1
 FACES: Faces = {"train": TRAIN_FACES, "val": VAL_FACES}
 # Images of each class and face. Validation needs many for a figure that can be trusted, training takes time.
-VARIANTS: Mapping[Split, int] = {"train": 1, "val": 2}
+VARIANTS: Mapping[Split, int] = {"train": 2, "val": 2}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class GlyphData:
 
 
 def face_images(split: Split, face: str) -> Iterator[Images]:
-    """The images of one face: [1000, 32, 32] in label order for each of its variants."""
+    """The images of one face: [500, 32, 32] in label order for each of its variants."""
     drawn = draw(face, [entry.code_point for entry in glyph_classes()])
     for variant in range(VARIANTS[split]):
         yield distort(drawn, generator(VERSION, *f"{split}/{face}/{variant}".encode()))

@@ -2,7 +2,7 @@
 
 Candidates are the characters that all twelve faces have and that fit into the image. One is kept if, in every face, it
 differs enough from everything kept before it: Latin A stays, Cyrillic А and Greek Α go. ASCII letters and digits come
-first, then other letters, then signs; the threshold is the highest that leaves 1,000.
+first, then other letters, then signs; the threshold is the highest that leaves 500.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fixify._io import write_atomic
 from fixify.demo.classes import FACES, GlyphClass, face_path
 from fixify.demo.glyphs import draw, fits
 
-NUM_CLASSES = 1000
+NUM_CLASSES = 500
 _CATEGORIES = {"Lu", "Ll", "Lt", "Lo", "Nd", "No", "Sm", "So", "Sc", "Po", "Ps", "Pe", "Pd", "Pi", "Pf"}
 # Made to be joined or counted rather than read: braille dots, box-drawing lines, blocks.
 _LEFT_OUT = (range(0x2500, 0x25A0), range(0x2800, 0x2900))

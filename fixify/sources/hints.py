@@ -78,7 +78,7 @@ def facts_of_metadata(metadata: Mapping[str, str]) -> Facts:
     labels = metadata.get("label_names")
     return Facts(
         architecture=architecture,
-        num_classes=int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 8 else None,
+        num_classes=_positive(int(digits)) if digits.isascii() and digits.isdigit() and len(digits) < 8 else None,
         labels=_json_labels(labels) if labels else None,
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fixify.cli.app import main
@@ -223,10 +224,11 @@ def test_tables_fit_80_columns(run: Run, slim_bytes: bytes, small_pth: Path, tmp
 def test_verify_exits_with_3_if_a_check_fails(run: Run, slim_bytes: bytes, small_pth: Path, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(slim_bytes)
     assert run("verify", "a.safetensors", "--source", small_pth)[0] == 0
-    # One bit of the last tensor (the backbone's, not the header's): finite still, and no longer the original's.
-    changed = bytearray(slim_bytes)
-    changed[-3] ^= 1
-    (tmp_path / "a.safetensors").write_bytes(changed)
+    tensors = load_file("a.safetensors")
+    with safe_open("a.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    tensors["conv_stem.weight"].view(torch.int32)[0, 0, 0, 0] ^= 1  # one bit: finite still, and not the original's
+    save_file(tensors, "a.safetensors", metadata=metadata)
     code, out, err = run("verify", "a.safetensors", "--source", small_pth, "--json")
     assert code == 3
     assert not json.loads(out)["passed"]

@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_layout_is_what_finetune_reads(folder: Path) -> None:
     train, val = open_train_val(str(folder))
-    assert (len(train), len(val)) == (1000, 2000)
+    assert (len(train), len(val)) == (1000, 1000)
     assert list(train.class_names) == list(val.class_names) == [entry.name for entry in glyph_classes()]
     with Image.open(folder / "val" / "digit_five" / "DejaVuSerif-BoldItalic-1.png") as image:
         assert (image.mode, image.size) == ("L", (32, 32))

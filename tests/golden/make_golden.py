@@ -1,6 +1,6 @@
 """Makes the golden slim checkpoint of a format version. Run once a version; what is committed is never made again.
 
-    python tests/golden/make_golden.py tests/golden/v1
+python tests/golden/make_golden.py tests/golden/v1
 """
 
 import json
