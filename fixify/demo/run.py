@@ -29,7 +29,7 @@ from fixify.training import EpochRecord, Event, FinetuneOptions, Step, finetune,
 
 SHIPPED = Path(__file__).with_name("glyphs500.pth")
 DEFAULT_FOLDER = Path("fixify-demo")
-EPOCHS = 4
+EPOCHS = 5
 RESULTS = "demo.json"
 _MARK = "fixify.demo"
 
