@@ -45,39 +45,16 @@ def write_plot(curves: Curves, path: Path) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
 
     epochs = range(len(curves.fixed))
-    left.axhline(curves.original, color=_QUIET, linewidth=1, linestyle=(0, (5, 3)), zorder=1)
-    left.plot(epochs, curves.fixed, color=_FIXED, marker="o", linewidth=2, markersize=5, zorder=3)
+    original = f"original {curves.original:.1f}"
+    left.axhline(curves.original, color=_QUIET, linewidth=1, linestyle=(0, (5, 3)), zorder=1, label=original)
     if curves.control:
-        left.plot(epochs, curves.control, color=_LEARNED, marker="s", linewidth=1.5, markersize=4, zorder=2)
-    left.annotate(
-        f"original {curves.original:.1f}",
-        (len(curves.fixed) - 1, curves.original),
-        xytext=(0, 5),
-        textcoords="offset points",
-        ha="right",
-        color=_QUIET,
-        fontsize=9,
-    )
-    left.annotate(
-        f"fixed {curves.fixed[-1]:.1f}",
-        (len(curves.fixed) - 1, curves.fixed[-1]),
-        xytext=(0, -30),
-        textcoords="offset points",
-        ha="right",
-        color=_FIXED,
-        fontsize=9,
-        fontweight="bold",
-    )
-    if curves.control:
-        left.annotate(
-            f"learned, trained likewise {curves.control[-1]:.1f}",
-            (1, curves.control[1]),
-            xytext=(0, -14),
-            textcoords="offset points",
-            ha="left",
-            color=_LEARNED,
-            fontsize=9,
+        control = f"learned, trained likewise {curves.control[-1]:.1f}"
+        left.plot(
+            epochs, curves.control, color=_LEARNED, marker="s", linewidth=1.5, markersize=4, zorder=2, label=control
         )
+    fixed = f"fixed {curves.fixed[-1]:.1f}"
+    left.plot(epochs, curves.fixed, color=_FIXED, marker="o", linewidth=2, markersize=5, zorder=3, label=fixed)
+    left.legend(loc="lower right", frameon=False, fontsize=9, labelcolor="linecolor")
     left.set_xticks(list(epochs))
     left.set_ylim(-3, 109)
     left.set_xlim(-0.15, len(curves.fixed) - 0.85)
