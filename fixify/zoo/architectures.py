@@ -323,14 +323,20 @@ def _torchvision_constructor(arch: Architecture, num_classes: int | None, pretra
     kwargs = dict(arch.kwargs)
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-    weights = None
-    if pretrained:
-        weights = _torchvision_weights(arch)
-    else:
-        kwargs = _TORCHVISION_DEFAULTS.get(arch.name, {}) | kwargs
-        if arch.tag and arch.name in _TORCHVISION_DEFAULTS:
-            kwargs.setdefault("transform_input", True)  # as torchvision does with its own weights
+    weights = _torchvision_weights(arch) if pretrained else None
+    if weights is None:
+        kwargs = {**_torchvision_defaults(arch), **kwargs}
     return lambda: torchvision.models.get_model(arch.name, weights=weights, **kwargs)
+
+
+def _torchvision_defaults(arch: Architecture) -> dict[str, Any]:
+    """What torchvision's builders set by themselves when they are given weights, and `build` as well."""
+    defaults = dict(_TORCHVISION_DEFAULTS.get(arch.name, {}))
+    if arch.name in _TORCHVISION_DEFAULTS and arch.tag:
+        defaults["transform_input"] = True
+    if arch.name.startswith("vit_"):  # position embeddings of one size: that of the weights' preprocessing
+        defaults["image_size"] = _torchvision_preprocessing(arch)["input_size"][1]
+    return defaults
 
 
 def _torchvision_preprocessing(arch: Architecture) -> dict[str, Any]:

@@ -223,3 +223,18 @@ def test_weights_of_torchvision_want_their_input_transformed(name: str) -> None:
     assert not build(parse_architecture(f"torchvision/{name}"), meta=True).transform_input
     arch = parse_architecture(f"torchvision/{name}.IMAGENET1K_V1,transform_input=false")
     assert not build(arch, meta=True).transform_input
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("torchvision/vit_b_32", 224),
+        ("torchvision/vit_l_16.IMAGENET1K_SWAG_E2E_V1", 512),
+        ("torchvision/vit_h_14", 518),
+        ("torchvision/vit_h_14,image_size=224", 224),
+    ],
+)
+def test_vision_transformers_of_torchvision_are_built_for_their_preprocessing(text: str, size: int) -> None:
+    arch = parse_architecture(text)
+    assert build(arch, meta=True).image_size == size
+    assert preprocessing(arch)["input_size"] == [3, size, size]
