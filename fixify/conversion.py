@@ -98,8 +98,6 @@ def convert(
     for site in original.sites:
         classes = num_classes or site.num_classes
         kind, reason = choose_kind(site.num_features, classes) if head == "auto" else (head, None)
-        if reason is not None:
-            notes.append(reason)
         spec = HeadSpec(
             kind=kind,
             num_features=site.num_features,
@@ -114,6 +112,8 @@ def convert(
             notes.append(note)
         else:
             fixed = FixedClassifier(spec, scale=scale, channel_dim=site.channel_dim)
+            if reason is not None:
+                notes.append(f"{site.path}: {reason}.")
         heads[site.path] = fixed
         records.append(HeadRecord(site.path, site.layer_type, site.channel_dim, fixed.spec))
 

@@ -81,13 +81,18 @@ def classifier_weights(site: ClassifierSite) -> int:
     return site.num_parameters - (site.num_classes if site.has_bias else 0)
 
 
-def project(model: nn.Module, sites: Iterable[ClassifierSite]) -> Savings:
+def project(
+    model: nn.Module, sites: Iterable[ClassifierSite], tensors: Mapping[str, torch.Tensor] | None = None
+) -> Savings:
     """What `fixify convert` would save on a model, by arithmetic: no codebook is built, the meta device will do.
 
-    The heads are taken to be what `convert` makes: scale, bias, standardised features, no stored codes.
+    The heads are taken to be what `convert --no-match` makes: scale, bias, standardised features, no stored codes.
+
+    Args:
+        tensors: The model's state dict as it is stored, for its bytes; default: the model's own.
     """
     sites = list(sites)
-    state = model.state_dict()
+    state = model.state_dict() if tensors is None else tensors
     parameters = count_parameters(model)
     total_bytes = count_bytes(state.values())
     old_parameters = sum(site.num_parameters for site in sites)

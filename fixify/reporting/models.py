@@ -70,7 +70,14 @@ def report(model: nn.Module | str | Path, *, arch: str | None = None) -> ModelRe
     if Path(model).exists():
         original = read_original(model, arch=arch, meta=True)
         skeleton = build(original.architecture, num_classes=original.num_classes, meta=True)
-        return _learned(original.source.name, original.architecture.ref, skeleton, list(original.sites))
+        return ModelReport(
+            name=original.source.name,
+            architecture=original.architecture.ref,
+            fixed=False,
+            num_features=original.sites[0].num_features,
+            num_classes=original.num_classes,
+            savings=project(skeleton, original.sites, original.tensors),
+        )
     architecture = parse_architecture(str(model))
     skeleton = build(architecture, num_classes=default_num_classes(architecture), meta=True)
     return _learned(str(model), architecture.ref, skeleton, find_classifiers(skeleton, architecture))

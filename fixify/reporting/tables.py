@@ -103,8 +103,12 @@ def info_table(path: Path, info: SlimInfo) -> Table:
     if source.get("sha256"):
         made.add_row("", short_digest(f"sha256:{source['sha256']}"))
     made.add_row("saved", removed_line(Savings.from_dict(info.savings)))
-    for key, value in (info.training or {}).items():
-        made.add_row(f"training {key}", _plain(value))
+    training = info.training or {}
+    if training:
+        epochs, before, after = (training.get(key) for key in ("epochs_done", "before", "after"))
+        made.add_row("fine-tuned", f"{epochs} epochs on {training.get('data')}, from {training.get('checkpoint')}")
+        if isinstance(before, dict) and isinstance(after, dict):
+            made.add_row("", f"top-1 {_plain(before.get('top1'))} % before, {_plain(after.get('val_top1'))} % after")
     return made
 
 
