@@ -46,12 +46,13 @@ def convert(
 
     The backbone is kept bit for bit. No data is needed; accuracy comes back with `fixify finetune`.
     """
-    from fixify.cli.recipe_defaults import convert_options
+    from fixify.cli.recipe_defaults import chosen_recipe, convert_options
     from fixify.conversion import convert as run
     from fixify.reporting.tables import removed_line, savings_table
 
     output = Output(as_json=as_json)
-    done = run(source, out, force=force, **convert_options(context, recipe, set_ or []))
+    chosen = chosen_recipe(recipe, set_ or [])
+    done = run(source, out, force=force, **convert_options(context, chosen))
     for note in done.notes:
         output.say(note)
     savings = done.savings.to_dict()
@@ -61,5 +62,7 @@ def convert(
         savings_table(done.savings),
     )
     output.say(f"Wrote {done.path}.")
-    same = "" if recipe is None else f" --recipe {recipe}"
-    output.next_step(f"fixify finetune {done.path} --data DATA{same}", "recover the accuracy (DATA has train/ and val/)")
+    same = f" --recipe {recipe}" if chosen is not None and chosen.finetune is not None else ""
+    output.next_step(
+        f"fixify finetune {done.path}{same} --data DATA", "recover the accuracy (DATA has train/ and val/)"
+    )

@@ -81,7 +81,7 @@ def finetune(
     Leaves best.fixed.safetensors and last.fixed.safetensors in the folder of the run, with metrics.jsonl, timm's
     summary.csv, and the state that --resume continues from. The data's classes have to be the checkpoint's.
     """
-    from fixify.cli.recipe_defaults import finetune_defaults
+    from fixify.cli.recipe_defaults import chosen_recipe, finetune_defaults
     from fixify.cli.slim import the_slim_file_here
     from fixify.cli.training_display import TrainingDisplay
     from fixify.reporting.metrics_tables import finetune_table
@@ -97,7 +97,7 @@ def finetune(
         for name, value in context.params.items()
         if name in FinetuneOptions.model_fields and value is not None
     }
-    start = finetune_defaults(output, recipe, set_ or [], stored_options(folder) if resume else None)
+    start = finetune_defaults(output, chosen_recipe(recipe, set_ or []), stored_options(folder) if resume else None)
     with TrainingDisplay(output) as display:
         result = run_finetune(
             source,

@@ -43,7 +43,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        metavar="SECTION.OPTION=VALUE",
+        metavar="KEY=VALUE",
         help="Change an option of the recipe, e.g. finetune.lr=3e-4; may be given again.",
         show_default=False,
     ),

@@ -121,9 +121,9 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             self.get_event()
-            node: yaml.Node | None = yaml.ScalarNode(_NULL, "", event.start_mark, event.end_mark)
-            node.refused = f"is an alias (*{event.anchor[:40]}), which a recipe cannot have: write the value itself"  # type: ignore[union-attr]
-            return node
+            alias = yaml.ScalarNode(_NULL, "", event.start_mark, event.end_mark)  # type: ignore[arg-type]
+            alias.refused = f"is an alias (*{str(event.anchor)[:40]}), which a recipe cannot have: write the value"  # type: ignore[attr-defined]
+            return alias
         if self.depth > _MAX_DEPTH:
             raise yaml.MarkedYAMLError(None, None, "it is nested too deeply", event.start_mark)
         self.depth += 1

@@ -23,10 +23,12 @@ from fixify.validation import did_you_mean, explain, shown
 # What belongs to one conversion and not to a recipe: the files. (Nor do callbacks, `on_...`.)
 _OF_ONE_CALL = {"source", "out", "force"}
 
+_HEADS, _DTYPES = ("auto", *KINDS), tuple(DTYPES)
+
 # What the types of `convert` do not say and it would find out only after reading the checkpoint.
 _LIMITS: dict[str, Any] = {
-    "head": Literal[("auto", *KINDS)],
-    "dtype": Literal[tuple(DTYPES)] | None,
+    "head": Literal[_HEADS],
+    "dtype": Literal[_DTYPES] | None,
     "num_classes": Annotated[int, Field(ge=1)] | None,
     "scale": Annotated[float, Field(ge=0, allow_inf_nan=False)] | None,
     "seed": Annotated[int, Field(ge=0, lt=1 << 64)],
@@ -80,12 +82,12 @@ def check(parsed: Parsed) -> BaseModel | None:
     if not isinstance(values, dict):
         if not parsed.problems:
             what = "empty" if values is None else shown(values)
-            parsed.refuse((), f"has the sections {_sections()}, and this is {what}.")
+            parsed.refuse((), f"has sections ({_sections()}), and this is {what}.")
         return None
     # `finetune:` with every option commented out is a section that changes nothing.
     values = {name: {} if name in SECTIONS and value is None else value for name, value in values.items()}
     if not any((name,) in parsed.places for name in SECTIONS):
-        parsed.problems.append(Problem(Place(1), f"A recipe needs one or more of the sections {_sections()}."))
+        parsed.problems.append(Problem(Place(1), f"A recipe needs one or more of these sections: {_sections()}."))
     try:
         # Strict, and as JSON, in which a list can be a tuple: `epochs: true` and `epochs: "3"` are mistakes.
         checked = _RecipeFile.model_validate_json(json.dumps(values), strict=True)
@@ -116,8 +118,8 @@ def _tell(parsed: Parsed, path: ValuePath, problem: Any) -> None:
 def _blame(parsed: Parsed, section: ValuePath, sentence: str) -> Place:
     """Where the first option that a sentence about several of them names was given, else the section."""
     words = sentence.replace("(", " ").replace(")", " ").split()
-    given = [parsed.places[(*section, word)] for word in words if (*section, word) in parsed.places]
-    return given[0] if given else parsed.places[section]
+    paths: list[ValuePath] = [(*section, word) for word in words]
+    return next((parsed.places[path] for path in paths if path in parsed.places), parsed.places[section])
 
 
 def _unknown(name: str, path: ValuePath) -> str:
@@ -142,5 +144,4 @@ def _known_part(location: tuple[str | int, ...], parsed: Parsed) -> ValuePath:
 
 
 def _sections() -> str:
-    *most, last = (f"{name}:" for name in SECTIONS)
-    return f"{', '.join(most)} and {last}"
+    return ", ".join(SECTIONS)

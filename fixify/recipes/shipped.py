@@ -1,4 +1,4 @@
-"""The recipes that come with fixify, and how a name or a path becomes a file. Light: no torch, no pydantic."""
+"""The recipes that come with fixify, and how a name or a path becomes a file. Light: no torch, no timm."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def find_recipe(name: str | Path) -> Path:
     """The file of a recipe.
 
     Args:
-        name: A shipped recipe's name; or a path, if it has a folder or ends in .yaml, or if nothing is shipped under it.
+        name: A shipped recipe's name; or a path: what has a folder, ends in .yaml, or is no shipped recipe's name.
 
     Raises:
         UsageError: there is none.
@@ -100,7 +100,7 @@ def find_recipe(name: str | Path) -> Path:
     if path.exists():
         return path
     if is_path and path.stem not in shipped:
-        raise UsageError(f"There is no recipe file {path}.", hint="The recipes that come with fixify: fixify recipes ls")
+        raise UsageError(f"There is no recipe file {path}.", hint="Those that come with fixify: fixify recipes ls")
     near = difflib.get_close_matches(path.stem, shipped, n=1)
     guess = f" Did you mean {near[0]!r}?" if near else ""
     raise UsageError(f"There is no recipe {str(name)!r}.{guess}", hint="All of them: fixify recipes ls")

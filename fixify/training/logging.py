@@ -24,7 +24,8 @@ RUN_FILE, RECIPE_FILE, METRICS_FILE, SUMMARY_FILE = "run.json", "recipe.yaml", "
 LOG_FILES = (RUN_FILE, RECIPE_FILE, METRICS_FILE, SUMMARY_FILE)
 
 _RECIPE_HEADER = f"""\
-# Every option of the run in this folder, written by fixify {__version__} (torch {torch.__version__}, timm {timm.__version__}). Again:
+# Every option of the run in this folder. Written by fixify {__version__}, torch {torch.__version__},
+# timm {timm.__version__}. To repeat it:
 #   fixify finetune SLIM --data DATA --recipe {RECIPE_FILE}
 """
 
