@@ -3,11 +3,19 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fixify.conversion import convert
 from fixify.recipes import schema
 from fixify.recipes.parsing import parse
 from fixify.training import FinetuneOptions
+
+TOKENS = [
+    *"convert finetune lr seed scale head : - [ ] { } , *a &a !!x 1e-4 ? | ' # ~ << --- %YAML".split(),
+    *(": ", "- ", "? ", "\n", "\n  ", "\t", '"', "\\ud800", "9" * 30),
+]
 
 
 def _problems(text: str) -> list[str]:
@@ -90,3 +98,30 @@ def test_whole_numbers_do_for_numbers_and_lists_for_ranges() -> None:
     checked = schema.check(parse("finetune: {lr: 1, scale: [1, 1], clip_grad: 1e-4, ema_decay: null}"))
     assert checked is not None
     assert checked.finetune == FinetuneOptions(lr=1.0, scale=(1.0, 1.0), clip_grad=1e-4)  # type: ignore[attr-defined]
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.one_of(
+        st.text(max_size=80),
+        st.lists(
+            st.sampled_from(TOKENS),
+            max_size=30,
+        ).map("".join),
+        st.dictionaries(
+            st.sampled_from(["convert", "finetune", "description", "x"]),
+            st.recursive(
+                st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
+                lambda inner: st.one_of(
+                    st.lists(inner, max_size=3),
+                    st.dictionaries(st.sampled_from(["lr", "scale", "seed", "head", "opt", "y"]), inner, max_size=4),
+                ),
+            ),
+        ).map(lambda values: yaml.safe_dump(values)),
+    )
+)
+def test_any_text_is_a_recipe_or_has_mistakes(text: str) -> None:
+    parsed = parse(text)
+    checked = schema.check(parsed)
+    assert (checked is None) == bool(parsed.problems)
+    assert all(problem.place.line is not None and problem.place.line >= 1 for problem in parsed.problems)
