@@ -18,6 +18,7 @@ PACKAGE = Path(fixify.__file__).parent
 LAYERS = (
     "errors",
     "_io",
+    "validation",
     "heads",
     "zoo",
     "sources",
@@ -31,6 +32,7 @@ LAYERS = (
     "data",
     "evaluation",
     "training",
+    "recipes",
     "prediction",
     "demo",
     "reporting",

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from fixify import __version__
-from fixify.cli import convert, demo, eval, finetune, identify, inspect, plan, predict, report, verify
+from fixify.cli import convert, demo, eval, finetune, identify, inspect, plan, predict, recipes, report, verify
 from fixify.cli.output import fail
 from fixify.errors import FixifyError
 
@@ -36,6 +36,7 @@ app.command("plan")(plan.plan)
 app.command("identify")(identify.identify)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
+app.add_typer(recipes.app, name="recipes")
 app.command("demo")(demo.demo)
 
 

@@ -6,13 +6,16 @@ from typing import Annotated
 
 import typer
 
-from fixify.cli.options import Arch, Ema, Force, Json, Out, Seed
+from fixify.cli.options import Arch, Ema, Force, Json, Out, Recipe, Seed, Set
 from fixify.cli.output import Output
 
 
 def convert(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(help="A checkpoint (.pth, .pt, .safetensors) or a model name.")],
     out: Out = None,
+    recipe: Recipe = None,
+    set_: Set = None,
     head: Annotated[str, typer.Option(help="hadamard, orthogonal, or auto: hadamard where one is known.")] = "auto",
     seed: Seed = 0,
     arch: Arch = None,
@@ -43,26 +46,13 @@ def convert(
 
     The backbone is kept bit for bit. No data is needed; accuracy comes back with `fixify finetune`.
     """
+    from fixify.cli.recipe_defaults import chosen_recipe, convert_options
     from fixify.conversion import convert as run
     from fixify.reporting.tables import removed_line, savings_table
 
     output = Output(as_json=as_json)
-    done = run(
-        source,
-        out,
-        head=head,
-        seed=seed,
-        arch=arch,
-        num_classes=num_classes,
-        match=match,
-        scale=scale,
-        bias=bias,
-        standardize=standardize,
-        dtype=dtype,
-        labels=labels,
-        ema=ema,
-        force=force,
-    )
+    chosen = chosen_recipe(recipe, set_ or [])
+    done = run(source, out, force=force, **convert_options(context, chosen))
     for note in done.notes:
         output.say(note)
     savings = done.savings.to_dict()
@@ -72,4 +62,7 @@ def convert(
         savings_table(done.savings),
     )
     output.say(f"Wrote {done.path}.")
-    output.next_step(f"fixify finetune {done.path} --data DATA", "recover the accuracy (DATA has train/ and val/)")
+    same = f" --recipe {recipe}" if chosen is not None and chosen.finetune is not None else ""
+    output.next_step(
+        f"fixify finetune {done.path}{same} --data DATA", "recover the accuracy (DATA has train/ and val/)"
+    )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fixify.cli.options import Force, Json
+from fixify.cli.options import Force, Json, Recipe, Set
 from fixify.cli.output import Output
 
 _AUGMENTATION = "Augmentation (timm's names)"
@@ -30,6 +30,8 @@ def finetune(
         Path | None,
         typer.Option("-o", "--out", help="Folder of the run. Default: SLIM's name + -finetuned.", show_default=False),
     ] = None,
+    recipe: Recipe = None,
+    set_: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder, exactly.")] = False,
     download: Annotated[bool, typer.Option("--download", help="Download torch/... data that is not here.")] = False,
     epochs: Annotated[int | None, _option("Passes over the training images. Default: 5.")] = None,
@@ -79,6 +81,7 @@ def finetune(
     Leaves best.fixed.safetensors and last.fixed.safetensors in the folder of the run, with metrics.jsonl, timm's
     summary.csv, and the state that --resume continues from. The data's classes have to be the checkpoint's.
     """
+    from fixify.cli.recipe_defaults import chosen_recipe, finetune_defaults
     from fixify.cli.slim import the_slim_file_here
     from fixify.cli.training_display import TrainingDisplay
     from fixify.reporting.metrics_tables import finetune_table
@@ -94,7 +97,7 @@ def finetune(
         for name, value in context.params.items()
         if name in FinetuneOptions.model_fields and value is not None
     }
-    start = stored_options(folder) if resume else FinetuneOptions()
+    start = finetune_defaults(output, chosen_recipe(recipe, set_ or []), stored_options(folder) if resume else None)
     with TrainingDisplay(output) as display:
         result = run_finetune(
             source,

@@ -7,6 +7,13 @@ from typing import Annotated
 
 import typer
 
+
+def _complete_recipe(incomplete: str) -> list[str]:
+    from fixify.recipes.shipped import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output file.")]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="Where to write.", show_default=False)]
@@ -19,5 +26,25 @@ Arch = Annotated[
     str | None,
     typer.Option(
         help="Architecture, e.g. resnet50, timm/resnet50, torchvision/resnet50. Default: found out.", show_default=False
+    ),
+]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        help="A recipe: a name (fixify recipes ls) or a file. Options given here win over its own.",
+        autocompletion=_complete_recipe,
+        show_default=False,
+    ),
+]
+RecipeName = Annotated[
+    str, typer.Argument(help="A name (fixify recipes ls) or a file.", autocompletion=_complete_recipe)
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change an option of the recipe, e.g. finetune.lr=3e-4; may be given again.",
+        show_default=False,
     ),
 ]

@@ -1,5 +1,5 @@
-"""What a run leaves for people: run.json (its options), metrics.jsonl (the truth, one line an epoch) and summary.csv
-(timm's columns)."""
+"""What a run leaves for people: run.json (its options), recipe.yaml (the same as a recipe that repeats it),
+metrics.jsonl (the truth, one line an epoch) and summary.csv (timm's columns)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
+import yaml
+
 from fixify import __version__
 from fixify._io import write_atomic
 from fixify.errors import TrainingError
 from fixify.training.events import EpochRecord
 from fixify.training.options import FinetuneOptions
 
-RUN_FILE, METRICS_FILE, SUMMARY_FILE = "run.json", "metrics.jsonl", "summary.csv"
-LOG_FILES = (RUN_FILE, METRICS_FILE, SUMMARY_FILE)
+RUN_FILE, RECIPE_FILE, METRICS_FILE, SUMMARY_FILE = "run.json", "recipe.yaml", "metrics.jsonl", "summary.csv"
+LOG_FILES = (RUN_FILE, RECIPE_FILE, METRICS_FILE, SUMMARY_FILE)
+
+_RECIPE_HEADER = f"""\
+# Every option of the run in this folder. Written by fixify {__version__}, torch {torch.__version__},
+# timm {timm.__version__}. To repeat it:
+#   fixify finetune SLIM --data DATA --recipe {RECIPE_FILE}
+"""
 
 
 def write_logs(folder: Path, history: Sequence[EpochRecord]) -> None:
@@ -32,9 +42,17 @@ def write_logs(folder: Path, history: Sequence[EpochRecord]) -> None:
 
 
 def write_run(folder: Path, options: FinetuneOptions, facts: dict[str, Any]) -> None:
-    """Write what the run is of and how it is done."""
+    """Write what the run is of and how it is done.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     content = {"fixify": __version__, **facts, "options": options.recipe()}
     write_atomic(folder / RUN_FILE, json.dumps(content, indent=2) + "\n")
+    what = " on ".join(str(facts[key]) for key in ("checkpoint", "data") if key in facts)
+    recipe = {"description": f"A finetuning run of {what}.", "finetune": options.recipe()}
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+    write_atomic(folder / RECIPE_FILE, _RECIPE_HEADER + text)
 
 
 def stored_options(folder: Path) -> FinetuneOptions:

@@ -12,6 +12,7 @@ from timm.optim import list_optimizers
 from fixify.data import Augmentation, default_workers
 from fixify.errors import UsageError
 from fixify.evaluation import resolve_device
+from fixify.validation import did_you_mean, explain
 
 
 class FinetuneOptions(BaseModel):
@@ -153,7 +154,5 @@ class FinetuneOptions(BaseModel):
 def _sentence(problem: Any) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, FinetuneOptions.model_fields, n=1)
-        return f"There is no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{name}: {message} (given: {problem['input']!r})." if name else f"{message}."
+        return f"There is no option {name!r}{did_you_mean(name, FinetuneOptions.model_fields)}"
+    return f"{name}: {explain(problem)}." if name else f"{explain(problem)}."

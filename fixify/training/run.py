@@ -83,7 +83,7 @@ def finetune(
         preprocessing: timm's data configuration of the model.
         options: How.
         out: Folder of the run; made if missing. Gets best.fixed.safetensors, last.fixed.safetensors, state.pt,
-            run.json, metrics.jsonl and summary.csv.
+            run.json, recipe.yaml, metrics.jsonl and summary.csv.
         save: Writes a checkpoint.
         resume: Continue the run in `out`. Exact: the final weights are those of a run that was never stopped.
         force: Replace the run in `out`.

@@ -218,6 +218,7 @@ class TestRun:
             "last.fixed.safetensors",
             "state.pt",
             "run.json",
+            "recipe.yaml",
             "metrics.jsonl",
             "summary.csv",
         }

@@ -1,0 +1,134 @@
+"""From a recipe's name or file, and `--set`s, to options that were checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fixify.errors import UsageError
+from fixify.recipes.parsing import Parsed, parse, read_text
+from fixify.recipes.problems import Place, Problem, RecipeError
+from fixify.recipes.schema import SECTIONS, check
+from fixify.recipes.shipped import find_recipe
+from fixify.training import FinetuneOptions
+from fixify.validation import did_you_mean
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that was checked.
+
+    Attributes:
+        name: How it was named; "--set" if overrides are all there is.
+        description: What it does.
+        expect: What to expect of it.
+        convert: Keyword arguments of `fixify.convert`, those that the recipe gives; None without such a section.
+        finetune: Options of `fixify.training.run_finetune`; None without such a section.
+        overridden: What overrides gave, for example ("finetune", "lr").
+    """
+
+    name: str
+    description: str
+    expect: str
+    convert: dict[str, Any] | None
+    finetune: FinetuneOptions | None
+    overridden: tuple[tuple[str, str], ...]
+
+    @property
+    def sections(self) -> tuple[str, ...]:
+        """Names of the sections that it has."""
+        return tuple(name for name in SECTIONS if getattr(self, name) is not None)
+
+
+def read_recipe(source: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and check everything in it.
+
+    Args:
+        source: The name of a shipped recipe, or a path; None for nothing but the overrides.
+        overrides: "SECTION.OPTION=VALUE" each, for example "finetune.lr=3e-4"; the value is YAML.
+
+    Raises:
+        RecipeError: mistakes in the file or in the overrides, all of them, each with its line.
+        UsageError: there is no such recipe, or it cannot be read.
+    """
+    if source is None:
+        name, parsed = "--set", Parsed(values={}, places={(): Place()})
+    else:
+        name, parsed = str(source), parse(read_text(find_recipe(source)))
+    overridden = tuple(key for text in overrides if (key := _override(parsed, text)) is not None)
+    checked = check(parsed)
+    if checked is None:
+        raise RecipeError(name, parsed.problems)
+    convert = checked.convert  # type: ignore[attr-defined]
+    return Recipe(
+        name=name,
+        description=checked.description.strip(),  # type: ignore[attr-defined]
+        expect=checked.expect.strip(),  # type: ignore[attr-defined]
+        convert=None if convert is None else convert.model_dump(exclude_unset=True),
+        finetune=checked.finetune,  # type: ignore[attr-defined]
+        overridden=overridden,
+    )
+
+
+def _override(parsed: Parsed, text: str) -> tuple[str, str] | None:
+    """Put one `--set` into what was parsed; its section and option, or None if it is itself a mistake."""
+    place = Place(override=text)
+
+    def refuse(message: str) -> None:
+        parsed.problems.append(Problem(place, message))
+
+    target, equals, value_text = text.partition("=")
+    section, dot, option = (part.strip() for part in target.partition("."))
+    if not equals or not dot or not option:
+        owners = [name for name, options in SECTIONS.items() if section in options.model_fields]
+        guess = f"; did you mean {owners[0]}.{section}={value_text}?" if owners and not dot else "."
+        refuse(f"It is written SECTION.OPTION=VALUE, for example finetune.lr=3e-4{guess}")
+        return None
+    if section not in SECTIONS:
+        refuse(f"{section!r} is not a section{did_you_mean(section, SECTIONS)}")
+        return None
+    found = parse(value_text, place, (section, option))
+    if isinstance(found.values, dict):
+        found.refuse((section, option), "must be one value.")
+    _forget(parsed, section, option)
+    parsed.problems += found.problems
+    parsed.places |= found.places
+    if not isinstance(parsed.values, dict):  # the file is no recipe, which is told anyway
+        return None
+    parsed.places.setdefault((section,), place)
+    options = parsed.values.get(section)
+    if options is None:
+        options = parsed.values[section] = {}
+    if isinstance(options, dict) and not found.problems:
+        options[option] = found.values
+    return section, option
+
+
+def _forget(parsed: Parsed, section: str, option: str) -> None:
+    """Drop what the file gives for an option that is overridden. That it cannot be read there stays a mistake."""
+    gone = {path: place for path, place in parsed.places.items() if path[:2] == (section, option)}
+    for path in gone:
+        del parsed.places[path]
+    if isinstance(parsed.values, dict) and isinstance(parsed.values.get(section), dict):
+        parsed.values[section].pop(option, None)
+
+
+def section_of(recipe: Recipe, section: str) -> Any:
+    """The section that a command needs.
+
+    Raises:
+        UsageError: the recipe has none, or an override is about another command.
+    """
+    wrong = [f"{given}.{option}" for given, option in recipe.overridden if given != section]
+    if wrong:
+        raise UsageError(f"--set {wrong[0]} does not concern `fixify {section}`.", hint="Leave it out here.")
+    found = getattr(recipe, section)
+    if found is None:
+        has = " and ".join(f"{name}:" for name in recipe.sections)
+        raise UsageError(
+            f"The recipe {recipe.name} has no {section}: section, only {has}.",
+            hint=f"Use it with: fixify {recipe.sections[0]} --recipe {recipe.name}",
+        )
+    return found
