@@ -30,6 +30,14 @@ def finetune(
         Path | None,
         typer.Option("-o", "--out", help="Folder of the run. Default: SLIM's name + -finetuned.", show_default=False),
     ] = None,
+    max_drop: Annotated[
+        float | None, _option("Stop as soon as top-1 is within so many points of the original's; else exit code 3.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The original, to measure its top-1 once, for --max-drop.", show_default=False)
+    ] = None,
+    original_top1: Annotated[float | None, _option("Its top-1 on this data in percent, if you know it.")] = None,
+    val_every: Annotated[int | None, _option("Validate every so many updates too, not only each epoch.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder, exactly.")] = False,
     download: Annotated[bool, typer.Option("--download", help="Download torch/... data that is not here.")] = False,
     epochs: Annotated[int | None, _option("Passes over the training images. Default: 5.")] = None,
@@ -78,9 +86,11 @@ def finetune(
 
     Leaves best.fixed.safetensors and last.fixed.safetensors in the folder of the run, with metrics.jsonl, timm's
     summary.csv, and the state that --resume continues from. The data's classes have to be the checkpoint's.
+    With --max-drop 0.5 --against ORIGINAL --val-every 100 it trains no longer than it has to.
     """
     from fixify.cli.slim import the_slim_file_here
     from fixify.cli.training_display import TrainingDisplay
+    from fixify.errors import CheckFailed
     from fixify.reporting.metrics_tables import finetune_table
     from fixify.training import FinetuneOptions, run_finetune, stored_options
 
@@ -94,13 +104,14 @@ def finetune(
         for name, value in context.params.items()
         if name in FinetuneOptions.model_fields and value is not None
     }
-    start = stored_options(folder) if resume else FinetuneOptions()
+    options = (stored_options(folder) if resume else FinetuneOptions()).replace(**given)
     with TrainingDisplay(output) as display:
         result = run_finetune(
             source,
             data,
             folder,
-            start.replace(**given),
+            options,
+            against=against,
             resume=resume,
             force=force,
             download=download,
@@ -112,8 +123,19 @@ def finetune(
             "last": str(result.last_path),
             "before": result.before.to_dict(),
             "after": result.after.to_dict(),
+            "original_top1": result.original_top1,
+            "reached": result.reached,
             "history": [record.to_dict() for record in result.history],
         },
         finetune_table(result),
     )
+    if options.max_drop is not None:
+        goal = f"within {options.max_drop:g} points of the original's {result.original_top1:.2f} %"
+        if not result.reached:
+            raise CheckFailed(
+                f"After {options.epochs} epochs the best top-1 is {result.after.val_top1:.2f} %, not {goal}.",
+                hint=f"It is kept in {result.best_path}. Try more --epochs, or a larger --max-drop.",
+            )
+        steps = f"after {result.after.step:,} steps" if result.after.step else "before training"
+        output.say(f"stopped {steps}: validation top-1 {result.after.val_top1:.2f} % is {goal}")
     output.next_step(f"fixify eval {result.best_path} --data {data}", "measure it again, or any other checkpoint")

@@ -9,12 +9,15 @@ from fixify.training.events import (
     Evaluating,
     Event,
     Listener,
+    OriginalEvaluated,
     RunStarted,
     Step,
+    Validated,
 )
 from fixify.training.interrupt import TrainingInterrupted
 from fixify.training.logging import stored_options
 from fixify.training.options import FinetuneOptions
+from fixify.training.others import OtherModel
 from fixify.training.run import BEST_FILE, LAST_FILE, FinetuneResult, SaveModel, finetune
 from fixify.training.slim import run_finetune
 
@@ -31,10 +34,13 @@ __all__ = [
     "FinetuneOptions",
     "FinetuneResult",
     "Listener",
+    "OriginalEvaluated",
+    "OtherModel",
     "RunStarted",
     "SaveModel",
     "Step",
     "TrainingInterrupted",
+    "Validated",
     "finetune",
     "run_finetune",
     "stored_options",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +45,21 @@ class Engine:
     device: torch.device
 
 
-def train_epoch(engine: Engine, progress: Progress, stop: StopRequest, on_event: Listener) -> None:
+def train_epoch(
+    engine: Engine, progress: Progress, stop: StopRequest, on_event: Listener, validate: Callable[[], bool]
+) -> bool:
     """Train the rest of the epoch that `progress` is in, and keep `progress` up to date.
+
+    Args:
+        engine: What is trained, on what.
+        progress: Where to begin.
+        stop: Looked at after every update.
+        on_event: Told each step.
+        validate: Called within the epoch every `options.val_every` updates, not at its end; adds a record to
+            `progress.history` and says whether that is good enough to stop.
+
+    Returns:
+        Whether it is good enough; else the epoch is complete.
 
     Raises:
         TrainingError: a loss is not finite.
@@ -55,8 +69,10 @@ def train_epoch(engine: Engine, progress: Progress, stop: StopRequest, on_event:
     options, batches = engine.options, len(engine.loader)
     engine.model.train()
     engine.loader.set_epoch(progress.epoch, progress.batch)
-    pending = _Pending(engine, progress, on_event, already=progress.seconds)
     engine.optimiser.zero_grad(set_to_none=True)
+    if _validation_is_due(engine, progress) and validate():  # a stop request had come in its way
+        return True
+    pending = _Pending(engine, progress, on_event, already=progress.seconds)
     for images, targets in engine.loader:
         # The last group of an epoch may be smaller; its mean is over its own batches.
         group_start = progress.batch - progress.batch % options.grad_accum
@@ -72,6 +88,23 @@ def train_epoch(engine: Engine, progress: Progress, stop: StopRequest, on_event:
             raise Stopped
         if progress.batch == batches or pending.due:
             pending.read()
+        if last_of_group and _validation_is_due(engine, progress):
+            pending.read()
+            if validate():
+                return True
+            pending = _Pending(engine, progress, on_event, already=progress.seconds)
+    return False
+
+
+def _validation_is_due(engine: Engine, progress: Progress) -> bool:
+    every = engine.options.val_every
+    return (
+        every is not None
+        and progress.batch < len(engine.loader)
+        and progress.updates > 0
+        and progress.updates % every == 0
+        and (not progress.history or progress.history[-1].step < progress.updates)
+    )
 
 
 def _forward_backward(

@@ -38,6 +38,11 @@ class FinetuneOptions(BaseModel):
         channels_last: Memory format; often faster on CUDA.
         img_size: Side of the images that the model gets; None is the checkpoint's.
         crop_pct: Share of the resized image that the center crop keeps in validation; None is the checkpoint's.
+        max_drop: Stop as soon as validation top-1 is at most this many points below the original's; None trains all
+            epochs. The schedule stays that of all epochs.
+        original_top1: The original's top-1 on the validation data, percent, if it is known; else the original itself
+            has to be given.
+        val_every: Validate after so many updates too, not only after each epoch.
         seed: Fixes order, augmentation and dropout.
         workers: Loader processes; None fits the machine.
         device: "auto", or torch's name of a device.
@@ -65,6 +70,9 @@ class FinetuneOptions(BaseModel):
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     grad_accum: int = Field(default=1, ge=1)
     clip_grad: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_drop: float | None = Field(default=None, ge=0, lt=100)
+    original_top1: float | None = Field(default=None, gt=0, le=100)
+    val_every: int | None = Field(default=None, ge=1)
     amp: Literal["none", "bf16", "fp16"] = "none"
     channels_last: bool = False
     img_size: int | None = Field(default=None, ge=1)
@@ -129,6 +137,8 @@ class FinetuneOptions(BaseModel):
             raise ValueError(f"warmup_epochs ({self.warmup_epochs:g}) must be less than epochs ({self.epochs})")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr:g}) must not be above lr ({self.lr:g})")
+        if self.original_top1 is not None and self.max_drop is None:
+            raise ValueError("original_top1 is what max_drop is measured from; give max_drop as well")
         if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
             raise ValueError(f"batch_size must be even with mixup or cutmix, not {self.batch_size}")
         return self

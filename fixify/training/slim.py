@@ -15,6 +15,7 @@ from fixify.evaluation import check_input_size
 from fixify.training.events import Listener
 from fixify.training.logging import stored_options
 from fixify.training.options import FinetuneOptions
+from fixify.training.others import open_original
 from fixify.training.run import BEST_FILE, LAST_FILE, FinetuneResult, finetune
 
 
@@ -24,6 +25,7 @@ def run_finetune(
     out_dir: Path | str,
     options: FinetuneOptions | None = None,
     *,
+    against: Path | str | None = None,
     resume: bool = False,
     force: bool = False,
     download: bool = False,
@@ -39,6 +41,8 @@ def run_finetune(
         data_name: See `fixify.data.open_data`.
         out_dir: Folder of the run; see `fixify.training.finetune`.
         options: None takes the defaults, or with `resume` those the run was started with.
+        against: The original, a checkpoint or a model name: evaluated once on the validation data before training, and
+            what `options.max_drop` is measured from.
         resume: Continue the run in `out_dir`.
         force: Replace the run in `out_dir`.
         download: Whether `torch/...` data may be downloaded.
@@ -46,6 +50,7 @@ def run_finetune(
 
     Raises:
         FormatError, CodebookMismatchError: the checkpoint cannot be loaded.
+        SourceError, ArchitectureError, NoClassifierError: `against` cannot be opened.
         DataError: the data is missing, not laid out as expected, or not the checkpoint's.
         TrainingError, OutputExistsError, OutputError: see `fixify.training.finetune`.
         UsageError: the checkpoint would be overwritten, or `img_size` does not fit the model.
@@ -83,5 +88,6 @@ def run_finetune(
         resume=resume,
         force=force,
         facts=facts,
+        original=None if against is None else open_original(against, val, options),
         on_event=on_event,
     )

@@ -97,6 +97,35 @@ def test_finetune_then_eval(run: Run, stripes: Path, tmp_path: Path) -> None:
     assert code == 1 and "lr was 0.05 and is 0.7" in err
 
 
+def test_a_drop_that_is_allowed_stops_the_run_and_one_that_is_not_met_is_code_3(run: Run, stripes: Path) -> None:
+    given = (stripes / "net.fixed.safetensors", "--data", stripes / "data", *QUICK)
+    original = stripes / "learned.pth"
+    code, out, err = run("finetune", *given, "-o", "met", "--against", original, "--max-drop", 99, "--json")
+    assert code == 0, err
+    said = json.loads(out)
+    top1 = json.loads(run("eval", original, "--data", stripes / "data", *QUICK[:4], "--workers", 0, "--json")[1])[
+        "models"
+    ][0]["top1"]
+    assert said["reached"] is True and said["original_top1"] == top1
+    assert f"original: learned.pth, top-1 {top1:.2f} %" in err
+    assert f"stopped before training: validation top-1 {said['after']['val_top1']:.2f} % is within 99 points" in err
+    slim_info = json.loads(run("inspect", said["best"], "--json")[1])
+    assert slim_info["training"]["original"]["name"] == "learned.pth"
+    assert str(stripes) not in json.dumps(slim_info)
+
+    goal = ("--max-drop", 0, "--original-top1", 100, "--epochs", 1, "--lr", 1e-6, "--val-every", 2)
+    code, out, err = run("finetune", *given, "-o", "missed", *goal)
+    assert code == 3
+    assert "original" in out and "after 1 epochs" in out and "step 2: loss " in err
+    assert re.search(
+        r"error: After 1 epochs the best top-1 is \S+ %, not within 0 points of the original's 100.00 %.", err
+    )
+    code, _, err = run("finetune", *given, "-o", "missed", "--resume")  # it is as it was
+    assert code == 3 and "step 2" not in err
+    code, _, err = run("finetune", *given, "-o", "third", "--max-drop", 0.5)
+    assert code == 2 and "--against ORIGINAL" in err
+
+
 def test_eval_compares_an_original_with_its_conversion(run: Run, stripes: Path) -> None:
     slim, original = stripes / "net.fixed.safetensors", stripes / "learned.pth"
     given = ("--data", stripes / "data", "--split", "train", "--img-size", 32, "--workers", 0)
