@@ -11,6 +11,7 @@ from fixify.cli.options import Force, Json
 from fixify.cli.output import Output
 
 _AUGMENTATION = "Augmentation (timm's names)"
+_DISTILLATION = "Distillation"
 _MACHINE = "Machine"
 
 
@@ -73,6 +74,19 @@ def finetune(
     mixup: Annotated[float | None, _option("Mixup alpha. Default: 0.0.", panel=_AUGMENTATION)] = None,
     cutmix: Annotated[float | None, _option("CutMix alpha. Default: 0.0.", panel=_AUGMENTATION)] = None,
     smoothing: Annotated[float | None, _option("Label smoothing. Default: 0.0.", panel=_AUGMENTATION)] = None,
+    distill: Annotated[
+        str | None, _option("The teacher, usually the original: a checkpoint or a name.", panel=_DISTILLATION)
+    ] = None,
+    distill_weight: Annotated[
+        float | None, _option("The teacher's share of the loss. Default: 0.5.", panel=_DISTILLATION)
+    ] = None,
+    distill_temperature: Annotated[
+        float | None, _option("Softmax temperature. Default: 4.0.", panel=_DISTILLATION)
+    ] = None,
+    unlabelled: Annotated[
+        bool | None,
+        _option("Learn from the teacher alone; DATA may be any images.", "--unlabelled", panel=_DISTILLATION),
+    ] = None,
     amp: Annotated[str | None, _option("none, bf16 or fp16. Default: none.", panel=_MACHINE)] = None,
     channels_last: Annotated[bool | None, _option("Memory format.", "--channels-last", panel=_MACHINE)] = None,
     workers: Annotated[
@@ -90,7 +104,7 @@ def finetune(
     """
     from fixify.cli.slim import the_slim_file_here
     from fixify.cli.training_display import TrainingDisplay
-    from fixify.errors import CheckFailed
+    from fixify.errors import CheckFailed, UsageError
     from fixify.reporting.metrics_tables import finetune_table
     from fixify.training import FinetuneOptions, run_finetune, stored_options
 
@@ -104,6 +118,9 @@ def finetune(
         for name, value in context.params.items()
         if name in FinetuneOptions.model_fields and value is not None
     }
+    for name in ("distill_weight", "distill_temperature"):
+        if name in given and distill is None:
+            raise UsageError(f"--{name.replace('_', '-')} needs a teacher.", hint="Add --distill ORIGINAL.")
     options = (stored_options(folder) if resume else FinetuneOptions()).replace(**given)
     with TrainingDisplay(output) as display:
         result = run_finetune(
@@ -112,6 +129,7 @@ def finetune(
             folder,
             options,
             against=against,
+            distill=distill,
             resume=resume,
             force=force,
             download=download,

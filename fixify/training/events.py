@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from fixify.evaluation import Metrics
 
+Phase = Literal["teacher", "original", "before", "validation"]
+
 
 @dataclass(frozen=True)
 class RunStarted:
@@ -24,9 +26,11 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class Evaluating:
-    """During an evaluation: of the "original", of the model "before" training, or a "validation" afterwards."""
+    """During an evaluation: of the "original", of the model "before" training, or a "validation" afterwards; or while
+    the "teacher" is asked what the validation images show, which have no labels.
+    """
 
-    phase: Literal["original", "before", "validation"]
+    phase: Phase
     images: int
     total: int
 
@@ -88,7 +92,7 @@ class EpochRecord:
         step: Updates of the weights since the start of the run.
         lr: Learning rate of the last update.
         train_loss: Mean loss over the epoch so far, with augmentation, while the weights moved; None at its start.
-        train_top1: Percent; with mixup the label that weighs more counts.
+        train_top1: Percent; with mixup the label that weighs more counts, without labels the teacher's answer.
         val_loss, val_top1, val_top5, val_ece: See `fixify.evaluation.Metrics`; of the moving average if there is one.
         scale: The head's learned scale alpha; None for other heads.
         images_per_second: Training throughput, loading included.

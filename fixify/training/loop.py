@@ -19,6 +19,7 @@ from fixify.data.seeding import derive_seed, seeded_torch
 from fixify.errors import TrainingError
 from fixify.evaluation import autocast
 from fixify.heads import FixedClassifier
+from fixify.training.distillation import Teacher, distillation_loss
 from fixify.training.events import Listener, Step
 from fixify.training.interrupt import Stopped, StopRequest
 from fixify.training.options import FinetuneOptions
@@ -43,6 +44,7 @@ class Engine:
     loader: ImageLoader
     options: FinetuneOptions
     device: torch.device
+    teacher: Teacher | None = None
 
 
 def train_epoch(
@@ -115,18 +117,32 @@ def _forward_backward(
     targets = targets.to(engine.device, non_blocking=True)
     if options.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
+    taught = None if engine.teacher is None else engine.teacher(images)
+    if taught is not None and options.unlabelled:
+        targets = taught.argmax(dim=-1)
     seed = derive_seed(options.seed, progress.epoch, _DROPOUT, progress.batch)
     with seeded_torch(seed, engine.device):
         with autocast(engine.device, options.amp):
             logits, auxiliary = _outputs(engine.model(images))
-            # Mixed targets are distributions that include the smoothing already.
-            smoothing = options.smoothing if targets.ndim == 1 else 0.0
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+            loss = _loss(logits, targets, taught, options)
             for other in auxiliary:
-                loss = loss + _AUXILIARY_WEIGHT * F.cross_entropy(other.float(), targets, label_smoothing=smoothing)
+                loss = loss + _AUXILIARY_WEIGHT * _loss(other, targets, taught, options)
         engine.scaler.scale(loss / group_size).backward()
     labels = targets if targets.ndim == 1 else targets.argmax(dim=-1)
     return loss.detach(), (logits.detach().argmax(dim=-1) == labels).sum()
+
+
+def _loss(logits: Tensor, targets: Tensor, taught: Tensor | None, options: FinetuneOptions) -> Tensor:
+    logits = logits.float()
+    if taught is not None and options.unlabelled:
+        return distillation_loss(logits, taught, options.distill_temperature)
+    # Mixed targets are distributions that include the smoothing already.
+    smoothing = options.smoothing if targets.ndim == 1 else 0.0
+    loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+    if taught is None:
+        return loss
+    share = options.distill_weight
+    return (1 - share) * loss + share * distillation_loss(logits, taught, options.distill_temperature)
 
 
 def _outputs(outputs: Any) -> tuple[Tensor, list[Tensor]]:

@@ -43,6 +43,9 @@ class FinetuneOptions(BaseModel):
         original_top1: The original's top-1 on the validation data, percent, if it is known; else the original itself
             has to be given.
         val_every: Validate after so many updates too, not only after each epoch.
+        distill_weight: Share of the teacher in the loss, the labels have the rest; only with a teacher.
+        distill_temperature: Of the softmaxes that are compared.
+        unlabelled: Learn from the teacher alone; labels are not used, and need not exist.
         seed: Fixes order, augmentation and dropout.
         workers: Loader processes; None fits the machine.
         device: "auto", or torch's name of a device.
@@ -73,6 +76,9 @@ class FinetuneOptions(BaseModel):
     max_drop: float | None = Field(default=None, ge=0, lt=100)
     original_top1: float | None = Field(default=None, gt=0, le=100)
     val_every: int | None = Field(default=None, ge=1)
+    distill_weight: float = Field(default=0.5, gt=0, le=1)
+    distill_temperature: float = Field(default=4.0, gt=0, allow_inf_nan=False)
+    unlabelled: bool = False
     amp: Literal["none", "bf16", "fp16"] = "none"
     channels_last: bool = False
     img_size: int | None = Field(default=None, ge=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from torch import nn
 
 from fixify._io import sha256_of
 from fixify.data import OpenedData, check_classes, override
+from fixify.data.preprocessing import channels_of
+from fixify.errors import DataError, UsageError
 from fixify.evaluation import check_input_size
 from fixify.opening import OpenModel, open_model
 from fixify.training.options import FinetuneOptions
@@ -19,7 +22,7 @@ from fixify.training.options import FinetuneOptions
 
 @dataclass(frozen=True)
 class OtherModel:
-    """A trained classifier of the same classes: the original whose accuracy is the goal.
+    """A trained classifier of the same classes: the original whose accuracy is the goal, or the teacher.
 
     Attributes:
         name: The file's or the model's name, without folders.
@@ -38,17 +41,53 @@ class OtherModel:
         return {"name": self.name, "sha256": self.sha256}
 
 
-def open_original(ref: str | Path, val: OpenedData, options: FinetuneOptions) -> OtherModel:
-    """Open a checkpoint or a model by its name, to be evaluated on the validation data.
+def check_others(
+    options: FinetuneOptions,
+    preprocessing: Mapping[str, Any],
+    data: Sequence[OpenedData],
+    original: OtherModel | None,
+    teacher: OtherModel | None,
+) -> None:
+    """Raise `UsageError` if the options or the data need a model that was not given, or one that does not fit them."""
+    if options.original_top1 is not None and original is not None:
+        raise UsageError(
+            f"The original's top-1 was given ({options.original_top1:g} %) and so was {original.name}, to measure it.",
+            hint="Give --against or --original-top1, not both.",
+        )
+    if options.max_drop is not None and options.original_top1 is None and original is None:
+        raise UsageError(
+            f"A drop of at most {options.max_drop:g} points needs the original's top-1 on the validation data.",
+            hint="Add --against ORIGINAL to have it measured, or --original-top1 97.8 if you know it.",
+        )
+    if teacher is None and (options.unlabelled or not all(split.labelled for split in data)):
+        raise UsageError(
+            "Without labels there has to be a teacher to learn from.", hint="Add --distill ORIGINAL, or use labels."
+        )
+    if teacher is not None:
+        theirs, ours = channels_of(teacher.preprocessing), channels_of(preprocessing)
+        if theirs != ours:
+            raise UsageError(
+                f"{teacher.name} takes images of {theirs} channels, and the model that is trained images of {ours}.",
+                hint="A teacher sees the very images that the model sees; use the checkpoint that was converted.",
+            )
+
+
+def open_other(ref: str | Path, data: OpenedData, options: FinetuneOptions) -> OtherModel:
+    """Open a checkpoint or a model by its name, to be used on images of these classes.
 
     Raises:
         FixifyError: it cannot be opened (see `fixify.opening.open_model`).
-        DataError: its classes are not the data's.
+        DataError: its classes are not the data's, which have been compared with the checkpoint's.
         UsageError: it does not take images of `options.img_size`.
     """
     opened = open_model(ref)
     training = (opened.slim.training if opened.slim is not None else None) or {}
-    check_classes(val, opened.num_classes, training.get("class_names") or opened.labels)
+    if opened.num_classes != data.num_classes:
+        raise DataError(
+            f"{opened.name} has {opened.num_classes} classes, and the checkpoint that is trained {data.num_classes}.",
+            hint="Use the checkpoint that was converted, or another one of the same classes.",
+        )
+    check_classes(data, opened.num_classes, training.get("class_names") or opened.labels)
     preprocessing = override(opened.preprocessing, img_size=options.img_size, crop_pct=options.crop_pct)
     if options.img_size is not None:
         check_input_size(opened.model, preprocessing["input_size"])

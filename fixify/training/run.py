@@ -12,18 +12,18 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fixify.data import ImageLoader, OpenedData, Subset, make_loader
+from fixify.data import OpenedData, Subset, make_loader
 from fixify.data.seeding import permutation
-from fixify.errors import OutputError, OutputExistsError, TrainingError, UsageError
-from fixify.evaluation import Metrics, evaluate
+from fixify.errors import OutputError, OutputExistsError, TrainingError
+from fixify.evaluation import Metrics
 from fixify.training.calibration import calibrate_heads_, uncalibrated_heads
+from fixify.training.distillation import Teacher
 from fixify.training.events import (
     Calibrated,
     EpochEnded,
     EpochRecord,
     EpochStarted,
     Evaluated,
-    Evaluating,
     Event,
     Listener,
     OriginalEvaluated,
@@ -35,8 +35,9 @@ from fixify.training.logging import LOG_FILES, write_logs, write_run
 from fixify.training.loop import Engine, head_scale, train_epoch
 from fixify.training.optimisation import make_optimiser, make_schedule
 from fixify.training.options import FinetuneOptions
-from fixify.training.others import OtherModel
+from fixify.training.others import OtherModel, check_others
 from fixify.training.resume import STATE_FILE, Progress, Trained, read_state, write_state
+from fixify.training.validation import Validation
 
 BEST_FILE, LAST_FILE = "best.fixed.safetensors", "last.fixed.safetensors"
 _ROUNDING = 1e-9  # 97.8 - 97.3 is a little more than 0.5
@@ -81,6 +82,7 @@ def finetune(
     force: bool = False,
     facts: dict[str, Any] | None = None,
     original: OtherModel | None = None,
+    teacher: OtherModel | None = None,
     on_event: Listener | None = None,
 ) -> FinetuneResult:
     """Train a classifier and keep its best and last state in `out`.
@@ -99,18 +101,21 @@ def finetune(
         facts: What else identifies the run (source checkpoint): recorded, and compared on resuming.
         original: What the model was converted from: evaluated once, before training, for `options.max_drop` and for the
             record.
+        teacher: What the model learns from, beside the labels (`options.distill_weight`) or, with
+            `options.unlabelled`, alone. If `val` is not labelled, its answers are what validation compares with.
         on_event: Told what happens.
 
     Raises:
-        UsageError: `options.max_drop` without one top-1 to measure it from.
+        UsageError: `options.max_drop` without one top-1 to measure it from; unlabelled images without a teacher, or one
+            that takes images of other channels.
         TrainingError: a loss that is not finite, nothing to resume, or a state of another run.
         TrainingInterrupted: SIGINT or SIGTERM; the state was saved.
         OutputExistsError, OutputError: `out` has a run already, or cannot be written.
         DataError: an image cannot be read.
     """
-    _check_goal(options, original)
+    check_others(options, preprocessing, (train, val), original, teacher)
     with stop_on_signals() as stop:
-        run = _Run(model, train, val, preprocessing, options, out, save, facts or {}, original, on_event, stop)
+        run = _Run(model, train, val, preprocessing, options, out, save, facts or {}, original, teacher, on_event, stop)
         try:
             run.prepare(resume=resume, force=force)
             return run.train()
@@ -138,29 +143,34 @@ class _Run:
         save: SaveModel,
         facts: dict[str, Any],
         original: OtherModel | None,
+        teacher: OtherModel | None,
         on_event: Listener | None,
         stop: StopRequest,
     ) -> None:
         self.options, self.out, self.save, self.stop = options, out, save, stop
         self.on_event: Listener = on_event if on_event is not None else _silent
-        self.original = original
-        self.preprocessing, self.train_data, self.val_data = preprocessing, train, val
+        self.original, self.teacher = original, teacher
+        self.preprocessing, self.train_data = preprocessing, train
         self.device, self.workers = options.resolved_device(), options.resolved_workers()
         self.facts = {
-            **facts,
             "data": train.name,
             "class_names": list(train.class_names),
             "train_images": len(train),
             "val_images": len(val),
+            **facts,
         }
         if original is not None:
             self.facts["original"] = original.identity()
+        if teacher is not None:
+            self.facts["teacher"] = teacher.identity()
+        if not val.labelled:
+            self.facts["val_labels"] = "the teacher's answers"
         self.progress = Progress()
         self.has_state = False
         self.model = model.to(self.device)
         if options.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
-        self.val_loader = make_loader(val, preprocessing, training=False, **self._loading())
+        self.validation = Validation(val, preprocessing, options, self.device, stop, self.on_event)
         loader = make_loader(
             train,
             preprocessing,
@@ -189,11 +199,12 @@ class _Run:
         if not resume:
             _claim_folder(self.out, force=force)
             self._announce()
-            self._evaluate_original()
-            as_calibrated = self.progress.before = self._evaluate(self.model, "before")
+            self._open_validation()
+            self._measure_original()
+            as_calibrated = self.progress.before = self.validation.measure(self.model, "before")
             self.on_event(Evaluated(as_calibrated))
             if self._calibrate() and self.options.max_drop is not None:
-                as_calibrated = self._evaluate(self.model, "before")
+                as_calibrated = self.validation.measure(self.model, "before")
         if self.options.ema_decay is not None:
             # An average over few steps would still be the start: the decay warms up, 1 - (1 + step)^(-2/3) at first.
             self.engine.ema = ModelEmaV3(self.model, decay=self.options.ema_decay, use_warmup=True)
@@ -202,6 +213,7 @@ class _Run:
             self.has_state = True
             self.engine.schedule.step_update(self.progress.updates)
             self._announce()
+            self._open_validation()
         else:
             write_run(self.out, self.options, self.facts)
             if self._is_enough(as_calibrated.top1):
@@ -209,6 +221,18 @@ class _Run:
             else:
                 self._write_state()
         write_logs(self.out, self.progress.history)
+        if self.teacher is not None:
+            self.engine.teacher = Teacher(
+                self.teacher,
+                self.preprocessing,
+                device=self.device,
+                amp=self.options.amp,
+                channels_last=self.options.channels_last,
+            )
+
+    def _open_validation(self) -> None:
+        if not self.validation.data.labelled and self.teacher is not None:
+            self.validation.label_with(self.teacher)
 
     def _announce(self) -> None:
         self.on_event(
@@ -217,11 +241,14 @@ class _Run:
                 first_epoch=self.progress.epoch,
                 batches=len(self.engine.loader),
                 train=self.train_data.description,
-                val=self.val_data.description,
+                val=self.validation.data.description + self._whose_labels(),
                 device=str(self.device),
                 workers=self.workers,
             )
         )
+
+    def _whose_labels(self) -> str:
+        return "" if "val_labels" not in self.facts else "; top-1 is agreement with the teacher"
 
     def train(self) -> FinetuneResult:
         while self.progress.epoch < self.options.epochs and not self._has_reached():
@@ -247,7 +274,7 @@ class _Run:
 
     def close(self) -> None:
         self.engine.loader.close()
-        self.val_loader.close()
+        self.validation.close()
 
     def _original_top1(self) -> float | None:
         measured = self.progress.original
@@ -266,7 +293,7 @@ class _Run:
     def _validate(self) -> bool:
         """Measure what was trained so far, and say whether it is good enough to stop."""
         started = time.perf_counter()
-        metrics = self._evaluate(self._evaluated_model(), "validation")
+        metrics = self.validation.measure(self._evaluated_model(), "validation")
         fraction = self.progress.batch / len(self.engine.loader)
         self._record(metrics, fraction, self.progress.seconds + time.perf_counter() - started)
         return self._has_reached()
@@ -312,32 +339,10 @@ class _Run:
             **({} if self._original_top1() is None else {"original_top1": self._original_top1()}),
         }
 
-    def _evaluate_original(self) -> None:
-        if self.original is None:
-            return
-        model = self.original.model.to(self.device)
-        loader = make_loader(self.val_data, self.original.preprocessing, training=False, **self._loading())
-        try:
-            self.progress.original = self._evaluate(model, "original", loader)
-        finally:
-            loader.close()
-            model.cpu()
-        self.on_event(OriginalEvaluated(self.original.name, self.progress.original))
-
-    def _evaluate(self, model: nn.Module, phase: Any, loader: ImageLoader | None = None) -> Metrics:
-        def on_batch(images: int) -> None:
-            self.on_event(Evaluating(phase, images, len(self.val_data)))
-            if self.stop.requested:
-                raise Stopped
-
-        return evaluate(
-            model,
-            self.val_loader if loader is None else loader,
-            device=self.device,
-            amp=self.options.amp,
-            channels_last=self.options.channels_last,
-            on_batch=on_batch,
-        )
+    def _measure_original(self) -> None:
+        if self.original is not None:
+            self.progress.original = self.validation.measure_other(self.original, "original")
+            self.on_event(OriginalEvaluated(self.original.name, self.progress.original))
 
     def _calibrate(self) -> bool:
         if not uncalibrated_heads(self.model):
@@ -357,19 +362,6 @@ class _Run:
     def _write_state(self) -> None:
         write_state(self.out, self._trained(), self.progress, self.options, self.facts)
         self.has_state = True
-
-
-def _check_goal(options: FinetuneOptions, original: OtherModel | None) -> None:
-    if options.original_top1 is not None and original is not None:
-        raise UsageError(
-            f"The original's top-1 was given ({options.original_top1:g} %) and so was {original.name}, to measure it.",
-            hint="Give --against or --original-top1, not both.",
-        )
-    if options.max_drop is not None and options.original_top1 is None and original is None:
-        raise UsageError(
-            f"A drop of at most {options.max_drop:g} points needs the original's top-1 on the validation data.",
-            hint="Add --against ORIGINAL to have it measured, or --original-top1 97.8 if you know it.",
-        )
 
 
 def _claim_folder(out: Path, *, force: bool) -> None:
