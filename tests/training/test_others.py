@@ -50,5 +50,5 @@ def test_it_is_opened_for_the_images_of_the_run(
     assert (list(other.preprocessing["input_size"]), other.preprocessing["crop_pct"]) == ([1, 48, 48], 0.9)
     with pytest.raises(DataError, match=r"five\.pth has 5 classes, and the checkpoint that is trained 4"):
         open_other(checkpoint("five.pth", num_classes=5), stripes[1], options)
-    with pytest.raises(UsageError, match="does not take images of 48 x 48"):
-        open_other(checkpoint("vit.pth", arch="test_vit"), stripes[1], options)
+    with pytest.raises(UsageError, match="does not take images of 50 x 50"):
+        open_other(checkpoint("vit.pth", arch="test_vit"), stripes[1], options.replace(img_size=50))
