@@ -63,6 +63,10 @@ def check_others(
         raise UsageError(
             "Without labels there has to be a teacher to learn from.", hint="Add --distill ORIGINAL, or use labels."
         )
+    if not data[0].labelled and not options.unlabelled:
+        raise UsageError(
+            "The training images have no labels.", hint="Add --unlabelled, to learn from the teacher alone."
+        )
     if teacher is not None:
         theirs, ours = channels_of(teacher.preprocessing), channels_of(preprocessing)
         if theirs != ours:

@@ -218,3 +218,9 @@ class TestUnlabelled:
             with pytest.raises(UsageError, match="there has to be a teacher") as caught:
                 run(tmp_path / "run", options, val=val)
             assert "--distill ORIGINAL" in str(caught.value)
+
+    def test_images_without_labels_have_to_be_said_to_be(
+        self, run: Run, tmp_path: Path, teacher: OtherModel, stripes: Any
+    ) -> None:
+        with pytest.raises(UsageError, match="The training images have no labels"):
+            run(tmp_path / "run", OPTIONS, teacher=teacher, train=without_labels(stripes[0]))

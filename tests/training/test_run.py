@@ -158,6 +158,16 @@ class TestResume:
         with pytest.raises(TrainingError, match="other facts: train_images was 44 and is 40"):
             run(whole, EVERYTHING, resume=True, train=fewer)
 
+    def test_an_option_that_the_state_is_too_old_to_know_had_its_defaults_effect(
+        self, run: Run, whole: Path, tmp_path: Path
+    ) -> None:
+        state = load(whole / "state.pt")
+        del state["recipe"]["val_every"]
+        torch.save(state, tmp_path / "state.pt")
+        assert len(run(tmp_path, EVERYTHING, resume=True).history) == 3
+        with pytest.raises(TrainingError, match="val_every was None and is 2"):
+            run(tmp_path, EVERYTHING.replace(val_every=2), resume=True)
+
     def test_nothing_to_resume_and_a_damaged_state(self, run: Run, whole: Path, tmp_path: Path) -> None:
         with pytest.raises(TrainingError, match="no run to resume"):
             run(tmp_path, EVERYTHING, resume=True)
