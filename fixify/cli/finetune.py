@@ -74,6 +74,9 @@ def finetune(
     mixup: Annotated[float | None, _option("Mixup alpha. Default: 0.0.", panel=_AUGMENTATION)] = None,
     cutmix: Annotated[float | None, _option("CutMix alpha. Default: 0.0.", panel=_AUGMENTATION)] = None,
     smoothing: Annotated[float | None, _option("Label smoothing. Default: 0.0.", panel=_AUGMENTATION)] = None,
+    last_block_epochs: Annotated[
+        int | None, _option("First train only the last blocks, on features computed once. Default: 0.")
+    ] = None,
     distill: Annotated[
         str | None, _option("The teacher, usually the original: a checkpoint or a name.", panel=_DISTILLATION)
     ] = None,

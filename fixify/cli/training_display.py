@@ -57,6 +57,9 @@ class TrainingDisplay:
             self.output.say(f"as converted: top-1 {metrics.top1:.2f} %, loss {metrics.loss:.4f}")
         elif isinstance(event, training.Calibrated):
             self.output.say(f"feature statistics taken from {event.images} training images")
+        elif isinstance(event, training.LastBlockEpoch):
+            where = f"last blocks, epoch {event.epoch + 1}/{event.epochs}"
+            self.output.say(f"{where}: loss {event.loss:.4f} on the features of {event.images:,} images")
         elif isinstance(event, training.Step):
             self._step(event)
         elif isinstance(event, training.Validated):
@@ -85,7 +88,7 @@ class TrainingDisplay:
 
     def _validation(self, event: Validated) -> None:
         record = event.record
-        where = f"step {record.step:,}" if record.step else "before training"
+        where = f"step {record.step:,}" if record.step else "before training the whole network"
         loss = "" if record.train_loss is None else f"loss {record.train_loss:.4f}, "
         self.output.say(
             f"{where}: {loss}validation top-1 {record.val_top1:.2f} %, loss {record.val_loss:.4f}"

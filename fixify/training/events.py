@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from fixify.evaluation import Metrics
 
-Phase = Literal["teacher", "original", "before", "validation"]
+Phase = Literal["teacher", "original", "before", "features", "validation"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class RunStarted:
 @dataclass(frozen=True)
 class Evaluating:
     """During an evaluation: of the "original", of the model "before" training, or a "validation" afterwards; or while
-    the "teacher" is asked what the validation images show, which have no labels.
+    the "teacher" is asked what the validation images show, which have no labels, or the "features" of the training
+    images are computed.
     """
 
     phase: Phase
@@ -55,6 +56,16 @@ class Calibrated:
     """The statistics of a standardising head were taken from so many training images."""
 
     images: int
+
+
+@dataclass(frozen=True)
+class LastBlockEpoch:
+    """The last blocks were trained on the features of so many images, before the whole network; `loss` is the mean."""
+
+    epoch: int
+    epochs: int
+    images: int
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -125,7 +136,7 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class Validated:
-    """Before the end of an epoch (`val_every`), or before any training."""
+    """Before the end of an epoch (`val_every`), or before any (`max_drop`, `last_block_epochs`)."""
 
     record: EpochRecord
     is_best: bool
@@ -138,6 +149,15 @@ class EpochEnded:
 
 
 Event = (
-    RunStarted | Evaluating | OriginalEvaluated | Evaluated | Calibrated | EpochStarted | Step | Validated | EpochEnded
+    RunStarted
+    | Evaluating
+    | OriginalEvaluated
+    | Evaluated
+    | Calibrated
+    | LastBlockEpoch
+    | EpochStarted
+    | Step
+    | Validated
+    | EpochEnded
 )
 Listener = Callable[[Event], object]

@@ -124,15 +124,23 @@ def _forward_backward(
     with seeded_torch(seed, engine.device):
         with autocast(engine.device, options.amp):
             logits, auxiliary = _outputs(engine.model(images))
-            loss = _loss(logits, targets, taught, options)
+            loss = training_loss(logits, targets, taught, options)
             for other in auxiliary:
-                loss = loss + _AUXILIARY_WEIGHT * _loss(other, targets, taught, options)
+                loss = loss + _AUXILIARY_WEIGHT * training_loss(other, targets, taught, options)
         engine.scaler.scale(loss / group_size).backward()
     labels = targets if targets.ndim == 1 else targets.argmax(dim=-1)
     return loss.detach(), (logits.detach().argmax(dim=-1) == labels).sum()
 
 
-def _loss(logits: Tensor, targets: Tensor, taught: Tensor | None, options: FinetuneOptions) -> Tensor:
+def training_loss(logits: Tensor, targets: Tensor, taught: Tensor | None, options: FinetuneOptions) -> Tensor:
+    """What is minimised: cross-entropy with the labels, and what the teacher would rather see.
+
+    Args:
+        logits: [B, C].
+        targets: Labels int64 [B], or distributions [B, C].
+        taught: The teacher's logits, float32 [B, C], if there is one.
+        options: Its weight and temperature, and label smoothing.
+    """
     logits = logits.float()
     if taught is not None and options.unlabelled:
         return distillation_loss(logits, taught, options.distill_temperature)

@@ -18,7 +18,7 @@ class FinetuneOptions(BaseModel):
     """Options of a finetuning run. Build it with `FinetuneOptions.create`, which explains every mistake at once.
 
     Attributes:
-        epochs: Passes over the training images.
+        epochs: Passes over the training images; 0 only with `last_block_epochs`, to train nothing but the last blocks.
         batch_size: Images a step.
         lr: Peak learning rate.
         opt: timm's name of the optimiser; "sgd" has Nesterov momentum.
@@ -46,6 +46,8 @@ class FinetuneOptions(BaseModel):
         distill_weight: Share of the teacher in the loss, the labels have the rest; only with a teacher.
         distill_temperature: Of the softmaxes that are compared.
         unlabelled: Learn from the teacher alone; labels are not used, and need not exist.
+        last_block_epochs: First train only the last blocks, for so many passes over features that are computed once,
+            without augmentation; 0 does not.
         seed: Fixes order, augmentation and dropout.
         workers: Loader processes; None fits the machine.
         device: "auto", or torch's name of a device.
@@ -57,7 +59,7 @@ class FinetuneOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    epochs: int = Field(default=5, ge=1)
+    epochs: int = Field(default=5, ge=0)
     batch_size: int = Field(default=64, ge=1)
     lr: float = Field(default=0.05, gt=0, allow_inf_nan=False)
     opt: str = "sgd"
@@ -76,6 +78,7 @@ class FinetuneOptions(BaseModel):
     max_drop: float | None = Field(default=None, ge=0, lt=100)
     original_top1: float | None = Field(default=None, gt=0, le=100)
     val_every: int | None = Field(default=None, ge=1)
+    last_block_epochs: int = Field(default=0, ge=0)
     distill_weight: float = Field(default=0.5, gt=0, le=1)
     distill_temperature: float = Field(default=4.0, gt=0, allow_inf_nan=False)
     unlabelled: bool = False
@@ -139,7 +142,9 @@ class FinetuneOptions(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneOptions:
-        if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
+        if self.epochs == 0 and self.last_block_epochs == 0:
+            raise ValueError("with epochs 0 only the last blocks are trained; give last_block_epochs as well")
+        if self.warmup_epochs >= self.epochs > 0:
             raise ValueError(f"warmup_epochs ({self.warmup_epochs:g}) must be less than epochs ({self.epochs})")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr:g}) must not be above lr ({self.lr:g})")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fixify.data import OpenedData, Subset, make_loader
+from fixify.data import ImageLoader, OpenedData, Subset, make_loader
 from fixify.data.seeding import permutation
-from fixify.errors import OutputError, OutputExistsError, TrainingError
+from fixify.errors import TrainingError
 from fixify.evaluation import Metrics
 from fixify.training.calibration import calibrate_heads_, uncalibrated_heads
 from fixify.training.distillation import Teacher
@@ -24,24 +25,27 @@ from fixify.training.events import (
     EpochRecord,
     EpochStarted,
     Evaluated,
+    Evaluating,
     Event,
+    LastBlockEpoch,
     Listener,
     OriginalEvaluated,
     RunStarted,
     Validated,
 )
+from fixify.training.files import BEST_FILE, LAST_FILE, claim_folder
 from fixify.training.interrupt import Stopped, StopRequest, TrainingInterrupted, stop_on_signals
-from fixify.training.logging import LOG_FILES, write_logs, write_run
-from fixify.training.loop import Engine, head_scale, train_epoch
+from fixify.training.last_block import compute, divide, most_images, train_tail
+from fixify.training.logging import write_logs, write_run
+from fixify.training.loop import Engine, head_scale, train_epoch, training_loss
 from fixify.training.optimisation import make_optimiser, make_schedule
 from fixify.training.options import FinetuneOptions
 from fixify.training.others import OtherModel, check_others
-from fixify.training.resume import STATE_FILE, Progress, Trained, read_state, write_state
+from fixify.training.resume import Progress, Trained, read_state, write_state
 from fixify.training.validation import Validation
 
-BEST_FILE, LAST_FILE = "best.fixed.safetensors", "last.fixed.safetensors"
 _ROUNDING = 1e-9  # 97.8 - 97.3 is a little more than 0.5
-_CALIBRATION = 4  # random stream beside those of fixify.data.loader and fixify.training.loop
+_CALIBRATION, _LAST_BLOCK = 4, 8  # random streams beside those of fixify.data.loader and fixify.training.loop
 
 SaveModel = Callable[[nn.Module, Path, dict[str, Any]], object]
 """Writes the model to the path, replacing what is there, with the record of its training (JSON-safe)."""
@@ -197,7 +201,7 @@ class _Run:
     def prepare(self, *, resume: bool, force: bool) -> None:
         """Bring the model to where training begins or goes on."""
         if not resume:
-            _claim_folder(self.out, force=force)
+            claim_folder(self.out, force=force)
             self._announce()
             self._open_validation()
             self._measure_original()
@@ -251,6 +255,8 @@ class _Run:
         return "" if "val_labels" not in self.facts else "; top-1 is agreement with the teacher"
 
     def train(self) -> FinetuneResult:
+        if self.options.last_block_epochs and not self.progress.history:
+            self._train_last_block()
         while self.progress.epoch < self.options.epochs and not self._has_reached():
             self.on_event(EpochStarted(self.progress.epoch, self.options.epochs))
             try:
@@ -334,7 +340,7 @@ class _Run:
             "options": self.options.recipe(),
             "before": before,
             "after": {key: value for key, value in record.to_dict().items() if key.startswith("val_")},
-            "epochs_done": record.epoch + 1 if record.fraction == 1 else round(record.epochs, 4),
+            "epochs_done": record.epoch + 1 if record.fraction == 1 else round(record.epochs, 4) or 0,
             "updates": record.step,
             **({} if self._original_top1() is None else {"original_top1": self._original_top1()}),
         }
@@ -347,13 +353,53 @@ class _Run:
     def _calibrate(self) -> bool:
         if not uncalibrated_heads(self.model):
             return False
-        order = permutation(self.options.seed, 0, _CALIBRATION, count=len(self.train_data))
-        picked = Subset(self.train_data.images, order[: self.options.calibration_images].tolist())
-        images = OpenedData(picked, self.train_data.class_names, "", "", self.train_data.name, "train")
-        loading = {**self._loading(), "workers": 0}
-        loader = make_loader(images, self.preprocessing, training=False, **loading)
-        self.on_event(Calibrated(calibrate_heads_(self.model, loader, device=self.device)))
+        with self._some_images(_CALIBRATION, self.options.calibration_images) as loader:
+            self.on_event(Calibrated(calibrate_heads_(self.model, loader, device=self.device)))
         return True
+
+    def _train_last_block(self) -> None:
+        """Until it is done nothing is stored: a run that is stopped here begins it anew, and exactly so."""
+        options = self.options
+        with self._some_images(_LAST_BLOCK, 2) as loader:
+            few = next(iter(loader))[0].to(self.device)
+        divided = divide(self.model, few)
+        count = min(len(self.train_data), most_images(divided, few))
+
+        def tell(images: int) -> None:
+            self.on_event(Evaluating("features", images, count))
+            self._look_at_stop()
+
+        with self._some_images(_LAST_BLOCK, count) as loader:
+            features = compute(divided, loader, self.engine.teacher, device=self.device, amp=options.amp, on_batch=tell)
+        train_tail(
+            divided,
+            features,
+            options,
+            lambda logits, targets, taught: training_loss(logits, targets, taught, options),
+            device=self.device,
+            on_epoch=lambda epoch, loss: self.on_event(LastBlockEpoch(epoch, options.last_block_epochs, count, loss)),
+            on_step=self._look_at_stop,
+        )
+        if self.engine.ema is not None:
+            self.engine.ema.set(self.model)
+        metrics = self.validation.measure(self._evaluated_model(), "validation")
+        self._record(metrics, fraction=0.0, seconds=metrics.seconds)
+
+    def _look_at_stop(self) -> None:
+        if self.stop.requested:
+            raise Stopped
+
+    @contextmanager
+    def _some_images(self, stream: int, count: int) -> Iterator[ImageLoader]:
+        """Some training images, as in validation."""
+        order = permutation(self.options.seed, 0, stream, count=len(self.train_data))
+        picked = replace(self.train_data, images=Subset(self.train_data.images, order[:count].tolist()))
+        workers = self.workers if stream == _LAST_BLOCK else 0
+        loader = make_loader(picked, self.preprocessing, training=False, **{**self._loading(), "workers": workers})
+        try:
+            yield loader
+        finally:
+            loader.close()
 
     def _trained(self) -> Trained:
         engine = self.engine
@@ -362,22 +408,6 @@ class _Run:
     def _write_state(self) -> None:
         write_state(self.out, self._trained(), self.progress, self.options, self.facts)
         self.has_state = True
-
-
-def _claim_folder(out: Path, *, force: bool) -> None:
-    """Make the folder, or clear what an earlier run left in it: a stale best would pass for this run's."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        present = [out / name for name in (BEST_FILE, LAST_FILE, STATE_FILE, *LOG_FILES) if (out / name).exists()]
-        if present and not force:
-            raise OutputExistsError(
-                f"There is a run in {out} already ({present[0].name}).",
-                hint="Go on with --resume, choose another folder with -o, or replace it with --force.",
-            )
-        for path in present:
-            path.unlink()
-    except OSError as error:
-        raise OutputError(f"Cannot use the folder {out}: {error.strerror}.") from error
 
 
 def _silent(_event: Event) -> None:

@@ -13,10 +13,11 @@ from fixify.data import check_classes, open_train_val, open_unlabelled, override
 from fixify.errors import FormatError, UsageError
 from fixify.evaluation import check_input_size
 from fixify.training.events import Listener
+from fixify.training.files import BEST_FILE, LAST_FILE
 from fixify.training.logging import stored_options
 from fixify.training.options import FinetuneOptions
 from fixify.training.others import open_other
-from fixify.training.run import BEST_FILE, LAST_FILE, FinetuneResult, finetune
+from fixify.training.run import FinetuneResult, finetune
 
 
 def run_finetune(
