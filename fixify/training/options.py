@@ -30,7 +30,8 @@ class FinetuneOptions(BaseModel):
         min_lr: Rate at the end (cosine, linear).
         decay_epochs: Epochs between two decays (step).
         decay_rate: Factor of each (step).
-        head_lr_scale: The fixed head's scale and bias learn at this multiple of the rate.
+        head_lr_scale: The fixed head's scale and bias learn at this multiple of the rate. It is the scale that needs it:
+            it grows several times over, and one step moves it no further than any weight.
         ema_decay: Decay of an exponential moving average of the weights, which is then what is evaluated and saved.
         grad_accum: Steps whose gradients make one update.
         clip_grad: Largest norm of the gradient.
@@ -66,12 +67,12 @@ class FinetuneOptions(BaseModel):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=1e-4, ge=0, allow_inf_nan=False)
     sched: Literal["cosine", "linear", "step", "constant"] = "cosine"
-    warmup_epochs: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+    warmup_epochs: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     warmup_lr: float = Field(default=1e-5, ge=0, allow_inf_nan=False)
     min_lr: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     decay_epochs: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     decay_rate: float = Field(default=0.1, gt=0, le=1)
-    head_lr_scale: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    head_lr_scale: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     grad_accum: int = Field(default=1, ge=1)
     clip_grad: float | None = Field(default=None, gt=0, allow_inf_nan=False)
