@@ -7,18 +7,20 @@ one: the images are read and run through the rest of the network once, not every
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from timm.layers import get_notrace_functions, get_notrace_modules
+from timm.utils import dispatch_clip_grad
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.feature_extraction import NodePathTracer
 
 from fixify.data import ImageLoader
 from fixify.data.seeding import derive_seed, permutation, seeded_torch
-from fixify.errors import UsageError
+from fixify.errors import TrainingError, UsageError
 from fixify.evaluation import Precision, autocast, eval_mode
 from fixify.heads import FixedClassifier
 from fixify.training.optimisation import make_optimiser, make_schedule
@@ -188,6 +190,9 @@ def train_tail(
         device: Where the model is.
         on_epoch: Told the epoch, from 0, and its mean loss.
         on_step: Called before each step; may raise to stop.
+
+    Raises:
+        TrainingError: a loss is not finite.
     """
     epochs, count = options.last_block_epochs, len(features.targets)
     size = min(options.batch_size, count)
@@ -210,8 +215,16 @@ def train_tail(
                 loss = loss_of(divided.tail(inputs), targets, taught)
             optimiser.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
+            if options.clip_grad is not None:
+                scaler.unscale_(optimiser)
+                dispatch_clip_grad(divided.tail.parameters(), options.clip_grad)
             scaler.step(optimiser)
             scaler.update()
             schedule.step_update(epoch * steps + step + 1)
             total += float(loss.detach())
+        if not math.isfinite(total):
+            raise TrainingError(
+                f"The loss is {total} in pass {epoch + 1} over the features of the last blocks.",
+                hint="Try a lower --lr, or --clip-grad 1.",
+            )
         on_epoch(epoch, total / steps)

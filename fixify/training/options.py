@@ -30,8 +30,8 @@ class FinetuneOptions(BaseModel):
         min_lr: Rate at the end (cosine, linear).
         decay_epochs: Epochs between two decays (step).
         decay_rate: Factor of each (step).
-        head_lr_scale: The fixed head's scale and bias learn at this multiple of the rate. It is the scale that needs it:
-            it grows several times over, and one step moves it no further than any weight.
+        head_lr_scale: The fixed head's scale and bias learn at this multiple of the rate. The scale needs it: it has to
+            grow several times over, and one step moves it no further than any weight.
         ema_decay: Decay of an exponential moving average of the weights, which is then what is evaluated and saved.
         grad_accum: Steps whose gradients make one update.
         clip_grad: Largest norm of the gradient.
@@ -48,7 +48,7 @@ class FinetuneOptions(BaseModel):
         distill_temperature: Of the softmaxes that are compared.
         unlabelled: Learn from the teacher alone; labels are not used, and need not exist.
         last_block_epochs: First train only the last blocks, for so many passes over features that are computed once,
-            without augmentation; 0 does not.
+            without augmentation, for as many images as fit into 2 GiB; 0 does not.
         seed: Fixes order, augmentation and dropout.
         workers: Loader processes; None fits the machine.
         device: "auto", or torch's name of a device.

@@ -17,7 +17,7 @@ import torchvision
 from torch import Tensor, nn
 
 from fixify.data.idx import ArrayImages
-from fixify.errors import UsageError
+from fixify.errors import TrainingError, UsageError
 from fixify.heads import FixedClassifier
 from fixify.retrofit import fix_classifier_
 from fixify.training import (
@@ -166,6 +166,12 @@ def test_the_goal_may_be_reached_before_the_whole_network_is_trained(run: Run, t
     reachable = run(tmp_path / "free", options.replace(epochs=0)).history[0].val_top1
     result = run(tmp_path / "goal", options.replace(epochs=9, max_drop=0.0, original_top1=reachable))
     assert result.reached is True and len(result.history) == 1 and result.after.step == 0
+
+
+def test_a_loss_that_is_not_finite_is_told(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="The loss is nan in pass 1 over the features") as caught:
+        run(tmp_path, ALONE.replace(lr=1e35, warmup_epochs=0))
+    assert "--lr" in str(caught.value)
 
 
 def test_no_epochs_at_all_are_refused() -> None:
