@@ -11,6 +11,7 @@ from fixify.cli.options import Force, Json, Recipe, Set
 from fixify.cli.output import Output
 
 _AUGMENTATION = "Augmentation (timm's names)"
+_DISTILLATION = "Distillation"
 _MACHINE = "Machine"
 
 
@@ -32,6 +33,14 @@ def finetune(
     ] = None,
     recipe: Recipe = None,
     set_: Set = None,
+    max_drop: Annotated[
+        float | None, _option("Stop as soon as top-1 is within so many points of the original's; else exit code 3.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The original, to measure its top-1 once, for --max-drop.", show_default=False)
+    ] = None,
+    original_top1: Annotated[float | None, _option("Its top-1 on this data in percent, if you know it.")] = None,
+    val_every: Annotated[int | None, _option("Validate every so many updates too, not only each epoch.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder, exactly.")] = False,
     download: Annotated[bool, typer.Option("--download", help="Download torch/... data that is not here.")] = False,
     epochs: Annotated[int | None, _option("Passes over the training images. Default: 5.")] = None,
@@ -41,11 +50,11 @@ def finetune(
     momentum: Annotated[float | None, _option("Momentum. Default: 0.9.")] = None,
     weight_decay: Annotated[float | None, _option("Weight decay of matrices. Default: 0.0001.")] = None,
     sched: Annotated[str | None, _option("cosine, linear, step or constant. Default: cosine.")] = None,
-    warmup_epochs: Annotated[float | None, _option("Epochs of rising rate. Default: 0.5.")] = None,
+    warmup_epochs: Annotated[float | None, _option("Epochs of rising rate. Default: 0.1.")] = None,
     min_lr: Annotated[float | None, _option("Rate at the end. Default: 0.0.")] = None,
     decay_epochs: Annotated[float | None, _option("Epochs between decays (step). Default: 30.0.")] = None,
     decay_rate: Annotated[float | None, _option("Factor of a decay (step). Default: 0.1.")] = None,
-    head_lr_scale: Annotated[float | None, _option("Rate multiple of the head's scale, bias. Default: 10.0.")] = None,
+    head_lr_scale: Annotated[float | None, _option("Rate multiple of the head's scale, bias. Default: 30.0.")] = None,
     ema_decay: Annotated[float | None, _option("Average the weights with this decay, and keep that.")] = None,
     grad_accum: Annotated[int | None, _option("Steps that make one update. Default: 1.")] = None,
     clip_grad: Annotated[float | None, _option("Largest norm of the gradient.")] = None,
@@ -67,6 +76,22 @@ def finetune(
     mixup: Annotated[float | None, _option("Mixup alpha. Default: 0.0.", panel=_AUGMENTATION)] = None,
     cutmix: Annotated[float | None, _option("CutMix alpha. Default: 0.0.", panel=_AUGMENTATION)] = None,
     smoothing: Annotated[float | None, _option("Label smoothing. Default: 0.0.", panel=_AUGMENTATION)] = None,
+    last_block_epochs: Annotated[
+        int | None, _option("First train only the last blocks, on features computed once. Default: 0.")
+    ] = None,
+    distill: Annotated[
+        str | None, _option("The teacher, usually the original: a checkpoint or a name.", panel=_DISTILLATION)
+    ] = None,
+    distill_weight: Annotated[
+        float | None, _option("The teacher's share of the loss. Default: 0.5.", panel=_DISTILLATION)
+    ] = None,
+    distill_temperature: Annotated[
+        float | None, _option("Softmax temperature. Default: 4.0.", panel=_DISTILLATION)
+    ] = None,
+    unlabelled: Annotated[
+        bool | None,
+        _option("Learn from the teacher alone; DATA may be any images.", "--unlabelled", panel=_DISTILLATION),
+    ] = None,
     amp: Annotated[str | None, _option("none, bf16 or fp16. Default: none.", panel=_MACHINE)] = None,
     channels_last: Annotated[bool | None, _option("Memory format.", "--channels-last", panel=_MACHINE)] = None,
     workers: Annotated[
@@ -80,10 +105,12 @@ def finetune(
 
     Leaves best.fixed.safetensors and last.fixed.safetensors in the folder of the run, with metrics.jsonl, timm's
     summary.csv, and the state that --resume continues from. The data's classes have to be the checkpoint's.
+    With --max-drop 0.5 --against ORIGINAL --val-every 100 it trains no longer than it has to.
     """
     from fixify.cli.recipe_defaults import chosen_recipe, finetune_defaults
     from fixify.cli.slim import the_slim_file_here
     from fixify.cli.training_display import TrainingDisplay
+    from fixify.errors import CheckFailed, UsageError
     from fixify.reporting.metrics_tables import finetune_table
     from fixify.training import FinetuneOptions, run_finetune, stored_options
 
@@ -97,13 +124,19 @@ def finetune(
         for name, value in context.params.items()
         if name in FinetuneOptions.model_fields and value is not None
     }
+    for name in ("distill_weight", "distill_temperature"):
+        if name in given and distill is None:
+            raise UsageError(f"--{name.replace('_', '-')} needs a teacher.", hint="Add --distill ORIGINAL.")
     start = finetune_defaults(output, chosen_recipe(recipe, set_ or []), stored_options(folder) if resume else None)
+    options = start.replace(**given)
     with TrainingDisplay(output) as display:
         result = run_finetune(
             source,
             data,
             folder,
-            start.replace(**given),
+            options,
+            against=against,
+            distill=distill,
             resume=resume,
             force=force,
             download=download,
@@ -115,8 +148,19 @@ def finetune(
             "last": str(result.last_path),
             "before": result.before.to_dict(),
             "after": result.after.to_dict(),
+            "original_top1": result.original_top1,
+            "reached": result.reached,
             "history": [record.to_dict() for record in result.history],
         },
         finetune_table(result),
     )
+    if options.max_drop is not None:
+        goal = f"within {options.max_drop:g} points of the original's {result.original_top1:.2f} %"
+        if not result.reached:
+            raise CheckFailed(
+                f"After {options.epochs} epochs the best top-1 is {result.after.val_top1:.2f} %, not {goal}.",
+                hint=f"It is kept in {result.best_path}. Try more --epochs, or a larger --max-drop.",
+            )
+        steps = f"after {result.after.step:,} steps" if result.after.step else "before training"
+        output.say(f"stopped {steps}: validation top-1 {result.after.val_top1:.2f} % is {goal}")
     output.next_step(f"fixify eval {result.best_path} --data {data}", "measure it again, or any other checkpoint")

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fixify.cli.output import Output
 
 if TYPE_CHECKING:
-    from fixify.training import EpochEnded, Event, RunStarted, Step
+    from fixify.training import EpochEnded, Event, RunStarted, Step, Validated
 
 
 class TrainingDisplay:
@@ -50,13 +50,20 @@ class TrainingDisplay:
         elif isinstance(event, training.Evaluating):
             done = event.images >= event.total
             self.bar.update(self.evaluating, total=event.total, completed=event.images, visible=not done)
+        elif isinstance(event, training.OriginalEvaluated):
+            self.output.say(f"original: {event.name}, top-1 {event.metrics.top1:.2f} %, loss {event.metrics.loss:.4f}")
         elif isinstance(event, training.Evaluated):
             metrics = event.metrics
             self.output.say(f"as converted: top-1 {metrics.top1:.2f} %, loss {metrics.loss:.4f}")
         elif isinstance(event, training.Calibrated):
             self.output.say(f"feature statistics taken from {event.images} training images")
+        elif isinstance(event, training.LastBlockEpoch):
+            where = f"last blocks, epoch {event.epoch + 1}/{event.epochs}"
+            self.output.say(f"{where}: loss {event.loss:.4f} on the features of {event.images:,} images")
         elif isinstance(event, training.Step):
             self._step(event)
+        elif isinstance(event, training.Validated):
+            self._validation(event)
         elif isinstance(event, training.EpochEnded):
             self._epoch(event)
 
@@ -77,6 +84,15 @@ class TrainingDisplay:
             completed=event.epoch * self.batches + event.batch,
             visible=True,
             note=f"loss {event.loss:.3f}  top-1 {event.top1:.1f} %{alpha}  {event.images_per_second:.0f} images/s",
+        )
+
+    def _validation(self, event: Validated) -> None:
+        record = event.record
+        where = f"step {record.step:,}" if record.step else "before training the whole network"
+        loss = "" if record.train_loss is None else f"loss {record.train_loss:.4f}, "
+        self.output.say(
+            f"{where}: {loss}validation top-1 {record.val_top1:.2f} %, loss {record.val_loss:.4f}"
+            + (" (best)" if event.is_best else "")
         )
 
     def _epoch(self, event: EpochEnded) -> None:

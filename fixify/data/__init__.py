@@ -1,10 +1,11 @@
-"""Data names to batches of images: `open_data`, `open_train_val`, `check_classes`, `make_loader`."""
+"""Data names to batches of images: `open_data`, `open_train_val`, `open_unlabelled`, `check_classes`, `make_loader`."""
 
 from fixify.data.classes import check_classes
 from fixify.data.loader import Augmentation, ImageLoader, default_workers, make_loader
 from fixify.data.names import DATA_NAMES, open_data, open_train_val
 from fixify.data.opened import ImageSource, OpenedData, Split, Subset
 from fixify.data.preprocessing import override
+from fixify.data.unlabelled import open_unlabelled
 
 __all__ = [
     "DATA_NAMES",
@@ -19,5 +20,6 @@ __all__ = [
     "make_loader",
     "open_data",
     "open_train_val",
+    "open_unlabelled",
     "override",
 ]

@@ -69,17 +69,17 @@ def open_folder(root: Path, split: Split, *, name: str | None = None) -> OpenedD
     root = root.expanduser()
     folder = find_split(root, split)
     if folder is None:
-        raise DataError(_missing_split(root, split), hint=_LAYOUT)
+        raise DataError(missing_split(root, split), hint=_LAYOUT)
     train = find_split(root, "train")
-    class_names = _class_folders(train if train is not None else folder)
-    own_names = class_names if folder == train else _class_folders(folder)
+    class_names = class_folders(train if train is not None else folder)
+    own_names = class_names if folder == train else class_folders(folder)
     unknown = [own for own in own_names if own not in set(class_names)]
     if unknown and train is not None:
         raise DataError(
             f"{folder} has {len(unknown)} class folders that {train} has not: {', '.join(unknown[:5])}.",
             hint="Both splits need the same class folder names.",
         )
-    paths, labels = _scan(folder, own_names, {name: label for label, name in enumerate(class_names)})
+    paths, labels = scan(folder, own_names, {name: label for label, name in enumerate(class_names)})
     missing = len(class_names) - len(own_names)
     description = f"{len(paths):,} images of {len(class_names):,} classes from {folder.name}/" + (
         f" ({missing} classes have no images there)" if missing else ""
@@ -130,7 +130,8 @@ _LAYOUT = (
 )
 
 
-def _missing_split(root: Path, split: Split) -> str:
+def missing_split(root: Path, split: Split) -> str:
+    """The sentence that says what was looked for, and what is there instead."""
     wanted = "/, ".join(SPLIT_FOLDERS[split]) + "/"
     try:
         inside = natural_order([entry.name + ("/" if entry.is_dir() else "") for entry in os.scandir(root)])
@@ -143,7 +144,12 @@ def _missing_split(root: Path, split: Split) -> str:
     return f"{root} has no {what} split (looked for {wanted}); it holds {shown}."
 
 
-def _class_folders(folder: Path) -> list[str]:
+def class_folders(folder: Path) -> list[str]:
+    """Names of the class folders of a split, in natural order.
+
+    Raises:
+        DataError: there are none, or images beside them.
+    """
     try:
         entries = list(os.scandir(folder))
     except OSError as error:
@@ -159,21 +165,32 @@ def _class_folders(folder: Path) -> list[str]:
     return natural_order(names)
 
 
-def _scan(folder: Path, class_names: Sequence[str], label_of: dict[str, int]) -> tuple[list[str], list[int]]:
+def images_below(folder: Path, name: str = "") -> list[str]:
+    """Image files at any depth below folder/name, relative to the folder, in natural order."""
+    found: list[str] = []
+    for parent, subfolders, files in os.walk(folder / name, followlinks=True):
+        subfolders[:] = [subfolder for subfolder in subfolders if not subfolder.startswith(".")]
+        relative = os.path.relpath(parent, folder)
+        found += [os.path.join(relative, file) for file in files if _is_image(file)]  # noqa: PTH118 (millions)
+    return natural_order(found)
+
+
+def scan(folder: Path, class_names: Sequence[str], label_of: dict[str, int]) -> tuple[list[str], list[int]]:
+    """Image files of the class folders, relative to the folder, and their labels.
+
+    Raises:
+        DataError: a class folder has no images.
+    """
     paths: list[str] = []
     labels: list[int] = []
     for name in class_names:
-        found: list[str] = []
-        for parent, subfolders, files in os.walk(folder / name, followlinks=True):
-            subfolders[:] = [subfolder for subfolder in subfolders if not subfolder.startswith(".")]
-            relative = os.path.relpath(parent, folder)
-            found += [os.path.join(relative, file) for file in files if _is_image(file)]  # noqa: PTH118 (millions)
+        found = images_below(folder, name)
         if not found:
             raise DataError(
                 f"The class folder {folder / name} has no images ({', '.join(IMG_EXTENSIONS)}).",
                 hint="Remove the folder if it is not a class.",
             )
-        paths += natural_order(found)
+        paths += found
         labels += [label_of[name]] * len(found)
     return paths, labels
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from fixify.data.opened import ImageSource, OpenedData
+from fixify.data.preprocessing import channels_of, normalization
 from fixify.data.seeding import derive_seed, derive_seeds, kept_globals, permutation, seed_globals, seeded_globals
 from fixify.errors import DataError
 
@@ -90,8 +91,8 @@ def make_loader(
         DataError: preprocessing that no image can be brought to; while iterating: an image that cannot be read.
     """
     device = device if device is not None else torch.device("cpu")
-    channels = _channels(preprocessing)
-    mean, std = (_per_channel(preprocessing[key], channels) for key in ("mean", "std"))
+    channels = channels_of(preprocessing)
+    mean, std = normalization(preprocessing)
     prefetch = device.type == "cuda"
     common = {
         "input_size": tuple(preprocessing["input_size"]),
@@ -322,19 +323,3 @@ def _batch_stage(
             num_classes=num_classes,
         )
     return erase, mix
-
-
-def _channels(preprocessing: Mapping[str, Any]) -> int:
-    missing = [key for key in ("input_size", "mean", "std") if key not in preprocessing]
-    if missing:
-        raise DataError(f"The checkpoint does not say how images are preprocessed: {', '.join(missing)} missing.")
-    channels = int(preprocessing["input_size"][0])
-    if channels not in (1, 3):
-        raise DataError(f"The model takes images of {channels} channels; image files have 1 (gray) or 3 (RGB).")
-    return channels
-
-
-def _per_channel(values: Any, channels: int) -> tuple[float, ...]:
-    # A gray model derived from an RGB one has three means: their average is the convention (timm's too).
-    numbers = [float(value) for value in values]
-    return tuple(numbers) if len(numbers) == channels else (sum(numbers) / len(numbers),) * channels

@@ -35,6 +35,7 @@ class OpenedData:
         description: One line for a person: which folder was used as which split, how many images and classes.
         name: The data name without any path of this machine, as a checkpoint may record it.
         split: What was asked for.
+        labelled: False where the labels mean nothing.
     """
 
     images: ImageSource
@@ -43,6 +44,7 @@ class OpenedData:
     description: str
     name: str
     split: Split
+    labelled: bool = True
 
     @property
     def num_classes(self) -> int:

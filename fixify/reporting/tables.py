@@ -108,7 +108,11 @@ def info_table(path: Path, info: SlimInfo) -> Table:
         epochs, before, after = (training.get(key) for key in ("epochs_done", "before", "after"))
         made.add_row("fine-tuned", f"{epochs} epochs on {training.get('data')}, from {training.get('checkpoint')}")
         if isinstance(before, dict) and isinstance(after, dict):
-            made.add_row("", f"top-1 {_plain(before.get('top1'))} % before, {_plain(after.get('val_top1'))} % after")
+            what = "agreement with the teacher" if training.get("val_labels") else "top-1"
+            made.add_row("", f"{what} {_plain(before.get('top1'))} % before, {_plain(after.get('val_top1'))} % after")
+        teacher = training.get("teacher")
+        if isinstance(teacher, dict):
+            made.add_row("", f"taught by {teacher.get('name')}")
     return made
 
 

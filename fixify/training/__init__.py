@@ -8,14 +8,19 @@ from fixify.training.events import (
     Evaluated,
     Evaluating,
     Event,
+    LastBlockEpoch,
     Listener,
+    OriginalEvaluated,
     RunStarted,
     Step,
+    Validated,
 )
+from fixify.training.files import BEST_FILE, LAST_FILE
 from fixify.training.interrupt import TrainingInterrupted
 from fixify.training.logging import stored_options
 from fixify.training.options import FinetuneOptions
-from fixify.training.run import BEST_FILE, LAST_FILE, FinetuneResult, SaveModel, finetune
+from fixify.training.others import OtherModel
+from fixify.training.run import FinetuneResult, SaveModel, finetune
 from fixify.training.slim import run_finetune
 
 __all__ = [
@@ -30,11 +35,15 @@ __all__ = [
     "Event",
     "FinetuneOptions",
     "FinetuneResult",
+    "LastBlockEpoch",
     "Listener",
+    "OriginalEvaluated",
+    "OtherModel",
     "RunStarted",
     "SaveModel",
     "Step",
     "TrainingInterrupted",
+    "Validated",
     "finetune",
     "run_finetune",
     "stored_options",

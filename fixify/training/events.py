@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from fixify.evaluation import Metrics
 
+Phase = Literal["teacher", "original", "before", "features", "validation"]
+
 
 @dataclass(frozen=True)
 class RunStarted:
@@ -24,11 +26,22 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class Evaluating:
-    """During an evaluation: "before" training, or the "validation" after an epoch."""
+    """During an evaluation: of the "original", of the model "before" training, or a "validation" afterwards; or while
+    the "teacher" is asked what the validation images show, which have no labels, or the "features" of the training
+    images are computed.
+    """
 
-    phase: Literal["before", "validation"]
+    phase: Phase
     images: int
     total: int
+
+
+@dataclass(frozen=True)
+class OriginalEvaluated:
+    """The model whose accuracy is the goal."""
+
+    name: str
+    metrics: Metrics
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,16 @@ class Calibrated:
     """The statistics of a standardising head were taken from so many training images."""
 
     images: int
+
+
+@dataclass(frozen=True)
+class LastBlockEpoch:
+    """The last blocks were trained on the features of so many images, before the whole network; `loss` is the mean."""
+
+    epoch: int
+    epochs: int
+    images: int
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -72,25 +95,27 @@ class Step:
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch as it goes into metrics.jsonl. Epochs count from 0, as in timm's summary.csv.
+    """One validation, after an epoch or within it, as it goes into metrics.jsonl. Epochs count from 0, as in timm's
+    summary.csv.
 
     Attributes:
         epoch: Which epoch.
         step: Updates of the weights since the start of the run.
         lr: Learning rate of the last update.
-        train_loss: Mean loss over the epoch, with augmentation, while the weights moved.
-        train_top1: Percent; with mixup the label that weighs more counts.
+        train_loss: Mean loss over the epoch so far, with augmentation, while the weights moved; None at its start.
+        train_top1: Percent; with mixup the label that weighs more counts, without labels the teacher's answer.
         val_loss, val_top1, val_top5, val_ece: See `fixify.evaluation.Metrics`; of the moving average if there is one.
         scale: The head's learned scale alpha; None for other heads.
         images_per_second: Training throughput, loading included.
-        seconds: Training and validation.
+        seconds: Training since the epoch began, and this validation.
+        fraction: Part of the epoch that was done, 1 at its end.
     """
 
     epoch: int
     step: int
     lr: float
-    train_loss: float
-    train_top1: float
+    train_loss: float | None
+    train_top1: float | None
     val_loss: float
     val_top1: float
     val_top5: float
@@ -98,9 +123,23 @@ class EpochRecord:
     scale: float | None
     images_per_second: float
     seconds: float
+    fraction: float = 1.0
+
+    @property
+    def epochs(self) -> float:
+        """Epochs since the start of the run."""
+        return self.epoch + self.fraction
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Validated:
+    """Before the end of an epoch (`val_every`), or before any (`max_drop`, `last_block_epochs`)."""
+
+    record: EpochRecord
+    is_best: bool
 
 
 @dataclass(frozen=True)
@@ -109,5 +148,16 @@ class EpochEnded:
     is_best: bool
 
 
-Event = RunStarted | Evaluating | Evaluated | Calibrated | EpochStarted | Step | EpochEnded
+Event = (
+    RunStarted
+    | Evaluating
+    | OriginalEvaluated
+    | Evaluated
+    | Calibrated
+    | LastBlockEpoch
+    | EpochStarted
+    | Step
+    | Validated
+    | EpochEnded
+)
 Listener = Callable[[Event], object]

@@ -1,5 +1,5 @@
 """What a run leaves for people: run.json (its options), recipe.yaml (the same as a recipe that repeats it),
-metrics.jsonl (the truth, one line an epoch) and summary.csv (timm's columns)."""
+metrics.jsonl (the truth, one line a validation) and summary.csv (timm's columns)."""
 
 from __future__ import annotations
 
@@ -70,10 +70,11 @@ def stored_options(folder: Path) -> FinetuneOptions:
 
 
 def _summary(history: Sequence[EpochRecord]) -> str:
-    """The columns of `timm.utils.update_summary` as timm's train script calls it."""
+    """The columns of `timm.utils.update_summary` as timm's train script calls it; an epoch's last validation."""
+    last_of_epoch = {record.epoch: record for record in history}
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr"])
-    for record in history:
+    for record in last_of_epoch.values():
         writer.writerow([record.epoch, record.train_loss, record.val_loss, record.val_top1, record.val_top5, record.lr])
     return text.getvalue()

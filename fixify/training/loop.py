@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from fixify.data.seeding import derive_seed, seeded_torch
 from fixify.errors import TrainingError
 from fixify.evaluation import autocast
 from fixify.heads import FixedClassifier
+from fixify.training.distillation import Teacher, distillation_loss
 from fixify.training.events import Listener, Step
 from fixify.training.interrupt import Stopped, StopRequest
 from fixify.training.options import FinetuneOptions
@@ -42,10 +44,24 @@ class Engine:
     loader: ImageLoader
     options: FinetuneOptions
     device: torch.device
+    teacher: Teacher | None = None
 
 
-def train_epoch(engine: Engine, progress: Progress, stop: StopRequest, on_event: Listener) -> None:
+def train_epoch(
+    engine: Engine, progress: Progress, stop: StopRequest, on_event: Listener, validate: Callable[[], bool]
+) -> bool:
     """Train the rest of the epoch that `progress` is in, and keep `progress` up to date.
+
+    Args:
+        engine: What is trained, on what.
+        progress: Where to begin.
+        stop: Looked at after every update.
+        on_event: Told each step.
+        validate: Called within the epoch every `options.val_every` updates, not at its end; adds a record to
+            `progress.history` and says whether that is good enough to stop.
+
+    Returns:
+        Whether it is good enough; else the epoch is complete.
 
     Raises:
         TrainingError: a loss is not finite.
@@ -55,8 +71,10 @@ def train_epoch(engine: Engine, progress: Progress, stop: StopRequest, on_event:
     options, batches = engine.options, len(engine.loader)
     engine.model.train()
     engine.loader.set_epoch(progress.epoch, progress.batch)
-    pending = _Pending(engine, progress, on_event, already=progress.seconds)
     engine.optimiser.zero_grad(set_to_none=True)
+    if _validation_is_due(engine, progress) and validate():  # a stop request had come in its way
+        return True
+    pending = _Pending(engine, progress, on_event, already=progress.seconds)
     for images, targets in engine.loader:
         # The last group of an epoch may be smaller; its mean is over its own batches.
         group_start = progress.batch - progress.batch % options.grad_accum
@@ -72,6 +90,23 @@ def train_epoch(engine: Engine, progress: Progress, stop: StopRequest, on_event:
             raise Stopped
         if progress.batch == batches or pending.due:
             pending.read()
+        if last_of_group and _validation_is_due(engine, progress):
+            pending.read()
+            if validate():
+                return True
+            pending = _Pending(engine, progress, on_event, already=progress.seconds)
+    return False
+
+
+def _validation_is_due(engine: Engine, progress: Progress) -> bool:
+    every = engine.options.val_every
+    return (
+        every is not None
+        and progress.batch < len(engine.loader)
+        and progress.updates > 0
+        and progress.updates % every == 0
+        and (not progress.history or progress.history[-1].step < progress.updates)
+    )
 
 
 def _forward_backward(
@@ -82,18 +117,40 @@ def _forward_backward(
     targets = targets.to(engine.device, non_blocking=True)
     if options.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
+    taught = None if engine.teacher is None else engine.teacher(images)
+    if taught is not None and options.unlabelled:
+        targets = taught.argmax(dim=-1)
     seed = derive_seed(options.seed, progress.epoch, _DROPOUT, progress.batch)
     with seeded_torch(seed, engine.device):
         with autocast(engine.device, options.amp):
             logits, auxiliary = _outputs(engine.model(images))
-            # Mixed targets are distributions that include the smoothing already.
-            smoothing = options.smoothing if targets.ndim == 1 else 0.0
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+            loss = training_loss(logits, targets, taught, options)
             for other in auxiliary:
-                loss = loss + _AUXILIARY_WEIGHT * F.cross_entropy(other.float(), targets, label_smoothing=smoothing)
+                loss = loss + _AUXILIARY_WEIGHT * training_loss(other, targets, taught, options)
         engine.scaler.scale(loss / group_size).backward()
     labels = targets if targets.ndim == 1 else targets.argmax(dim=-1)
     return loss.detach(), (logits.detach().argmax(dim=-1) == labels).sum()
+
+
+def training_loss(logits: Tensor, targets: Tensor, taught: Tensor | None, options: FinetuneOptions) -> Tensor:
+    """What is minimised: cross-entropy with the labels, and what the teacher would rather see.
+
+    Args:
+        logits: [B, C].
+        targets: Labels int64 [B], or distributions [B, C].
+        taught: The teacher's logits, float32 [B, C], if there is one.
+        options: Its weight and temperature, and label smoothing.
+    """
+    logits = logits.float()
+    if taught is not None and options.unlabelled:
+        return distillation_loss(logits, taught, options.distill_temperature)
+    # Mixed targets are distributions that include the smoothing already.
+    smoothing = options.smoothing if targets.ndim == 1 else 0.0
+    loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+    if taught is None:
+        return loss
+    share = options.distill_weight
+    return (1 - share) * loss + share * distillation_loss(logits, taught, options.distill_temperature)
 
 
 def _outputs(outputs: Any) -> tuple[Tensor, list[Tensor]]:

@@ -70,7 +70,7 @@ def make_schedule(optimiser: torch.optim.Optimizer, options: FinetuneOptions, up
     schedule, _ = create_scheduler_v2(
         optimiser,
         **decays[options.sched],
-        num_epochs=options.epochs,
+        num_epochs=max(options.epochs, 1),  # none is trained with 0, but timm divides by it
         warmup_epochs=math.ceil(options.warmup_epochs * updates_per_epoch) / updates_per_epoch,
         warmup_lr=options.warmup_lr,
         min_lr=options.min_lr,

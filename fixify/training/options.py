@@ -19,7 +19,7 @@ class FinetuneOptions(BaseModel):
     """Options of a finetuning run. Build it with `FinetuneOptions.create`, which explains every mistake at once.
 
     Attributes:
-        epochs: Passes over the training images.
+        epochs: Passes over the training images; 0 only with `last_block_epochs`, to train nothing but the last blocks.
         batch_size: Images a step.
         lr: Peak learning rate.
         opt: timm's name of the optimiser; "sgd" has Nesterov momentum.
@@ -31,7 +31,8 @@ class FinetuneOptions(BaseModel):
         min_lr: Rate at the end (cosine, linear).
         decay_epochs: Epochs between two decays (step).
         decay_rate: Factor of each (step).
-        head_lr_scale: The fixed head's scale and bias learn at this multiple of the rate.
+        head_lr_scale: The fixed head's scale and bias learn at this multiple of the rate. The scale needs it: it has to
+            grow several times over, and one step moves it no further than any weight.
         ema_decay: Decay of an exponential moving average of the weights, which is then what is evaluated and saved.
         grad_accum: Steps whose gradients make one update.
         clip_grad: Largest norm of the gradient.
@@ -39,6 +40,16 @@ class FinetuneOptions(BaseModel):
         channels_last: Memory format; often faster on CUDA.
         img_size: Side of the images that the model gets; None is the checkpoint's.
         crop_pct: Share of the resized image that the center crop keeps in validation; None is the checkpoint's.
+        max_drop: Stop as soon as validation top-1 is at most this many points below the original's; None trains all
+            epochs. The schedule stays that of all epochs.
+        original_top1: The original's top-1 on the validation data, percent, if it is known; else the original itself
+            has to be given.
+        val_every: Validate after so many updates too, not only after each epoch.
+        distill_weight: Share of the teacher in the loss, the labels have the rest; only with a teacher.
+        distill_temperature: Of the softmaxes that are compared.
+        unlabelled: Learn from the teacher alone; labels are not used, and need not exist.
+        last_block_epochs: First train only the last blocks, for so many passes over features that are computed once,
+            without augmentation, for as many images as fit into 2 GiB; 0 does not.
         seed: Fixes order, augmentation and dropout.
         workers: Loader processes; None fits the machine.
         device: "auto", or torch's name of a device.
@@ -50,22 +61,29 @@ class FinetuneOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    epochs: int = Field(default=5, ge=1)
+    epochs: int = Field(default=5, ge=0)
     batch_size: int = Field(default=64, ge=1)
     lr: float = Field(default=0.05, gt=0, allow_inf_nan=False)
     opt: str = "sgd"
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=1e-4, ge=0, allow_inf_nan=False)
     sched: Literal["cosine", "linear", "step", "constant"] = "cosine"
-    warmup_epochs: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+    warmup_epochs: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     warmup_lr: float = Field(default=1e-5, ge=0, allow_inf_nan=False)
     min_lr: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     decay_epochs: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     decay_rate: float = Field(default=0.1, gt=0, le=1)
-    head_lr_scale: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    head_lr_scale: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     grad_accum: int = Field(default=1, ge=1)
     clip_grad: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_drop: float | None = Field(default=None, ge=0, lt=100)
+    original_top1: float | None = Field(default=None, gt=0, le=100)
+    val_every: int | None = Field(default=None, ge=1)
+    last_block_epochs: int = Field(default=0, ge=0)
+    distill_weight: float = Field(default=0.5, gt=0, le=1)
+    distill_temperature: float = Field(default=4.0, gt=0, allow_inf_nan=False)
+    unlabelled: bool = False
     amp: Literal["none", "bf16", "fp16"] = "none"
     channels_last: bool = False
     img_size: int | None = Field(default=None, ge=1)
@@ -126,10 +144,14 @@ class FinetuneOptions(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneOptions:
-        if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
+        if self.epochs == 0 and self.last_block_epochs == 0:
+            raise ValueError("with epochs 0 only the last blocks are trained; give last_block_epochs as well")
+        if self.warmup_epochs >= self.epochs > 0:
             raise ValueError(f"warmup_epochs ({self.warmup_epochs:g}) must be less than epochs ({self.epochs})")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr:g}) must not be above lr ({self.lr:g})")
+        if self.original_top1 is not None and self.max_drop is None:
+            raise ValueError("original_top1 is what max_drop is measured from; give max_drop as well")
         if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
             raise ValueError(f"batch_size must be even with mixup or cutmix, not {self.batch_size}")
         return self

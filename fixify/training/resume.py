@@ -36,8 +36,9 @@ class Progress:
         loss_sum, right, images: Sums over this epoch so far.
         seconds: Training time in this epoch so far.
         lr: Learning rate of the last update.
+        original: Metrics of the model whose accuracy is the goal, if it was evaluated.
         before: Metrics of the model as it came.
-        history: One record an epoch that is done.
+        history: One record a validation.
     """
 
     epoch: int = 0
@@ -48,16 +49,16 @@ class Progress:
     images: int = 0
     seconds: float = 0.0
     lr: float = 0.0
+    original: Metrics | None = None
     before: Metrics | None = None
     history: list[EpochRecord] = field(default_factory=list)
 
     def best(self) -> EpochRecord | None:
-        """The epoch with the highest validation top-1; of equal ones the lowest loss, then the first."""
+        """The validation with the highest top-1; of equal ones the lowest loss, then the first."""
         return max(self.history, key=lambda record: (record.val_top1, -record.val_loss), default=None)
 
-    def next_epoch(self, record: EpochRecord) -> None:
+    def next_epoch(self) -> None:
         """Close the epoch."""
-        self.history.append(record)
         self.epoch += 1
         self.batch = self.right = self.images = 0
         self.loss_sum = self.seconds = 0.0
@@ -127,7 +128,8 @@ def read_state(
     if version != _VERSION:
         raise TrainingError(f"{path} is of state version {version}; this fixify reads version {_VERSION}.")
     _compare(folder, "facts", state["facts"], facts)
-    _compare(folder, "options", state["recipe"], options.recipe())
+    # An option that is younger than the state had its default's effect.
+    _compare(folder, "options", {**FinetuneOptions().recipe(), **state["recipe"]}, options.recipe())
     try:
         trained.model.load_state_dict(state["model"])
         trained.optimiser.load_state_dict(state["optimiser"])
@@ -137,7 +139,9 @@ def read_state(
     except (RuntimeError, ValueError, KeyError) as error:
         raise TrainingError(f"{path} does not fit this model: {str(error).splitlines()[0]}") from error
     progress = Progress(**state["progress"])
-    progress.before = None if progress.before is None else Metrics(**state["progress"]["before"])
+    for name in ("original", "before"):
+        stored = state["progress"].get(name)
+        setattr(progress, name, None if stored is None else Metrics(**stored))
     progress.history = [EpochRecord(**record) for record in state["progress"]["history"]]
     return progress
 

@@ -1,10 +1,11 @@
-"""A whole run: validate, calibrate, train, validate each epoch, keep the best and the last, resume."""
+"""A whole run: validate, calibrate, train and validate in turns, keep the best and the last, resume."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fixify.data import OpenedData, Subset, make_loader
+from fixify.data import ImageLoader, OpenedData, Subset, make_loader
 from fixify.data.seeding import permutation
-from fixify.errors import OutputError, OutputExistsError, TrainingError
-from fixify.evaluation import Metrics, evaluate
+from fixify.errors import TrainingError
+from fixify.evaluation import Metrics
 from fixify.training.calibration import calibrate_heads_, uncalibrated_heads
+from fixify.training.distillation import Teacher
 from fixify.training.events import (
     Calibrated,
     EpochEnded,
@@ -25,18 +27,25 @@ from fixify.training.events import (
     Evaluated,
     Evaluating,
     Event,
+    LastBlockEpoch,
     Listener,
+    OriginalEvaluated,
     RunStarted,
+    Validated,
 )
+from fixify.training.files import BEST_FILE, LAST_FILE, claim_folder
 from fixify.training.interrupt import Stopped, StopRequest, TrainingInterrupted, stop_on_signals
-from fixify.training.logging import LOG_FILES, write_logs, write_run
-from fixify.training.loop import Engine, head_scale, train_epoch
+from fixify.training.last_block import compute, divide, most_images, train_tail
+from fixify.training.logging import write_logs, write_run
+from fixify.training.loop import Engine, head_scale, train_epoch, training_loss
 from fixify.training.optimisation import make_optimiser, make_schedule
 from fixify.training.options import FinetuneOptions
-from fixify.training.resume import STATE_FILE, Progress, Trained, read_state, write_state
+from fixify.training.others import OtherModel, check_others
+from fixify.training.resume import Progress, Trained, read_state, write_state
+from fixify.training.validation import Validation
 
-BEST_FILE, LAST_FILE = "best.fixed.safetensors", "last.fixed.safetensors"
-_CALIBRATION = 4  # random stream beside those of fixify.data.loader and fixify.training.loop
+_ROUNDING = 1e-9  # 97.8 - 97.3 is a little more than 0.5
+_CALIBRATION, _LAST_BLOCK = 4, 8  # random streams beside those of fixify.data.loader and fixify.training.loop
 
 SaveModel = Callable[[nn.Module, Path, dict[str, Any]], object]
 """Writes the model to the path, replacing what is there, with the record of its training (JSON-safe)."""
@@ -47,10 +56,12 @@ class FinetuneResult:
     """What came of a run.
 
     Attributes:
-        best_path, last_path: The checkpoints of the best and of the last epoch.
+        best_path, last_path: The checkpoints of the best and of the last validation.
         before: Metrics of the model as it came.
-        after: The best epoch.
-        history: Every epoch.
+        after: The best validation.
+        history: Every validation.
+        original_top1: The original's top-1 on the validation data, percent; None if it was neither given nor measured.
+        reached: Whether `max_drop` was met; None without one.
     """
 
     best_path: Path
@@ -58,6 +69,8 @@ class FinetuneResult:
     before: Metrics
     after: EpochRecord
     history: tuple[EpochRecord, ...]
+    original_top1: float | None = None
+    reached: bool | None = None
 
 
 def finetune(
@@ -72,6 +85,8 @@ def finetune(
     resume: bool = False,
     force: bool = False,
     facts: dict[str, Any] | None = None,
+    original: OtherModel | None = None,
+    teacher: OtherModel | None = None,
     on_event: Listener | None = None,
 ) -> FinetuneResult:
     """Train a classifier and keep its best and last state in `out`.
@@ -88,16 +103,23 @@ def finetune(
         resume: Continue the run in `out`. Exact: the final weights are those of a run that was never stopped.
         force: Replace the run in `out`.
         facts: What else identifies the run (source checkpoint): recorded, and compared on resuming.
+        original: What the model was converted from: evaluated once, before training, for `options.max_drop` and for the
+            record.
+        teacher: What the model learns from, beside the labels (`options.distill_weight`) or, with
+            `options.unlabelled`, alone. If `val` is not labelled, its answers are what validation compares with.
         on_event: Told what happens.
 
     Raises:
+        UsageError: `options.max_drop` without one top-1 to measure it from; unlabelled images without a teacher, or one
+            that takes images of other channels.
         TrainingError: a loss that is not finite, nothing to resume, or a state of another run.
         TrainingInterrupted: SIGINT or SIGTERM; the state was saved.
         OutputExistsError, OutputError: `out` has a run already, or cannot be written.
         DataError: an image cannot be read.
     """
+    check_others(options, preprocessing, (train, val), original, teacher)
     with stop_on_signals() as stop:
-        run = _Run(model, train, val, preprocessing, options, out, save, facts or {}, on_event or _silent, stop)
+        run = _Run(model, train, val, preprocessing, options, out, save, facts or {}, original, teacher, on_event, stop)
         try:
             run.prepare(resume=resume, force=force)
             return run.train()
@@ -124,25 +146,35 @@ class _Run:
         out: Path,
         save: SaveModel,
         facts: dict[str, Any],
-        on_event: Listener,
+        original: OtherModel | None,
+        teacher: OtherModel | None,
+        on_event: Listener | None,
         stop: StopRequest,
     ) -> None:
-        self.options, self.out, self.save, self.on_event, self.stop = options, out, save, on_event, stop
-        self.preprocessing, self.train_data, self.val_data = preprocessing, train, val
+        self.options, self.out, self.save, self.stop = options, out, save, stop
+        self.on_event: Listener = on_event if on_event is not None else _silent
+        self.original, self.teacher = original, teacher
+        self.preprocessing, self.train_data = preprocessing, train
         self.device, self.workers = options.resolved_device(), options.resolved_workers()
         self.facts = {
-            **facts,
             "data": train.name,
             "class_names": list(train.class_names),
             "train_images": len(train),
             "val_images": len(val),
+            **facts,
         }
+        if original is not None:
+            self.facts["original"] = original.identity()
+        if teacher is not None:
+            self.facts["teacher"] = teacher.identity()
+        if not val.labelled:
+            self.facts["val_labels"] = "the teacher's answers"
         self.progress = Progress()
         self.has_state = False
         self.model = model.to(self.device)
         if options.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
-        self.val_loader = make_loader(val, preprocessing, training=False, **self._loading())
+        self.validation = Validation(val, preprocessing, options, self.device, stop, self.on_event)
         loader = make_loader(
             train,
             preprocessing,
@@ -169,11 +201,14 @@ class _Run:
     def prepare(self, *, resume: bool, force: bool) -> None:
         """Bring the model to where training begins or goes on."""
         if not resume:
-            _claim_folder(self.out, force=force)
+            claim_folder(self.out, force=force)
             self._announce()
-            self.progress.before = self._evaluate(self.model, "before")
-            self.on_event(Evaluated(self.progress.before))
-            self._calibrate()
+            self._open_validation()
+            self._measure_original()
+            as_calibrated = self.progress.before = self.validation.measure(self.model, "before")
+            self.on_event(Evaluated(as_calibrated))
+            if self._calibrate() and self.options.max_drop is not None:
+                as_calibrated = self.validation.measure(self.model, "before")
         if self.options.ema_decay is not None:
             # An average over few steps would still be the start: the decay warms up, 1 - (1 + step)^(-2/3) at first.
             self.engine.ema = ModelEmaV3(self.model, decay=self.options.ema_decay, use_warmup=True)
@@ -182,10 +217,26 @@ class _Run:
             self.has_state = True
             self.engine.schedule.step_update(self.progress.updates)
             self._announce()
+            self._open_validation()
         else:
             write_run(self.out, self.options, self.facts)
-            self._write_state()
+            if self._is_enough(as_calibrated.top1):
+                self._record(as_calibrated, fraction=0.0, seconds=as_calibrated.seconds)
+            else:
+                self._write_state()
         write_logs(self.out, self.progress.history)
+        if self.teacher is not None:
+            self.engine.teacher = Teacher(
+                self.teacher,
+                self.preprocessing,
+                device=self.device,
+                amp=self.options.amp,
+                channels_last=self.options.channels_last,
+            )
+
+    def _open_validation(self) -> None:
+        if not self.validation.data.labelled and self.teacher is not None:
+            self.validation.label_with(self.teacher)
 
     def _announce(self) -> None:
         self.on_event(
@@ -194,18 +245,23 @@ class _Run:
                 first_epoch=self.progress.epoch,
                 batches=len(self.engine.loader),
                 train=self.train_data.description,
-                val=self.val_data.description,
+                val=self.validation.data.description + self._whose_labels(),
                 device=str(self.device),
                 workers=self.workers,
             )
         )
 
+    def _whose_labels(self) -> str:
+        return "" if "val_labels" not in self.facts else "; top-1 is agreement with the teacher"
+
     def train(self) -> FinetuneResult:
-        while self.progress.epoch < self.options.epochs:
+        if self.options.last_block_epochs and not self.progress.history:
+            self._train_last_block()
+        while self.progress.epoch < self.options.epochs and not self._has_reached():
             self.on_event(EpochStarted(self.progress.epoch, self.options.epochs))
             try:
-                train_epoch(self.engine, self.progress, self.stop, self.on_event)
-                self._end_epoch()
+                if not train_epoch(self.engine, self.progress, self.stop, self.on_event, self._validate):
+                    self._validate()
             except Stopped:
                 self._write_state()
                 raise
@@ -218,39 +274,64 @@ class _Run:
             before=before,
             after=best,
             history=tuple(self.progress.history),
+            original_top1=self._original_top1(),
+            reached=None if self.options.max_drop is None else self._has_reached(),
         )
 
     def close(self) -> None:
         self.engine.loader.close()
-        self.val_loader.close()
+        self.validation.close()
 
-    def _end_epoch(self) -> None:
-        progress, started = self.progress, time.perf_counter()
-        evaluated = self.model if self.engine.ema is None else self.engine.ema.module
-        metrics = self._evaluate(evaluated, "validation")
+    def _original_top1(self) -> float | None:
+        measured = self.progress.original
+        return self.options.original_top1 if measured is None else measured.top1
+
+    def _is_enough(self, top1: float) -> bool:
+        original, allowed = self._original_top1(), self.options.max_drop
+        return original is not None and allowed is not None and original - top1 <= allowed + _ROUNDING
+
+    def _has_reached(self) -> bool:
+        return bool(self.progress.history) and self._is_enough(self.progress.history[-1].val_top1)
+
+    def _evaluated_model(self) -> nn.Module:
+        return self.model if self.engine.ema is None else self.engine.ema.module
+
+    def _validate(self) -> bool:
+        """Measure what was trained so far, and say whether it is good enough to stop."""
+        started = time.perf_counter()
+        metrics = self.validation.measure(self._evaluated_model(), "validation")
+        fraction = self.progress.batch / len(self.engine.loader)
+        self._record(metrics, fraction, self.progress.seconds + time.perf_counter() - started)
+        return self._has_reached()
+
+    def _record(self, metrics: Metrics, fraction: float, seconds: float) -> None:
+        progress, evaluated = self.progress, self._evaluated_model()
         record = EpochRecord(
             epoch=progress.epoch,
             step=progress.updates,
             lr=progress.lr,
-            train_loss=progress.loss_sum / progress.images,
-            train_top1=100 * progress.right / progress.images,
+            train_loss=progress.loss_sum / progress.images if progress.images else None,
+            train_top1=100 * progress.right / progress.images if progress.images else None,
             val_loss=metrics.loss,
             val_top1=metrics.top1,
             val_top5=metrics.top5,
             val_ece=metrics.ece,
             scale=head_scale(evaluated),
             images_per_second=progress.images / max(progress.seconds, 1e-9),
-            seconds=progress.seconds + time.perf_counter() - started,
+            seconds=seconds,
+            fraction=fraction,
         )
-        progress.next_epoch(record)
+        progress.history.append(record)
+        if fraction == 1:
+            progress.next_epoch()
         is_best = progress.best() is record
-        # The state comes last: a crash between the files repeats the epoch, and writes the same ones again.
+        # The state comes last: a crash between the files repeats the steps, and writes the same ones again.
         self.save(evaluated, self.out / LAST_FILE, self._training_record(record))
         if is_best:
             self.save(evaluated, self.out / BEST_FILE, self._training_record(record))
         self._write_state()
         write_logs(self.out, progress.history)
-        self.on_event(EpochEnded(record, is_best))
+        self.on_event(EpochEnded(record, is_best) if fraction == 1 else Validated(record, is_best))
 
     def _training_record(self, record: EpochRecord) -> dict[str, Any]:
         before = None if self.progress.before is None else self.progress.before.to_dict()
@@ -259,34 +340,66 @@ class _Run:
             "options": self.options.recipe(),
             "before": before,
             "after": {key: value for key, value in record.to_dict().items() if key.startswith("val_")},
-            "epochs_done": record.epoch + 1,
+            "epochs_done": record.epoch + 1 if record.fraction == 1 else round(record.epochs, 4) or 0,
             "updates": record.step,
+            **({} if self._original_top1() is None else {"original_top1": self._original_top1()}),
         }
 
-    def _evaluate(self, model: nn.Module, phase: Any) -> Metrics:
-        def on_batch(images: int) -> None:
-            self.on_event(Evaluating(phase, images, len(self.val_data)))
-            if self.stop.requested:
-                raise Stopped
+    def _measure_original(self) -> None:
+        if self.original is not None:
+            self.progress.original = self.validation.measure_other(self.original, "original")
+            self.on_event(OriginalEvaluated(self.original.name, self.progress.original))
 
-        return evaluate(
-            model,
-            self.val_loader,
-            device=self.device,
-            amp=self.options.amp,
-            channels_last=self.options.channels_last,
-            on_batch=on_batch,
-        )
-
-    def _calibrate(self) -> None:
+    def _calibrate(self) -> bool:
         if not uncalibrated_heads(self.model):
-            return
-        order = permutation(self.options.seed, 0, _CALIBRATION, count=len(self.train_data))
-        picked = Subset(self.train_data.images, order[: self.options.calibration_images].tolist())
-        images = OpenedData(picked, self.train_data.class_names, "", "", self.train_data.name, "train")
-        loading = {**self._loading(), "workers": 0}
-        loader = make_loader(images, self.preprocessing, training=False, **loading)
-        self.on_event(Calibrated(calibrate_heads_(self.model, loader, device=self.device)))
+            return False
+        with self._some_images(_CALIBRATION, self.options.calibration_images) as loader:
+            self.on_event(Calibrated(calibrate_heads_(self.model, loader, device=self.device)))
+        return True
+
+    def _train_last_block(self) -> None:
+        """Until it is done nothing is stored: a run that is stopped here begins it anew, and exactly so."""
+        options = self.options
+        with self._some_images(_LAST_BLOCK, 2) as loader:
+            few = next(iter(loader))[0].to(self.device)
+        divided = divide(self.model, few)
+        count = min(len(self.train_data), most_images(divided, few))
+
+        def tell(images: int) -> None:
+            self.on_event(Evaluating("features", images, count))
+            self._look_at_stop()
+
+        with self._some_images(_LAST_BLOCK, count) as loader:
+            features = compute(divided, loader, self.engine.teacher, device=self.device, amp=options.amp, on_batch=tell)
+        train_tail(
+            divided,
+            features,
+            options,
+            lambda logits, targets, taught: training_loss(logits, targets, taught, options),
+            device=self.device,
+            on_epoch=lambda epoch, loss: self.on_event(LastBlockEpoch(epoch, options.last_block_epochs, count, loss)),
+            on_step=self._look_at_stop,
+        )
+        if self.engine.ema is not None:
+            self.engine.ema.set(self.model)
+        metrics = self.validation.measure(self._evaluated_model(), "validation")
+        self._record(metrics, fraction=0.0, seconds=metrics.seconds)
+
+    def _look_at_stop(self) -> None:
+        if self.stop.requested:
+            raise Stopped
+
+    @contextmanager
+    def _some_images(self, stream: int, count: int) -> Iterator[ImageLoader]:
+        """Some training images, as in validation."""
+        order = permutation(self.options.seed, 0, stream, count=len(self.train_data))
+        picked = replace(self.train_data, images=Subset(self.train_data.images, order[:count].tolist()))
+        workers = self.workers if stream == _LAST_BLOCK else 0
+        loader = make_loader(picked, self.preprocessing, training=False, **{**self._loading(), "workers": workers})
+        try:
+            yield loader
+        finally:
+            loader.close()
 
     def _trained(self) -> Trained:
         engine = self.engine
@@ -295,22 +408,6 @@ class _Run:
     def _write_state(self) -> None:
         write_state(self.out, self._trained(), self.progress, self.options, self.facts)
         self.has_state = True
-
-
-def _claim_folder(out: Path, *, force: bool) -> None:
-    """Make the folder, or clear what an earlier run left in it: a stale best would pass for this run's."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        present = [out / name for name in (BEST_FILE, LAST_FILE, STATE_FILE, *LOG_FILES) if (out / name).exists()]
-        if present and not force:
-            raise OutputExistsError(
-                f"There is a run in {out} already ({present[0].name}).",
-                hint="Go on with --resume, choose another folder with -o, or replace it with --force.",
-            )
-        for path in present:
-            path.unlink()
-    except OSError as error:
-        raise OutputError(f"Cannot use the folder {out}: {error.strerror}.") from error
 
 
 def _silent(_event: Event) -> None:

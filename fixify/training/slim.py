@@ -9,13 +9,15 @@ from torch import nn
 
 from fixify._io import sha256_of
 from fixify.checkpoint import is_slim, load, read_info, save
-from fixify.data import check_classes, open_train_val, override
+from fixify.data import check_classes, open_train_val, open_unlabelled, override
 from fixify.errors import FormatError, UsageError
 from fixify.evaluation import check_input_size
 from fixify.training.events import Listener
+from fixify.training.files import BEST_FILE, LAST_FILE
 from fixify.training.logging import stored_options
 from fixify.training.options import FinetuneOptions
-from fixify.training.run import BEST_FILE, LAST_FILE, FinetuneResult, finetune
+from fixify.training.others import open_other
+from fixify.training.run import FinetuneResult, finetune
 
 
 def run_finetune(
@@ -24,6 +26,8 @@ def run_finetune(
     out_dir: Path | str,
     options: FinetuneOptions | None = None,
     *,
+    against: Path | str | None = None,
+    distill: Path | str | None = None,
     resume: bool = False,
     force: bool = False,
     download: bool = False,
@@ -39,6 +43,10 @@ def run_finetune(
         data_name: See `fixify.data.open_data`.
         out_dir: Folder of the run; see `fixify.training.finetune`.
         options: None takes the defaults, or with `resume` those the run was started with.
+        against: The original, a checkpoint or a model name: evaluated once on the validation data before training, and
+            what `options.max_drop` is measured from. None: the teacher, if `max_drop` is given without a number.
+        distill: The teacher, a checkpoint or a model name, usually the original; `options.distill_weight` says how much
+            it counts. With `options.unlabelled` the data may be any images; see `fixify.data.open_unlabelled`.
         resume: Continue the run in `out_dir`.
         force: Replace the run in `out_dir`.
         download: Whether `torch/...` data may be downloaded.
@@ -46,6 +54,7 @@ def run_finetune(
 
     Raises:
         FormatError, CodebookMismatchError: the checkpoint cannot be loaded.
+        SourceError, ArchitectureError, NoClassifierError: `against` or `distill` cannot be opened.
         DataError: the data is missing, not laid out as expected, or not the checkpoint's.
         TrainingError, OutputExistsError, OutputError: see `fixify.training.finetune`.
         UsageError: the checkpoint would be overwritten, or `img_size` does not fit the model.
@@ -58,20 +67,30 @@ def run_finetune(
     if source.is_file() and not is_slim(source):
         raise FormatError(f"{source} is not a slim checkpoint.", hint=f"Make one first: fixify convert {source}")
     info = read_info(source)
-    train, val = open_train_val(data_name, download=download)
     stored_names = (info.training or {}).get("class_names") or info.labels
-    check_classes(train, info.num_classes, stored_names)
+    if options.unlabelled:
+        names = stored_names or [str(label) for label in range(info.num_classes)]
+        train, val = open_unlabelled(data_name, names, seed=options.seed, download=download)
+    else:
+        train, val = open_train_val(data_name, download=download)
+    check_classes(val if options.unlabelled else train, info.num_classes, stored_names)
     model = load(source)
     preprocessing = override(info.preprocessing, img_size=options.img_size, crop_pct=options.crop_pct)
     if options.img_size is not None:
         check_input_size(model, preprocessing["input_size"])
-    labels = list(train.class_names) if info.labels is None else info.labels
+    if val.labelled:
+        stored_names = list(val.class_names)
+    labels = stored_names if info.labels is None else info.labels
     model.fixify_info = info.model_copy(update={"labels": labels, "preprocessing": preprocessing})  # type: ignore[assignment]
 
     def save_model(trained: nn.Module, path: Path, record: dict[str, Any]) -> None:
         save(trained, path, force=True, training=record)
 
-    facts = {"checkpoint": source.name, "checkpoint_sha256": sha256_of(source)}
+    facts = {"checkpoint": source.name, "checkpoint_sha256": sha256_of(source), "class_names": stored_names}
+    teacher = None if distill is None else open_other(distill, val, options)
+    original = None if against is None else open_other(against, val, options)
+    if original is None and options.max_drop is not None and options.original_top1 is None:
+        original = teacher
     return finetune(
         model,
         train,
@@ -83,5 +102,7 @@ def run_finetune(
         resume=resume,
         force=force,
         facts=facts,
+        original=original,
+        teacher=teacher,
         on_event=on_event,
     )

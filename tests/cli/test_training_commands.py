@@ -97,6 +97,82 @@ def test_finetune_then_eval(run: Run, stripes: Path, tmp_path: Path) -> None:
     assert code == 1 and "lr was 0.05 and is 0.7" in err
 
 
+def test_a_drop_that_is_allowed_stops_the_run_and_one_that_is_not_met_is_code_3(run: Run, stripes: Path) -> None:
+    given = (stripes / "net.fixed.safetensors", "--data", stripes / "data", *QUICK)
+    original = stripes / "learned.pth"
+    code, out, err = run("finetune", *given, "-o", "met", "--against", original, "--max-drop", 99, "--json")
+    assert code == 0, err
+    said = json.loads(out)
+    top1 = json.loads(run("eval", original, "--data", stripes / "data", *QUICK[:4], "--workers", 0, "--json")[1])[
+        "models"
+    ][0]["top1"]
+    assert said["reached"] is True and said["original_top1"] == top1
+    assert f"original: learned.pth, top-1 {top1:.2f} %" in err
+    assert f"stopped before training: validation top-1 {said['after']['val_top1']:.2f} % is within 99 points" in err
+    slim_info = json.loads(run("inspect", said["best"], "--json")[1])
+    assert slim_info["training"]["original"]["name"] == "learned.pth"
+    assert str(stripes) not in json.dumps(slim_info)
+
+    goal = ("--max-drop", 0, "--original-top1", 100, "--epochs", 1, "--lr", 1e-6, "--val-every", 2)
+    code, out, err = run("finetune", *given, "-o", "missed", *goal)
+    assert code == 3
+    assert "original" in out and "after 1 epochs" in out and "step 2: loss " in err
+    assert re.search(
+        r"error: After 1 epochs the best top-1 is \S+ %, not within 0 points of the original's 100.00 %.", err
+    )
+    code, _, err = run("finetune", *given, "-o", "missed", "--resume")  # it is as it was
+    assert code == 3 and "step 2" not in err
+    code, _, err = run("finetune", *given, "-o", "third", "--max-drop", 0.5)
+    assert code == 2 and "--against ORIGINAL" in err
+
+
+def test_a_folder_of_unlabelled_images_is_enough_with_a_teacher(run: Run, stripes: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for image in (stripes / "data" / "train").glob("*/*.png"):
+        (photos / f"{image.parent.name}-{image.name}").write_bytes(image.read_bytes())
+    given = (stripes / "net.fixed.safetensors", "--data", photos, "--unlabelled", "--epochs", 1, *QUICK, "--json")
+    original = stripes / "learned.pth"
+    code, out, err = run("finetune", *given, "-o", "run", "--distill", original, "--max-drop", 100)
+    assert code == 2 and "max_drop" in err
+    code, out, err = run("finetune", *given, "-o", "run", "--distill", original, "--max-drop", 99.5)
+    assert code in (0, 3), err
+    said = json.loads(out)
+    assert said["original_top1"] == 100  # the teacher is the original, and agrees with itself
+    assert "4 other images from photos/; top-1 is agreement with the teacher" in err
+    info = json.loads(run("inspect", said["last"], "--json")[1])
+    assert info["training"]["teacher"]["name"] == "learned.pth"
+    assert info["training"]["class_names"] is None and info["labels"] is None  # nobody said what they are called
+    assert str(tmp_path) not in json.dumps(info)
+    text = run("inspect", said["last"])[1]
+    assert "agreement with the teacher" in text and "taught by learned.pth" in text
+    # Validation with labels, where there are some.
+    (stripes / "data" / "val").rename(photos / "val")
+    (photos / "train").mkdir()
+    for image in photos.glob("*.png"):
+        image.rename(photos / "train" / image.name)
+    try:
+        code, out, err = run("finetune", *given, "-o", "labelled", "--distill", original)
+    finally:
+        (photos / "val").rename(stripes / "data" / "val")
+    assert code == 0, err
+    assert "20 images of 4 classes from val/" in err
+    info = json.loads(run("inspect", json.loads(out)["last"], "--json")[1])
+    assert info["labels"] == [f"stripe{label}" for label in range(4)]
+
+    assert "--distill ORIGINAL" in run("finetune", *given, "-o", "third")[2]
+    code, _, err = run("finetune", *given, "-o", "third", "--distill-weight", 0.3)
+    assert code == 2 and "--distill-weight needs a teacher" in err
+
+
+def test_a_teacher_of_other_classes_is_refused(run: Run, stripes: Path) -> None:
+    given = (stripes / "net.fixed.safetensors", "--data", stripes / "data", *QUICK)
+    model = timm.create_model("test_efficientnet", in_chans=1, num_classes=5)
+    torch.save({"arch": "test_efficientnet", "state_dict": model.state_dict()}, "five.pth")
+    code, _, err = run("finetune", *given, "--distill", "five.pth")
+    assert code == 1 and "five.pth has 5 classes" in err
+
+
 def test_eval_compares_an_original_with_its_conversion(run: Run, stripes: Path) -> None:
     slim, original = stripes / "net.fixed.safetensors", stripes / "learned.pth"
     given = ("--data", stripes / "data", "--split", "train", "--img-size", 32, "--workers", 0)

@@ -15,6 +15,7 @@ from fixify.data import OpenedData
 from fixify.data.idx import ArrayImages
 from fixify.heads import HeadSpec
 from fixify.retrofit import fix_classifier_
+from fixify.training import FinetuneOptions, finetune
 
 NUM_CLASSES = 4
 
@@ -88,3 +89,22 @@ def save_weights() -> Callable[[nn.Module, Path, dict[str, Any]], None]:
         torch.save({"weights": model.state_dict(), "record": record}, path)
 
     return save
+
+
+class Runs:
+    """Starts runs of the tiny network."""
+
+    def __init__(self, model: Any, data: Any, preprocessing: Any, save: Any) -> None:
+        self.model, self.data, self.preprocessing, self.save = model, data, preprocessing, save
+
+    def __call__(self, out: Path, options: FinetuneOptions, model: nn.Module | None = None, **given: Any) -> Any:
+        train, val = self.data
+        model = self.model() if model is None else model
+        given = {"train": train, "val": val, "save": self.save, **given}
+        return finetune(model, preprocessing=self.preprocessing, options=options, out=out, **given)
+
+
+@pytest.fixture(scope="session")
+def run(new_model: Any, stripes: Any, preprocessing: Any, save_weights: Any) -> Runs:
+    """Starts a run in a folder: run(out, options, model=None, **what `finetune` takes)."""
+    return Runs(new_model, stripes, preprocessing, save_weights)

@@ -30,7 +30,7 @@ def test_mistakes_are_sentences(given: dict[str, Any], message: str) -> None:
 
 def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(UsageError) as caught:
-        FinetuneOptions.create(epochs=0, lr=-1, opt="nothing-like-it")
+        FinetuneOptions.create(epochs=-1, lr=-1, opt="nothing-like-it")
     assert len(caught.value.message.splitlines()) == 3
 
 

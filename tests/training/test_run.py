@@ -9,6 +9,7 @@ import math
 import os
 import resource
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,10 @@ from fixify.training import (
     RunStarted,
     Step,
     TrainingInterrupted,
-    finetune,
     stored_options,
 )
 
+Run = Callable[..., FinetuneResult]
 CPU = torch.device("cpu")
 # Every source of randomness: augmentation of both stages, dropout; and every kind of state: moments, averages.
 EVERYTHING = FinetuneOptions.create(
@@ -55,24 +56,6 @@ EVERYTHING = FinetuneOptions.create(
     device="cpu",
 )
 PLAIN = FinetuneOptions.create(epochs=2, batch_size=8, lr=0.05, no_aug=True, workers=0, device="cpu")
-
-
-class Runs:
-    """Starts runs of the tiny network."""
-
-    def __init__(self, model: Any, data: Any, preprocessing: Any, save: Any) -> None:
-        self.model, self.data, self.preprocessing, self.save = model, data, preprocessing, save
-
-    def __call__(self, out: Path, options: FinetuneOptions, model: nn.Module | None = None, **given: Any) -> Any:
-        train, val = self.data
-        model = self.model() if model is None else model
-        given = {"save": self.save, **given}
-        return finetune(model, given.pop("train", train), val, self.preprocessing, options, out, **given)
-
-
-@pytest.fixture
-def run(new_model: Any, stripes: Any, preprocessing: Any, save_weights: Any) -> Runs:
-    return Runs(new_model, stripes, preprocessing, save_weights)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -98,16 +81,10 @@ class Stop(Exception):
 
 
 @pytest.fixture(scope="module")
-def whole(
-    tmp_path_factory: pytest.TempPathFactory,
-    new_model: Any,
-    stripes: Any,
-    preprocessing: Any,
-    save_weights: Any,
-) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
     """A run that was never stopped."""
     out = tmp_path_factory.mktemp("whole")
-    Runs(new_model, stripes, preprocessing, save_weights)(out, EVERYTHING)
+    run(out, EVERYTHING)
     return out
 
 
@@ -120,7 +97,7 @@ class TestResume:
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_a_crash_in_mid_epoch_and_a_resume_are_bit_for_bit_the_whole_run(
-        self, run: Runs, whole: Path, tmp_path: Path, workers: int
+        self, run: Run, whole: Path, tmp_path: Path, workers: int
     ) -> None:
         def crash(event: Event) -> None:
             if isinstance(event, Step) and (event.epoch, event.batch) == (1, 3):
@@ -134,7 +111,7 @@ class TestResume:
 
     @pytest.mark.parametrize(("number", "when"), [(signal.SIGINT, (0, 2)), (signal.SIGTERM, (2, 5))])
     def test_a_signal_stops_at_a_step_and_a_resume_goes_on_there(
-        self, run: Runs, whole: Path, tmp_path: Path, number: int, when: tuple[int, int]
+        self, run: Run, whole: Path, tmp_path: Path, number: int, when: tuple[int, int]
     ) -> None:
         steps: list[tuple[int, int]] = []
 
@@ -155,7 +132,7 @@ class TestResume:
         assert len(steps) == len(set(steps)) == 15  # no step was done twice
         self.same_as(whole, tmp_path)
 
-    def test_a_signal_during_validation_loses_no_step(self, run: Runs, whole: Path, tmp_path: Path) -> None:
+    def test_a_signal_during_validation_loses_no_step(self, run: Run, whole: Path, tmp_path: Path) -> None:
         def interrupt(event: Event) -> None:
             if type(event).__name__ == "Evaluating" and event.phase == "validation" and not sent:  # type: ignore[union-attr]
                 sent.append(True)
@@ -167,13 +144,13 @@ class TestResume:
         run(tmp_path, EVERYTHING, resume=True)
         self.same_as(whole, tmp_path)
 
-    def test_a_finished_run_may_be_resumed_and_changes_nothing(self, run: Runs, whole: Path) -> None:
+    def test_a_finished_run_may_be_resumed_and_changes_nothing(self, run: Run, whole: Path) -> None:
         before = {path.name: path.read_bytes() for path in whole.iterdir()}
         result = run(whole, EVERYTHING, resume=True)
         assert len(result.history) == 3
         assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
 
-    def test_other_options_or_data_are_refused_and_named(self, run: Runs, whole: Path, stripes: Any) -> None:
+    def test_other_options_or_data_are_refused_and_named(self, run: Run, whole: Path, stripes: Any) -> None:
         with pytest.raises(TrainingError, match=r"other options: epochs was 3 and is 4; lr was 0\.02 and is 0\.1\."):
             run(whole, EVERYTHING.replace(epochs=4, lr=0.1), resume=True)
         train, _ = stripes
@@ -181,7 +158,17 @@ class TestResume:
         with pytest.raises(TrainingError, match="other facts: train_images was 44 and is 40"):
             run(whole, EVERYTHING, resume=True, train=fewer)
 
-    def test_nothing_to_resume_and_a_damaged_state(self, run: Runs, whole: Path, tmp_path: Path) -> None:
+    def test_an_option_that_the_state_is_too_old_to_know_had_its_defaults_effect(
+        self, run: Run, whole: Path, tmp_path: Path
+    ) -> None:
+        state = load(whole / "state.pt")
+        del state["recipe"]["val_every"]
+        torch.save(state, tmp_path / "state.pt")
+        assert len(run(tmp_path, EVERYTHING, resume=True).history) == 3
+        with pytest.raises(TrainingError, match="val_every was None and is 2"):
+            run(tmp_path, EVERYTHING.replace(val_every=2), resume=True)
+
+    def test_nothing_to_resume_and_a_damaged_state(self, run: Run, whole: Path, tmp_path: Path) -> None:
         with pytest.raises(TrainingError, match="no run to resume"):
             run(tmp_path, EVERYTHING, resume=True)
         state = (whole / "state.pt").read_bytes()
@@ -190,7 +177,7 @@ class TestResume:
             with pytest.raises(TrainingError, match="damaged"):
                 run(tmp_path, EVERYTHING, resume=True)
 
-    def test_a_state_with_code_in_it_is_not_run(self, run: Runs, tmp_path: Path) -> None:
+    def test_a_state_with_code_in_it_is_not_run(self, run: Run, tmp_path: Path) -> None:
         class Code:
             def __reduce__(self) -> Any:
                 return os.mkdir, (str(tmp_path / "ran"),)
@@ -208,7 +195,7 @@ class TestResume:
 
 class TestRun:
     def test_what_a_run_leaves(
-        self, run: Runs, tmp_path: Path, new_model: Any, stripes: Any, preprocessing: Any
+        self, run: Run, tmp_path: Path, new_model: Any, stripes: Any, preprocessing: Any
     ) -> None:
         events: list[Event] = []
         result: FinetuneResult = run(tmp_path / "new" / "run", PLAIN, on_event=events.append)
@@ -238,17 +225,17 @@ class TestRun:
         assert kinds[:3] == [RunStarted, Evaluated, Calibrated]
         assert kinds.count(EpochEnded) == 2 and kinds.count(Step) == 10
 
-    def test_it_learns(self, run: Runs, tmp_path: Path) -> None:
+    def test_it_learns(self, run: Run, tmp_path: Path) -> None:
         result = run(tmp_path, PLAIN.replace(epochs=20, lr=0.1))
         assert result.before.top1 < 60
         assert result.after.val_top1 > 90
         assert result.history[-1].train_loss < result.history[0].train_loss
 
-    def test_any_classifier_can_be_trained(self, run: Runs, tmp_path: Path, new_model: Any) -> None:
+    def test_any_classifier_can_be_trained(self, run: Run, tmp_path: Path, new_model: Any) -> None:
         result = run(tmp_path, PLAIN, new_model(fixed=False))
         assert result.history[0].scale is None
 
-    def test_summary_has_timms_columns(self, run: Runs, tmp_path: Path) -> None:
+    def test_summary_has_timms_columns(self, run: Run, tmp_path: Path) -> None:
         run(tmp_path / "ours", PLAIN)
         metrics = {"loss": 1.0, "top1": 2.0, "top5": 3.0}
         update_summary(0, {"loss": 1.0}, metrics, tmp_path / "timm.csv", lr=0.1)
@@ -259,13 +246,13 @@ class TestRun:
         assert ours[0] == theirs[0]
         assert [row[0] for row in ours[1:]] == ["0", "1"]
 
-    def test_the_callers_random_state_is_untouched(self, run: Runs, tmp_path: Path) -> None:
+    def test_the_callers_random_state_is_untouched(self, run: Run, tmp_path: Path) -> None:
         before = torch.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
         run(tmp_path, EVERYTHING.replace(epochs=1))
         assert torch.equal(before[0], torch.get_rng_state())
         assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
 
-    def test_an_existing_run_is_kept_unless_forced(self, run: Runs, tmp_path: Path) -> None:
+    def test_an_existing_run_is_kept_unless_forced(self, run: Run, tmp_path: Path) -> None:
         run(tmp_path, PLAIN)
         with pytest.raises(OutputExistsError, match=r"a run in .* already") as caught:
             run(tmp_path, PLAIN)
@@ -274,7 +261,7 @@ class TestRun:
         assert len(result.history) == len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 
     def test_a_head_without_statistics_is_calibrated_on_training_images(
-        self, run: Runs, tmp_path: Path, new_model: Any, stripes: Any, preprocessing: Any
+        self, run: Run, tmp_path: Path, new_model: Any, stripes: Any, preprocessing: Any
     ) -> None:
         model = new_model()
         head = next(m for m in model.modules() if isinstance(m, FixedClassifier))
@@ -294,7 +281,7 @@ class TestRun:
         assert torch.allclose(found["center"], features[0].mean(dim=0), atol=1e-5)
         assert torch.allclose(found["spread"], features[0].std(dim=0, correction=0), atol=1e-5)
 
-    def test_a_head_with_statistics_keeps_them(self, run: Runs, tmp_path: Path, new_model: Any) -> None:
+    def test_a_head_with_statistics_keeps_them(self, run: Run, tmp_path: Path, new_model: Any) -> None:
         model = new_model()
         head = next(m for m in model.modules() if isinstance(m, FixedClassifier))
         head.calibrate_([torch.randn(50, head.in_features)])
@@ -302,7 +289,7 @@ class TestRun:
         run(tmp_path, PLAIN.replace(epochs=1), model, on_event=events.append)
         assert not any(isinstance(event, Calibrated) for event in events)
 
-    def test_an_unreadable_image_stops_the_run_with_its_name(self, run: Runs, tmp_path: Path, stripes: Any) -> None:
+    def test_an_unreadable_image_stops_the_run_with_its_name(self, run: Run, tmp_path: Path, stripes: Any) -> None:
         class Broken(ArrayImages):
             def load(self, index: int) -> Any:
                 if index == 7:
@@ -319,7 +306,7 @@ class TestRun:
 
 class TestSteps:
     def test_accumulated_gradients_are_those_of_the_larger_batch(
-        self, run: Runs, tmp_path: Path, new_model: Any
+        self, run: Run, tmp_path: Path, new_model: Any
     ) -> None:
         # Without batch statistics and dropout, which see the smaller batches, two small batches make a large one.
         def model() -> nn.Module:
@@ -341,13 +328,11 @@ class TestSteps:
             assert torch.allclose(weights, small["model"][key], atol=2e-6), key
 
     @pytest.mark.parametrize("accum", [2, 3, 7])
-    def test_the_last_group_of_an_epoch_may_be_smaller(self, run: Runs, tmp_path: Path, accum: int) -> None:
+    def test_the_last_group_of_an_epoch_may_be_smaller(self, run: Run, tmp_path: Path, accum: int) -> None:
         result = run(tmp_path, PLAIN.replace(epochs=2, grad_accum=accum))
         assert result.history[-1].step == 2 * math.ceil(5 / accum)
 
-    def test_a_loss_that_is_not_finite_stops_and_names_the_step(
-        self, run: Runs, tmp_path: Path, new_model: Any
-    ) -> None:
+    def test_a_loss_that_is_not_finite_stops_and_names_the_step(self, run: Run, tmp_path: Path, new_model: Any) -> None:
         model = new_model()
         calls = []
 
@@ -365,7 +350,7 @@ class TestSteps:
 
     @pytest.mark.parametrize("amp", ["bf16", "fp16"])
     @pytest.mark.filterwarnings("ignore:.*GradScaler.*:UserWarning")
-    def test_lower_precision(self, run: Runs, tmp_path: Path, amp: str) -> None:
+    def test_lower_precision(self, run: Run, tmp_path: Path, amp: str) -> None:
         result = run(tmp_path, PLAIN.replace(amp=amp, channels_last=True, epochs=1))
         assert math.isfinite(result.history[0].train_loss)
         state = load(tmp_path / "state.pt")
@@ -373,14 +358,14 @@ class TestSteps:
         assert bool(state["scaler"]) == (amp == "fp16")
 
     def test_what_is_evaluated_and_saved_is_the_moving_average(
-        self, run: Runs, tmp_path: Path, new_model: Any, stripes: Any, preprocessing: Any
+        self, run: Run, tmp_path: Path, new_model: Any, stripes: Any, preprocessing: Any
     ) -> None:
         result = run(tmp_path, PLAIN.replace(ema_decay=0.9))
         state, saved = load(tmp_path / "state.pt"), load(result.last_path)["weights"]
         assert differences(saved, state["ema"]) == []
         assert differences(saved, state["model"]) != []
 
-    def test_auxiliary_classifiers_weigh_less(self, run: Runs, tmp_path: Path, new_model: Any) -> None:
+    def test_auxiliary_classifiers_weigh_less(self, run: Run, tmp_path: Path, new_model: Any) -> None:
         class Two(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -394,14 +379,14 @@ class TestSteps:
         two = run(tmp_path / "two", options, Two()).history[0].train_loss
         assert two == pytest.approx(1.3 * one, rel=0.05)
 
-    def test_a_model_whose_output_is_no_logits_is_refused(self, run: Runs, tmp_path: Path, new_model: Any) -> None:
+    def test_a_model_whose_output_is_no_logits_is_refused(self, run: Run, tmp_path: Path, new_model: Any) -> None:
         model = new_model()
         model.register_forward_hook(lambda module, _, out: {"logits": out} if module.training else out)
         with pytest.raises(TrainingError, match="returns dict, not logits"):
             run(tmp_path, PLAIN, model)
 
 
-def test_a_full_disk_is_one_sentence_and_keeps_the_state_before(run: Runs, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_sentence_and_keeps_the_state_before(run: Run, tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(event: Event) -> None:
@@ -418,7 +403,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_state_before(run: Runs, tmp_p
     assert len(run(tmp_path, PLAIN, resume=True).history) == 2
 
 
-def test_stopping_before_training_leaves_nothing_to_resume(run: Runs, tmp_path: Path) -> None:
+def test_stopping_before_training_leaves_nothing_to_resume(run: Run, tmp_path: Path) -> None:
     def interrupt(event: Event) -> None:
         if type(event).__name__ == "Evaluating":
             os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,108 @@
+"""The validation images of a run, and measuring models on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fixify.data import ImageLoader, OpenedData, make_loader
+from fixify.evaluation import Metrics, evaluate
+from fixify.training.distillation import answered
+from fixify.training.events import Evaluating, Listener, Phase
+from fixify.training.interrupt import Stopped, StopRequest
+from fixify.training.options import FinetuneOptions
+from fixify.training.others import OtherModel
+
+
+class Validation:
+    """Measures models on one data set; raises `Stopped` between batches when asked to stop.
+
+    Args:
+        data: The images.
+        preprocessing: Of the model that is trained.
+        options: Precision, memory format and batch size.
+        device: Where the models are.
+        stop: Looked at after every batch.
+        on_event: Told how far it is.
+    """
+
+    def __init__(
+        self,
+        data: OpenedData,
+        preprocessing: dict[str, Any],
+        options: FinetuneOptions,
+        device: torch.device,
+        stop: StopRequest,
+        on_event: Listener,
+    ) -> None:
+        self.data, self.preprocessing, self.options, self.device = data, preprocessing, options, device
+        self.stop, self.on_event = stop, on_event
+        self._loader: ImageLoader | None = None
+
+    def label_with(self, teacher: OtherModel) -> None:
+        """Make the teacher's answers the labels; to be called before anything is measured."""
+        with self._loader_for(teacher) as loader:
+            self.data = answered(
+                self.data,
+                teacher,
+                loader,
+                device=self.device,
+                amp=self.options.amp,
+                on_batch=lambda images: self._tell("teacher", images),
+            )
+
+    def measure(self, model: nn.Module, phase: Phase) -> Metrics:
+        """Metrics of the model that is trained, or of its average."""
+        if self._loader is None:
+            self._loader = self._make_loader(self.preprocessing)
+        return self._measure(model, phase, self._loader)
+
+    def measure_other(self, other: OtherModel, phase: Phase) -> Metrics:
+        """Metrics of another model, which is on the CPU afterwards."""
+        model = other.model.to(self.device)
+        with self._loader_for(other) as loader:
+            metrics = self._measure(model, phase, loader)
+        model.cpu()
+        return metrics
+
+    def close(self) -> None:
+        """Stop the loader's processes."""
+        if self._loader is not None:
+            self._loader.close()
+
+    def _measure(self, model: nn.Module, phase: Phase, loader: ImageLoader) -> Metrics:
+        return evaluate(
+            model,
+            loader,
+            device=self.device,
+            amp=self.options.amp,
+            channels_last=self.options.channels_last,
+            on_batch=lambda images: self._tell(phase, images),
+        )
+
+    def _tell(self, phase: Phase, images: int) -> None:
+        self.on_event(Evaluating(phase, images, len(self.data)))
+        if self.stop.requested:
+            raise Stopped
+
+    def _make_loader(self, preprocessing: dict[str, Any]) -> ImageLoader:
+        return make_loader(
+            self.data,
+            preprocessing,
+            training=False,
+            batch_size=self.options.batch_size,
+            workers=self.options.resolved_workers(),
+            device=self.device,
+        )
+
+    @contextmanager
+    def _loader_for(self, other: OtherModel) -> Iterator[ImageLoader]:
+        loader = self._make_loader(other.preprocessing)
+        try:
+            yield loader
+        finally:
+            loader.close()
