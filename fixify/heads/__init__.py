@@ -3,6 +3,7 @@
 Knows nothing of files, model libraries or the command line.
 """
 
+from fixify.heads.binary import BinaryCodes, encode
 from fixify.heads.bounds import Coherence, coherence, rankin_bound, welch_bound
 from fixify.heads.codebooks import codebook
 from fixify.heads.matching import Matching, match
@@ -11,6 +12,7 @@ from fixify.heads.module import FixedClassifier, initial_scale
 from fixify.heads.spec import HeadSpec, choose_kind
 
 __all__ = [
+    "BinaryCodes",
     "Coherence",
     "FixedClassifier",
     "HeadSpec",
@@ -18,6 +20,7 @@ __all__ = [
     "choose_kind",
     "codebook",
     "coherence",
+    "encode",
     "hadamard",
     "initial_scale",
     "is_constructible",

@@ -67,11 +67,14 @@ def coherence(spec: HeadSpec, codes: ArrayLike | None = None) -> Coherence:
     max_cosine, max_abs = -1.0, 0.0
     for start in range(0, len(checked), _BLOCK):
         part = checked[start : start + _BLOCK]
-        cosines = book[part] @ book.T
-        cosines[np.arange(len(part)), part] = -1.0  # a code with itself
-        max_cosine = max(max_cosine, float(cosines.max()))
-        cosines[np.arange(len(part)), part] = 0.0
-        max_abs = max(max_abs, float(np.abs(cosines).max()))
+        codes_of_part = book[part].astype(np.float64)  # in float32, orthogonal codes have cosines of 1e-6
+        for other in range(0, c, _BLOCK):
+            cosines = codes_of_part @ book[other : other + _BLOCK].T.astype(np.float64)
+            itself = np.flatnonzero((part >= other) & (part < other + _BLOCK))
+            cosines[itself, part[itself] - other] = -1.0  # a code with itself
+            max_cosine = max(max_cosine, float(cosines.max()))
+            cosines[itself, part[itself] - other] = 0.0
+            max_abs = max(max_abs, float(np.abs(cosines).max()))
     gram = np.zeros((n, n))  # its squared Frobenius norm is the sum of squared cosines over all pairs
     with_themselves = 0.0
     for start in range(0, c, _BLOCK):

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fixify.errors import HeadSpecError
-from fixify.heads import dense, random
-from fixify.heads.kerdock import has_kerdock_set, kerdock_bits
-from fixify.heads.matrices import Construction, factorise, format_construction, parse_construction, rows
+from fixify.heads import binary, dense, random
+from fixify.heads.blocks import block_bits, construction_of
+from fixify.heads.matrices import Construction, rows
 
 if TYPE_CHECKING:
     from fixify.heads.spec import HeadSpec
@@ -31,13 +31,6 @@ def min_blocks(num_features: int, num_classes: int) -> int:
     return -(-num_classes // (2 * num_features))
 
 
-def construction_of(spec: HeadSpec) -> Construction:
-    """How the Hadamard matrix of the spec is built: as it records, or as this version would choose."""
-    if spec.construction is not None:
-        return parse_construction(spec.construction, spec.num_features)
-    return factorise(spec.num_features)
-
-
 def default_codes(num_features: int, num_classes: int) -> np.ndarray:
     """Code indices of an unmatched `hadamard` head, in class order: int64 [C].
 
@@ -45,29 +38,6 @@ def default_codes(num_features: int, num_classes: int) -> np.ndarray:
     row 0 would take most of every feature vector. Otherwise index c: the rows, their negatives, the next block.
     """
     return np.arange(num_classes, dtype=np.int64) + (1 if num_classes < num_features else 0)
-
-
-def block_bits(spec: HeadSpec, blocks: np.ndarray) -> np.ndarray:
-    """Sign vectors of some blocks; they depend on N, the seed and the block's number alone.
-
-    Block 0 is all plus. Up to N/2 the others are Kerdock's where N = 4^k (and H is Sylvester's); all others are read
-    from the seeded stream.
-
-    Args:
-        blocks: Block numbers, integers [k].
-
-    Returns:
-        uint8 [k, N]; 1 is a minus sign.
-    """
-    n = spec.num_features
-    kerdock = has_kerdock_set(n) and format_construction(construction_of(spec)) == f"sylvester-{n}"
-    bits = np.zeros((len(blocks), n), dtype=np.uint8)
-    for i, block in enumerate(blocks.tolist()):
-        if kerdock and block < n // 2:
-            bits[i] = kerdock_bits(n, block, block + 1)[0]
-        elif block:
-            bits[i] = random.sign_bits(spec.seed, random.Purpose.BLOCK_SIGNS, block, n)
-    return bits
 
 
 def _packed_rows(construction: Construction, indices: np.ndarray, num_features: int) -> np.ndarray:
@@ -127,11 +97,14 @@ def fingerprint(spec: HeadSpec, codes: ArrayLike | None = None) -> str:
 
     `hadamard`: "sha256:" and the SHA-256 of the ASCII line "fixify-codebook:1:<C>x<N>\\n" followed by the packed codes
     (see `packed_codes`) in class order. For a matched head the codes are the stored ones, so the digest covers the
-    whole map from class to code. Other kinds are floating point: see `dense.sketch`.
+    whole map from class to code. `binary`: see `binary.fingerprint`. Other kinds are floating point: see
+    `dense.sketch`.
 
     Raises:
         HeadSpecError: Two classes have the same code, or an index lies outside the code space.
     """
+    if spec.kind == "binary":
+        return binary.fingerprint(spec, codes)
     if spec.kind != "hadamard":
         return dense.sketch(dense.codes(spec.kind, spec.num_features, spec.num_classes, spec.seed))
     codes = checked_codes(spec, codes)
@@ -185,7 +158,8 @@ def codebook(spec: HeadSpec, codes: ArrayLike | None = None) -> np.ndarray:
 
     Args:
         spec: The head spec.
-        codes: Code index of each class, integers [C]; for a matched head only.
+        codes: What the head stores, if anything: code index of each class, integers [C], if matched; packed signs if
+            binary.
 
     Returns:
         float32 [C, N].
@@ -195,6 +169,8 @@ def codebook(spec: HeadSpec, codes: ArrayLike | None = None) -> np.ndarray:
     """
     if spec.kind == "hadamard":
         return sign_codes(spec, codes) * np.float32(spec.num_features**-0.5)
+    if spec.kind == "binary":
+        return binary.codebook(spec, codes)
     if codes is not None:
         raise HeadSpecError(f"A head of kind {spec.kind!r} has no code indices; none can be given.")
     return dense.codes(spec.kind, spec.num_features, spec.num_classes, spec.seed)

@@ -15,7 +15,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fixify.errors import HeadSpecError
-from fixify.heads.codebooks import block_bits, construction_of, sign_codes
+from fixify.heads.blocks import block_bits, construction_of
+from fixify.heads.codebooks import sign_codes
 from fixify.heads.spec import HeadSpec
 from fixify.heads.transform import factor_tables, fast_product
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fixify.errors import HeadSpecError
+from fixify.heads.binary import GAIN_STEPS
 from fixify.heads.codebooks import codebook
 from fixify.heads.spec import HeadSpec
 from fixify.heads.statistics import exact, floored, update_running_
@@ -45,12 +46,15 @@ class FixedClassifier(nn.Module):
     its own and the first one's are broadcast before every step, like those of any BatchNorm.
 
     Learned: `scale` [] (unless `spec.fixed_scale`) and `bias` [C] (if `spec.bias`). Buffers that are saved: `center`
-    and `spread` [N] and `num_batches_tracked` [] (if `spec.standardize`), `codes` [C] (if `spec.matched`).
+    and `spread` [N] and `num_batches_tracked` [] (if `spec.standardize`), `codes` (code indices [C] if `spec.matched`,
+    packed signs uint8 [C, ceil(d / 8)] if binary), `gains` uint8 [C] (if `spec.gains`): lengths of the codes in steps
+    of 1/255.
 
     Args:
         spec: The head spec; resolved and verified here.
-        codes: Code index of each class, integers [C], for a matched head. May be left out and loaded with
-            `load_state_dict`, which verifies them against the spec's digest.
+        codes: Code index of each class, integers [C], for a matched head; packed signs for a binary one. May be left
+            out and loaded with `load_state_dict`, which verifies them against the spec's digest.
+        gains: Lengths of the codes, uint8 [C], if the spec has them; default: all 255, that is length 1.
         scale: Initial scale; None: `initial_scale(num_classes)`.
         channel_dim: -1 for features [..., N]; 1 for feature maps [B, N, ...], as after a 1x1 convolution.
 
@@ -65,12 +69,14 @@ class FixedClassifier(nn.Module):
     spread: Tensor | None
     num_batches_tracked: Tensor | None
     codes: Tensor | None
+    gains: Tensor | None
 
     def __init__(
         self,
         spec: HeadSpec,
         *,
         codes: Tensor | None = None,
+        gains: Tensor | None = None,
         scale: float | None = None,
         channel_dim: int = -1,
         device: torch.device | str | None = None,
@@ -100,6 +106,17 @@ class FixedClassifier(nn.Module):
         count = torch.zeros((), dtype=torch.int64, device=device) if spec.standardize else None
         self.register_buffer("num_batches_tracked", count)
         self.register_buffer("codes", None)
+        if gains is not None and (not spec.gains or gains.shape != (spec.num_classes,) or gains.dtype != torch.uint8):
+            raise HeadSpecError(f"gains must be uint8 [{spec.num_classes}], and only for a spec that has them.")
+        self.register_buffer("gains", None)
+        if spec.gains:
+            self.gains = torch.full((spec.num_classes,), GAIN_STEPS, dtype=torch.uint8, device=device)
+            if gains is not None:
+                self.gains.copy_(gains)
+        if spec.kind == "binary":
+            shape = (spec.num_classes, -(-(spec.bits_per_class or 0) // 8))
+            signs = torch.zeros(shape, dtype=torch.uint8) if indices is None else torch.from_numpy(indices)
+            self.codes = signs.to(device=device, copy=True)
         if spec.matched:
             # int64 in memory, since distributed training cannot broadcast unsigned 16 and 32 bit buffers.
             stored = torch.zeros(spec.num_classes) if indices is None else torch.from_numpy(indices.astype(np.int64))
@@ -114,7 +131,7 @@ class FixedClassifier(nn.Module):
             if self.bias is not None:
                 self.bias.zero_()
             if self.codes is not None and self.product.codes is not None:
-                self.codes.copy_(torch.from_numpy(self.product.codes.astype(np.int64)))
+                self.codes.copy_(torch.from_numpy(self.product.codes.astype(str(self.codes.dtype).split(".")[1])))
         self.reset_statistics()
 
     def reset_statistics(self) -> None:
@@ -142,8 +159,9 @@ class FixedClassifier(nn.Module):
         return self
 
     def codebook(self) -> Tensor:
-        """The codes Q, one unit-norm row a class, for export to other programs: float32 [C, N] on the CPU."""
-        return torch.from_numpy(np.array(codebook(self.spec, self.product.codes)))
+        """The codes Q, one row a class (of unit norm unless there are gains), for export: float32 [C, N] on the CPU."""
+        codes = torch.from_numpy(np.array(codebook(self.spec, self.product.codes)))
+        return codes if self.gains is None else codes * (self.gains.cpu().float()[:, None] / GAIN_STEPS)
 
     def _channels_last(self, x: Tensor) -> Tensor:
         return x.movedim(1, -1) if self.channel_dim == 1 else x
@@ -166,6 +184,8 @@ class FixedClassifier(nn.Module):
         if self.spec.normalize:
             z = F.normalize(z, dim=-1, eps=_NORM_EPSILON)
         logits = self.product((z * (self.scale * self.product.prescale)).to(x.dtype))
+        if self.gains is not None:
+            logits = logits * (self.gains.to(logits.dtype) * (1.0 / GAIN_STEPS))
         if self.bias is not None:
             logits = logits + self.bias.to(logits.dtype)
         return logits.movedim(-1, 1) if self.channel_dim == 1 else logits
@@ -173,7 +193,9 @@ class FixedClassifier(nn.Module):
     def extra_repr(self) -> str:
         parts = [f"{self.spec.kind}", f"in_features={self.in_features}", f"out_features={self.out_features}"]
         parts += [f"bias={self.bias is not None}"]
-        parts += [name for name in ("standardize", "fixed_scale", "matched") if getattr(self.spec, name)]
+        parts += [name for name in ("standardize", "fixed_scale", "matched", "gains") if getattr(self.spec, name)]
+        if self.spec.bits_per_class is not None:
+            parts.append(f"bits_per_class={self.spec.bits_per_class}")
         if not self.spec.normalize:
             parts.append("normalize=False")
         if self.channel_dim != -1:
@@ -182,7 +204,7 @@ class FixedClassifier(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.codes is not None:
+        if self.codes is not None and self.spec.matched:
             destination[prefix + "codes"] = destination[prefix + "codes"].to(self._codes_dtype())
 
     def _codes_dtype(self) -> torch.dtype:
@@ -196,7 +218,7 @@ class FixedClassifier(nn.Module):
             return
         device, dtype = self.scale.device, self.scale.dtype
         if self.codes is not None and prefix + "codes" in state_dict:
-            self.codes = self.codes.to(torch.int64)
+            self.codes = self.codes.to(torch.int64 if self.spec.matched else torch.uint8)
             indices = self.codes.cpu().numpy()
             self.spec = self.spec.resolve(indices)
             self.product.rebuild(indices, device=device, dtype=dtype)

@@ -13,11 +13,12 @@ from numpy.typing import ArrayLike
 
 from fixify.errors import CodebookMismatchError, HeadSpecError
 from fixify.heads import dense
-from fixify.heads.codebooks import construction_of, fingerprint, min_blocks
+from fixify.heads.blocks import construction_of
+from fixify.heads.codebooks import fingerprint, min_blocks
 from fixify.heads.kerdock import has_kerdock_set
 from fixify.heads.matrices import MAX_ORDER, format_construction, is_constructible
 
-KINDS = ("hadamard", "orthogonal", "simplex")
+KINDS = ("hadamard", "orthogonal", "simplex", "binary")
 VERSION = 1
 
 # Head specs come from files. These bounds keep a hostile one from filling the memory or the day.
@@ -35,7 +36,7 @@ class HeadSpec:
     """A fixed classifier, in a few bytes.
 
     Args:
-        kind: "hadamard", "orthogonal" or "simplex".
+        kind: "hadamard", "orthogonal", "simplex" or "binary".
         num_features: Width N of the last representation.
         num_classes: Number of classes C.
         seed: Seed of everything random in the codebook, 0 <= seed < 2^64.
@@ -45,6 +46,8 @@ class HeadSpec:
         fixed_scale: The scale alpha is a buffer instead of a parameter.
         matched: The code index of each class is stored (`codes`); otherwise it follows from the class number.
         blocks: Sign-flipped Hadamard blocks in the code space; None: as few as the classes need.
+        bits_per_class: Length d of the codes of a `binary` head, 1 <= d <= N; None for other kinds.
+        gains: The length of every class's code is stored too, in one byte (`gains`); otherwise all have length 1.
         version: Version of this record.
         construction: How the Hadamard matrix is built, for example "sylvester-64*paley1-20"; None: filled in by
             `resolve`.
@@ -64,6 +67,8 @@ class HeadSpec:
     fixed_scale: bool = False
     matched: bool = False
     blocks: int | None = None
+    bits_per_class: int | None = None
+    gains: bool = False
     version: int = VERSION
     construction: str | None = None
     digest: str | None = None
@@ -73,8 +78,14 @@ class HeadSpec:
         self._check_sizes()
         if self.kind == "hadamard":
             self._check_hadamard()
-        elif self.matched or self.blocks is not None or self.construction is not None:
-            raise HeadSpecError(f"matched, blocks and construction belong to kind 'hadamard', not {self.kind!r}.")
+        elif self.matched or self.blocks is not None:
+            raise HeadSpecError(f"matched and blocks belong to kind 'hadamard', not {self.kind!r}.")
+        if self.kind == "binary":
+            self._check_binary()
+        elif self.bits_per_class is not None:
+            raise HeadSpecError(f"bits_per_class belongs to kind 'binary', not {self.kind!r}.")
+        if self.construction is not None and not self.needs_matrix:
+            raise HeadSpecError("A construction belongs to a head that multiplies with a Hadamard matrix.")
         if self.kind == "simplex" and self.num_classes > self.num_features + 1:
             raise HeadSpecError(
                 f"A simplex in {self.num_features} features has at most {self.num_features + 1} corners, got "
@@ -92,7 +103,7 @@ class HeadSpec:
             )
         if self.kind not in KINDS:
             raise HeadSpecError(f"Unknown kind of head {self.kind!r}; known: {', '.join(KINDS)}.{_nearest(self.kind)}")
-        for name in ("normalize", "bias", "standardize", "fixed_scale", "matched"):
+        for name in ("normalize", "bias", "standardize", "fixed_scale", "matched", "gains"):
             if type(getattr(self, name)) is not bool:
                 raise HeadSpecError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         if self.construction is not None and type(self.construction) is not str:
@@ -112,7 +123,7 @@ class HeadSpec:
                 continue
             if type(value) is not int or not low <= value <= high:
                 raise HeadSpecError(f"{name} must be an integer from {low} to {high}, got {value!r}.")
-        limit = MAX_SIGNS if self.kind == "hadamard" else MAX_DENSE_NUMBERS
+        limit = MAX_SIGNS if self.kind in ("hadamard", "binary") else MAX_DENSE_NUMBERS
         if self.num_features * self.num_classes > limit:
             raise HeadSpecError(
                 f"A {self.kind} codebook of {self.num_classes} classes by {self.num_features} features is beyond the "
@@ -136,29 +147,58 @@ class HeadSpec:
         elif self.blocks not in (None, needed):
             raise HeadSpecError(f"An unmatched head of this size has {needed} block(s), got {self.blocks}.")
 
+    def _check_binary(self) -> None:
+        bits, n = self.bits_per_class, self.num_features
+        if type(bits) is not int or not 1 <= bits <= n:
+            raise HeadSpecError(f"bits_per_class must be an integer from 1 to the {n} features, got {bits!r}.")
+        if self.num_classes > 2 ** min(bits, 63):
+            raise HeadSpecError(
+                f"There are only {2**bits} different codes of {bits} signs, got {self.num_classes} classes.",
+                hint="Use more `--bits-per-class`.",
+            )
+        if self.needs_matrix:
+            construction_of(self)  # raises if there is no such matrix
+
+    @property
+    def stores_codes(self) -> bool:
+        """Whether the class codes cannot be had from the spec alone: code indices if matched, signs if binary."""
+        return self.matched or self.kind == "binary"
+
+    @property
+    def needs_matrix(self) -> bool:
+        """Whether features are multiplied with a Hadamard matrix: as codes, or to rotate before signs are taken.
+
+        At d = N signs can be taken of the features themselves, and are where no matrix of that order is known.
+        """
+        binary = self.kind == "binary"
+        return self.kind == "hadamard" or (
+            binary and (self.bits_per_class != self.num_features or is_constructible(self.num_features))
+        )
+
     def resolve(self, codes: ArrayLike | None = None) -> HeadSpec:
         """This spec with construction, blocks and digest filled in; what was given already is verified.
 
         Args:
-            codes: Code index of each class, integers [C]. For a matched head; without it the digest, which covers the
-                codes, is left as it is and not verified.
+            codes: What the head stores: code index of each class, integers [C], if matched; packed signs, uint8
+                [C, ceil(d / 8)], if binary. Without them the digest, which covers them, is left and not verified.
 
         Raises:
             CodebookMismatchError: The codebook that this spec gives here is not the one it was written for.
             HeadSpecError: Two classes have the same code, or `codes` does not fit.
         """
         spec = self
+        if self.needs_matrix:
+            spec = dataclasses.replace(spec, construction=format_construction(construction_of(self)))
         if self.kind == "hadamard":
-            construction = format_construction(construction_of(self))
-            blocks = self.blocks or min_blocks(self.num_features, self.num_classes)
-            spec = dataclasses.replace(self, construction=construction, blocks=blocks)
-        if spec.matched and codes is None:
+            spec = dataclasses.replace(spec, blocks=self.blocks or min_blocks(self.num_features, self.num_classes))
+        if spec.stores_codes and codes is None:
             return spec
         digest = fingerprint(spec, codes)
         if self.digest is None:
             return dataclasses.replace(spec, digest=digest)
         if not _same_digest(self.digest, digest, self.num_classes):
-            what = "stored code indices are" if spec.matched else "codebook is"
+            stored = "signs are" if spec.kind == "binary" else "code indices are"
+            what = f"stored {stored}" if spec.stores_codes else "codebook is"
             raise CodebookMismatchError(
                 f"The {what} not what this head was written for: the spec says {self.digest[:30]}..., rebuilt here: "
                 f"{digest[:30]}...",
@@ -167,8 +207,9 @@ class HeadSpec:
         return spec
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe dictionary; unset (None) entries are left out."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        """JSON-safe dictionary; unset (None) entries are left out, and `gains` if there are none (older readers)."""
+        entries = dataclasses.asdict(self)
+        return {key: value for key, value in entries.items() if value is not None and (key, value) != ("gains", False)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> HeadSpec:

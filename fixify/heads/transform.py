@@ -14,12 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fixify.errors import HeadSpecError
-from fixify.heads import dense
-from fixify.heads.codebooks import block_bits, checked_codes, construction_of, sign_codes
+from fixify.heads import binary, dense
+from fixify.heads.blocks import block_bits, construction_of
+from fixify.heads.codebooks import checked_codes, sign_codes
 from fixify.heads.matrices import Construction, elementary, order_of, rows
+from fixify.heads.packed import PackedLinear
 from fixify.heads.spec import HeadSpec
 
-_TABLES = ("left", "right", "block_signs", "index", "class_signs", "table")
+_TABLES = ("left", "right", "block_signs", "index", "class_signs", "table", "packed")
+_MAX_UNPACKED = 1 << 24
+"""Signs of a binary head that are held as numbers (64 MB in float32); more are held packed and unpacked in chunks."""
 
 
 def balanced_split(construction: Construction) -> tuple[Construction, Construction]:
@@ -63,7 +67,7 @@ class CodeProduct(nn.Module):
 
     Args:
         spec: A resolved head spec.
-        codes: Code index of each class, integers [C], for a matched head; None until they are known.
+        codes: What the head stores, if anything (see `HeadSpec.resolve`); None until it is known.
     """
 
     left: Tensor | None  # H_a; None if a = 1
@@ -71,7 +75,8 @@ class CodeProduct(nn.Module):
     block_signs: Tensor | None  # [K, N]; None if only the plain block 0 is used
     index: Tensor | None  # matched: position of each class among the K N scores, [C]
     class_signs: Tensor | None  # matched: sign of each class, [C]
-    table: Tensor | None  # or, instead of all these, the codebook [C, N]
+    table: Tensor | None  # the codebook [C, N] instead of all these; of a binary head the signs [C, d]
+    packed: Tensor | None  # a binary head's signs, uint8 [C, ceil(d / 8)], where they are too many for a table
 
     def __init__(
         self,
@@ -99,10 +104,10 @@ class CodeProduct(nn.Module):
         """Fill the tables again, on a device and in a floating-point type.
 
         Args:
-            codes: Code indices of a matched head; None: not known yet, `forward` will refuse.
+            codes: Code indices of a matched head, signs of a binary one; None: not known yet, `forward` will refuse.
         """
         self.codes = codes
-        self.ready = codes is not None or not self.spec.matched
+        self.ready = codes is not None or not self.spec.stores_codes
         spec = self.spec
         tables: dict[str, np.ndarray] = {}
         if spec.kind == "hadamard":
@@ -110,13 +115,15 @@ class CodeProduct(nn.Module):
             self.prescale = 2.0**exponent / spec.num_features**0.5
             if self.ready:
                 tables = self._hadamard_tables(np.float32(2.0**-exponent))
+        elif spec.kind == "binary":
+            tables = self._binary_tables() if self.ready else {}
         else:
             tables = {"table": dense.codes(spec.kind, spec.num_features, spec.num_classes, spec.seed)}
         device = torch.get_default_device() if device is None else torch.device(device)
         for name in _TABLES:
             table = None
             if name in tables:
-                kind = torch.int64 if name == "index" else dtype or torch.get_default_dtype()
+                kind = {"index": torch.int64, "packed": torch.uint8}.get(name, dtype or torch.get_default_dtype())
                 # asarray would share memory with the cached, read-only codes
                 table = torch.tensor(tables[name], device="cpu" if device.type == "meta" else device, dtype=kind)
                 table = table.to(device)
@@ -139,27 +146,52 @@ class CodeProduct(nn.Module):
             tables["class_signs"] = 1.0 - 2.0 * (codes // n % 2).astype(np.float32)
         return tables
 
+    def _binary_tables(self) -> dict[str, np.ndarray]:
+        spec, n, d = self.spec, self.spec.num_features, self.spec.bits_per_class or self.spec.num_features
+        exponent = round(np.log2(d) / 2)
+        self.prescale = 2.0**exponent / d**0.5
+        unit = np.float32(2.0**-exponent)
+        if spec.num_classes * d > _MAX_UNPACKED:
+            tables = {"packed": binary.checked_signs(spec, self.codes)}
+            self.prescale *= unit  # the packed signs are +-1
+        else:
+            tables = {"table": binary.sign_rows(spec, self.codes) * unit}
+        if spec.needs_matrix:
+            exponent = round(np.log2(n) / 2)
+            self.prescale *= 2.0**exponent / n**0.5
+            left, right = factor_tables(construction_of(spec))
+            tables |= {"right": right * np.float32(2.0**-exponent), "block_signs": binary.rotation_signs(spec)}
+            if len(left) > 1:
+                tables["left"] = left
+        return tables
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodeProduct:
         tables = [table for table in self._buffers.values() if table is not None]
         was_meta = any(table.is_meta for table in tables)
         super()._apply(fn, recurse)
         tables = [table for table in self._buffers.values() if table is not None]
         if was_meta and not any(table.is_meta for table in tables):  # `to_empty`: memory without the values
-            floating = next(table for table in tables if table.is_floating_point())
-            self.rebuild(self.codes, device=floating.device, dtype=floating.dtype)
+            dtype = next((table.dtype for table in tables if table.is_floating_point()), None)
+            self.rebuild(self.codes, device=tables[0].device, dtype=dtype)
         return self
 
     def forward(self, z: Tensor) -> Tensor:
+        if not self.ready:
+            raise HeadSpecError("The codes of this fixed classifier are stored, and have not been loaded yet.")
+        if self.spec.kind == "binary" and self.right is not None and self.block_signs is not None:
+            z = fast_product(z * self.block_signs.to(z.dtype), self.left, self.right)[..., : self.spec.bits_per_class]
+        if self.packed is not None:
+            product: Tensor = PackedLinear.apply(z, self.packed)
+            return product
         if self.table is not None:
             return F.linear(z, self.table)
-        if self.right is None:
-            raise HeadSpecError("This fixed classifier is matched and its codes have not been loaded yet.")
         n, c = self.spec.num_features, self.spec.num_classes
         k = 1 if self.block_signs is None else self.block_signs.shape[0]
         lead = z.shape[:-1]
         if self.block_signs is not None:
             z = z.unsqueeze(-2) * self.block_signs.to(z.dtype)
-        scores = fast_product(z, self.left, self.right)  # [..., N] or [..., K, N]
+        right: Tensor = self.right  # type: ignore[assignment]  # ready, and no table: these are there
+        scores = fast_product(z, self.left, right)  # [..., N] or [..., K, N]
         if self.index is not None and self.class_signs is not None:
             return scores.reshape(*lead, k * n).index_select(-1, self.index) * self.class_signs.to(scores.dtype)
         if c > n:

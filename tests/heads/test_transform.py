@@ -139,7 +139,7 @@ def test_only_blocks_that_are_used_are_multiplied(monkeypatch):
 
 def test_unknown_codes_are_refused_at_the_first_use():
     product = CodeProduct(HeadSpec("hadamard", 64, 50, matched=True, blocks=64))
-    with pytest.raises(HeadSpecError, match="codes have not been loaded"):
+    with pytest.raises(HeadSpecError, match="have not been loaded yet"):
         product(torch.zeros(1, 64))
 
 
