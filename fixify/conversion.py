@@ -1,17 +1,21 @@
-"""Converting: an ordinary checkpoint goes in, a slim one comes out. No training, no data."""
+"""Converting: an ordinary checkpoint goes in, a slim one comes out. No training; images only to calibrate with."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fixify._io import refuse_existing
+from fixify.calibrating import MIN_IMAGES, Calibration, Observation
 from fixify.checkpoint import DTYPES, SUFFIX, SlimInfo, is_slim, write_slim
 from fixify.counts import Savings, classifier_weights, count_bytes, count_parameters, under
 from fixify.errors import SourceError, UsageError
-from fixify.heads import FixedClassifier, HeadSpec, choose_kind
+from fixify.evaluation import resolve_device
+from fixify.heads import FixedClassifier, HeadSpec, choose_kind, feature_statistics, fit_
 from fixify.heads import match as match_codes
 from fixify.originals import Original, read_original
 from fixify.retrofit import HeadRecord
@@ -28,12 +32,14 @@ class Conversion:
         path: The slim checkpoint.
         info: What is written in it.
         savings: Parameters and bytes, before and after.
+        calibration: How it was calibrated and how often it agrees with the original; None without images.
         notes: Decisions that a person should know of: how the architecture was recognised, why a head was chosen.
     """
 
     path: Path
     info: SlimInfo
     savings: Savings
+    calibration: Calibration | None
     notes: tuple[str, ...]
 
 
@@ -52,7 +58,11 @@ def convert(
     dtype: str | None = None,
     labels: str | Path | None = None,
     ema: bool = False,
+    calibrate: str | Path | None = None,
+    calibrate_images: int = 512,
+    device: str | None = None,
     force: bool = False,
+    on_images: Callable[[int], object] | None = None,
 ) -> Conversion:
     """Replace the classifier of a checkpoint by a fixed one, and write what is left as a slim checkpoint.
 
@@ -73,9 +83,16 @@ def convert(
         dtype: "float32", "float16" or "bfloat16": store the backbone in this type.
         labels: A file of class names or "imagenet" (see `fixify.sources.read_labels`); default: the source's.
         ema: Take the averaged weights of a training checkpoint.
+        calibrate: A folder of images, or a data name; labels are not used. The original is run on some of them: center
+            and spread of the features are set, codes are matched and scale and bias fitted to its answers there.
+        calibrate_images: How many images are drawn (with `seed`), 8 or more. A quarter is kept to count on how often
+            original and converted model agree.
+        device: Where the original runs when calibrating; default: the first accelerator there is, else the CPU.
         force: Replace an existing file.
+        on_images: Called while calibrating with the number of images that each batch had.
 
     Raises:
+        DataError: no such images, too few, or one that cannot be read.
         SourceError, ArchitectureError, NoClassifierError: see `fixify.originals.read_original`.
         HeadSpecError: no such codebook, for example no Hadamard matrix of that order.
         OutputExistsError, OutputError: the output exists already, or cannot be written.
@@ -83,6 +100,7 @@ def convert(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    _check_calibration(calibrate, calibrate_images, device, num_classes)
     if is_slim(source):
         raise SourceError(f"{source} is a slim checkpoint already.", hint=f"Next: fixify finetune {source} --data DATA")
     target = Path(out) if out is not None else default_out(source)
@@ -94,6 +112,16 @@ def convert(
     names = original.labels if num_classes is None else None
     if labels is not None:
         names = read_labels(labels, num_classes or original.num_classes)
+    observed = None
+    if calibrate is not None:
+        observed = Observation(
+            original,
+            str(calibrate),
+            num_images=calibrate_images,
+            seed=seed,
+            device=resolve_device(device),
+            on_images=on_images,
+        )
     records, heads = [], {}
     for site in original.sites:
         classes = num_classes or site.num_classes
@@ -106,16 +134,19 @@ def convert(
             bias=bias,
             standardize=standardize,
         )
-        old = under(original.tensors, site.path)
         if match and num_classes is None and kind == "hadamard":
-            fixed, note = _matched_head(spec, site, old, scale)
+            fixed, note = _matched_head(spec, site, original.tensors, scale, observed)
             notes.append(note)
         else:
             fixed = FixedClassifier(spec, scale=scale, channel_dim=site.channel_dim)
+            if observed is not None and standardize and site.path in observed.features:
+                observed.calibrate_(fixed, site.path)
+                notes.append(f"{site.path}: codes are not matched, so calibrating sets only center and spread.")
             if reason is not None:
                 notes.append(f"{site.path}: {reason}.")
         heads[site.path] = fixed
         records.append(HeadRecord(site.path, site.layer_type, site.channel_dim, fixed.spec))
+    calibration = None if observed is None else observed.result(heads)
 
     tensors, savings = _replace_heads(original, heads, None if dtype is None else DTYPES[dtype])
     info = SlimInfo(
@@ -131,9 +162,10 @@ def convert(
         },
         savings=savings.to_dict(),
         dtype=dtype or _main_dtype(original.tensors),
+        calibration=None if calibration is None else calibration.to_dict(),
     )
     write_slim(target, tensors, info, force=force)
-    return Conversion(path=target, info=info, savings=savings, notes=tuple(notes))
+    return Conversion(path=target, info=info, savings=savings, calibration=calibration, notes=tuple(notes))
 
 
 def default_out(source: str | Path) -> Path:
@@ -146,18 +178,60 @@ def default_out(source: str | Path) -> Path:
     return Path(name + SUFFIX)
 
 
+def _check_calibration(
+    calibrate: str | Path | None, num_images: int, device: str | None, num_classes: int | None
+) -> None:
+    if num_images < MIN_IMAGES:
+        raise UsageError(f"calibrate_images must be {MIN_IMAGES} or more, not {num_images}.")
+    if calibrate is None and device is not None:
+        raise UsageError(
+            "Only calibrating runs the model on a device.", hint="Add --calibrate FOLDER, or drop --device."
+        )
+    if calibrate is not None and num_classes is not None:
+        raise UsageError(
+            "Calibrating fits the head to the original's answers, and a new label set has none.",
+            hint="Drop --calibrate: fixify finetune takes center and spread from its training images.",
+        )
+
+
 def _matched_head(
-    spec: HeadSpec, site: ClassifierSite, old: dict[str, torch.Tensor], scale: float | None
+    spec: HeadSpec,
+    site: ClassifierSite,
+    tensors: dict[str, torch.Tensor],
+    scale: float | None,
+    observed: Observation | None,
 ) -> tuple[FixedClassifier, str]:
-    """A head whose codes are chosen by the old class vectors, with the old bias; and how near the codes came."""
-    weight = old[f"{site.path}.weight"].float().reshape(site.num_classes, site.num_features)
-    found = match_codes(weight, seed=spec.seed)
-    spec = replace(spec, matched=True, blocks=found.blocks)
-    head = FixedClassifier(spec, codes=torch.from_numpy(found.codes), scale=scale, channel_dim=site.channel_dim)
-    if head.bias is not None and site.has_bias:
+    """A head whose codes are chosen by the old class vectors, and fitted if there are features; what came of it."""
+    weight = tensors[f"{site.path}.weight"].float().reshape(site.num_classes, site.num_features)
+    old_bias = tensors[f"{site.path}.bias"].float() if site.has_bias else None
+    features = None if observed is None else observed.features.get(site.path)
+    if features is None:
+        spec, codes, note = _choose_codes(spec, weight, None)
+    else:
+        statistics = feature_statistics(features, standardize=spec.standardize)
+        spec, codes, note = _choose_codes(spec, weight * statistics.spread, statistics.covariance)
+    head = FixedClassifier(spec, **codes, scale=scale, channel_dim=site.channel_dim)
+    if observed is not None and features is not None:
+        if spec.standardize:
+            observed.calibrate_(head, site.path)
+        fit_(head, features, weight, old_bias, fit_scale=scale is None)
+    elif head.bias is not None and old_bias is not None:
         with torch.no_grad():
-            head.bias.copy_(old[f"{site.path}.bias"])
-    return head, f"{site.path}: codes matched to the old class vectors, mean cosine {found.mean_correlation:.2f}."
+            head.bias.copy_(old_bias)
+    return head, f"{site.path}: {note}."
+
+
+def _choose_codes(
+    spec: HeadSpec, class_vectors: torch.Tensor, covariance: torch.Tensor | None
+) -> tuple[HeadSpec, dict[str, Any], str]:
+    """The codes for some class vectors, as the head's features have them (covariance: of those features).
+
+    Returns:
+        The spec, what `FixedClassifier` is given beside it, and what to tell.
+    """
+    found = match_codes(class_vectors, seed=spec.seed, feature_covariance=covariance)
+    note = f"codes matched to the old class vectors, mean cosine {found.mean_correlation:.2f}"
+    return replace(spec, matched=True, blocks=found.blocks), {"codes": torch.from_numpy(found.codes)}, note
 
 
 def _replace_heads(

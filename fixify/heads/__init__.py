@@ -4,6 +4,7 @@ Knows nothing of files, model libraries or the command line.
 """
 
 from fixify.heads.bounds import Coherence, coherence, rankin_bound, welch_bound
+from fixify.heads.calibration import FeatureStatistics, Fit, feature_statistics, fit_
 from fixify.heads.codebooks import codebook
 from fixify.heads.matching import Matching, match
 from fixify.heads.matrices import hadamard, is_constructible
@@ -12,12 +13,16 @@ from fixify.heads.spec import HeadSpec, choose_kind
 
 __all__ = [
     "Coherence",
+    "FeatureStatistics",
+    "Fit",
     "FixedClassifier",
     "HeadSpec",
     "Matching",
     "choose_kind",
     "codebook",
     "coherence",
+    "feature_statistics",
+    "fit_",
     "hadamard",
     "initial_scale",
     "is_constructible",
