@@ -39,6 +39,7 @@ class SlimInfo(BaseModel):
         source: What was converted: file name, SHA-256, bytes.
         savings: `fixify.counts.Savings` as a dictionary.
         dtype: The floating type of the backbone as stored, for example "float16".
+        calibration: `fixify.calibrating.Calibration` as a dictionary, if images were at hand when it was converted.
         training: Data, options and metrics before and after, if the model was fine-tuned.
     """
 
@@ -51,6 +52,7 @@ class SlimInfo(BaseModel):
     source: dict[str, Any] = {}
     savings: dict[str, Any] = {}
     dtype: str = "float32"
+    calibration: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
 
     @property

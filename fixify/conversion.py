@@ -1,17 +1,21 @@
-"""Converting: an ordinary checkpoint goes in, a slim one comes out. No training, no data."""
+"""Converting: an ordinary checkpoint goes in, a slim one comes out. No training; images only to calibrate with."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fixify._io import refuse_existing
+from fixify.calibrating import MIN_IMAGES, Calibration, Observation
 from fixify.checkpoint import DTYPES, SUFFIX, SlimInfo, is_slim, write_slim
 from fixify.counts import Savings, classifier_weights, count_bytes, count_parameters, under
 from fixify.errors import SourceError, UsageError
-from fixify.heads import FixedClassifier, HeadSpec, choose_kind
+from fixify.evaluation import resolve_device
+from fixify.heads import FixedClassifier, HeadSpec, choose_kind, encode, feature_statistics, fit_
 from fixify.heads import match as match_codes
 from fixify.originals import Original, read_original
 from fixify.retrofit import HeadRecord
@@ -28,12 +32,14 @@ class Conversion:
         path: The slim checkpoint.
         info: What is written in it.
         savings: Parameters and bytes, before and after.
+        calibration: How it was calibrated and how often it agrees with the original; None without images.
         notes: Decisions that a person should know of: how the architecture was recognised, why a head was chosen.
     """
 
     path: Path
     info: SlimInfo
     savings: Savings
+    calibration: Calibration | None
     notes: tuple[str, ...]
 
 
@@ -45,6 +51,7 @@ def convert(
     seed: int = 0,
     arch: str | None = None,
     num_classes: int | None = None,
+    bits_per_class: int | None = None,
     match: bool = True,
     scale: float | None = None,
     bias: bool = True,
@@ -52,7 +59,11 @@ def convert(
     dtype: str | None = None,
     labels: str | Path | None = None,
     ema: bool = False,
+    calibrate: str | Path | None = None,
+    calibrate_images: int = 512,
+    device: str | None = None,
     force: bool = False,
+    on_images: Callable[[int], object] | None = None,
 ) -> Conversion:
     """Replace the classifier of a checkpoint by a fixed one, and write what is left as a slim checkpoint.
 
@@ -61,10 +72,12 @@ def convert(
     Args:
         source: A checkpoint file, or a model name.
         out: Where to write; default: the source's name with `.fixed.safetensors`, in the current folder.
-        head: "hadamard", "orthogonal", or "auto": Hadamard where a matrix of that order is known.
+        head: "hadamard", "orthogonal", "simplex", "binary" (signs of the old classifier), or "auto": Hadamard where a
+            matrix of that order is known.
         seed: Seed of the codebook (of the random orthogonal matrix, or of the sign flips where C > 2N).
         arch: The architecture, if it cannot be told from the file.
         num_classes: Number of classes of a new label set; default: the original's. A new label set is not matched.
+        bits_per_class: Signs that a `binary` head stores for a class, 1 to the number of features (the default).
         match: Give each class the code nearest to its old class vector (Hadamard heads; `fixify.heads.match`), and
             keep the old bias. Costs 1 to 4 bytes a class; without it codes go to classes in order, as in the paper.
         scale: Initial value of alpha; default: where softmax reaches 0.95 at cosine 1.
@@ -73,9 +86,16 @@ def convert(
         dtype: "float32", "float16" or "bfloat16": store the backbone in this type.
         labels: A file of class names or "imagenet" (see `fixify.sources.read_labels`); default: the source's.
         ema: Take the averaged weights of a training checkpoint.
+        calibrate: A folder of images, or a data name; labels are not used. The original is run on some of them: center
+            and spread of the features are set, codes are matched and scale and bias fitted to its answers there.
+        calibrate_images: How many images are drawn (with `seed`), 8 or more. A quarter is kept to count on how often
+            original and converted model agree.
+        device: Where the original runs when calibrating; default: the first accelerator there is, else the CPU.
         force: Replace an existing file.
+        on_images: Called while calibrating with the number of images that each batch had.
 
     Raises:
+        DataError: no such images, too few, or one that cannot be read.
         SourceError, ArchitectureError, NoClassifierError: see `fixify.originals.read_original`.
         HeadSpecError: no such codebook, for example no Hadamard matrix of that order.
         OutputExistsError, OutputError: the output exists already, or cannot be written.
@@ -83,6 +103,8 @@ def convert(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    _check_calibration(calibrate, calibrate_images, device, num_classes)
+    _check_binary(head, bits_per_class, num_classes)
     if is_slim(source):
         raise SourceError(f"{source} is a slim checkpoint already.", hint=f"Next: fixify finetune {source} --data DATA")
     target = Path(out) if out is not None else default_out(source)
@@ -94,6 +116,16 @@ def convert(
     names = original.labels if num_classes is None else None
     if labels is not None:
         names = read_labels(labels, num_classes or original.num_classes)
+    observed = None
+    if calibrate is not None:
+        observed = Observation(
+            original,
+            str(calibrate),
+            num_images=calibrate_images,
+            seed=seed,
+            device=resolve_device(device),
+            on_images=on_images,
+        )
     records, heads = [], {}
     for site in original.sites:
         classes = num_classes or site.num_classes
@@ -105,17 +137,25 @@ def convert(
             seed=seed,
             bias=bias,
             standardize=standardize,
+            bits_per_class=(bits_per_class or site.num_features) if kind == "binary" else None,
+            gains=kind == "binary",
         )
-        old = under(original.tensors, site.path)
-        if match and num_classes is None and kind == "hadamard":
-            fixed, note = _matched_head(spec, site, old, scale)
+        if kind == "binary" and (observed is None or site.path not in observed.features):
+            # Without statistics the old logits are nearest when the features are left as they are.
+            spec = replace(spec, standardize=False, normalize=False)
+        if kind == "binary" or (match and num_classes is None and kind == "hadamard"):
+            fixed, note = _matched_head(spec, site, original.tensors, scale, observed)
             notes.append(note)
         else:
             fixed = FixedClassifier(spec, scale=scale, channel_dim=site.channel_dim)
+            if observed is not None and standardize and site.path in observed.features:
+                observed.calibrate_(fixed, site.path)
+                notes.append(f"{site.path}: codes are not matched, so calibrating sets only center and spread.")
             if reason is not None:
                 notes.append(f"{site.path}: {reason}.")
         heads[site.path] = fixed
         records.append(HeadRecord(site.path, site.layer_type, site.channel_dim, fixed.spec))
+    calibration = None if observed is None else observed.result(heads)
 
     tensors, savings = _replace_heads(original, heads, None if dtype is None else DTYPES[dtype])
     info = SlimInfo(
@@ -131,9 +171,10 @@ def convert(
         },
         savings=savings.to_dict(),
         dtype=dtype or _main_dtype(original.tensors),
+        calibration=None if calibration is None else calibration.to_dict(),
     )
     write_slim(target, tensors, info, force=force)
-    return Conversion(path=target, info=info, savings=savings, notes=tuple(notes))
+    return Conversion(path=target, info=info, savings=savings, calibration=calibration, notes=tuple(notes))
 
 
 def default_out(source: str | Path) -> Path:
@@ -146,18 +187,76 @@ def default_out(source: str | Path) -> Path:
     return Path(name + SUFFIX)
 
 
+def _check_calibration(
+    calibrate: str | Path | None, num_images: int, device: str | None, num_classes: int | None
+) -> None:
+    if num_images < MIN_IMAGES:
+        raise UsageError(f"calibrate_images must be {MIN_IMAGES} or more, not {num_images}.")
+    if calibrate is None and device is not None:
+        raise UsageError(
+            "Only calibrating runs the model on a device.", hint="Add --calibrate FOLDER, or drop --device."
+        )
+    if calibrate is not None and num_classes is not None:
+        raise UsageError(
+            "Calibrating fits the head to the original's answers, and a new label set has none.",
+            hint="Drop --calibrate: fixify finetune takes center and spread from its training images.",
+        )
+
+
+def _check_binary(head: str, bits_per_class: int | None, num_classes: int | None) -> None:
+    if head != "binary" and bits_per_class is not None:
+        raise UsageError(f"bits_per_class belongs to head binary, not {head}.", hint="Add --head binary.")
+    if head == "binary" and num_classes is not None:
+        raise UsageError(
+            "A binary head takes its signs from the old classifier, and a new label set has none.",
+            hint="Drop --head binary: the codes of a Hadamard head need no old classifier.",
+        )
+
+
 def _matched_head(
-    spec: HeadSpec, site: ClassifierSite, old: dict[str, torch.Tensor], scale: float | None
+    spec: HeadSpec,
+    site: ClassifierSite,
+    tensors: dict[str, torch.Tensor],
+    scale: float | None,
+    observed: Observation | None,
 ) -> tuple[FixedClassifier, str]:
-    """A head whose codes are chosen by the old class vectors, with the old bias; and how near the codes came."""
-    weight = old[f"{site.path}.weight"].float().reshape(site.num_classes, site.num_features)
-    found = match_codes(weight, seed=spec.seed)
-    spec = replace(spec, matched=True, blocks=found.blocks)
-    head = FixedClassifier(spec, codes=torch.from_numpy(found.codes), scale=scale, channel_dim=site.channel_dim)
-    if head.bias is not None and site.has_bias:
+    """A head whose codes are chosen by the old class vectors, and fitted if there are features; what came of it."""
+    weight = tensors[f"{site.path}.weight"].float().reshape(site.num_classes, site.num_features)
+    old_bias = tensors[f"{site.path}.bias"].float() if site.has_bias else None
+    features = None if observed is None else observed.features.get(site.path)
+    if features is None:
+        spec, codes, note = _choose_codes(spec, weight, None)
+    else:
+        statistics = feature_statistics(features, standardize=spec.standardize)
+        spec, codes, note = _choose_codes(spec, weight * statistics.spread, statistics.covariance)
+    if scale is not None:
+        codes["scale"] = scale
+    head = FixedClassifier(spec, **codes, channel_dim=site.channel_dim)
+    if observed is not None and features is not None:
+        if spec.standardize:
+            observed.calibrate_(head, site.path)
+        fit_(head, features, weight, old_bias, fit_scale=scale is None)
+    elif head.bias is not None and old_bias is not None:
         with torch.no_grad():
-            head.bias.copy_(old[f"{site.path}.bias"])
-    return head, f"{site.path}: codes matched to the old class vectors, mean cosine {found.mean_correlation:.2f}."
+            head.bias.copy_(old_bias)
+    return head, f"{site.path}: {note}."
+
+
+def _choose_codes(
+    spec: HeadSpec, class_vectors: torch.Tensor, covariance: torch.Tensor | None
+) -> tuple[HeadSpec, dict[str, Any], str]:
+    """The codes for some class vectors, as the head's features have them (covariance: of those features).
+
+    Returns:
+        The spec, what `FixedClassifier` is given beside it, and what to tell.
+    """
+    if spec.kind == "binary":
+        signs = encode(spec, class_vectors, feature_moment=covariance)
+        stored = {"codes": torch.from_numpy(signs.codes), "gains": torch.from_numpy(signs.gains), "scale": signs.scale}
+        return spec, stored, f"{spec.bits_per_class} signs a class taken from the old classifier"
+    found = match_codes(class_vectors, seed=spec.seed, feature_covariance=covariance)
+    note = f"codes matched to the old class vectors, mean cosine {found.mean_correlation:.2f}"
+    return replace(spec, matched=True, blocks=found.blocks), {"codes": torch.from_numpy(found.codes)}, note
 
 
 def _replace_heads(

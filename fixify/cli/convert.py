@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
 
-from fixify.cli.options import Arch, Ema, Force, Json, Out, Recipe, Seed, Set
+from fixify.cli.options import Arch, Device, Ema, Force, Json, Out, Recipe, Seed, Set
 from fixify.cli.output import Output
 
 
@@ -16,11 +17,16 @@ def convert(
     out: Out = None,
     recipe: Recipe = None,
     set_: Set = None,
-    head: Annotated[str, typer.Option(help="hadamard, orthogonal, or auto: hadamard where one is known.")] = "auto",
+    head: Annotated[
+        str, typer.Option(help="hadamard, orthogonal, simplex, binary, or auto: hadamard where one is known.")
+    ] = "auto",
     seed: Seed = 0,
     arch: Arch = None,
     num_classes: Annotated[
         int | None, typer.Option(min=1, help="A new label set of this size. Default: the classes of SOURCE.")
+    ] = None,
+    bits_per_class: Annotated[
+        int | None, typer.Option(min=1, help="Signs that a binary head stores for a class. Default: one a feature.")
     ] = None,
     match: Annotated[
         bool, typer.Option("--match/--no-match", help="Give each class the code nearest to its old class vector.")
@@ -39,28 +45,51 @@ def convert(
         str | None, typer.Option(help="A file of class names, or imagenet. Default: those that came with SOURCE.")
     ] = None,
     ema: Ema = False,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="A folder of images like those the model is for (no labels needed), or a data name: set center and "
+            "spread of the features, and fit codes, scale and bias to the original's answers.",
+            show_default=False,
+        ),
+    ] = None,
+    calibrate_images: Annotated[int, typer.Option(min=8, help="Images drawn from it; a quarter is held out.")] = 512,
+    device: Device = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Replace the classifier of a checkpoint by a fixed one, and write the slim checkpoint.
 
     The backbone is kept bit for bit. No data is needed; accuracy comes back with `fixify finetune`.
+    A few hundred images without labels (--calibrate) bring part of it back at once, and tell how much.
     """
     from fixify.cli.recipe_defaults import chosen_recipe, convert_options
     from fixify.conversion import convert as run
-    from fixify.reporting.tables import removed_line, savings_table
+    from fixify.reporting.tables import calibration_line, removed_line, savings_table
 
     output = Output(as_json=as_json)
     chosen = chosen_recipe(recipe, set_ or [])
-    done = run(source, out, force=force, **convert_options(context, chosen))
+    options = convert_options(context, chosen)
+    bar = output.progress("calibrating") if options.get("calibrate") is not None else nullcontext()
+    with bar as on_images:
+        done = run(source, out, force=force, on_images=on_images, **options)
     for note in done.notes:
         output.say(note)
     savings = done.savings.to_dict()
     output.result(
-        {"path": str(done.path), "notes": done.notes, "savings": savings, "info": done.info.model_dump()},
+        {
+            "path": str(done.path),
+            "notes": done.notes,
+            "savings": savings,
+            "calibration": done.info.calibration,
+            "info": done.info.model_dump(),
+        },
         removed_line(done.savings),
         savings_table(done.savings),
     )
+    if done.info.calibration is not None:
+        output.say(f"Calibrated {calibration_line(done.info.calibration)}.")
     output.say(f"Wrote {done.path}.")
     same = f" --recipe {recipe}" if chosen is not None and chosen.finetune is not None else ""
     output.next_step(

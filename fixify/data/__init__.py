@@ -5,7 +5,7 @@ from fixify.data.loader import Augmentation, ImageLoader, default_workers, make_
 from fixify.data.names import DATA_NAMES, open_data, open_train_val
 from fixify.data.opened import ImageSource, OpenedData, Split, Subset
 from fixify.data.preprocessing import override
-from fixify.data.unlabelled import open_unlabelled
+from fixify.data.unlabelled import draw_images, open_unlabelled
 
 __all__ = [
     "DATA_NAMES",
@@ -17,6 +17,7 @@ __all__ = [
     "Subset",
     "check_classes",
     "default_workers",
+    "draw_images",
     "make_loader",
     "open_data",
     "open_train_val",

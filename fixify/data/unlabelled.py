@@ -1,8 +1,9 @@
-"""Images without labels: any folder of images, for training on another model's answers."""
+"""Images without labels: any folder of images, for training on another model's answers and for calibrating."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fixify.data.folder import (
@@ -21,7 +22,7 @@ from fixify.data.seeding import permutation
 from fixify.errors import DataError
 
 _HELD_OUT, _MOST_HELD_OUT = 0.1, 5000
-_HOLD_OUT = 5  # random stream beside those of fixify.data.loader and fixify.training
+_HOLD_OUT, _DRAW = 5, 6  # random streams beside those of fixify.data.loader and fixify.training
 
 
 def open_unlabelled(
@@ -59,6 +60,28 @@ def open_unlabelled(
     val = _labelled(val_folder, root, class_names) or _without_labels(val_folder, root, class_names)
     check_separate(train, val)
     return train, val
+
+
+def draw_images(name: str, *, count: int, seed: int = 0) -> OpenedData:
+    """Draw some images, whatever they show: labels, if there are any, will not be used.
+
+    Of a folder with train/ every image at any depth below that, of another folder every image below it.
+
+    Args:
+        name: A folder, or a name as for `open_data`, whose training images are taken.
+        count: How many; all, if there are fewer.
+        seed: Which, and in which order.
+
+    Raises:
+        DataError: no such data, or no images.
+    """
+    root = Path(name).expanduser()
+    if name in DATA_NAMES or not root.is_dir() or has_idx_files(root, "train"):
+        data = open_data(name, split="train")
+    else:
+        data = _without_labels(find_split(root, "train") or root, root, ())
+    order = permutation(seed, 0, _DRAW, count=len(data))[:count]
+    return replace(data, images=Subset(data.images, order.tolist()), labelled=False)
 
 
 def _without_labels(folder: Path, root: Path, class_names: Sequence[str]) -> OpenedData:

@@ -5,6 +5,7 @@ Knows nothing of files, model libraries or the command line.
 
 from fixify.heads.binary import BinaryCodes, encode
 from fixify.heads.bounds import Coherence, coherence, rankin_bound, welch_bound
+from fixify.heads.calibration import FeatureStatistics, Fit, feature_statistics, fit_
 from fixify.heads.codebooks import codebook
 from fixify.heads.matching import Matching, match
 from fixify.heads.matrices import hadamard, is_constructible
@@ -14,6 +15,8 @@ from fixify.heads.spec import HeadSpec, choose_kind
 __all__ = [
     "BinaryCodes",
     "Coherence",
+    "FeatureStatistics",
+    "Fit",
     "FixedClassifier",
     "HeadSpec",
     "Matching",
@@ -21,6 +24,8 @@ __all__ = [
     "codebook",
     "coherence",
     "encode",
+    "feature_statistics",
+    "fit_",
     "hadamard",
     "initial_scale",
     "is_constructible",

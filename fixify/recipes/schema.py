@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from fixify.calibrating import MIN_IMAGES
 from fixify.checkpoint import DTYPES
 from fixify.conversion import convert
 from fixify.heads.spec import KINDS
@@ -30,6 +31,8 @@ _LIMITS: dict[str, Any] = {
     "head": Literal[_HEADS],
     "dtype": Literal[_DTYPES] | None,
     "num_classes": Annotated[int, Field(ge=1)] | None,
+    "bits_per_class": Annotated[int, Field(ge=1)] | None,
+    "calibrate_images": Annotated[int, Field(ge=MIN_IMAGES)],
     "scale": Annotated[float, Field(ge=0, allow_inf_nan=False)] | None,
     "seed": Annotated[int, Field(ge=0, lt=1 << 64)],
 }

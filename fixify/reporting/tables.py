@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -62,6 +63,15 @@ def removed_line(savings: Savings) -> str:
     return f"{savings.removed:,} classifier weights are gone ({share})."
 
 
+def calibration_line(calibration: Mapping[str, Any]) -> str:
+    """What the head was fitted to and how often it then answered as the original, of a `SlimInfo.calibration`."""
+    images, held_out, data = (calibration.get(key) for key in ("num_images", "held_out", "data"))
+    return (
+        f"on {images} images of {data}; agreed with the original on {_plain(calibration.get('agreement'))} % of "
+        f"{held_out} others"
+    )
+
+
 def models_table(rows: Iterable[ModelReport]) -> Table:
     """One row a model: how much of it is classifier, and what remains without."""
     made = new_table("model", ">N", ">C", ">parameters", ">classifier", ">share", ">fixed")
@@ -103,6 +113,8 @@ def info_table(path: Path, info: SlimInfo) -> Table:
     if source.get("sha256"):
         made.add_row("", short_digest(f"sha256:{source['sha256']}"))
     made.add_row("saved", removed_line(Savings.from_dict(info.savings)))
+    if info.calibration is not None:
+        made.add_row("calibrated", calibration_line(info.calibration))
     training = info.training or {}
     if training:
         epochs, before, after = (training.get(key) for key in ("epochs_done", "before", "after"))
