@@ -168,7 +168,7 @@ def load(path: Path | str, *, device: str | torch.device = "cpu") -> nn.Module:
     """
     path = Path(path)
     info = read_info(path)
-    model = build(info.architecture, num_classes=info.num_classes)
+    model = build(info.architecture, num_classes=info.num_classes, blank=True)
     apply_heads_(model, info.heads)
     try:
         model.load_state_dict(read_tensors(path))

@@ -49,7 +49,7 @@ class Original:
         Raises:
             SourceError: the tensors do not fit; `read_original` has compared all shapes, so this is rare.
         """
-        model = build(self.architecture, num_classes=self.num_classes)
+        model = build(self.architecture, num_classes=self.num_classes, blank=True)
         try:
             model.load_state_dict(self.tensors)
         except RuntimeError as error:

@@ -19,7 +19,7 @@ from timm.models import get_deprecated_models, get_pretrained_cfg, split_model_n
 from torch import nn
 
 from fixify.errors import ArchitectureError
-from fixify.zoo.meta import build_on_meta
+from fixify.zoo.meta import build_blank, build_on_meta
 
 LIBRARIES = ("timm", "torchvision")
 
@@ -139,7 +139,12 @@ def parse_architecture(text: str, **kwargs: Any) -> Architecture:
 
 
 def build(
-    arch: Architecture, *, num_classes: int | None = None, meta: bool = False, pretrained: bool = False
+    arch: Architecture,
+    *,
+    num_classes: int | None = None,
+    meta: bool = False,
+    blank: bool = False,
+    pretrained: bool = False,
 ) -> nn.Module:
     """Build the network.
 
@@ -147,6 +152,8 @@ def build(
         num_classes: None for the library's own number (`default_num_classes`).
         meta: Build on the meta device, in a fraction of a second and without memory: for names and shapes. Such a
             model cannot be run, and moving it to a device does not give its buffers their values.
+        blank: Leave the parameters without initial values, which takes most of the time of a build: for a model whose
+            whole state dict is loaded next.
         pretrained: Load the library's weights of `arch.tag`, which downloads them if they are not in its cache.
 
     Raises:
@@ -158,10 +165,11 @@ def build(
         constructor = _timm_constructor(arch, num_classes, pretrained)
     else:
         constructor = _torchvision_constructor(arch, num_classes, pretrained)
+    construct = build_on_meta if meta else build_blank if blank and not pretrained else _construct
     if not arch.kwargs:
-        return _construct(constructor, meta)
+        return construct(constructor)
     try:
-        return _construct(constructor, meta)
+        return construct(constructor)
     # What a builder raises on arguments that do not suit it is not specified: all of these occur.
     except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, KeyError) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in arch.kwargs.items())
@@ -169,9 +177,7 @@ def build(
         raise ArchitectureError(f"{arch.ref} cannot be built with {given}: {reason}") from error
 
 
-def _construct(constructor: Callable[[], nn.Module], meta: bool) -> nn.Module:
-    if meta:
-        return build_on_meta(constructor)
+def _construct(constructor: Callable[[], nn.Module]) -> nn.Module:
     # Initial weights are drawn from the global generator; whoever seeded it gets it back as it was.
     with torch.random.fork_rng(devices=[]):
         return constructor()

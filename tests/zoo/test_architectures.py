@@ -238,3 +238,30 @@ def test_vision_transformers_of_torchvision_are_built_for_their_preprocessing(te
     arch = parse_architecture(text)
     assert build(arch, meta=True).image_size == size
     assert preprocessing(arch)["input_size"] == [3, size, size]
+
+
+@pytest.mark.parametrize("ref", ["timm/levit_128s", "timm/swinv2_cr_tiny_224", "torchvision/vit_b_32", "timm/resnet10t"])
+def test_a_blank_build_is_complete_once_weights_are_loaded(ref: str) -> None:
+    arch = parse_architecture(ref)
+    real = build(arch, num_classes=7).eval()
+    state = torch.random.get_rng_state()
+    blank = build(arch, num_classes=7, blank=True).eval()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    buffers = dict(real.named_buffers())  # those that no state dict has included
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in blank.named_buffers())
+    blank.load_state_dict(real.state_dict())
+    x = torch.randn(1, *preprocessing(arch)["input_size"])
+    with torch.inference_mode():
+        assert torch.equal(blank(x), real(x))
+
+
+def test_a_blank_build_draws_no_weights() -> None:
+    def slow(*_: object, **__: object) -> None:
+        raise AssertionError("initial weights were drawn")
+
+    arch = parse_architecture("vit_tiny_patch16_224")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "erfinv_", slow)
+        build(arch, blank=True)
+        with pytest.raises(AssertionError, match="were drawn"):
+            build(arch)
