@@ -23,6 +23,7 @@ from fixify._io import atomic_path, refuse_existing
 from fixify.errors import FormatError, OutputError, UsageError
 from fixify.retrofit import HeadRecord, apply_heads_
 from fixify.zoo.architectures import Architecture, build
+from fixify.zoo.weights import load_weights
 
 FORMAT_VERSION = "1"
 SUFFIX = ".fixed.safetensors"
@@ -171,7 +172,7 @@ def load(path: Path | str, *, device: str | torch.device = "cpu") -> nn.Module:
     model = build(info.architecture, num_classes=info.num_classes, blank=True)
     apply_heads_(model, info.heads)
     try:
-        model.load_state_dict(read_tensors(path))
+        load_weights(model, read_tensors(path))
     except RuntimeError as error:
         raise FormatError(
             f"The tensors of {path} are not those of {info.architecture.ref}: {_first_problem(error)}"

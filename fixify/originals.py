@@ -14,6 +14,7 @@ from fixify.sources import Source, open_source
 from fixify.zoo.architectures import Architecture, build, parse_architecture, preprocessing
 from fixify.zoo.classifiers import ClassifierSite, find_classifiers
 from fixify.zoo.identify import Candidate, fit, identify
+from fixify.zoo.weights import load_weights
 
 # Counters of BatchNorm: older and foreign checkpoints lack them, and nothing that is computed depends on them.
 _COUNTER = "num_batches_tracked"
@@ -51,7 +52,7 @@ class Original:
         """
         model = build(self.architecture, num_classes=self.num_classes, blank=True)
         try:
-            model.load_state_dict(self.tensors)
+            load_weights(model, self.tensors)
         except RuntimeError as error:
             raise SourceError(f"{self.source.name} does not fit {self.architecture.ref}: {error}") from error
         return model.eval()
@@ -112,7 +113,8 @@ def _recognise(source: Source, arch: str | None) -> tuple[Candidate, str | None]
     if len(found.candidates) > 1:
         raise AmbiguousArchitectureError(
             f"{source.name} fits several architectures:\n{found.describe()}",
-            hint=f"Say which: --arch {found.candidates[0].architecture.ref}",
+            hint=f"Say which: --arch {found.candidates[0].architecture.spelled}",
+            choices=found.choices,
         )
     candidate = found.candidates[0]
     how = "key names and shapes" if candidate.key_map is None else "the order of its shapes"

@@ -81,7 +81,7 @@ def _forward(info: SlimInfo, model: nn.Module) -> Check:
 
 
 def _against(info: SlimInfo, tensors: dict[str, torch.Tensor], source: str | Path) -> list[Check]:
-    original = read_original(source, arch=info.architecture.ref, ema=bool(info.source.get("ema")))
+    original = read_original(source, arch=info.architecture.spelled, ema=bool(info.source.get("ema")))
     checks = []
     if Path(source).is_file():
         same = sha256_of(Path(source)) == info.source.get("sha256")

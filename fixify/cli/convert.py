@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -43,16 +44,17 @@ def convert(
 
     The backbone is kept bit for bit. No data is needed; accuracy comes back with `fixify finetune`.
     """
+    from fixify.cli.asking import with_architecture
     from fixify.conversion import convert as run
     from fixify.reporting.tables import removed_line, savings_table
 
     output = Output(as_json=as_json)
-    done = run(
+    with_options = partial(
+        run,
         source,
         out,
         head=head,
         seed=seed,
-        arch=arch,
         num_classes=num_classes,
         match=match,
         scale=scale,
@@ -63,6 +65,7 @@ def convert(
         ema=ema,
         force=force,
     )
+    done = with_architecture(lambda known: with_options(arch=known), arch, output)
     for note in done.notes:
         output.say(note)
     savings = done.savings.to_dict()

@@ -24,13 +24,14 @@ def predict(
     """Labels and probabilities of images, preprocessed as the checkpoint says."""
     from dataclasses import asdict, replace
 
+    from fixify.cli.asking import with_architecture
     from fixify.opening import open_model
     from fixify.prediction import predict as run
     from fixify.reporting.tables import predictions_table
     from fixify.sources import read_labels
 
     output = Output(as_json=as_json)
-    opened = open_model(checkpoint, arch=arch, ema=ema)
+    opened = with_architecture(lambda known: open_model(checkpoint, arch=known, ema=ema), arch, output)
     if labels is not None:
         opened = replace(opened, labels=read_labels(labels, opened.num_classes))
     found = []

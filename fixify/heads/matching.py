@@ -158,15 +158,17 @@ def _candidates(spec: HeadSpec, vectors: Tensor) -> tuple[np.ndarray, np.ndarray
     """
     n, c, k = spec.num_features, spec.num_classes, spec.blocks or 1
     per_block = min(n, -(-4 * _CANDIDATES // k))
-    cosines, codes = [], []
+    # Written into tables made beforehand: small results kept between large temporaries would scatter the heap, and
+    # the 2 M cosines of a step took 12 GB after 512 steps.
+    cosines, codes = torch.empty(c, k, per_block), torch.empty(c, k, per_block, dtype=torch.int64)
     for part, scores in _scores(spec, vectors, range(k), max(1, (1 << 22) // (c * n))):
         strength, row = scores.abs().topk(per_block, dim=2) if per_block > 1 else scores.abs().max(dim=2, keepdim=True)
         negative = (scores.gather(2, row) < 0).long()
         block = torch.arange(part.start, part.stop)[:, None]
-        cosines.append(strength.flatten(1))
-        codes.append(((2 * block + negative) * n + row).flatten(1))
-    best, position = torch.cat(cosines, dim=1).topk(min(_CANDIDATES, k * per_block), dim=1)
-    return best.numpy(), torch.cat(codes, dim=1).gather(1, position).numpy()
+        cosines[:, part.start : part.stop] = strength
+        codes[:, part.start : part.stop] = (2 * block + negative) * n + row
+    best, position = cosines.flatten(1).topk(min(_CANDIDATES, k * per_block), dim=1)
+    return best.numpy(), codes.flatten(1).gather(1, position).numpy()
 
 
 def _greedy(spec: HeadSpec, cosines: np.ndarray, candidates: np.ndarray) -> np.ndarray:

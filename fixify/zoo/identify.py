@@ -15,7 +15,7 @@ from fixify.zoo.architectures import Architecture, build, list_architectures
 from fixify.zoo.foreign import NamingScheme, recognise
 from fixify.zoo.index import Entry, entries_of, load_index, variants
 from fixify.zoo.signature import StateShapes, head_positions, is_counter, shapes_of, signature_of
-from fixify.zoo.ties import Facts, merge, set_apart
+from fixify.zoo.ties import Facts, in_words, merge, set_apart
 
 Progress = Callable[[int, int], object]
 
@@ -54,13 +54,14 @@ class Identification:
     by: str
     scheme: NamingScheme | None = None
 
+    @property
+    def choices(self) -> dict[str, str]:
+        """How each candidate is spelled -> what sets it apart, in words."""
+        return {candidate.architecture.spelled: in_words(candidate.differences) for candidate in self.candidates}
+
     def describe(self) -> str:
         """One line a candidate, with what sets it apart."""
-        lines = []
-        for candidate in self.candidates:
-            facts = "; ".join(f"{trait} {value}" for trait, value in candidate.differences.items())
-            lines.append(f"  {candidate.architecture.spelled}" + (f": {facts}" if facts else ""))
-        return "\n".join(lines)
+        return "\n".join(f"  {name}: {facts}" if facts else f"  {name}" for name, facts in self.choices.items())
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,13 @@ def fit(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> Candidate | 
             if not match.extra or _confirmed(match, state, by_order=by_order)
         ]
         if len(matches) > 1:
-            named = " or ".join(match.architecture.spelled for match in matches)
-            raise AmbiguousArchitectureError(f"A checkpoint cannot show which it is: {named}.", hint="Say it in full.")
+            apart = set_apart([Facts.of(match.architecture, match.entry.traits) for match in matches])
+            choices = {match.architecture.spelled: in_words(facts) for match, facts in zip(matches, apart, strict=True)}
+            raise AmbiguousArchitectureError(
+                f"A checkpoint cannot show which it is: {' or '.join(choices)}.",
+                hint=f"Say it in full: --arch {matches[0].architecture.spelled}",
+                choices=choices,
+            )
         for match in matches:
             return Candidate(match.architecture, match.choices["num_classes"], _key_map(match, shapes, by_order))
     return None

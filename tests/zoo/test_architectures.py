@@ -241,7 +241,9 @@ def test_vision_transformers_of_torchvision_are_built_for_their_preprocessing(te
     assert preprocessing(arch)["input_size"] == [3, size, size]
 
 
-@pytest.mark.parametrize("ref", ["timm/levit_128s", "timm/swinv2_cr_tiny_224", "torchvision/vit_b_32", "timm/resnet10t"])
+@pytest.mark.parametrize(
+    "ref", ["timm/levit_128s", "timm/swinv2_cr_tiny_224", "torchvision/vit_b_32", "timm/resnet10t"]
+)
 def test_a_blank_build_is_complete_once_weights_are_loaded(ref: str) -> None:
     arch = parse_architecture(ref)
     real = build(arch, num_classes=7).eval()
