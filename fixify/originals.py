@@ -13,7 +13,7 @@ from fixify.errors import AmbiguousArchitectureError, ArchitectureError, SourceE
 from fixify.sources import Source, open_source
 from fixify.zoo.architectures import Architecture, build, parse_architecture, preprocessing
 from fixify.zoo.classifiers import ClassifierSite, find_classifiers
-from fixify.zoo.identify import Candidate, fit, identify
+from fixify.zoo.identify import Candidate, fit, identify, refuse_headless
 from fixify.zoo.weights import load_weights
 
 # Counters of BatchNorm: older and foreign checkpoints lack them, and nothing that is computed depends on them.
@@ -98,15 +98,28 @@ def read_original(ref: str | Path, *, arch: str | None = None, ema: bool = False
     )
 
 
+def stated(source: Source) -> Candidate | None:
+    """What a source says it is, in itself or in a file beside it, if its tensors are of that architecture."""
+    if source.architecture is None:
+        return None
+    try:
+        return fit(parse_architecture(source.architecture, **source.architecture_kwargs), source.shapes)
+    except ArchitectureError:  # arguments that do not suit it, or a name that leaves something open
+        return None
+
+
 def _recognise(source: Source, arch: str | None) -> tuple[Candidate, str | None]:
     name = arch or source.architecture
     if name is not None:
         architecture = parse_architecture(name, **source.architecture_kwargs)
         candidate = fit(architecture, source.shapes)
         if candidate is None:
+            refuse_headless(architecture, source.shapes)
             raise ArchitectureError(
                 f"{source.name} is not a checkpoint of {architecture.ref}: its tensors have other shapes.",
-                hint="Leave out --arch to have it recognised." if arch else f"fixify identify {source.name}",
+                hint="Leave out --arch to have it recognised."
+                if arch
+                else "It or its config.json says so. What fits: fixify identify; then say it: --arch NAME",
             )
         return candidate, None
     found = identify(source.shapes)

@@ -79,7 +79,7 @@ def match(
     c, n = vectors.shape
     targets = vectors if feature_covariance is None else vectors @ _power(feature_covariance, n)
     targets = torch.nn.functional.normalize(targets, dim=1)
-    spec = HeadSpec("hadamard", n, c, seed=seed, matched=True, blocks=blocks or _default_blocks(n, c))
+    spec = HeadSpec("hadamard", n, c, seed=seed, matched=True, blocks=blocks or default_blocks(n, c))
     with torch.inference_mode():
         codes = _match_in_one_block(spec, targets) if c <= n else _match_in_many_blocks(spec, targets)
     chosen = torch.from_numpy(sign_codes(spec, codes)).float() * n**-0.5
@@ -96,7 +96,8 @@ def _power(covariance: Tensor, n: int) -> Tensor:
     return (vectors * values**_COVARIANCE_POWER @ vectors.T).float()
 
 
-def _default_blocks(n: int, c: int) -> int:
+def default_blocks(n: int, c: int) -> int:
+    """Blocks of the code space that `match` searches for C classes and N features unless told."""
     if c <= n:
         return max(1, min(SHARED_BLOCKS, (1 << 16) // (2 * n)))
     return max(-(-c // n), min(SEARCH_BLOCKS, _SEARCHED_COSINES // (c * n)))

@@ -107,7 +107,8 @@ def parse_architecture(text: str, **kwargs: Any) -> Architecture:
 
     Args:
         text: "resnet50", "resnet50.a1_in1k", "timm/resnet50", "torchvision/resnet50",
-            "torchvision/resnet50.IMAGENET1K_V2". A name without library is timm's if timm has it, else torchvision's.
+            "torchvision/resnet50.IMAGENET1K_V2", "ResNet50_Weights.IMAGENET1K_V2". A name without library is timm's if
+            timm has it, else torchvision's.
             Arguments may follow: "vit_base_patch16_224,img_size=384,in_chans=1".
         kwargs: More arguments for the builder; None values are dropped.
 
@@ -117,7 +118,7 @@ def parse_architecture(text: str, **kwargs: Any) -> Architecture:
     """
     spelled, _, arguments = text.strip().partition(",")
     kwargs = {**_arguments(text, arguments), **kwargs}
-    prefix, slash, rest = spelled.partition("/")
+    prefix, slash, rest = _of_weights(spelled).partition("/")
     if slash and prefix not in LIBRARIES:
         raise ArchitectureError(
             f"Unknown library {prefix!r} in {text!r}; fixify knows {' and '.join(LIBRARIES)}.",
@@ -286,12 +287,26 @@ def _is_plain(value: Any) -> bool:
 
 
 def _checked_tag(library: str, name: str, tag: str | None) -> str | None:
+    if tag and library == "torchvision":
+        enum = torchvision.models.get_model_weights(name)
+        tag = tag.removeprefix(f"{enum.__name__}.")
+        tag = enum[tag].name if tag in enum.__members__ else tag  # "DEFAULT" is one of the others
     if not tag or tag in (known := _tags(library, name)):
         return tag or None
     raise ArchitectureError(
         f"{library} has no weights {tag!r} of {name}.",
         hint=f"It has: {', '.join(known)}." if any(known) else f"Type {library}/{name} without a tag.",
     )
+
+
+def _of_weights(text: str) -> str:
+    """`text`, or if it is a member of one of torchvision's weights enums, the model that those weights are of."""
+    enum, dot, member = text.removeprefix("torchvision/").partition(".")
+    if dot and enum.endswith("_Weights"):
+        for name in _names("torchvision"):
+            if torchvision.models.get_model_weights(name).__name__ == enum:
+                return f"torchvision/{name}.{member}"
+    return text
 
 
 def _tags(library: str, name: str) -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from fixify.errors import AmbiguousArchitectureError, ArchitectureError, NoClassifierError
 from fixify.zoo.architectures import Architecture, build, list_architectures
+from fixify.zoo.classifiers import find_classifiers
 from fixify.zoo.foreign import NamingScheme, recognise
 from fixify.zoo.index import Entry, entries_of, load_index, variants
 from fixify.zoo.signature import StateShapes, head_positions, is_counter, shapes_of, signature_of
@@ -148,6 +149,18 @@ def fit(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> Candidate | 
         for match in matches:
             return Candidate(match.architecture, match.choices["num_classes"], _key_map(match, shapes, by_order))
     return None
+
+
+def refuse_headless(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise if a state dict is this architecture without a classifier, or if it never has one.
+
+    Raises:
+        NoClassifierError: so it is.
+    """
+    entries = [entry for variant in variants(arch) if (entry := _entry_of(variant)) is not None]
+    if not entries:
+        find_classifiers(build(arch, meta=True), arch)
+    _refuse_headless(StateShapes(shapes), entries)
 
 
 def _entry_of(arch: Architecture) -> Entry | None:

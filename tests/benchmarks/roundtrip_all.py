@@ -52,8 +52,8 @@ from fixify.zoo import (
 from fixify.zoo.index import variants
 
 NUM_CLASSES = 37
-LARGE = 300_000_000  # parameters above which a model is built with fewer blocks, if it takes the argument
-HEAVY = 60_000_000  # and above which one for large images is built for smaller ones
+LARGE = 150_000_000  # parameters above which a model is built with fewer blocks, if it takes the argument
+HEAVY = {20_000_000: 224, 60_000_000: 128}  # and above which one for images larger than this is built for smaller ones
 DRAWN = 30_000_000  # and up to which its library draws the weights; beyond, they are copied from a pool of noise
 FEWER_BLOCKS = ({"depth": 4}, {"depths": [1, 1, 2, 1]}, {"layers": [1, 1, 1, 1]})
 SMALLER_IMAGES = (112, 128, 160, 192, 224, 256)
@@ -82,8 +82,9 @@ def buildable(arch: Architecture) -> tuple[Architecture, str | None]:
                 arch, size = smaller, now
                 break
     pixels = preprocessing(arch)["input_size"][1]
-    if size > HEAVY and pixels > 224 and arch.library == "timm" and _fixed_size(arch):
-        for pixels in SMALLER_IMAGES:
+    heavy = any(size > parameters and pixels > largest for parameters, largest in HEAVY.items())
+    if heavy and arch.library == "timm" and _fixed_size(arch):
+        for pixels in (smaller for smaller in SMALLER_IMAGES if smaller < pixels):
             smaller = replace(arch, kwargs={**arch.kwargs, "img_size": pixels})
             try:
                 build(smaller, num_classes=NUM_CLASSES, meta=True)
@@ -121,7 +122,7 @@ def original(arch: Architecture, seed: int) -> nn.Module:
 
 
 def _fill(value: Tensor, name: str, pool: Tensor) -> None:
-    if value.ndim < 2:
+    if value.ndim < 2 or value[0].numel() == 1:  # of a norm, or the scale of a layer
         scale, shift = 0.1, 1.0 if name.endswith("weight") else 0.0
     else:
         scale, shift = value[0].numel() ** -0.5, 0.0

@@ -27,6 +27,10 @@ from fixify.zoo import (
         ("timm/resnet50", "timm/resnet50"),
         ("torchvision/resnet50", "torchvision/resnet50"),
         ("torchvision/resnet50.IMAGENET1K_V2", "torchvision/resnet50.IMAGENET1K_V2"),
+        ("torchvision/resnet50.DEFAULT", "torchvision/resnet50.IMAGENET1K_V2"),
+        ("torchvision/resnet50.ResNet50_Weights.IMAGENET1K_V1", "torchvision/resnet50.IMAGENET1K_V1"),
+        ("ResNet50_Weights.IMAGENET1K_V2", "torchvision/resnet50.IMAGENET1K_V2"),
+        ("torchvision/ViT_B_16_Weights.DEFAULT", "torchvision/vit_b_16.IMAGENET1K_V1"),
         ("alexnet", "torchvision/alexnet"),  # timm has none
         (" resnet18 ", "timm/resnet18"),
         ("vit_base_patch16_224_in21k", "timm/vit_base_patch16_224.augreg_in21k"),  # timm renamed it
