@@ -27,6 +27,7 @@ from fixify.zoo.weights import load_weights
 
 FORMAT_VERSION = "1"
 SUFFIX = ".fixed.safetensors"
+_LARGEST_INPUT = 1 << 14  # of channels and pixels: a header comes from outside, and images of its size are made
 
 
 class SlimInfo(BaseModel):
@@ -74,6 +75,18 @@ class SlimInfo(BaseModel):
     def _check_heads(cls, value: tuple[HeadRecord, ...]) -> tuple[HeadRecord, ...]:
         if not value:
             raise ValueError("a slim checkpoint has at least one head")
+        return value
+
+    @field_validator("preprocessing")
+    @classmethod
+    def _check_preprocessing(cls, value: dict[str, Any]) -> dict[str, Any]:
+        size = value.get("input_size")
+        if size is not None and not (
+            isinstance(size, list)
+            and len(size) == 3
+            and all(isinstance(number, int) and 0 < number <= _LARGEST_INPUT for number in size)
+        ):
+            raise ValueError(f"input_size is [channels, height, width], each up to {_LARGEST_INPUT}")
         return value
 
     @field_validator("dtype")

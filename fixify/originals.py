@@ -111,7 +111,11 @@ def stated(source: Source) -> Candidate | None:
 def _recognise(source: Source, arch: str | None) -> tuple[Candidate, str | None]:
     name = arch or source.architecture
     if name is not None:
-        architecture = parse_architecture(name, **source.architecture_kwargs)
+        architecture = parse_architecture(name)
+        if arch is None or _same_network(architecture, source.architecture):
+            # What is written in the name counts more than what stands in the file.
+            given = {**source.architecture_kwargs, **architecture.kwargs}
+            architecture = parse_architecture(name, **given)
         candidate = fit(architecture, source.shapes)
         if candidate is None:
             refuse_headless(architecture, source.shapes)
@@ -134,6 +138,13 @@ def _recognise(source: Source, arch: str | None) -> tuple[Candidate, str | None]
     if found.scheme is not None:
         how += f" and the key names of {found.scheme.name} ({found.scheme.trait} {found.scheme.value})"
     return candidate, f"Recognised as {candidate.architecture.ref} from {how}."
+
+
+def _same_network(architecture: Architecture, stated: str | None) -> bool:
+    if stated is None:
+        return False
+    other = parse_architecture(stated)
+    return (architecture.library, architecture.name) == (other.library, other.name)
 
 
 def _rename(source: Source, candidate: Candidate) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ sets them apart, and none is guessed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fixify.errors import AmbiguousArchitectureError, ArchitectureError, NoClassifierError
@@ -17,6 +17,7 @@ from fixify.zoo.foreign import NamingScheme, recognise
 from fixify.zoo.index import Entry, entries_of, load_index, variants
 from fixify.zoo.signature import StateShapes, head_positions, is_counter, shapes_of, signature_of
 from fixify.zoo.ties import Facts, in_words, merge, set_apart
+from fixify.zoo.traits import traits
 
 Progress = Callable[[int, int], object]
 
@@ -101,9 +102,9 @@ def identify(shapes: Mapping[str, Sequence[int]], *, on_progress: Progress | Non
     entries = [entry for entry in index.entries if entry.architecture.ref in installed]
     if stale:
         entries += _build(stale - {entry.architecture.ref for entry in entries}, on_progress)
-    found = _search(state, shapes, entries, confirm=bool(stale))
+    found = _search(state, shapes, entries, confirm=stale)
     if found is None and stale:
-        found = _search(state, shapes, _build(stale, on_progress), confirm=False)
+        found = _search(state, shapes, _build(stale, on_progress), confirm=set())
     if found is None:
         _refuse_headless(state, entries)
         raise ArchitectureError(
@@ -170,7 +171,7 @@ def _entry_of(arch: Architecture) -> Entry | None:
             if (known.library, known.name, known.kwargs) == (arch.library, arch.name, arch.kwargs):
                 return replace(entry, architecture=arch)
     found = signature_of(arch)
-    return None if found is None else Entry(arch, found[0])
+    return None if found is None else Entry(arch, found[0], traits(found[1]))
 
 
 def _refuse_headless(state: StateShapes, entries: Iterable[Entry]) -> None:
@@ -192,13 +193,15 @@ def _build(refs: Iterable[str], on_progress: Progress | None) -> list[Entry]:
 
 
 def _search(
-    state: StateShapes, shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry], *, confirm: bool
+    state: StateShapes, shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry], *, confirm: Collection[str]
 ) -> Identification | None:
+    """What fits; those named in `confirm`, and those that need arguments, are built to see whether they really do."""
     for by_order in (False, True):
         matches = [
             match
             for match in _plainest(_matches(state, entries, by_order=by_order))
-            if not (confirm or match.extra) or _confirmed(match, state, by_order=by_order)
+            if not (match.extra or match.entry.architecture.ref in confirm)
+            or _confirmed(match, state, by_order=by_order)
         ]
         if matches:
             scheme = recognise(shapes) if by_order else None
