@@ -113,7 +113,7 @@ def convert(
         else:
             fixed = FixedClassifier(spec, scale=scale, channel_dim=site.channel_dim)
             if reason is not None:
-                notes.append(f"{site.path}: {reason}.")
+                notes.append(f"{site.path}: {kind} head, since {reason}.")
         heads[site.path] = fixed
         records.append(HeadRecord(site.path, site.layer_type, site.channel_dim, fixed.spec))
 
