@@ -75,7 +75,9 @@ def buildable(arch: Architecture) -> tuple[Architecture, str | None]:
             smaller = replace(arch, kwargs={**arch.kwargs, **extra})
             try:
                 now = count(build(smaller, num_classes=NUM_CLASSES, meta=True))
-            except ArchitectureError:
+                if now < size:
+                    runs(smaller, preprocessing(smaller)["input_size"][1])
+            except UNSUITED:
                 continue
             if now < size:
                 notes.append(f"{size / 1e6:.0f} M parameters: built with {extra}")
@@ -87,13 +89,18 @@ def buildable(arch: Architecture) -> tuple[Architecture, str | None]:
         for pixels in (smaller for smaller in SMALLER_IMAGES if smaller < pixels):
             smaller = replace(arch, kwargs={**arch.kwargs, "img_size": pixels})
             try:
-                build(smaller, num_classes=NUM_CLASSES, meta=True)
-                build(smaller, num_classes=NUM_CLASSES, blank=True)(torch.rand(1, 3, pixels, pixels))
+                runs(smaller, pixels)
             except UNSUITED:
                 continue
             notes.append(f"built for images of {pixels}")
             return smaller, "; ".join(notes)
     return arch, "; ".join(notes) or None
+
+
+def runs(arch: Architecture, pixels: int) -> None:
+    """Raise one of `UNSUITED` unless the network can be run on an image of that size."""
+    build(arch, num_classes=NUM_CLASSES, meta=True)  # what does not suit costs nothing here
+    build(arch, num_classes=NUM_CLASSES, blank=True).eval()(images(arch, pixels, 0)[:1])
 
 
 def _fixed_size(arch: Architecture) -> bool:
@@ -103,9 +110,14 @@ def _fixed_size(arch: Architecture) -> bool:
     return cfg is not None and cfg.fixed_input_size
 
 
-def original(arch: Architecture, seed: int) -> nn.Module:
-    """A model with random weights, none of which are the zeros and ones that make a branch of it invisible."""
-    small = count(build(arch, num_classes=NUM_CLASSES, meta=True)) <= DRAWN
+def original(arch: Architecture, seed: int, gain: float | None = None) -> nn.Module:
+    """A model with random weights, none of which are the zeros and ones that make a branch of it invisible.
+
+    Args:
+        gain: Fill all weights with noise of this deviation times 1 / sqrt(fan-in); None: as the library draws them
+            where that does not take too long, else noise of gain 1.
+    """
+    small = gain is None and count(build(arch, num_classes=NUM_CLASSES, meta=True)) <= DRAWN
     torch.manual_seed(seed)
     with torch.random.fork_rng(devices=[]):  # `build` restores the generator: each seed gives other weights
         model = build(arch, num_classes=NUM_CLASSES, blank=not small)
@@ -115,17 +127,17 @@ def original(arch: Architecture, seed: int) -> nn.Module:
             if not value.is_floating_point() or name.endswith("running_var") or value.numel() == 0:
                 continue
             if isinstance(value, nn.Parameter) and not small:
-                _fill(value, name, pool)
+                _fill(value, name, pool, gain or 1.0)
             elif value.ndim < 2 and (isinstance(value, nn.Parameter) or name.endswith("running_mean")):
                 value.add_(0.1 * pool[: value.numel()].reshape(value.shape) if value.numel() < len(pool) else 0)
     return model.eval()
 
 
-def _fill(value: Tensor, name: str, pool: Tensor) -> None:
+def _fill(value: Tensor, name: str, pool: Tensor, gain: float) -> None:
     if value.ndim < 2 or value[0].numel() == 1:  # of a norm, or the scale of a layer
         scale, shift = 0.1, 1.0 if name.endswith("weight") else 0.0
     else:
-        scale, shift = value[0].numel() ** -0.5, 0.0
+        scale, shift = gain * value[0].numel() ** -0.5, 0.0
     flat = value.view(-1)
     for start in range(0, len(flat), len(pool)):
         part = flat[start : start + len(pool)]
@@ -203,10 +215,13 @@ def round_trip(arch: Architecture, folder: Path, reader: Reader) -> dict[str, An
     """The whole way of one architecture; raises if any part of it does not hold."""
     seed = int(hashlib.sha256(arch.spelled.encode()).hexdigest()[:6], 16)
     arch, reduced = buildable(arch)
-    with torch.inference_mode(False):
-        model = original(arch, seed)
-    sites = {site.path: model.get_submodule(site.path) for site in find_classifiers(model, arch)}
-    pixels, x, features, before, plain = first_run(model, arch, sites, seed)
+    for gain in (None, 1.5):
+        with torch.inference_mode(False):
+            model = original(arch, seed, gain)
+        sites = {site.path: model.get_submodule(site.path) for site in find_classifiers(model, arch)}
+        pixels, x, features, before, plain = first_run(model, arch, sites, seed)
+        if all((value[0] - value[1]).norm() > 1e-4 * value.norm() for value in before.values()):
+            break  # else the weights let nothing of the image through
     size = count(model)
     pre_logits = digest(model.forward_head(features, pre_logits=True)) if features is not None else None
 
@@ -310,7 +325,7 @@ def close_to_formula(head: FixedClassifier, features: Tensor) -> bool:
         x = (x - head.center.double()) / head.spread.double()
     x = x / x.norm(dim=-1, keepdim=True).clamp_min(1e-6)
     codes = None if head.codes is None else head.codes.numpy()
-    wanted = head.scale.double() * x @ torch.from_numpy(codebook(head.spec, codes)).double().T
+    wanted = head.scale.double() * x @ torch.tensor(codebook(head.spec, codes)).double().T
     if head.bias is not None:
         wanted = wanted + head.bias.double()
     got = head(features)
