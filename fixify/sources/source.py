@@ -13,6 +13,8 @@ from fixify.errors import SourceError
 
 # Elements looked at in one go by `check_finite`.
 _CHUNK = 1 << 22
+# Scalars that bound an activation and are infinite where there is no bound (timm's gemma4_vit).
+_BOUNDS = ("_min", "_max")
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
     Looks at a few million elements at a time, so that a memory-mapped file is streamed and never copied.
     """
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or (tensor.ndim == 0 and name.endswith(_BOUNDS) and bool(tensor.isinf())):
             continue
         flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.contiguous().reshape(-1)
         for start in range(0, flat.numel(), _CHUNK):
