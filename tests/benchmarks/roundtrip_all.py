@@ -85,9 +85,10 @@ def buildable(arch: Architecture) -> tuple[Architecture, str | None]:
                 break
     pixels = preprocessing(arch)["input_size"][1]
     heavy = any(size > parameters and pixels > largest for parameters, largest in HEAVY.items())
-    if heavy and arch.library == "timm" and _fixed_size(arch):
+    argument = _size_argument(arch)
+    if heavy and argument is not None:
         for pixels in (smaller for smaller in SMALLER_IMAGES if smaller < pixels):
-            smaller = replace(arch, kwargs={**arch.kwargs, "img_size": pixels})
+            smaller = replace(arch, kwargs={**arch.kwargs, argument: pixels})
             try:
                 runs(smaller, pixels)
             except UNSUITED:
@@ -103,11 +104,14 @@ def runs(arch: Architecture, pixels: int) -> None:
     build(arch, num_classes=NUM_CLASSES, blank=True).eval()(images(arch, pixels, 0)[:1])
 
 
-def _fixed_size(arch: Architecture) -> bool:
+def _size_argument(arch: Architecture) -> str | None:
+    """The argument by which an architecture is built for one size of image; None if it takes any."""
     from timm.models import get_pretrained_cfg
 
+    if arch.library == "torchvision":
+        return "image_size" if arch.name.startswith("vit_") else None
     cfg = get_pretrained_cfg(arch.name)
-    return cfg is not None and cfg.fixed_input_size
+    return "img_size" if cfg is not None and cfg.fixed_input_size else None
 
 
 def original(arch: Architecture, seed: int, gain: float | None = None) -> nn.Module:
@@ -278,8 +282,8 @@ def round_trip(arch: Architecture, folder: Path, reader: Reader) -> dict[str, An
 
 def first_run(model: Any, arch: Architecture, sites: dict[str, nn.Module], seed: int) -> tuple[Any, ...]:
     """The smallest images that the model takes, what it makes of them, and what reaches its classifiers."""
-    whole = arch.kwargs.get("img_size") or preprocessing(arch)["input_size"][1]
-    fixed = arch.library == "timm" and _fixed_size(arch)
+    whole = preprocessing(arch)["input_size"][1]
+    fixed = _size_argument(arch) is not None
     problem: Exception | None = None
     for pixels in (whole,) if fixed else (*(size for size in SIZES if size < whole), whole):
         x = images(arch, pixels, seed)
