@@ -23,9 +23,11 @@ from fixify._io import atomic_path, refuse_existing
 from fixify.errors import FormatError, OutputError, UsageError
 from fixify.retrofit import HeadRecord, apply_heads_
 from fixify.zoo.architectures import Architecture, build
+from fixify.zoo.weights import load_weights
 
 FORMAT_VERSION = "1"
 SUFFIX = ".fixed.safetensors"
+_LARGEST_INPUT = 1 << 14  # of channels and pixels: a header comes from outside, and images of its size are made
 
 
 class SlimInfo(BaseModel):
@@ -75,6 +77,18 @@ class SlimInfo(BaseModel):
     def _check_heads(cls, value: tuple[HeadRecord, ...]) -> tuple[HeadRecord, ...]:
         if not value:
             raise ValueError("a slim checkpoint has at least one head")
+        return value
+
+    @field_validator("preprocessing")
+    @classmethod
+    def _check_preprocessing(cls, value: dict[str, Any]) -> dict[str, Any]:
+        size = value.get("input_size")
+        if size is not None and not (
+            isinstance(size, list)
+            and len(size) == 3
+            and all(isinstance(number, int) and 0 < number <= _LARGEST_INPUT for number in size)
+        ):
+            raise ValueError(f"input_size is [channels, height, width], each up to {_LARGEST_INPUT}")
         return value
 
     @field_validator("dtype")
@@ -170,10 +184,10 @@ def load(path: Path | str, *, device: str | torch.device = "cpu") -> nn.Module:
     """
     path = Path(path)
     info = read_info(path)
-    model = build(info.architecture, num_classes=info.num_classes)
+    model = build(info.architecture, num_classes=info.num_classes, blank=True)
     apply_heads_(model, info.heads)
     try:
-        model.load_state_dict(read_tensors(path))
+        load_weights(model, read_tensors(path))
     except RuntimeError as error:
         raise FormatError(
             f"The tensors of {path} are not those of {info.architecture.ref}: {_first_problem(error)}"

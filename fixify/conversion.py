@@ -152,7 +152,7 @@ def convert(
                 observed.calibrate_(fixed, site.path)
                 notes.append(f"{site.path}: codes are not matched, so calibrating sets only center and spread.")
             if reason is not None:
-                notes.append(f"{site.path}: {reason}.")
+                notes.append(f"{site.path}: {kind} head, since {reason}.")
         heads[site.path] = fixed
         records.append(HeadRecord(site.path, site.layer_type, site.channel_dim, fixed.spec))
     calibration = None if observed is None else observed.result(heads)

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from fixify.errors import FormatError
+from fixify.heads import choose_kind
+from fixify.heads.matching import default_blocks
 from fixify.zoo.classifiers import ClassifierSite
 
 
@@ -81,12 +83,30 @@ def classifier_weights(site: ClassifierSite) -> int:
     return site.num_parameters - (site.num_classes if site.has_bias else 0)
 
 
+def head_bytes(kind: str, num_features: int, num_classes: int, *, bias: bool = True) -> int:
+    """Bytes of a head's tensors as `fixify convert` stores them: scale, bias, statistics, and the codes if any are.
+
+    Of a Hadamard head that is the index of each class's code, of a binary one its signs; the other kinds follow from
+    the head spec alone.
+    """
+    numbers = 1 + (num_classes if bias else 0) + 2 * num_features  # scale, bias, center and spread, float32
+    return 4 * numbers + 8 + _code_bytes(kind, num_features, num_classes) * num_classes
+
+
+def _code_bytes(kind: str, num_features: int, num_classes: int) -> int:
+    """Bytes stored for each class."""
+    if kind == "hadamard":
+        codes = 2 * num_features * default_blocks(num_features, num_classes)
+        return 1 if codes <= 1 << 8 else 2 if codes <= 1 << 16 else 4
+    if kind == "binary":  # a sign a feature, and the code's length
+        return -(-num_features // 8) + 1
+    return 0
+
+
 def project(
     model: nn.Module, sites: Iterable[ClassifierSite], tensors: Mapping[str, torch.Tensor] | None = None
 ) -> Savings:
     """What `fixify convert` would save on a model, by arithmetic: no codebook is built, the meta device will do.
-
-    The heads are taken to be what `convert --no-match` makes: scale, bias, standardised features, no stored codes.
 
     Args:
         tensors: The model's state dict as it is stored, for its bytes; default: the model's own.
@@ -98,7 +118,10 @@ def project(
     old_parameters = sum(site.num_parameters for site in sites)
     old_bytes = sum(count_bytes(under(state, site.path).values()) for site in sites)
     new_parameters = sum(1 + site.num_classes for site in sites)
-    new_bytes = sum(4 * (1 + site.num_classes + 2 * site.num_features) + 8 for site in sites)
+    new_bytes = sum(
+        head_bytes(choose_kind(site.num_features, site.num_classes)[0], site.num_features, site.num_classes)
+        for site in sites
+    )
     return Savings(
         parameters_before=parameters,
         parameters_after=parameters - old_parameters + new_parameters,

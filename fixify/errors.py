@@ -6,6 +6,8 @@ exit code. A message says what was given and what is allowed; `hint` says what t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class FixifyError(Exception):
     """Base of all errors that are about the input or the machine, not about a bug in fixify.
@@ -53,7 +55,15 @@ class ArchitectureError(FixifyError):
 
 
 class AmbiguousArchitectureError(ArchitectureError):
-    """Several architectures fit the checkpoint equally well; the message lists them."""
+    """Several architectures fit the checkpoint equally well; the message lists them.
+
+    Args:
+        choices: What to give as `--arch` for each of them -> what sets it apart from the others, in words.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None, choices: Mapping[str, str] | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.choices = dict(choices or {})
 
 
 class NoClassifierError(FixifyError):

@@ -10,6 +10,7 @@ from torch import nn
 
 from fixify.checkpoint import SlimInfo, is_slim, load
 from fixify.originals import Original, read_original
+from fixify.sources import check_finite
 from fixify.zoo.architectures import Architecture
 
 
@@ -46,10 +47,12 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
 
     Raises:
         FormatError, CodebookMismatchError: a slim checkpoint that is damaged.
-        SourceError, ArchitectureError, NoClassifierError: see `fixify.originals.read_original`.
+        SourceError: the weights hold a NaN or an infinity; or see `fixify.originals.read_original`, as for
+        ArchitectureError, NoClassifierError.
     """
     if is_slim(ref):
         model = load(ref)
+        check_finite(model.state_dict())
         info: SlimInfo = model.fixify_info  # type: ignore[assignment]
         return OpenModel(
             name=Path(ref).name,
@@ -61,6 +64,7 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
             slim=info,
         )
     original: Original = read_original(ref, arch=arch, ema=ema)
+    check_finite(original.tensors)
     return OpenModel(
         name=original.source.name,
         model=original.model(),

@@ -13,7 +13,8 @@ from fixify.errors import AmbiguousArchitectureError, ArchitectureError, SourceE
 from fixify.sources import Source, open_source
 from fixify.zoo.architectures import Architecture, build, parse_architecture, preprocessing
 from fixify.zoo.classifiers import ClassifierSite, find_classifiers
-from fixify.zoo.identify import Candidate, fit, identify
+from fixify.zoo.identify import Candidate, fit, identify, refuse_headless
+from fixify.zoo.weights import load_weights
 
 # Counters of BatchNorm: older and foreign checkpoints lack them, and nothing that is computed depends on them.
 _COUNTER = "num_batches_tracked"
@@ -49,9 +50,9 @@ class Original:
         Raises:
             SourceError: the tensors do not fit; `read_original` has compared all shapes, so this is rare.
         """
-        model = build(self.architecture, num_classes=self.num_classes)
+        model = build(self.architecture, num_classes=self.num_classes, blank=True)
         try:
-            model.load_state_dict(self.tensors)
+            load_weights(model, self.tensors)
         except RuntimeError as error:
             raise SourceError(f"{self.source.name} does not fit {self.architecture.ref}: {error}") from error
         return model.eval()
@@ -97,28 +98,53 @@ def read_original(ref: str | Path, *, arch: str | None = None, ema: bool = False
     )
 
 
+def stated(source: Source) -> Candidate | None:
+    """What a source says it is, in itself or in a file beside it, if its tensors are of that architecture."""
+    if source.architecture is None:
+        return None
+    try:
+        return fit(parse_architecture(source.architecture, **source.architecture_kwargs), source.shapes)
+    except ArchitectureError:  # arguments that do not suit it, or a name that leaves something open
+        return None
+
+
 def _recognise(source: Source, arch: str | None) -> tuple[Candidate, str | None]:
     name = arch or source.architecture
     if name is not None:
-        architecture = parse_architecture(name, **source.architecture_kwargs)
+        architecture = parse_architecture(name)
+        if arch is None or _same_network(architecture, source.architecture):
+            # What is written in the name counts more than what stands in the file.
+            given = {**source.architecture_kwargs, **architecture.kwargs}
+            architecture = parse_architecture(name, **given)
         candidate = fit(architecture, source.shapes)
         if candidate is None:
+            refuse_headless(architecture, source.shapes)
             raise ArchitectureError(
                 f"{source.name} is not a checkpoint of {architecture.ref}: its tensors have other shapes.",
-                hint="Leave out --arch to have it recognised." if arch else f"fixify identify {source.name}",
+                hint="Leave out --arch to have it recognised."
+                if arch
+                else "It or its config.json says so. What fits: fixify identify; then say it: --arch NAME",
             )
         return candidate, None
     found = identify(source.shapes)
     if len(found.candidates) > 1:
         raise AmbiguousArchitectureError(
             f"{source.name} fits several architectures:\n{found.describe()}",
-            hint=f"Say which: --arch {found.candidates[0].architecture.ref}",
+            hint=f"Say which: --arch {found.candidates[0].architecture.spelled}",
+            choices=found.choices,
         )
     candidate = found.candidates[0]
     how = "key names and shapes" if candidate.key_map is None else "the order of its shapes"
     if found.scheme is not None:
         how += f" and the key names of {found.scheme.name} ({found.scheme.trait} {found.scheme.value})"
     return candidate, f"Recognised as {candidate.architecture.ref} from {how}."
+
+
+def _same_network(architecture: Architecture, stated: str | None) -> bool:
+    if stated is None:
+        return False
+    other = parse_architecture(stated)
+    return (architecture.library, architecture.name) == (other.library, other.name)
 
 
 def _rename(source: Source, candidate: Candidate) -> dict[str, torch.Tensor]:

@@ -11,9 +11,10 @@ from torch import nn
 
 from fixify._io import sha256_of
 from fixify.checkpoint import SlimInfo, load, read_info, read_tensors
-from fixify.errors import CodebookMismatchError, FixifyError
+from fixify.errors import CodebookMismatchError, FixifyError, SourceError
 from fixify.heads import coherence
 from fixify.originals import read_original
+from fixify.sources import check_finite
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,11 @@ def verify(path: str | Path, *, source: str | Path | None = None) -> list[Check]
 
 
 def _finite(tensors: dict[str, torch.Tensor]) -> Check:
-    bad = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    return Check("values", not bad, f"NaN or infinite values in {bad[0]}" if bad else "all finite")
+    try:
+        check_finite(tensors)
+    except SourceError as error:
+        return Check("values", False, error.message)
+    return Check("values", True, "all finite")
 
 
 def _codebook(info: SlimInfo, model: nn.Module) -> Check:
@@ -81,7 +85,7 @@ def _forward(info: SlimInfo, model: nn.Module) -> Check:
 
 
 def _against(info: SlimInfo, tensors: dict[str, torch.Tensor], source: str | Path) -> list[Check]:
-    original = read_original(source, arch=info.architecture.ref, ema=bool(info.source.get("ema")))
+    original = read_original(source, arch=info.architecture.spelled, ema=bool(info.source.get("ema")))
     checks = []
     if Path(source).is_file():
         same = sha256_of(Path(source)) == info.source.get("sha256")

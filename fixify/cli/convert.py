@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fixify.cli.options import Arch, Device, Ema, Force, Json, Out, Recipe, Seed, Set
 from fixify.cli.output import Output
+
+if TYPE_CHECKING:
+    from fixify.conversion import Conversion
 
 
 def convert(
@@ -64,6 +67,7 @@ def convert(
     The backbone is kept bit for bit. No data is needed; accuracy comes back with `fixify finetune`.
     A few hundred images without labels (--calibrate) bring part of it back at once, and tell how much.
     """
+    from fixify.cli.asking import with_architecture
     from fixify.cli.recipe_defaults import chosen_recipe, convert_options
     from fixify.conversion import convert as run
     from fixify.reporting.tables import calibration_line, removed_line, savings_table
@@ -71,9 +75,13 @@ def convert(
     output = Output(as_json=as_json)
     chosen = chosen_recipe(recipe, set_ or [])
     options = convert_options(context, chosen)
-    bar = output.progress("calibrating") if options.get("calibrate") is not None else nullcontext()
-    with bar as on_images:
-        done = run(source, out, force=force, on_images=on_images, **options)
+
+    def with_arch(known: str | None) -> Conversion:
+        bar = output.progress("calibrating") if options.get("calibrate") is not None else nullcontext()
+        with bar as on_images:
+            return run(source, out, force=force, on_images=on_images, **options | {"arch": known})
+
+    done = with_architecture(with_arch, options.get("arch"), output)
     for note in done.notes:
         output.say(note)
     savings = done.savings.to_dict()

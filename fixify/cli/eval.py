@@ -44,6 +44,7 @@ def evaluate(
 
     With --against the agreement is counted too: over all images, and over those on which OTHER is more than 50 % sure.
     """
+    from fixify.cli.asking import with_architecture
     from fixify.data import check_classes, default_workers, make_loader, open_data, override
     from fixify.errors import UsageError
     from fixify.evaluation import Agreement, Metrics, check_input_size, compare, resolve_device
@@ -61,7 +62,7 @@ def evaluate(
     output.say(f"data: {opened.description}")
 
     def prepare(ref: str) -> tuple[OpenModel, dict[str, Any]]:
-        model = open_model(ref, arch=arch, ema=ema)
+        model = with_architecture(lambda known: open_model(ref, arch=known, ema=ema), arch, output)
         training = (model.slim.training if model.slim is not None else None) or {}
         check_classes(opened, model.num_classes, training.get("class_names") or model.labels)
         preprocessing = override(model.preprocessing, img_size=img_size, crop_pct=crop_pct)
@@ -81,6 +82,7 @@ def evaluate(
         )
 
     model, preprocessing = prepare(checkpoint)
+    other, other_preprocessing = (None, None) if against is None else prepare(against)
     found: list[tuple[str, Metrics]]
     agreement: Agreement | None = None
     with output.progress("evaluating", total=len(opened)) as advance:
@@ -91,11 +93,10 @@ def evaluate(
             advance(images - done)
             done = images
 
-        if against is None:
+        if other is None or other_preprocessing is None:
             metrics = measure(model.model, loader(preprocessing), device=where, amp=amp, on_batch=on_batch)  # type: ignore[arg-type]
             found = [(model.name, metrics)]
         else:
-            other, other_preprocessing = prepare(against)
             comparison = compare(
                 other.model,
                 model.model,

@@ -16,16 +16,25 @@ def identify(
 ) -> None:
     """Which architecture is this state dict?
 
-    What the file says of itself is shown as well, but not believed: only its keys and shapes count here.
+    By its keys and shapes. What it says of itself (timm's arch, config.json, metadata) settles the choice if it fits.
     """
+    from fixify.errors import ArchitectureError
+    from fixify.originals import stated
     from fixify.reporting.tables import candidates_table
     from fixify.sources import open_source
+    from fixify.zoo.identify import Identification
     from fixify.zoo.identify import identify as run
 
     output = Output(as_json=as_json)
     opened = open_source(source, meta=True)
-    with output.progress("building architectures") as advance:
-        found = run(opened.shapes, on_progress=lambda _done, _total: advance())
+    said = stated(opened)
+    try:
+        with output.progress("building architectures") as advance:
+            found = run(opened.shapes, on_progress=lambda _done, _total: advance())
+    except ArchitectureError:
+        if said is None:
+            raise
+        found = Identification((said,), "name")  # with arguments that no list has
     candidates = [
         {
             "architecture": candidate.architecture.to_dict(),
@@ -36,15 +45,26 @@ def identify(
         for candidate in found.candidates
     ]
     output.result(
-        {"file": opened.name, "says": opened.architecture, "by": found.by, "candidates": candidates},
+        {
+            "file": opened.name,
+            "says": opened.architecture,
+            "fits": said is not None if opened.architecture else None,
+            "by": found.by,
+            "candidates": candidates,
+        },
         candidates_table(found),
     )
-    if opened.architecture is not None:
-        output.say(f"The file says it is {opened.architecture}.")
+    if said is not None:
+        output.say(f"It says that it is {said.architecture.spelled}, and fits.")
+    elif opened.architecture is not None:
+        output.warn(
+            f"It says that it is {opened.architecture}, and does not fit it, or the name leaves something open."
+        )
     if found.scheme is not None:
         scheme = found.scheme
         output.say(f"Its key names are those of {scheme.name}: {scheme.trait} {scheme.value} ({scheme.provenance}).")
-    if len(found.candidates) > 1:
-        output.next_step(f"fixify convert {source} --arch {found.candidates[0].architecture.ref}", "say which it is")
+    if said is None and (len(found.candidates) > 1 or opened.architecture is not None):
+        first = found.candidates[0].architecture.spelled
+        output.next_step(f"fixify convert {source} --arch {first}", "say which it is")
     else:
         output.next_step(f"fixify convert {source}", "replace its classifier")

@@ -34,6 +34,7 @@ class Output:
         self.as_json = as_json
         self._out = Console(highlight=False)
         self.err = Console(stderr=True, highlight=False)
+        self._bar: Progress | None = None
 
     def result(self, data: Mapping[str, Any], *tables: RenderableType) -> None:
         """Print the command's result: `data` under `--json`, else `tables`. Both say the same."""
@@ -72,6 +73,7 @@ class Output:
             transient=True,
             disable=not self.err.is_terminal,
         )
+        self._bar = bar
         with bar:
             task = bar.add_task(description, total=total, note="")
 
@@ -81,3 +83,18 @@ class Output:
                     bar.update(task, note=note)
 
             yield advance
+        self._bar = None
+
+    def ask(self, question: str) -> str | None:
+        """Print a question on stderr and read a line; None if the input ends. A progress bar waits meanwhile."""
+        if self._bar is not None:
+            self._bar.stop()
+        self.err.print(Text(question + " "), end="", soft_wrap=True)
+        try:
+            return input().strip()
+        except EOFError:
+            self.err.print()
+            return None
+        finally:
+            if self._bar is not None:
+                self._bar.start()

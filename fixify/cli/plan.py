@@ -16,9 +16,10 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Is it worth it? What each kind of head would save, and how far apart its codes are."""
+    from fixify.cli.asking import with_architecture
     from fixify.reporting.plan import plan as run
     from fixify.reporting.tables import kinds_table, savings_table
 
-    made = run(source, arch=arch)
     output = Output(as_json=as_json)
+    made = with_architecture(lambda known: run(source, arch=known), arch, output)
     output.result(made.to_dict(), made.verdict, savings_table(made.report.savings), kinds_table(made.kinds))

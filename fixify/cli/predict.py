@@ -24,15 +24,19 @@ def predict(
     """Labels and probabilities of images, preprocessed as the checkpoint says."""
     from dataclasses import asdict, replace
 
+    from fixify.cli.asking import with_architecture
     from fixify.opening import open_model
     from fixify.prediction import predict as run
     from fixify.reporting.tables import predictions_table
-    from fixify.sources import read_labels
+    from fixify.sources import imagenet_labels, read_labels
 
     output = Output(as_json=as_json)
-    opened = open_model(checkpoint, arch=arch, ema=ema)
+    opened = with_architecture(lambda known: open_model(checkpoint, arch=known, ema=ema), arch, output)
     if labels is not None:
         opened = replace(opened, labels=read_labels(labels, opened.num_classes))
+    elif opened.labels is None:
+        which = "--labels imagenet or " if imagenet_labels(opened.num_classes) else ""
+        output.say(f"{opened.name} holds no class names, so they are numbers: {which}--labels FILE gives them.")
     found = []
     with output.progress("classifying", total=len(images)) as advance:
         for prediction in run(opened, images, top=top):

@@ -25,6 +25,7 @@ def report(
 
     Names need no weights: `fixify report resnet50 mobilenetv3_small_100`.
     """
+    from fixify.cli.asking import with_architecture
     from fixify.cli.slim import slim_files_here
     from fixify.errors import UsageError
     from fixify.reporting import report as count
@@ -40,7 +41,7 @@ def report(
     rows = []
     with output.progress("counting", total=len(names)) as advance:
         for name in names:
-            rows.append(count(name, arch=arch))
+            rows.append(with_architecture(lambda known: count(name, arch=known), arch, output))  # noqa: B023
             advance(note=name)
     tables = [models_table(rows)]
     if len(rows) == 1:

@@ -10,9 +10,10 @@ from fixify.heads.codebooks import codebook
 from fixify.heads.matching import Matching, match
 from fixify.heads.matrices import hadamard, is_constructible
 from fixify.heads.module import FixedClassifier, initial_scale
-from fixify.heads.spec import HeadSpec, choose_kind
+from fixify.heads.spec import KINDS, HeadSpec, choose_kind
 
 __all__ = [
+    "KINDS",
     "BinaryCodes",
     "Coherence",
     "FeatureStatistics",

@@ -80,7 +80,7 @@ def match(
     c, n = vectors.shape
     targets = vectors if feature_covariance is None else vectors @ _power(feature_covariance, n)
     targets = torch.nn.functional.normalize(targets, dim=1)
-    spec = HeadSpec("hadamard", n, c, seed=seed, matched=True, blocks=blocks or _default_blocks(n, c))
+    spec = HeadSpec("hadamard", n, c, seed=seed, matched=True, blocks=blocks or default_blocks(n, c))
     with torch.inference_mode():
         codes = _match_in_one_block(spec, targets) if c <= n else _match_in_many_blocks(spec, targets)
     chosen = torch.from_numpy(sign_codes(spec, codes)).float() * n**-0.5
@@ -97,7 +97,8 @@ def _power(covariance: Tensor, n: int) -> Tensor:
     return (vectors * values**_COVARIANCE_POWER @ vectors.T).float()
 
 
-def _default_blocks(n: int, c: int) -> int:
+def default_blocks(n: int, c: int) -> int:
+    """Blocks of the code space that `match` searches for C classes and N features unless told."""
     if c <= n:
         return max(1, min(SHARED_BLOCKS, (1 << 16) // (2 * n)))
     return max(-(-c // n), min(SEARCH_BLOCKS, _SEARCHED_COSINES // (c * n)))
@@ -159,15 +160,17 @@ def _candidates(spec: HeadSpec, vectors: Tensor) -> tuple[np.ndarray, np.ndarray
     """
     n, c, k = spec.num_features, spec.num_classes, spec.blocks or 1
     per_block = min(n, -(-4 * _CANDIDATES // k))
-    cosines, codes = [], []
-    for part, scores in _scores(spec, vectors, range(k), max(1, (1 << 22) // (c * n))):
+    # Written into tables made beforehand: small results kept between large temporaries would scatter the heap, and
+    # 2 M cosines a step took 12 GB after 512 steps.
+    cosines, codes = torch.empty(c, k, per_block), torch.empty(c, k, per_block, dtype=torch.int64)
+    for part, scores in _scores(spec, vectors, range(k), max(1, (1 << 20) // (c * n))):
         strength, row = scores.abs().topk(per_block, dim=2) if per_block > 1 else scores.abs().max(dim=2, keepdim=True)
         negative = (scores.gather(2, row) < 0).long()
         block = torch.arange(part.start, part.stop)[:, None]
-        cosines.append(strength.flatten(1))
-        codes.append(((2 * block + negative) * n + row).flatten(1))
-    best, position = torch.cat(cosines, dim=1).topk(min(_CANDIDATES, k * per_block), dim=1)
-    return best.numpy(), torch.cat(codes, dim=1).gather(1, position).numpy()
+        cosines[:, part.start : part.stop] = strength
+        codes[:, part.start : part.stop] = (2 * block + negative) * n + row
+    best, position = cosines.flatten(1).topk(min(_CANDIDATES, k * per_block), dim=1)
+    return best.numpy(), codes.flatten(1).gather(1, position).numpy()
 
 
 def _greedy(spec: HeadSpec, cosines: np.ndarray, candidates: np.ndarray) -> np.ndarray:

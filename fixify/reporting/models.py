@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fixify.checkpoint import is_slim, read_info
 from fixify.counts import Savings, project
 from fixify.originals import read_original
-from fixify.zoo.architectures import build, default_num_classes, parse_architecture
+from fixify.sources import named_model
+from fixify.zoo.architectures import build, default_num_classes
 from fixify.zoo.classifiers import ClassifierSite, find_classifiers
 
 
@@ -26,6 +28,7 @@ class ModelReport:
         num_features: Width of the last representation; of the first head if there are several.
         num_classes: Number of classes.
         savings: Parameters and bytes, before and after.
+        heads: Features and classes of each classifier layer of a model that is not fixed.
     """
 
     name: str
@@ -34,6 +37,7 @@ class ModelReport:
     num_features: int
     num_classes: int
     savings: Savings
+    heads: tuple[tuple[int, int], ...] = ()
 
     @property
     def removable(self) -> int:
@@ -67,20 +71,15 @@ def report(model: nn.Module | str | Path, *, arch: str | None = None) -> ModelRe
             num_classes=spec.num_classes,
             savings=Savings.from_dict(info.savings),
         )
-    if Path(model).exists():
-        original = read_original(model, arch=arch, meta=True)
-        skeleton = build(original.architecture, num_classes=original.num_classes, meta=True)
-        return ModelReport(
-            name=original.source.name,
-            architecture=original.architecture.ref,
-            fixed=False,
-            num_features=original.sites[0].num_features,
-            num_classes=original.num_classes,
-            savings=project(skeleton, original.sites, original.tensors),
-        )
-    architecture = parse_architecture(str(model))
-    skeleton = build(architecture, num_classes=default_num_classes(architecture), meta=True)
-    return _learned(str(model), architecture.ref, skeleton, find_classifiers(skeleton, architecture))
+    architecture = named_model(model)
+    if architecture is not None:
+        skeleton = build(architecture, num_classes=default_num_classes(architecture), meta=True)
+        return _learned(str(model), architecture.ref, skeleton, find_classifiers(skeleton, architecture))
+    original = read_original(model, arch=arch, meta=True)
+    skeleton = build(original.architecture, num_classes=original.num_classes, meta=True)
+    return _learned(
+        original.source.name, original.architecture.ref, skeleton, list(original.sites), tensors=original.tensors
+    )
 
 
 def _of_module(model: nn.Module) -> ModelReport:
@@ -94,12 +93,19 @@ def _of_module(model: nn.Module) -> ModelReport:
     return _learned(name, name, model, find_classifiers(model))
 
 
-def _learned(name: str, architecture: str, model: nn.Module, sites: list[ClassifierSite]) -> ModelReport:
+def _learned(
+    name: str,
+    architecture: str,
+    model: nn.Module,
+    sites: list[ClassifierSite],
+    tensors: Mapping[str, Tensor] | None = None,
+) -> ModelReport:
     return ModelReport(
         name=name,
         architecture=architecture,
         fixed=False,
         num_features=sites[0].num_features,
         num_classes=sites[0].num_classes,
-        savings=project(model, sites),
+        savings=project(model, sites, tensors),
+        heads=tuple((site.num_features, site.num_classes) for site in sites),
     )

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fixify.counts import head_bytes
 from fixify.errors import FormatError, HeadSpecError
-from fixify.heads import Coherence, HeadSpec, coherence
+from fixify.heads import KINDS, Coherence, HeadSpec, coherence
 from fixify.reporting.models import ModelReport, report
 
-KINDS = ("hadamard", "orthogonal", "simplex")
 # Above this many numbers the dense kinds take minutes to build, and nobody would choose them.
 _MAX_DENSE = 1 << 25
 
@@ -21,13 +21,18 @@ class KindPlan:
 
     Attributes:
         kind: As `--head` takes it.
-        coherence: Cosines between the codes; None if this kind cannot be had, for the `reason`.
-        reason: Why it cannot be had, or None.
+        stored: Bytes of all its heads' tensors in the slim checkpoint; None if it cannot be had.
+        saved: Bytes of the classifier's tensors now, less `stored`.
+        coherence: Cosines between the codes, of the least spread head if there are several; None if this kind cannot
+            be had or the cosines are not known, for the `note`.
+        note: Why not, or how they are meant.
     """
 
     kind: str
+    stored: int | None
+    saved: int | None
     coherence: Coherence | None
-    reason: str | None
+    note: str | None
 
 
 @dataclass(frozen=True)
@@ -62,18 +67,31 @@ def plan(source: str | Path, *, arch: str | None = None) -> Plan:
     found = report(source, arch=arch)
     if found.fixed:
         raise FormatError(f"{source} is a slim checkpoint already.", hint=f"fixify report {source}")
-    kinds = tuple(_kind(kind, found.num_features, found.num_classes) for kind in KINDS)
+    kinds = tuple(_kind(kind, found) for kind in KINDS)
     return Plan(report=found, kinds=kinds, verdict=_verdict(found))
 
 
-def _kind(kind: str, num_features: int, num_classes: int) -> KindPlan:
-    if kind != "hadamard" and num_features * num_classes > _MAX_DENSE:
-        return KindPlan(kind, None, "not computed: a dense codebook of this size is impractical")
+def _kind(kind: str, found: ModelReport) -> KindPlan:
+    stored = sum(head_bytes(kind, n, c) for n, c in found.heads)
+    saved = found.savings.classifier_bytes_before - stored
+    sizes = dict.fromkeys(found.heads)
+    if kind == "binary":
+        return KindPlan(
+            kind, stored, saved, None, "one sign a weight, fewer with --bits-per-class; cosines as in the old"
+        )
     try:
-        spec = HeadSpec(kind=kind, num_features=num_features, num_classes=num_classes)
-        return KindPlan(kind, coherence(spec), None)
+        specs = [HeadSpec(kind=kind, num_features=n, num_classes=c) for n, c in sizes]
+        if kind != "hadamard" and any(n * c > _MAX_DENSE for n, c in sizes):
+            return KindPlan(kind, stored, saved, None, "a codebook this large is impractical; its cosines are left out")
+        spread = [coherence(spec) for spec in specs]
     except HeadSpecError as error:
-        return KindPlan(kind, None, error.message)
+        return KindPlan(kind, None, None, None, error.message)
+    note = (
+        "of codes in order; those that convert matches are less spread"
+        if kind == "hadamard" and any(c > n for n, c in sizes)
+        else None
+    )
+    return KindPlan(kind, stored, saved, max(spread, key=lambda facts: facts.max_cosine), note)
 
 
 def _verdict(found: ModelReport) -> str:

@@ -144,29 +144,30 @@ def coverage_table(rows: Sequence[Coverage]) -> Table:
 
 
 def coverage_summary_table(rows: Sequence[Coverage]) -> Table:
-    """How many architectures of each library can be converted."""
-    made = new_table("library", ">architectures", ">convertible", ">no classifier")
+    """How many architectures of each library can be converted: as built by default, or with a number of classes."""
+    made = new_table("library", ">architectures", ">convertible", ">once built with classes", ">never")
     for library in LIBRARIES:
         own = [row for row in rows if row.ref.startswith(f"{library}/")]
         convertible = sum(row.convertible for row in own)
-        made.add_row(library, f"{len(own):,}", f"{convertible:,}", f"{len(own) - convertible:,}")
+        encoders = sum(row.takes_classes for row in own) - convertible
+        numbers = (len(own), convertible, encoders, len(own) - convertible - encoders)
+        made.add_row(library, *(f"{number:,}" for number in numbers))
     return made
 
 
 def kinds_table(kinds: Sequence[KindPlan]) -> Table:
-    """One row a kind of head: how far apart its codes are, beside the bounds."""
-    made = new_table("head", ">largest cosine", ">rms", ">Rankin", ">largest |cosine|", ">Welch")
+    """One row a kind of head: what it saves, and how far apart its codes are, beside the bounds."""
+    made = new_table("head", ">stored", ">saved", ">cosine", ">Rankin", ">|cosine|", ">Welch", ">rms")
     for kind in kinds:
+        sizes = ["no" if size is None else human_bytes(size) for size in (kind.stored, kind.saved)]
         facts = kind.coherence
-        if facts is None:
-            made.add_row(kind.kind, "cannot be had: see below")
-            continue
-        numbers = (facts.max_cosine, facts.rms_cosine, facts.rankin, facts.max_abs, facts.welch)
-        made.add_row(kind.kind, *(f"{number:.3f}" for number in numbers))
-    reasons = [f"{kind.kind}: {kind.reason}" for kind in kinds if kind.reason]
-    if reasons:
-        made.caption = "\n".join(reasons)
-        made.caption_justify = "left"
+        numbers = (
+            () if facts is None else (facts.max_cosine, facts.rankin, facts.max_abs, facts.welch, facts.rms_cosine)
+        )
+        made.add_row(kind.kind, *sizes, *(f"{number:.3f}" for number in numbers))
+    notes = ["cosine, |cosine|: the largest between two codes; Rankin, Welch: the least possible"]
+    made.caption = "\n".join(notes + [f"{kind.kind}: {kind.note}" for kind in kinds if kind.note])
+    made.caption_justify = "left"
     return made
 
 

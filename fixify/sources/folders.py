@@ -41,7 +41,7 @@ def open_folder(folder: Path, *, ema: bool = False, meta: bool = False, name: st
     found = sorted(entry.name for entry in _listing(folder) if entry.name.endswith(SUFFIXES) and entry.is_file())
     if len(found) == 1:
         source = open_file(folder / found[0], ema=ema, meta=meta, name=name)
-        return source.with_facts(source.facts.or_else(_config_facts(folder / CONFIG)))
+        return source.with_facts(source.facts.or_else(config_facts(folder / CONFIG)))
     if found:
         raise SourceError(
             f"The folder {folder} holds {len(found)} checkpoints: {', '.join(found[:6])}"
@@ -64,7 +64,7 @@ def open_with_config(path: Path, *, ema: bool = False, meta: bool = False, name:
         source = _open_shards(path, ema=ema, meta=meta, name=name or path.name)
     else:
         source = open_file(path, ema=ema, meta=meta, name=name)
-    return source.with_facts(source.facts.or_else(_config_facts(path.parent / CONFIG)))
+    return source.with_facts(source.facts.or_else(config_facts(path.parent / CONFIG)))
 
 
 def shards_of(index: Path) -> dict[str, list[str]]:
@@ -80,7 +80,12 @@ def shards_of(index: Path) -> dict[str, list[str]]:
     return shards
 
 
-def _config_facts(path: Path) -> Facts:
+def config_facts(path: Path) -> Facts:
+    """What a config.json says of the checkpoint beside it; nothing if it is not there.
+
+    Raises:
+        SourceError: it is damaged.
+    """
     return facts_of_config(_read_json(path)) if path.exists() else Facts()
 
 

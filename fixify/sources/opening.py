@@ -5,11 +5,19 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fixify.errors import ArchitectureError, SourceError
 from fixify.sources.files import open_file
-from fixify.sources.folders import SUFFIXES, WEIGHTS, open_folder, open_with_config
-from fixify.sources.source import Source
+from fixify.sources.folders import CONFIG, SUFFIXES, WEIGHTS, config_facts, open_folder, open_with_config
+from fixify.sources.source import Facts, Source
+
+if TYPE_CHECKING:
+    from fixify.zoo.architectures import Architecture
+
+_HUB = ("hf-hub", "hf_hub")
+_ADDRESSES = ("http", "https", "ftp", "s3", "gs")
+_SCHEMES = (*_HUB, *_ADDRESSES, "local-dir")
 
 
 def open_source(ref: str | os.PathLike[str], *, ema: bool = False, meta: bool = False) -> Source:
@@ -34,17 +42,32 @@ def open_source(ref: str | os.PathLike[str], *, ema: bool = False, meta: bool = 
     if os.path.exists(path):  # noqa: PTH110
         return _open_path(path, ema=ema, meta=meta)
     scheme, colon, rest = text.partition(":")
-    if colon and scheme in ("hf-hub", "hf_hub"):
+    if colon and scheme in _HUB:
         from fixify.sources.hub import open_repository
 
         return open_repository(rest, ema=ema, meta=meta)
     if colon and scheme == "local-dir":
         return _open_local(rest, ema=ema, meta=meta)
-    if scheme in ("http", "https", "ftp", "s3", "gs"):
+    if scheme in _ADDRESSES:
         raise SourceError(f"{text} is an address, not a file.", hint=f"Download it first: curl -LO {text}")
     if _looks_like_path(text):
         raise _no_such_file(text, path)
-    return _open_name(text, ema=ema, meta=meta)
+    from fixify.sources.named import open_named
+
+    return open_named(_model_name(text), ema=ema, meta=meta)
+
+
+def named_model(ref: str | os.PathLike[str]) -> Architecture | None:
+    """The architecture, if `open_source` would take this for the name of a model that a library publishes weights of.
+
+    Raises:
+        SourceError: it looks like such a name, and no library has that model.
+    """
+    text = os.fspath(ref)
+    scheme, colon, _ = text.partition(":")
+    if os.path.exists(Path(text).expanduser()) or (colon and scheme in _SCHEMES) or _looks_like_path(text):  # noqa: PTH110
+        return None
+    return _model_name(text) if text else None
 
 
 def _open_path(path: Path, *, ema: bool, meta: bool) -> Source:
@@ -53,11 +76,29 @@ def _open_path(path: Path, *, ema: bool, meta: bool) -> Source:
     if path.name in WEIGHTS:
         return open_with_config(path, ema=ema, meta=meta)
     source = open_file(path, ema=ema, meta=meta)
+    source = source.with_facts(source.facts.or_else(_facts_beside(path, source)))
     if source.architecture is None and "-" in path.name:
         from fixify.sources.named import published_facts
 
         source.with_facts(published_facts(path).or_else(source.facts))
     return source
+
+
+def _facts_beside(path: Path, source: Source) -> Facts:
+    """What a config.json in the same folder says, if it is about this file: if its tensors fit what it names."""
+    if not os.path.exists(path.parent / CONFIG):  # noqa: PTH110
+        return Facts()
+    try:
+        facts = config_facts(path.parent / CONFIG)
+        if source.architecture is not None or facts.architecture is None:
+            return Facts()
+        from fixify.zoo.architectures import parse_architecture
+        from fixify.zoo.identify import fit
+
+        fits = fit(parse_architecture(facts.architecture, **facts.architecture_kwargs), source.shapes)
+    except (SourceError, ArchitectureError):
+        return Facts()  # of another program, or of another checkpoint in this folder
+    return facts if fits is not None else Facts()
 
 
 def _open_local(text: str, *, ema: bool, meta: bool) -> Source:
@@ -69,15 +110,13 @@ def _open_local(text: str, *, ema: bool, meta: bool) -> Source:
     return open_folder(folder, ema=ema, meta=meta)
 
 
-def _open_name(text: str, *, ema: bool, meta: bool) -> Source:
-    from fixify.sources.named import open_named
+def _model_name(text: str) -> Architecture:
     from fixify.zoo.architectures import parse_architecture
 
     try:
-        architecture = parse_architecture(text.replace(":", ".", 1))
+        return parse_architecture(text.replace(":", ".", 1))
     except ArchitectureError as error:
         raise SourceError(f"{text[:100]!r} is no file, and no model name: {error.message}", hint=error.hint) from error
-    return open_named(architecture, ema=ema, meta=meta)
 
 
 def _looks_like_path(text: str) -> bool:

@@ -19,7 +19,7 @@ from timm.models import get_deprecated_models, get_pretrained_cfg, split_model_n
 from torch import nn
 
 from fixify.errors import ArchitectureError
-from fixify.zoo.meta import build_on_meta
+from fixify.zoo.meta import build_blank, build_on_meta
 
 LIBRARIES = ("timm", "torchvision")
 
@@ -107,7 +107,8 @@ def parse_architecture(text: str, **kwargs: Any) -> Architecture:
 
     Args:
         text: "resnet50", "resnet50.a1_in1k", "timm/resnet50", "torchvision/resnet50",
-            "torchvision/resnet50.IMAGENET1K_V2". A name without library is timm's if timm has it, else torchvision's.
+            "torchvision/resnet50.IMAGENET1K_V2", "ResNet50_Weights.IMAGENET1K_V2". A name without library is timm's if
+            timm has it, else torchvision's.
             Arguments may follow: "vit_base_patch16_224,img_size=384,in_chans=1".
         kwargs: More arguments for the builder; None values are dropped.
 
@@ -117,7 +118,7 @@ def parse_architecture(text: str, **kwargs: Any) -> Architecture:
     """
     spelled, _, arguments = text.strip().partition(",")
     kwargs = {**_arguments(text, arguments), **kwargs}
-    prefix, slash, rest = spelled.partition("/")
+    prefix, slash, rest = _of_weights(spelled).partition("/")
     if slash and prefix not in LIBRARIES:
         raise ArchitectureError(
             f"Unknown library {prefix!r} in {text!r}; fixify knows {' and '.join(LIBRARIES)}.",
@@ -139,7 +140,12 @@ def parse_architecture(text: str, **kwargs: Any) -> Architecture:
 
 
 def build(
-    arch: Architecture, *, num_classes: int | None = None, meta: bool = False, pretrained: bool = False
+    arch: Architecture,
+    *,
+    num_classes: int | None = None,
+    meta: bool = False,
+    blank: bool = False,
+    pretrained: bool = False,
 ) -> nn.Module:
     """Build the network.
 
@@ -147,6 +153,8 @@ def build(
         num_classes: None for the library's own number (`default_num_classes`).
         meta: Build on the meta device, in a fraction of a second and without memory: for names and shapes. Such a
             model cannot be run, and moving it to a device does not give its buffers their values.
+        blank: Leave the parameters without initial values, which takes most of the time of a build: for a model whose
+            whole state dict is loaded next.
         pretrained: Load the library's weights of `arch.tag`, which downloads them if they are not in its cache.
 
     Raises:
@@ -158,10 +166,11 @@ def build(
         constructor = _timm_constructor(arch, num_classes, pretrained)
     else:
         constructor = _torchvision_constructor(arch, num_classes, pretrained)
+    construct = build_on_meta if meta else build_blank if blank and not pretrained else _construct
     if not arch.kwargs:
-        return _construct(constructor, meta)
+        return construct(constructor)
     try:
-        return _construct(constructor, meta)
+        return construct(constructor)
     # What a builder raises on arguments that do not suit it is not specified: all of these occur.
     except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, KeyError) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in arch.kwargs.items())
@@ -169,9 +178,7 @@ def build(
         raise ArchitectureError(f"{arch.ref} cannot be built with {given}: {reason}") from error
 
 
-def _construct(constructor: Callable[[], nn.Module], meta: bool) -> nn.Module:
-    if meta:
-        return build_on_meta(constructor)
+def _construct(constructor: Callable[[], nn.Module]) -> nn.Module:
     # Initial weights are drawn from the global generator; whoever seeded it gets it back as it was.
     with torch.random.fork_rng(devices=[]):
         return constructor()
@@ -280,12 +287,26 @@ def _is_plain(value: Any) -> bool:
 
 
 def _checked_tag(library: str, name: str, tag: str | None) -> str | None:
+    if tag and library == "torchvision":
+        enum = torchvision.models.get_model_weights(name)
+        tag = tag.removeprefix(f"{enum.__name__}.")
+        tag = enum[tag].name if tag in enum.__members__ else tag  # "DEFAULT" is one of the others
     if not tag or tag in (known := _tags(library, name)):
         return tag or None
     raise ArchitectureError(
         f"{library} has no weights {tag!r} of {name}.",
         hint=f"It has: {', '.join(known)}." if any(known) else f"Type {library}/{name} without a tag.",
     )
+
+
+def _of_weights(text: str) -> str:
+    """`text`, or if it is a member of one of torchvision's weights enums, the model that those weights are of."""
+    enum, dot, member = text.removeprefix("torchvision/").partition(".")
+    if dot and enum.endswith("_Weights"):
+        for name in _names("torchvision"):
+            if torchvision.models.get_model_weights(name).__name__ == enum:
+                return f"torchvision/{name}.{member}"
+    return text
 
 
 def _tags(library: str, name: str) -> list[str]:

@@ -74,7 +74,7 @@ def _timm_layers(model: Any, name: str) -> dict[str, nn.Module]:
     if not num_classes:
         raise NoClassifierError(
             f"{name} has no classifier: it is an encoder, or was built with num_classes=0.",
-            hint="Give it one with --num-classes (in Python: build(arch, num_classes=...)).",
+            hint="fixify replaces a classifier that is there. Train one: timm.create_model(name, num_classes=...)",
         )
     found = model.get_classifier()
     heads = found if isinstance(found, (tuple, list)) else (found,)

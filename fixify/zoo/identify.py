@@ -7,15 +7,17 @@ sets them apart, and none is guessed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fixify.errors import AmbiguousArchitectureError, ArchitectureError, NoClassifierError
 from fixify.zoo.architectures import Architecture, build, list_architectures
+from fixify.zoo.classifiers import find_classifiers
 from fixify.zoo.foreign import NamingScheme, recognise
 from fixify.zoo.index import Entry, entries_of, load_index, variants
 from fixify.zoo.signature import StateShapes, head_positions, is_counter, shapes_of, signature_of
-from fixify.zoo.ties import Facts, merge, set_apart
+from fixify.zoo.ties import Facts, in_words, merge, set_apart
+from fixify.zoo.traits import traits
 
 Progress = Callable[[int, int], object]
 
@@ -54,13 +56,14 @@ class Identification:
     by: str
     scheme: NamingScheme | None = None
 
+    @property
+    def choices(self) -> dict[str, str]:
+        """How each candidate is spelled -> what sets it apart, in words."""
+        return {candidate.architecture.spelled: in_words(candidate.differences) for candidate in self.candidates}
+
     def describe(self) -> str:
         """One line a candidate, with what sets it apart."""
-        lines = []
-        for candidate in self.candidates:
-            facts = "; ".join(f"{trait} {value}" for trait, value in candidate.differences.items())
-            lines.append(f"  {candidate.architecture.spelled}" + (f": {facts}" if facts else ""))
-        return "\n".join(lines)
+        return "\n".join(f"  {name}: {facts}" if facts else f"  {name}" for name, facts in self.choices.items())
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,9 @@ def identify(shapes: Mapping[str, Sequence[int]], *, on_progress: Progress | Non
     entries = [entry for entry in index.entries if entry.architecture.ref in installed]
     if stale:
         entries += _build(stale - {entry.architecture.ref for entry in entries}, on_progress)
-    found = _search(state, shapes, entries, confirm=bool(stale))
+    found = _search(state, shapes, entries, confirm=stale)
     if found is None and stale:
-        found = _search(state, shapes, _build(stale, on_progress), confirm=False)
+        found = _search(state, shapes, _build(stale, on_progress), confirm=set())
     if found is None:
         _refuse_headless(state, entries)
         raise ArchitectureError(
@@ -137,11 +140,28 @@ def fit(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> Candidate | 
             if not match.extra or _confirmed(match, state, by_order=by_order)
         ]
         if len(matches) > 1:
-            named = " or ".join(match.architecture.spelled for match in matches)
-            raise AmbiguousArchitectureError(f"A checkpoint cannot show which it is: {named}.", hint="Say it in full.")
+            apart = set_apart([Facts.of(match.architecture, match.entry.traits) for match in matches])
+            choices = {match.architecture.spelled: in_words(facts) for match, facts in zip(matches, apart, strict=True)}
+            raise AmbiguousArchitectureError(
+                f"A checkpoint cannot show which it is: {' or '.join(choices)}.",
+                hint=f"Say it in full: --arch {matches[0].architecture.spelled}",
+                choices=choices,
+            )
         for match in matches:
             return Candidate(match.architecture, match.choices["num_classes"], _key_map(match, shapes, by_order))
     return None
+
+
+def refuse_headless(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise if a state dict is this architecture without a classifier, or if it never has one.
+
+    Raises:
+        NoClassifierError: so it is.
+    """
+    entries = [entry for variant in variants(arch) if (entry := _entry_of(variant)) is not None]
+    if not entries:
+        find_classifiers(build(arch, meta=True), arch)
+    _refuse_headless(StateShapes(shapes), entries)
 
 
 def _entry_of(arch: Architecture) -> Entry | None:
@@ -151,7 +171,7 @@ def _entry_of(arch: Architecture) -> Entry | None:
             if (known.library, known.name, known.kwargs) == (arch.library, arch.name, arch.kwargs):
                 return replace(entry, architecture=arch)
     found = signature_of(arch)
-    return None if found is None else Entry(arch, found[0])
+    return None if found is None else Entry(arch, found[0], traits(found[1]))
 
 
 def _refuse_headless(state: StateShapes, entries: Iterable[Entry]) -> None:
@@ -173,13 +193,15 @@ def _build(refs: Iterable[str], on_progress: Progress | None) -> list[Entry]:
 
 
 def _search(
-    state: StateShapes, shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry], *, confirm: bool
+    state: StateShapes, shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry], *, confirm: Collection[str]
 ) -> Identification | None:
+    """What fits; those named in `confirm`, and those that need arguments, are built to see whether they really do."""
     for by_order in (False, True):
         matches = [
             match
             for match in _plainest(_matches(state, entries, by_order=by_order))
-            if not (confirm or match.extra) or _confirmed(match, state, by_order=by_order)
+            if not (match.extra or match.entry.architecture.ref in confirm)
+            or _confirmed(match, state, by_order=by_order)
         ]
         if matches:
             scheme = recognise(shapes) if by_order else None

@@ -67,6 +67,11 @@ def set_apart(facts: Sequence[Facts]) -> list[dict[str, str]]:
     ]
 
 
+def in_words(differences: Mapping[str, str]) -> str:
+    """What sets one architecture apart, for a person: "padding even; mean 0.5 0.5 0.5"."""
+    return "; ".join(f"{trait} {value}" for trait, value in differences.items())
+
+
 def _readable(value: object) -> str:
     if isinstance(value, list):
         return " ".join(_readable(item) for item in value)

@@ -3,11 +3,12 @@
     python tests/benchmarks/retrofit.py --data kanji --seeds 0 1 2 --out kanji.jsonl
     python tests/benchmarks/retrofit.py --data kanji --table kanji.jsonl
 
-For each seed a small network (N = 256: timm's test_efficientnet, 1024: mobilenetv3_small_050) is trained with a learned classifier. Every row then starts from that network:
-statistics and codes from 2,048 training images without their labels, the classifier replaced, accuracy measured; and,
-unless the row is one-shot, the same steps, images and optimiser for all, measured after 10 %, 25 % and 100 % of them.
-Rows "from scratch" get the budget of both trainings in one. Accuracy is top-1 on held-out typefaces (Fashion-MNIST: its
-test images). A row's result is written when it is there, and a row that is in --out already is not run again.
+For each seed a small network of timm's (N = 256: test_efficientnet, N = 1024: mobilenetv3_small_050) is trained with a
+learned classifier. Every row then starts from that network: statistics and codes from 2,048 training images without
+their labels, the classifier replaced, accuracy measured; and, unless the row is one-shot, the same steps, images and
+optimiser for all, measured after 10 %, 25 % and 100 % of them. Rows "from scratch" get the budget of both trainings in
+one. Accuracy is top-1 on held-out typefaces (Fashion-MNIST: its test images). A row's result is written when it is
+there, and a row that is in --out already is not run again.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -251,3 +252,14 @@ def test_a_real_process_and_its_streams(small_pth: Path, tmp_path: Path) -> None
     assert refused.returncode == 1
     assert refused.stdout == ""
     assert refused.stderr.startswith("error: small.fixed.safetensors exists already.")
+
+
+def test_predict_says_where_names_come_from(run: Run, slim_bytes: bytes, tmp_path: Path) -> None:
+    (tmp_path / "small.fixed.safetensors").write_bytes(slim_bytes)
+    Image.new("RGB", (64, 64)).save(tmp_path / "grey.png")
+    code, out, err = run("predict", "small.fixed.safetensors", "grey.png", "--top", 1)
+    assert code == 0 and "grey.png" in out
+    assert "holds no class names, so they are numbers: --labels FILE gives them." in err
+    (tmp_path / "names.txt").write_text("\n".join(f"thing {index}" for index in range(300)))
+    code, out, err = run("predict", "small.fixed.safetensors", "grey.png", "--labels", "names.txt")
+    assert code == 0 and "thing" in out and err == ""

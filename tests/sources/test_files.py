@@ -363,6 +363,14 @@ def test_check_finite_names_the_tensor_and_the_place(bad: float, dtype: torch.dt
         check_finite({"b": tensors["b"].t()})
 
 
+def test_bounds_may_be_infinite() -> None:
+    """timm's gemma4_vit clamps activations between scalars that are infinite unless it was trained with bounds."""
+    check_finite({"proj.input_max": torch.tensor(float("inf")), "proj.input_min": torch.tensor(-float("inf"))})
+    for name, value in (("proj.input_max", float("nan")), ("proj.scale", float("inf"))):
+        with pytest.raises(SourceError, match=name):
+            check_finite({name: torch.tensor(value)})
+
+
 def test_check_finite_looks_beyond_the_first_piece() -> None:
     large = torch.zeros((1 << 22) + 5)
     large[-1] = float("nan")

@@ -1,5 +1,6 @@
 """fixify.zoo.architectures: names, arguments and preprocessing of timm's and torchvision's models."""
 
+import contextlib
 import json
 
 import pytest
@@ -26,6 +27,10 @@ from fixify.zoo import (
         ("timm/resnet50", "timm/resnet50"),
         ("torchvision/resnet50", "torchvision/resnet50"),
         ("torchvision/resnet50.IMAGENET1K_V2", "torchvision/resnet50.IMAGENET1K_V2"),
+        ("torchvision/resnet50.DEFAULT", "torchvision/resnet50.IMAGENET1K_V2"),
+        ("torchvision/resnet50.ResNet50_Weights.IMAGENET1K_V1", "torchvision/resnet50.IMAGENET1K_V1"),
+        ("ResNet50_Weights.IMAGENET1K_V2", "torchvision/resnet50.IMAGENET1K_V2"),
+        ("torchvision/ViT_B_16_Weights.DEFAULT", "torchvision/vit_b_16.IMAGENET1K_V1"),
         ("alexnet", "torchvision/alexnet"),  # timm has none
         (" resnet18 ", "timm/resnet18"),
         ("vit_base_patch16_224_in21k", "timm/vit_base_patch16_224.augreg_in21k"),  # timm renamed it
@@ -238,3 +243,30 @@ def test_vision_transformers_of_torchvision_are_built_for_their_preprocessing(te
     arch = parse_architecture(text)
     assert build(arch, meta=True).image_size == size
     assert preprocessing(arch)["input_size"] == [3, size, size]
+
+
+@pytest.mark.parametrize(
+    "ref", ["timm/levit_128s", "timm/swinv2_cr_tiny_224", "torchvision/vit_b_32", "timm/resnet10t"]
+)
+def test_a_blank_build_is_complete_once_weights_are_loaded(ref: str) -> None:
+    arch = parse_architecture(ref)
+    real = build(arch, num_classes=7).eval()
+    state = torch.random.get_rng_state()
+    blank = build(arch, num_classes=7, blank=True).eval()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    buffers = dict(real.named_buffers())  # those that no state dict has included
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in blank.named_buffers())
+    blank.load_state_dict(real.state_dict())
+    x = torch.randn(1, *preprocessing(arch)["input_size"])
+    with torch.inference_mode():
+        assert torch.equal(blank(x), real(x))
+
+
+def test_a_blank_build_draws_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.random, "fork_rng", lambda **_: contextlib.nullcontext())
+    arch = parse_architecture("vit_tiny_patch16_224")
+    before = torch.random.get_rng_state()
+    build(arch, blank=True)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    build(arch)
+    assert not torch.equal(torch.random.get_rng_state(), before)

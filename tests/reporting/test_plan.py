@@ -1,0 +1,92 @@
+"""fixify.reporting.plan: is it worth it, from names and shapes alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from fixify.conversion import convert
+from fixify.counts import head_bytes
+from fixify.errors import FormatError, NoClassifierError, SourceError
+from fixify.reporting.plan import plan
+
+
+def _kinds(source: object) -> dict:
+    return {kind.kind: kind for kind in plan(source).kinds}  # type: ignore[arg-type]
+
+
+def test_verdicts() -> None:
+    assert (
+        plan("resnet18").verdict == "resnet18: the classifier's weights are 4.4 % of the parameters: hardly worth it."
+    )
+    assert plan("torchvision/alexnet").verdict.endswith(
+        "6.7 % of the parameters: worth it where every megabyte counts."
+    )
+    assert plan("ghostnet_100").verdict.endswith("24.7 % of the parameters: worth it.")
+    assert plan("mobilenetv3_small_050").verdict.endswith(
+        "64.3 % of the parameters: the classifier dominates this model; do it."
+    )
+
+
+@pytest.mark.parametrize(
+    ("head", "num_classes"), [("hadamard", 10), ("hadamard", 300), ("orthogonal", 10), ("simplex", 10)]
+)
+def test_bytes_are_those_that_convert_stores(tmp_path: Path, head: str, num_classes: int) -> None:
+    path = tmp_path / "model.safetensors"
+    model = timm.create_model("test_efficientnet", num_classes=num_classes)
+    safetensors.torch.save_file(model.state_dict(), path)
+    planned = _kinds(path)[head]
+    done = convert(path, tmp_path / "out.fixed.safetensors", head=head)
+    assert planned.stored == done.savings.classifier_bytes_after
+    assert planned.saved == done.savings.classifier_bytes_before - done.savings.classifier_bytes_after
+    if head == "hadamard":
+        assert plan(path).report.savings == done.savings
+
+
+def test_every_head_counts() -> None:
+    kinds = _kinds("crossvit_9_240")
+    assert kinds["orthogonal"].stored == head_bytes("orthogonal", 128, 1000) + head_bytes("orthogonal", 256, 1000)
+    assert kinds["orthogonal"].saved == 4 * (128 + 256 + 2) * 1000 - kinds["orthogonal"].stored
+    assert kinds["simplex"].stored is None and "at most 129" in (kinds["simplex"].note or "")
+    assert "in order" in (kinds["hadamard"].note or "")  # 1000 classes, 128 features
+    assert _kinds("resnet50")["hadamard"].note is None
+
+
+def test_widths_without_a_hadamard_matrix(tmp_path: Path) -> None:
+    kinds = _kinds("rexnet_100,initial_chs=18")  # whatever its width: some kind can be had
+    assert kinds["orthogonal"].coherence is not None
+    path = tmp_path / "model.pth"
+    model = timm.create_model("vit_tiny_patch16_224", embed_dim=386, num_heads=2, depth=1, num_classes=10)
+    torch.save(model.state_dict(), path)
+    kinds = {
+        kind.kind: kind for kind in plan(path, arch="vit_tiny_patch16_224,embed_dim=386,num_heads=2,depth=1").kinds
+    }
+    assert kinds["hadamard"].stored is None and "386" in (kinds["hadamard"].note or "")
+    assert kinds["orthogonal"].stored == head_bytes("orthogonal", 386, 10)
+
+
+def test_any_source(tmp_path: Path) -> None:
+    """A folder of the hub's kind, and the ways to name one."""
+    state = timm.create_model("test_vit", num_classes=7).state_dict()
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit", "num_classes": 7}))
+    for source in (tmp_path, f"local-dir:{tmp_path}", tmp_path / "model.safetensors"):
+        assert plan(source).report.num_classes == 7
+    assert plan("torchvision/resnet50:IMAGENET1K_V2").report.num_features == 2048
+    with pytest.raises(SourceError, match="no folder"):
+        plan("local-dir:nowhere")
+    with pytest.raises(SourceError, match="There is no file"):
+        plan("nowhere.pth")
+    with pytest.raises(SourceError, match="object detection"):
+        plan("torchvision/fasterrcnn_resnet50_fpn")
+    with pytest.raises(NoClassifierError, match="encoder"):
+        plan("vit_small_patch14_dinov2")
+
+
+def test_slim_checkpoints_are_planned_already(small_pth: Path, tmp_path: Path) -> None:
+    done = convert(small_pth, tmp_path / "out.fixed.safetensors")
+    with pytest.raises(FormatError, match="already"):
+        plan(done.path)
