@@ -121,7 +121,7 @@ def fit_(
     share = share - share.mean()
     wanted = features @ weight.T + old_bias
     wanted = wanted - wanted.mean(dim=1, keepdim=True)
-    alpha = float(head.scale)
+    alpha = head.scale.item()
     plain = _plain_logits(head, features)
     if fit_scale:
         centered = plain - plain.mean(dim=1, keepdim=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -76,6 +78,30 @@ def test_convert_says_all_of_it_in_json(run: Run, small_pth: Path, tmp_path: Pat
     assert said["savings"]["bytes_before"] - said["savings"]["bytes_after"] > 300_000
     assert said["info"]["architecture"]["name"] == "test_efficientnet"
     assert (tmp_path / "a.safetensors").exists()
+
+
+def test_convert_calibrates_on_a_folder_of_images(run: Run, small_pth: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "secret" / "pictures"
+    folder.mkdir(parents=True)
+    for number in range(16):
+        pixels = np.random.default_rng(number).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    arguments = ("convert", small_pth, "--head", "orthogonal", "--calibrate", folder, "--device", "cpu")
+    code, _, err = run(*arguments, "--calibrate-images", "12")
+    assert code == 0, err
+    assert re.search(r"Calibrated on 9 images of pictures; agreed with the original on [\d.]+ % of 3 others\.\n", err)
+    assert re.search(r"calibrated +on 9 images of pictures;", run("inspect", "small.fixed.safetensors")[1])
+    code, out, _ = run(*arguments, "--json", "--force")
+    said = json.loads(out)
+    assert said["calibration"] == said["info"]["calibration"]
+    assert {key: said["calibration"][key] for key in ("data", "num_images", "held_out")} == {
+        "data": "pictures",
+        "num_images": 12,
+        "held_out": 4,
+    }
+    assert b"secret" not in (tmp_path / "small.fixed.safetensors").read_bytes()
+    code, _, err = run("convert", small_pth, "--calibrate", folder, "--num-classes", "5", "--force")
+    assert code == 2 and "a new label set has none" in err
 
 
 def test_nothing_is_replaced_without_force(run: Run, small_pth: Path, tmp_path: Path) -> None:

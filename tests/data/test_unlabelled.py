@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fixify.data import open_unlabelled
+from fixify.data import draw_images, open_unlabelled
 from fixify.data.opened import Subset
 from fixify.errors import DataError
 
@@ -89,3 +89,21 @@ def test_validation_on_training_images_is_refused(make_folder: Make) -> None:
     shutil.copytree(root / "train", root / "val")
     with pytest.raises(DataError, match="is the training split"):
         open_unlabelled(str(root), NAMES)
+
+
+def test_images_are_drawn_from_train_or_from_anywhere(make_folder: Make) -> None:
+    root = make_folder(classes=("x", "y"), images=10)
+    drawn = [draw_images(str(root), count=15, seed=seed) for seed in (0, 0, 1)]
+    indices = []
+    for data in drawn:
+        assert isinstance(data.images, Subset) and not data.labelled and data.name == "data"
+        assert Path(data.location).name == "train"
+        indices.append(data.images.indices)
+    assert indices[0] == indices[1] != indices[2]
+    assert len(set(indices[0])) == 15
+    assert len(draw_images(str(root), count=100)) == 20
+    flat = root / "val"
+    flatten(flat)
+    assert len(draw_images(str(flat), count=100)) == 20
+    with pytest.raises(DataError, match="no data set of that name"):
+        draw_images(str(root / "missing"), count=5)

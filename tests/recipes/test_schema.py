@@ -27,7 +27,7 @@ def _problems(text: str) -> list[str]:
 def test_the_convert_section_is_the_signature_of_convert() -> None:
     parameters = inspect.signature(convert).parameters
     fields = schema.ConvertOptions.model_fields
-    assert set(parameters) - set(fields) == {"source", "out", "force"}
+    assert set(parameters) - set(fields) == {"source", "out", "force", "on_images"}
     assert {name: field.default for name, field in fields.items()} == {
         name: parameters[name].default for name in fields
     }
@@ -54,6 +54,8 @@ def test_an_option_that_convert_gets_is_an_option_of_recipes(monkeypatch: pytest
         ("convert: {seed: -1}", "convert.seed must be greater than or equal to 0, not -1."),
         ("convert: {num_classes: 0}", "convert.num_classes must be greater than or equal to 1, not 0."),
         ("convert: {scale: .inf}", "convert.scale must be a finite number, not inf."),
+        ("convert: {calibrate_images: 7}", "convert.calibrate_images must be greater than or equal to 8, not 7."),
+        ("convert: {calibrate: 7}", "convert.calibrate must be text, not 7."),
         ("convert: {labels: 3}", "convert.labels must be text, not 3."),
         ("convert: {lr: 3}", "convert.lr is not an option; finetune.lr is."),
         ("convert: {force: true}", "convert.force is not an option."),
