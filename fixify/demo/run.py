@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,9 +32,10 @@ SHIPPED = Path(__file__).with_name("glyphs500.pth")
 DEFAULT_FOLDER = Path("fixify-demo")
 EPOCHS = 5
 RESULTS = "demo.json"
+_CALIBRATION_IMAGES = 1024
 _MARK = "fixify.demo"
 
-Stage = Literal["draw", "convert", "original", "finetune", "control", "reload"]
+Stage = Literal["draw", "convert", "original", "one-shot", "finetune", "control", "reload"]
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,15 @@ class DemoResult:
     Attributes:
         folder: Holds everything below.
         original: The checkpoint with the learned classifier, a copy of the one that comes with fixify.
-        converted: The slim checkpoint right after conversion.
+        converted: The slim checkpoint right after conversion: a matched Hadamard head, calibrated without labels.
+        one_shot: A slim checkpoint that is never trained: a binary head, calibrated likewise.
         finetuned: The slim checkpoint after fine-tuning; the one to use.
         data: The images.
         plot: A picture of accuracy and alpha.
         savings: Parameters and bytes, before and after.
         original_metrics: The original on the held-out typefaces.
         converted_metrics: The converted checkpoint, untrained.
+        one_shot_metrics: The file `one_shot`.
         finetuned_metrics: The file `finetuned`, read back from the disk.
         history: Fine-tuning, epoch by epoch.
         control_history: The original fine-tuned likewise, learned classifier and all: the same images, steps and
@@ -81,12 +85,14 @@ class DemoResult:
     folder: Path
     original: Path
     converted: Path
+    one_shot: Path
     finetuned: Path
     data: GlyphData
     plot: Path
     savings: Savings
     original_metrics: Metrics
     converted_metrics: Metrics
+    one_shot_metrics: Metrics
     finetuned_metrics: Metrics
     history: tuple[EpochRecord, ...]
     control_history: tuple[EpochRecord, ...]
@@ -166,16 +172,28 @@ def _run(folder: Path, epochs: int, control: bool, faces: Faces, force: bool, te
     tell(StageStarted("draw", "Drawing the glyphs"))
     data = write_dataset(folder / "glyphs", faces=faces, on_progress=lambda done, total: tell(Counted(done, total)))
 
-    tell(StageStarted("convert", "Converting the checkpoint"))
+    tell(StageStarted("convert", "Converting the checkpoint, twice; images without labels calibrate it"))
     original = folder / SHIPPED.name
     with atomic_path(original) as temporary:
         shutil.copyfile(SHIPPED, temporary)
-    conversion = convert(original, folder / f"{SHIPPED.stem}.fixed.safetensors", force=True)
+    calibrated = partial(
+        convert,
+        original,
+        calibrate=data.folder / "train",
+        calibrate_images=_CALIBRATION_IMAGES,
+        device="cpu",
+        force=True,
+    )
+    conversion = calibrated(folder / f"{SHIPPED.stem}.fixed.safetensors")
+    signs = calibrated(folder / f"{SHIPPED.stem}-signs.fixed.safetensors", head="binary")
 
     tell(StageStarted("original", "Evaluating the original"))
     opened = open_model(original)
     train, val = open_train_val(str(data.folder))
     original_metrics = _evaluate(opened, val, tell)
+
+    tell(StageStarted("one-shot", "Evaluating one sign a weight, without any training"))
+    one_shot_metrics = _evaluate(open_model(signs.path), val, tell)
 
     tell(StageStarted("finetune", "Fine-tuning the fixed head"))
     scales: list[tuple[int, float]] = []
@@ -219,12 +237,14 @@ def _run(folder: Path, epochs: int, control: bool, faces: Faces, force: bool, te
         folder=folder,
         original=original,
         converted=conversion.path,
+        one_shot=signs.path,
         finetuned=tuned.best_path,
         data=data,
         plot=plot,
         savings=conversion.savings,
         original_metrics=original_metrics,
         converted_metrics=tuned.before,
+        one_shot_metrics=one_shot_metrics,
         finetuned_metrics=reloaded,
         history=tuned.history,
         control_history=controlled,

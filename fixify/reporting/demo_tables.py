@@ -17,8 +17,10 @@ def demo_table(result: DemoResult) -> Table:
     tuned, first, last = result.finetuned_metrics, result.original_metrics, result.converted_metrics
     epochs = str(len(result.history))
     made.add_row("original, learned classifier", "0", _percent(first.top1), _percent(first.top5))
-    made.add_row("converted, fixed classifier", "0", _percent(last.top1), _percent(last.top5))
-    made.add_row("converted and fine-tuned", epochs, _percent(tuned.top1), _percent(tuned.top5))
+    signs = result.one_shot_metrics
+    made.add_row("one sign a weight (--head binary)", "0", _percent(signs.top1), _percent(signs.top5))
+    made.add_row("Hadamard codes, just converted", "0", _percent(last.top1), _percent(last.top5))
+    made.add_row("Hadamard codes, fine-tuned", epochs, _percent(tuned.top1), _percent(tuned.top5))
     if result.control is not None:
         control = result.control
         made.add_row(

@@ -36,6 +36,7 @@ def test_everything_is_measured_and_written(result: DemoResult) -> None:
     assert result.original_metrics.num_images == 1000
     assert result.original_metrics.top1 > 95
     assert result.converted_metrics.top1 < result.original_metrics.top1
+    assert result.one_shot_metrics.top1 > result.original_metrics.top1 - 2
     assert result.savings.removed == 128_000
     assert result.finetuned_metrics.top1 == pytest.approx(result.history[0].val_top1, abs=0.5)  # stored in half
     assert result.control is not None
@@ -67,7 +68,7 @@ def test_a_second_run_replaces_only_when_told(result: DemoResult) -> None:
     )
     assert again.data.reused
     assert again.control is None
-    assert stages == ["draw", "convert", "original", "finetune", "reload"]
+    assert stages == ["draw", "convert", "original", "one-shot", "finetune", "reload"]
 
 
 def test_a_foreign_folder_is_refused_and_kept(tmp_path: Path) -> None:
