@@ -93,7 +93,7 @@ def test_overrides_without_a_recipe() -> None:
         ("fintune.lr=3", "'fintune' is not a section; did you mean 'finetune'?"),
         ("description.x=3", "'description' is not a section."),
         ("finetune.lrr=3", "finetune.lrr is not an option; did you mean 'lr'?"),
-        ("finetune.epochs=0", "finetune.epochs must be greater than or equal to 1, not 0."),
+        ("finetune.epochs=-1", "finetune.epochs must be greater than or equal to 0, not -1."),
         ("finetune.lr={a: 1}", "finetune.lr must be one value."),
         ("finetune.lr=*x", "finetune.lr is an alias (*x), which a recipe cannot have: write the value."),
         ("finetune.lr=[1", "This is not YAML: while parsing a flow sequence expected ',' or ']', but got"),
