@@ -1,9 +1,9 @@
 """The slim checkpoint, format version 1: reading, writing, loading, saving.
 
 A slim checkpoint is an ordinary `.safetensors` file. Its tensors are the backbone under its library's own key names
-and, below the classifier's path, `scale`, `bias`, `center`, `spread`, `num_batches_tracked` and `codes` as far as the
-head has them. Its metadata holds `format: "pt"`, `fixify.version` and, under `fixify`, one JSON object: `SlimInfo`.
-The codebook is not in the file: it is rebuilt from the head spec and its digest is compared.
+and, below the classifier's path, `scale`, `bias`, `center`, `spread`, `num_batches_tracked`, `codes` and `gains` as far
+as the head has them. Its metadata holds `format: "pt"`, `fixify.version` and, under `fixify`, one JSON object:
+`SlimInfo`. The codebook is not in the file: it is rebuilt from the head spec and its digest is compared.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fixify._io import atomic_path, refuse_existing
-from fixify.errors import FormatError, OutputError, UsageError
+from fixify.errors import FormatError, HeadSpecError, OutputError, UsageError
 from fixify.retrofit import HeadRecord, apply_heads_
 from fixify.zoo.architectures import Architecture, build
 from fixify.zoo.weights import load_weights
@@ -191,6 +191,11 @@ def load(path: Path | str, *, device: str | torch.device = "cpu") -> nn.Module:
     except RuntimeError as error:
         raise FormatError(
             f"The tensors of {path} are not those of {info.architecture.ref}: {_first_problem(error)}"
+        ) from error
+    except HeadSpecError as error:
+        raise FormatError(
+            f"The codes in {path} do not fit its head spec: {error.message}",
+            hint="The file is damaged or was edited. Convert the original again.",
         ) from error
     model.fixify_info = info  # type: ignore[assignment]
     return model.to(device).eval()

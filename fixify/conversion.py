@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,10 +14,9 @@ from fixify.checkpoint import DTYPES, SUFFIX, SlimInfo, is_slim, write_slim
 from fixify.counts import Savings, classifier_weights, count_bytes, count_parameters, under
 from fixify.errors import SourceError, UsageError
 from fixify.evaluation import resolve_device
-from fixify.heads import FixedClassifier, HeadSpec, choose_kind, encode, feature_statistics, fit_
-from fixify.heads import match as match_codes
+from fixify.heads import FixedClassifier, HeadSpec, choose_kind, replacement
 from fixify.originals import Original, read_original
-from fixify.retrofit import HeadRecord
+from fixify.retrofit import HeadRecord, naming_head
 from fixify.sources import check_finite, read_labels
 from fixify.zoo.architectures import build
 from fixify.zoo.classifiers import ClassifierSite
@@ -128,33 +126,34 @@ def convert(
         )
     records, heads = [], {}
     for site in original.sites:
-        classes = num_classes or site.num_classes
-        kind, reason = choose_kind(site.num_features, classes) if head == "auto" else (head, None)
-        spec = HeadSpec(
-            kind=kind,
-            num_features=site.num_features,
-            num_classes=classes,
-            seed=seed,
-            bias=bias,
-            standardize=standardize,
-            bits_per_class=(bits_per_class or site.num_features) if kind == "binary" else None,
-            gains=kind == "binary",
-        )
-        if kind == "binary" and (observed is None or site.path not in observed.features):
-            # Without statistics the old logits are nearest when the features are left as they are.
-            spec = replace(spec, standardize=False, normalize=False)
-        if kind == "binary" or (match and num_classes is None and kind == "hadamard"):
-            fixed, note = _matched_head(spec, site, original.tensors, scale, observed)
-            notes.append(note)
-        else:
-            fixed = FixedClassifier(spec, scale=scale, channel_dim=site.channel_dim)
-            if observed is not None and standardize and site.path in observed.features:
-                observed.calibrate_(fixed, site.path)
-                notes.append(f"{site.path}: codes are not matched, so calibrating sets only center and spread.")
-            if reason is not None:
-                notes.append(f"{site.path}: {kind} head, since {reason}.")
-        heads[site.path] = fixed
-        records.append(HeadRecord(site.path, site.layer_type, site.channel_dim, fixed.spec))
+        with naming_head(site.path, original.sites):
+            classes = num_classes or site.num_classes
+            kind, reason = choose_kind(site.num_features, classes) if head == "auto" else (head, None)
+            spec = HeadSpec(
+                kind=kind,
+                num_features=site.num_features,
+                num_classes=classes,
+                seed=seed,
+                bias=bias,
+                standardize=standardize,
+                bits_per_class=(bits_per_class or site.num_features) if kind == "binary" else None,
+                gains=kind == "binary",
+            )
+            if kind == "binary" and (observed is None or site.path not in observed.features):
+                # Without statistics the old logits are nearest when the features are left as they are.
+                spec = replace(spec, standardize=False, normalize=False)
+            if kind == "binary" or (match and num_classes is None and kind == "hadamard"):
+                fixed, note = _taken_head(spec, site, original.tensors, scale, observed)
+                notes.append(note)
+            else:
+                fixed = FixedClassifier(spec, scale=scale, channel_dim=site.channel_dim)
+                if observed is not None and standardize and site.path in observed.features:
+                    observed.calibrate_(fixed, site.path)
+                    notes.append(f"{site.path}: codes are not matched, so calibrating sets only center and spread.")
+                if reason is not None:
+                    notes.append(f"{site.path}: {kind} head, since {reason}.")
+            heads[site.path] = fixed
+            records.append(HeadRecord(site.path, site.layer_type, site.channel_dim, fixed.spec))
     calibration = None if observed is None else observed.result(heads)
 
     tensors, savings = _replace_heads(original, heads, None if dtype is None else DTYPES[dtype])
@@ -213,50 +212,23 @@ def _check_binary(head: str, bits_per_class: int | None, num_classes: int | None
         )
 
 
-def _matched_head(
+def _taken_head(
     spec: HeadSpec,
     site: ClassifierSite,
     tensors: dict[str, torch.Tensor],
     scale: float | None,
     observed: Observation | None,
 ) -> tuple[FixedClassifier, str]:
-    """A head whose codes are chosen by the old class vectors, and fitted if there are features; what came of it."""
-    weight = tensors[f"{site.path}.weight"].float().reshape(site.num_classes, site.num_features)
-    old_bias = tensors[f"{site.path}.bias"].float() if site.has_bias else None
-    features = None if observed is None else observed.features.get(site.path)
-    if features is None:
-        spec, codes, note = _choose_codes(spec, weight, None)
-    else:
-        statistics = feature_statistics(features, standardize=spec.standardize)
-        spec, codes, note = _choose_codes(spec, weight * statistics.spread, statistics.covariance)
-    if scale is not None:
-        codes["scale"] = scale
-    head = FixedClassifier(spec, **codes, channel_dim=site.channel_dim)
-    if observed is not None and features is not None:
-        if spec.standardize:
-            observed.calibrate_(head, site.path)
-        fit_(head, features, weight, old_bias, fit_scale=scale is None)
-    elif head.bias is not None and old_bias is not None:
-        with torch.no_grad():
-            head.bias.copy_(old_bias)
-    return head, f"{site.path}: {note}."
-
-
-def _choose_codes(
-    spec: HeadSpec, class_vectors: torch.Tensor, covariance: torch.Tensor | None
-) -> tuple[HeadSpec, dict[str, Any], str]:
-    """The codes for some class vectors, as the head's features have them (covariance: of those features).
-
-    Returns:
-        The spec, what `FixedClassifier` is given beside it, and what to tell.
-    """
-    if spec.kind == "binary":
-        signs = encode(spec, class_vectors, feature_moment=covariance)
-        stored = {"codes": torch.from_numpy(signs.codes), "gains": torch.from_numpy(signs.gains), "scale": signs.scale}
-        return spec, stored, f"{spec.bits_per_class} signs a class taken from the old classifier"
-    found = match_codes(class_vectors, seed=spec.seed, feature_covariance=covariance)
-    note = f"codes matched to the old class vectors, mean cosine {found.mean_correlation:.2f}"
-    return replace(spec, matched=True, blocks=found.blocks), {"codes": torch.from_numpy(found.codes)}, note
+    """A head whose codes are chosen by the old classifier, and fitted if there are features; what came of it."""
+    made = replacement(
+        spec,
+        tensors[f"{site.path}.weight"],
+        tensors[f"{site.path}.bias"] if site.has_bias else None,
+        features=None if observed is None else observed.features.get(site.path),
+        scale=scale,
+        channel_dim=site.channel_dim,
+    )
+    return made.head, f"{site.path}: {made.note}."
 
 
 def _replace_heads(

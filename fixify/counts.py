@@ -87,10 +87,11 @@ def head_bytes(kind: str, num_features: int, num_classes: int, *, bias: bool = T
     """Bytes of a head's tensors as `fixify convert` stores them: scale, bias, statistics, and the codes if any are.
 
     Of a Hadamard head that is the index of each class's code, of a binary one its signs; the other kinds follow from
-    the head spec alone.
+    the head spec alone. A binary head has no statistics unless it is calibrated.
     """
-    numbers = 1 + (num_classes if bias else 0) + 2 * num_features  # scale, bias, center and spread, float32
-    return 4 * numbers + 8 + _code_bytes(kind, num_features, num_classes) * num_classes
+    scale_and_bias = 4 * (1 + (num_classes if bias else 0))
+    statistics = 0 if kind == "binary" else 8 * num_features + 8  # center, spread and the count of batches
+    return scale_and_bias + statistics + _code_bytes(kind, num_features, num_classes) * num_classes
 
 
 def _code_bytes(kind: str, num_features: int, num_classes: int) -> int:

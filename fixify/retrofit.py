@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 
 from fixify.errors import FormatError, HeadSpecError, NoClassifierError
-from fixify.heads import FixedClassifier, HeadSpec, choose_kind
+from fixify.heads import FixedClassifier, HeadSpec, choose_kind, replacement
 from fixify.zoo.architectures import Architecture
 from fixify.zoo.classifiers import ClassifierSite, find_classifiers
+
+_NO_BIAS = "There is no bias to keep: the old classifier or the new one has none."
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,17 @@ class HeadRecord:
         return cls(values["path"], values["layer_type"], values["channel_dim"], HeadSpec.from_dict(values["spec"]))
 
 
+@contextlib.contextmanager
+def naming_head(path: str, sites: Sequence[ClassifierSite]) -> Iterator[None]:
+    """Within the block, a `HeadSpecError` says which classifier layer it is about, if there are several."""
+    try:
+        yield
+    except HeadSpecError as error:
+        if len(sites) == 1:
+            raise
+        raise HeadSpecError(f"{path}: {error.message}", hint=error.hint) from error
+
+
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     """Put `new` where `model.get_submodule(path)` is."""
     parent, _, name = path.rpartition(".")
@@ -67,11 +81,17 @@ def fix_classifier_(
     *,
     seed: int = 0,
     scale: float | None = None,
-    keep_bias: bool = False,
+    match: bool = False,
+    features: Mapping[str, torch.Tensor] | None = None,
+    keep_bias: bool | None = None,
     arch: Architecture | None = None,
     **options: Any,
 ) -> nn.Module:
     """Replace the classifier of a model by a fixed one, in place. Weights of the old one are dropped.
+
+    The codes of a `binary` head, and of a Hadamard one with `match`, are chosen by those weights, which keeps what a
+    trained model knows: most of it with signs, a part with Hadamard codes. Other codes go to the classes in order, as
+    in the paper.
 
     Every classifier layer of the model is replaced (`zoo.classifiers.find_classifiers`); the new one has the old one's
     device and floating type, and a bias if the old one had. After that `model.get_classifier()` is the fixed head, or
@@ -84,13 +104,21 @@ def fix_classifier_(
 
     Args:
         model: A timm or torchvision classification model, or one with a layer named like torchvision's.
-        kind: "hadamard", "orthogonal", "simplex", "auto" (Hadamard where a matrix of that order is known); or a head
-            spec, whose numbers of features and classes must be the model's.
+        kind: "hadamard", "orthogonal", "simplex", "binary" (signs of the old classifier), "auto" (Hadamard where a
+            matrix of that order is known); or a head spec, whose numbers of features and classes must be the model's.
+            If a spec of stored codes has a digest already, or the model is on the meta device, they are not chosen:
+            they come with `load_state_dict`.
         seed: Seed of the codebook.
-        scale: Initial alpha; default: where softmax reaches 0.95 at cosine 1.
-        keep_bias: Start from the old classifier's bias instead of zero.
+        scale: Initial alpha; default: where softmax reaches 0.95 at cosine 1, or for signs where the new logits are
+            nearest to the old ones.
+        match: Give each class the Hadamard code nearest to its old class vector (`fixify.heads.match`).
+        features: For matched and binary heads: what a classifier layer is given, by its path, [S, N] in random order
+            (no labels needed). Codes are then chosen by what the layer sees, center and spread are set, and scale and
+            bias are fitted to the old answers.
+        keep_bias: Start from the old classifier's bias instead of zero; default: where codes are chosen by its weights.
         arch: Named in messages.
-        options: Further fields of `HeadSpec`, for example `standardize=True`.
+        options: Further fields of `HeadSpec`, for example `standardize=True` or `bits_per_class=64`. A binary head
+            neither standardises nor normalises unless there are features or you say so: its logits are the old ones'.
 
     Returns:
         `model`.
@@ -107,12 +135,19 @@ def fix_classifier_(
             f"The classifier of this {type(model).__name__} is fixed already.",
             hint="model.reset_classifier(num_classes) gives a timm model a learned one again.",
         )
+    features = {} if features is None else features
+    sites = find_classifiers(model, arch)
+    unknown = sorted(set(features) - {site.path for site in sites})
+    if unknown:
+        raise HeadSpecError(
+            f"There is no classifier at {unknown[0]}; this model's: {', '.join(site.path for site in sites)}."
+        )
     heads = {}
-    for site in find_classifiers(model, arch):
-        spec = kind if isinstance(kind, HeadSpec) else _spec_for(site, kind, seed, options)
-        heads[site.path] = _head(model, site, spec, scale)
-        if keep_bias:
-            _copy_bias(model.get_submodule(site.path), heads[site.path])
+    for site in sites:
+        given = features.get(site.path)
+        with naming_head(site.path, sites):
+            spec = kind if isinstance(kind, HeadSpec) else _spec_for(site, kind, seed, options, given is not None)
+            heads[site.path] = _new_head(model, site, spec, scale, match=match, features=given, keep_bias=keep_bias)
     for path, head in heads.items():
         replace_module(model, path, head)
     return model
@@ -140,36 +175,84 @@ def apply_heads_(model: nn.Module, records: Iterable[HeadRecord]) -> nn.Module:
     return model
 
 
-def _spec_for(site: ClassifierSite, kind: str, seed: int, options: Mapping[str, Any]) -> HeadSpec:
+def _spec_for(site: ClassifierSite, kind: str, seed: int, options: Mapping[str, Any], has_features: bool) -> HeadSpec:
     known = {field.name for field in dataclasses.fields(HeadSpec)} - {"kind", "num_features", "num_classes", "seed"}
     unknown = sorted(set(options) - known)
     if unknown:
         raise HeadSpecError(f"Unknown option {unknown[0]!r}; a head spec has {', '.join(sorted(known))}.")
     if kind == "auto":
         kind, _ = choose_kind(site.num_features, site.num_classes)
+    defaults: dict[str, Any] = {"bias": site.has_bias}
+    if kind == "binary":
+        defaults |= {"gains": True, "normalize": has_features, "standardize": has_features}
+        options = {key: value for key, value in options.items() if (key, value) != ("bits_per_class", None)}
+        defaults["bits_per_class"] = site.num_features
     return HeadSpec(
-        kind=kind,
-        num_features=site.num_features,
-        num_classes=site.num_classes,
-        seed=seed,
-        **{"bias": site.has_bias, **options},
+        kind=kind, num_features=site.num_features, num_classes=site.num_classes, seed=seed, **defaults | dict(options)
     )
 
 
-def _head(model: nn.Module, site: ClassifierSite, spec: HeadSpec, scale: float | None = None) -> FixedClassifier:
-    if (spec.num_features, spec.num_classes) != (site.num_features, site.num_classes):
+def _new_head(
+    model: nn.Module,
+    site: ClassifierSite,
+    spec: HeadSpec,
+    scale: float | None,
+    *,
+    match: bool,
+    features: torch.Tensor | None,
+    keep_bias: bool | None,
+) -> FixedClassifier:
+    """A head for a classifier layer: with codes that are chosen by its weights, or in class order."""
+    if match and spec.kind != "hadamard":
         raise HeadSpecError(
-            f"The head spec is for {spec.num_features} features and {spec.num_classes} classes; the classifier "
-            f"{site.path} has {site.num_features} and {site.num_classes}."
+            f"Codes of a {spec.kind} head are not matched: match belongs to kind 'hadamard'.",
+            hint="A binary head takes its signs from the old classifier anyway."
+            if spec.kind == "binary"
+            else "Leave match out, or use kind 'hadamard'.",
         )
+    taken = match or spec.stores_codes
+    if features is not None and not taken:
+        raise HeadSpecError("Features are for a head that is fitted to the old classifier: match=True, or 'binary'.")
+    old = model.get_submodule(site.path)
+    weight: torch.Tensor = old.weight  # type: ignore[assignment]
+    if not taken or spec.digest is not None or weight.is_meta:
+        head = _head(model, site, spec, scale)
+        if keep_bias:
+            _copy_bias(old, head)
+        return head
+    _check_sizes(site, spec)
+    bias = old.bias if isinstance(old.bias, torch.Tensor) else None
+    if keep_bias and (bias is None or not spec.bias):
+        raise HeadSpecError(_NO_BIAS)
+    made = replacement(
+        spec,
+        weight,
+        bias if keep_bias is not False else None,
+        features=features,
+        scale=scale,
+        channel_dim=site.channel_dim,
+    )
+    return made.head.to(device=weight.device, dtype=weight.dtype).train(old.training)
+
+
+def _head(model: nn.Module, site: ClassifierSite, spec: HeadSpec, scale: float | None = None) -> FixedClassifier:
+    _check_sizes(site, spec)
     old = model.get_submodule(site.path)
     weight: torch.Tensor = old.weight  # type: ignore[assignment]
     head = FixedClassifier(spec, scale=scale, channel_dim=site.channel_dim, device=weight.device, dtype=weight.dtype)
     return head.train(old.training)
 
 
+def _check_sizes(site: ClassifierSite, spec: HeadSpec) -> None:
+    if (spec.num_features, spec.num_classes) != (site.num_features, site.num_classes):
+        raise HeadSpecError(
+            f"The head spec is for {spec.num_features} features and {spec.num_classes} classes; the classifier "
+            f"{site.path} has {site.num_features} and {site.num_classes}."
+        )
+
+
 def _copy_bias(old: nn.Module, head: FixedClassifier) -> None:
     if not isinstance(old.bias, torch.Tensor) or head.bias is None:
-        raise HeadSpecError("There is no bias to keep: the old classifier or the new one has none.")
+        raise HeadSpecError(_NO_BIAS)
     with torch.no_grad():
         head.bias.copy_(old.bias)

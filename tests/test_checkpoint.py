@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from safetensors.torch import load_file, save_file
 import fixify
 from fixify.checkpoint import SlimInfo, is_slim, load, read_info, save
 from fixify.errors import CodebookMismatchError, FormatError, OutputExistsError, UsageError
+from fixify.retrofit import apply_heads_
+from fixify.verification import verify
+from fixify.zoo import build
 
 
 @pytest.fixture(scope="module")
@@ -151,20 +155,94 @@ def test_info_survives_a_round_trip(slim: Path) -> None:
     assert info.source["name"] == "small.pth"
 
 
-def test_the_golden_file_of_version_1_gives_its_logits() -> None:
+@pytest.mark.parametrize("name", ["v1", "v1-binary"])
+def test_the_golden_files_of_version_1_give_their_logits(name: str) -> None:
     """Files that are out there must load, and compute the same, for ever; see golden/make_golden.py."""
     golden = Path(__file__).with_name("golden")
     images = torch.arange(2 * 32 * 32).reshape(2, 1, 32, 32).mul(0.37).sin()
-    expected = torch.tensor(json.loads((golden / "v1.json").read_text())["logits"])
+    expected = torch.tensor(json.loads((golden / f"{name}.json").read_text())["logits"])
+    assert expected.abs().mean() > 0.1  # else the tolerance would hide everything
     with torch.inference_mode():
-        logits = load(golden / "v1.fixed.safetensors")(images)
+        logits = load(golden / f"{name}.fixed.safetensors")(images)
     torch.testing.assert_close(logits[:, :8], expected, atol=1e-4, rtol=1e-4)
-    info = read_info(golden / "v1.fixed.safetensors")
+    info = read_info(golden / f"{name}.fixed.safetensors")
     assert info.architecture.to_dict() == {
         "library": "timm",
         "name": "test_efficientnet",
         "tag": None,
         "kwargs": {"in_chans": 1},
     }
-    assert info.heads[0].spec.matched
+    assert info.heads[0].spec.matched == (name == "v1")
+    assert info.heads[0].spec.bits_per_class == (44 if name == "v1-binary" else None)
     assert info.dtype == "float16"
+
+
+@pytest.fixture(scope="module")
+def binary(small_pth: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 classes of 44 signs: five bits of the last byte are used, and there are fewer of each class than features."""
+    out = tmp_path_factory.mktemp("binary") / "small.fixed.safetensors"
+    return fixify.convert(small_pth, out, arch="test_efficientnet", head="binary", bits_per_class=44).path
+
+
+def test_binary_save_load_and_half_precision(binary: Path, tmp_path: Path) -> None:
+    model = load(binary)
+    stored = load_file(binary)
+    assert stored["classifier.codes"].shape == (300, 6)
+    assert stored["classifier.codes"].dtype == stored["classifier.gains"].dtype == torch.uint8
+    again = load(save(model, tmp_path / "again.fixed.safetensors"))
+    with torch.inference_mode():
+        logits = model(_images())
+        assert torch.equal(again(_images()), logits)
+        half = load(binary).to(torch.bfloat16)
+        torch.testing.assert_close(half(_images().bfloat16()).float(), logits, atol=0.05, rtol=0.05)
+    assert half.classifier.codes.dtype == torch.uint8
+    assert save(half, tmp_path / "half.fixed.safetensors").is_file()
+
+
+def test_binary_checkpoint_on_the_meta_device(binary: Path) -> None:
+    assert load(binary, device="meta")(_images().to("meta")).shape == (2, 300)
+    info = read_info(binary)
+    with torch.device("meta"):
+        skeleton = build(info.architecture, num_classes=300, meta=True)
+        apply_heads_(skeleton, info.heads)
+    skeleton.load_state_dict(load_file(binary), assign=True)
+    with torch.inference_mode():
+        assert torch.equal(skeleton.eval()(_images()), load(binary)(_images()))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("gains", lambda gains: gains.float(), r"gains must be uint8 of shape \[300\], not float32 \[300\]"),
+        ("gains", lambda gains: gains[:299], r"gains must be uint8 of shape \[300\], not uint8 \[299\]"),
+        ("gains", lambda gains: gains * 0, "gains must lie in 1 .. 255"),
+        ("gains", lambda gains: None, "gains"),
+        ("codes", lambda codes: codes.long(), r"codes must be uint8 of shape \[300, 6\], not int64 \[300, 6\]"),
+        ("codes", lambda codes: codes[:, :5], r"codes must be uint8 of shape \[300, 6\], not uint8 \[300, 5\]"),
+        ("codes", lambda codes: codes * 0, "Classes 0 and 1 have the same signs"),
+        ("codes", lambda codes: codes | 1, "unused bits"),
+        ("codes", lambda codes: None, "codes"),
+    ],
+)
+def test_damaged_signs_are_refused_with_a_sentence(
+    binary: Path, tmp_path: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor | None], said: str
+) -> None:
+    tensors = load_file(binary)
+    changed = change(tensors.pop(f"classifier.{name}"))
+    if changed is not None:
+        tensors[f"classifier.{name}"] = changed.contiguous()
+    with safe_open(binary, framework="pt") as file:
+        save_file(tensors, tmp_path / "bad.safetensors", metadata=file.metadata())
+    with pytest.raises(FormatError, match=said):
+        load(tmp_path / "bad.safetensors")
+
+
+def test_one_other_sign_is_not_the_recorded_codebook(binary: Path, tmp_path: Path) -> None:
+    tensors = load_file(binary)
+    tensors["classifier.codes"][7, 0] ^= 64
+    with safe_open(binary, framework="pt") as file:
+        save_file(tensors, tmp_path / "bad.safetensors", metadata=file.metadata())
+    with pytest.raises(CodebookMismatchError, match="stored signs are not"):
+        load(tmp_path / "bad.safetensors")
+    failed = [check for check in verify(tmp_path / "bad.safetensors") if not check.passed]
+    assert [check.name for check in failed] == ["codebook"]

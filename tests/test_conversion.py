@@ -2,12 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
+from fixify.checkpoint import load
 from fixify.conversion import convert
-from fixify.errors import HeadSpecError
+from fixify.errors import HeadSpecError, UsageError
+from fixify.originals import read_original
+from fixify.verification import verify
 
 WIDE = "vit_tiny_patch16_224,embed_dim=386,num_heads=2,depth=1,img_size=32"
 
@@ -20,3 +26,130 @@ def test_widths_without_a_hadamard_matrix_get_an_orthogonal_head(tmp_path: Path)
     assert done.notes == ("head: orthogonal head, since no Hadamard matrix of order 386 is known here.",)
     with pytest.raises(HeadSpecError, match="386"):
         convert(tmp_path / "wide.pth", tmp_path / "other.fixed.safetensors", arch=WIDE, head="hadamard")
+
+
+# scikit-image's photographs: some to calibrate with, others to compare on.
+TO_FIT = ("chelsea.png", "rocket.jpg", "ihc.png", "coins.png", "retina.jpg")
+TO_COMPARE = ("astronaut.png", "coffee.png", "camera.png", "motorcycle_left.png", "grass.png")
+
+
+def _crops(names: tuple[str, ...], each: int) -> list[Image.Image]:
+    """Square crops of photographs, 0.4 to 1.0 of the shorter side, half of them mirrored: 224 x 224."""
+    folder = Path(pytest.importorskip("skimage.data").__file__).parent
+    rng = np.random.default_rng(0)
+    crops = []
+    for name in names:
+        photograph = Image.open(folder / name).convert("RGB")
+        for k in range(each):
+            side = int(rng.uniform(0.4, 1.0) * min(photograph.size))
+            x, y = (int(rng.integers(0, length - side + 1)) for length in photograph.size)
+            crop = photograph.resize((224, 224), Image.Resampling.BICUBIC, (x, y, x + side, y + side))
+            crops.append(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if k % 2 else crop)
+    return crops
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photographs")
+    for number, crop in enumerate(_crops(TO_FIT, 12)):
+        crop.save(folder / f"{number}.png")
+    return folder
+
+
+@torch.inference_mode()
+def _answers(model: torch.nn.Module) -> torch.Tensor:
+    pixels = np.stack([np.asarray(crop) for crop in _crops(TO_COMPARE, 12)])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1  # Lite0's mean and std are 0.5
+    return torch.cat([model(batch) for batch in images.split(20)]).argmax(dim=1)
+
+
+def test_signs_of_a_real_classifier_keep_its_answers(lite0: Path, photographs: Path, tmp_path: Path) -> None:
+    """EfficientNet-Lite0 of ImageNet without any training: 161 bytes a class, where the weights had 5,120."""
+    done = convert(lite0, tmp_path / "plain.fixed.safetensors", head="binary")
+    stored = load_file(done.path)
+    assert stored["classifier.codes"].dtype == stored["classifier.gains"].dtype == torch.uint8
+    assert stored["classifier.codes"].shape == (1000, 160)
+    assert stored["classifier.gains"].shape == (1000,)
+    assert "classifier.center" not in stored  # no images, no statistics
+    assert done.savings.classifier_bytes_after == 1000 * (160 + 1 + 4) + 4
+    assert done.notes[-1] == "classifier: 1280 signs a class taken from the old classifier."
+    assert all(check.passed for check in verify(done.path, source=lite0))
+
+    seen = convert(lite0, tmp_path / "seen.fixed.safetensors", head="binary", calibrate=photographs)
+    assert seen.info.calibration is not None and seen.info.calibration["num_images"] == 45
+    assert "classifier.center" in load_file(seen.path)
+
+    original = read_original(lite0)
+    expected = _answers(original.model())
+    assert len(expected.unique()) > 15  # the question is not always the same
+    plain, calibrated, unmatched = (
+        float((_answers(load(path)) == expected).double().mean())
+        for path in (
+            done.path,
+            seen.path,
+            convert(lite0, tmp_path / "hadamard.fixed.safetensors", head="hadamard", match=False).path,
+        )
+    )
+    print(plain, calibrated, unmatched)
+    assert unmatched < 0.1
+    assert plain > 0.5
+    assert calibrated > 0.5
+
+
+def _save(path: Path, name: str, **options: object) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model(name, **options)
+    torch.save({"arch": name, "state_dict": model.state_dict()}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "heads"),
+    [
+        ("test_efficientnet", 700, 1),  # more classes than features
+        ("dla46_c", 12, 1),  # a 1x1 convolution
+        ("deit_tiny_distilled_patch16_224", 12, 2),
+    ],
+)
+def test_binary_heads_of_every_build(tmp_path: Path, name: str, num_classes: int, heads: int) -> None:
+    source = _save(tmp_path / "model.pth", name, num_classes=num_classes)
+    done = convert(source, tmp_path / "out.fixed.safetensors", head="binary", bits_per_class=40)
+    stored = load_file(done.path)
+    assert len(done.info.heads) == heads
+    for record in done.info.heads:
+        assert record.spec.bits_per_class == 40
+        assert stored[f"{record.path}.codes"].shape == (num_classes, 5)
+    assert all(check.passed for check in verify(done.path, source=source))
+
+
+def test_widths_without_a_hadamard_matrix_have_signs_of_the_features(tmp_path: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", embed_dim=386, num_heads=2, depth=1, img_size=32, num_classes=10)
+    torch.save(model.state_dict(), tmp_path / "wide.pth")
+    done = convert(tmp_path / "wide.pth", tmp_path / "out.fixed.safetensors", arch=WIDE, head="binary")
+    assert load_file(done.path)["head.codes"].shape == (10, 49)
+    assert all(check.passed for check in verify(done.path))
+    with pytest.raises(HeadSpecError, match="No Hadamard matrix of order 386") as refused:
+        convert(tmp_path / "wide.pth", tmp_path / "b.fixed.safetensors", arch=WIDE, head="binary", bits_per_class=64)
+    print(refused.value)
+    assert not (tmp_path / "b.fixed.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"head": "binary", "num_classes": 5}, "a new label set has none"),
+        ({"head": "hadamard", "bits_per_class": 8}, "belongs to head binary, not hadamard"),
+        ({"bits_per_class": 8}, "belongs to head binary, not auto"),
+    ],
+)
+def test_binary_options_that_do_not_go_together(small_pth: Path, tmp_path: Path, options: dict, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        convert(small_pth, tmp_path / "out.fixed.safetensors", arch="test_efficientnet", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_refusals_name_the_head(tmp_path: Path) -> None:
+    source = _save(tmp_path / "model.pth", "crossvit_9_240", num_classes=12)
+    with pytest.raises(HeadSpecError, match=r"^head\.0: bits_per_class must be .* 128 features, got 200"):
+        convert(source, tmp_path / "out.fixed.safetensors", head="binary", bits_per_class=200)

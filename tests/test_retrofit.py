@@ -300,3 +300,141 @@ def test_every_architecture_gives_logits_after_surgery() -> None:
         if before - after != saved or shape != (1, NUM_CLASSES):
             failed.append((ref, before - after, saved, shape))
     assert not failed, "\n".join(map(str, failed))
+
+
+@pytest.mark.parametrize(
+    ("ref", "size"),
+    [("timm/resnet10t", 64), ("timm/dla46_c", 64), ("timm/deit_tiny_distilled_patch16_224", 224)],
+)
+@torch.no_grad()
+def test_binary_heads_answer_nearly_as_the_old_ones(ref: str, size: int) -> None:
+    """A linear layer, a 1x1 convolution, two heads: signs of its own weights, old biases, nothing normalised."""
+    model, x = _small(ref, size)
+    for site in find_classifiers(model):
+        torch.nn.init.normal_(model.get_submodule(site.path).weight, generator=torch.Generator().manual_seed(0))
+        model.get_submodule(site.path).bias.normal_(generator=torch.Generator().manual_seed(1))
+    old = {site.path: model.get_submodule(site.path) for site in find_classifiers(model)}
+    before = model.eval()(x)
+    seen = [module.register_forward_pre_hook(lambda module, args: inputs.append(args[0])) for module in old.values()]
+    inputs: list[Tensor] = []
+    model(x)
+    for hook in seen:
+        hook.remove()
+    fix_classifier_(model, "binary")
+    for (path, layer), given in zip(old.items(), inputs, strict=True):
+        head = model.get_submodule(path)
+        assert head.spec.bits_per_class == head.in_features
+        assert not head.spec.normalize and not head.spec.standardize and head.spec.gains
+        assert torch.equal(head.bias, layer.bias)
+        # Signs of random vectors are at cosine sqrt(2 / pi) = 0.80 with them; N is large enough to be near.
+        vectors = layer.weight.reshape(NUM_CLASSES, -1)
+        cosines = nn.functional.cosine_similarity(head.codebook(), vectors - vectors.mean(dim=0))
+        assert cosines.mean() == pytest.approx(0.8, abs=0.03)
+        difference = (head(given) - layer(given)).transpose(1, -1)  # the mean over classes is free
+        assert (difference - difference.mean(dim=-1, keepdim=True)).std() < layer(given).std()
+    assert model(x).shape == before.shape
+    # What is loaded needs no old weights: codes and gains come with the state dict.
+    records = [
+        HeadRecord(path, "", model.get_submodule(path).channel_dim, model.get_submodule(path).spec) for path in old
+    ]
+    again = apply_heads_(_small(ref, size)[0], [HeadRecord.from_dict(record.to_dict()) for record in records])
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.eval()(x), model(x))
+
+
+def _classifier(num_features: int, num_classes: int, **options: Any) -> nn.Module:
+    model = nn.Module()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.fc = nn.Linear(num_features, num_classes, **options)
+    return model
+
+
+def _centered(logits: Tensor) -> Tensor:
+    return logits - logits.mean(dim=1, keepdim=True)
+
+
+@torch.no_grad()
+def test_features_make_codes_nearer() -> None:
+    """More classes than features; features that vary in few directions, away from 0."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(64, 64, generator=generator) * torch.logspace(0, -2, 64)[:, None]
+    x = torch.randn(500, 64, generator=generator) @ mix + 3
+    errors = {}
+    for name, kind, options in (
+        ("binary", "binary", {}),
+        ("seen", "binary", {"features": {"fc": x[:400]}}),
+        ("few bits", "binary", {"features": {"fc": x[:400]}, "bits_per_class": 12}),
+        ("matched", "hadamard", {"match": True, "features": {"fc": x[:400]}}),
+        ("in order", "hadamard", {}),
+    ):
+        model = _classifier(64, 100)
+        wanted = _centered(model.fc(x[400:]))
+        head = fix_classifier_(model, kind, **options).eval().fc
+        assert head.spec.standardize == (name in ("seen", "few bits")), name
+        got = _centered(head(x[400:]))
+        errors[name] = float(1 - nn.functional.cosine_similarity(got.flatten(), wanted.flatten(), dim=0))
+    assert errors["seen"] < errors["few bits"] < errors["in order"]
+    assert errors["seen"] < 0.5 * errors["binary"]
+    assert errors["matched"] < 0.8 * errors["in order"]
+
+
+def test_matched_by_surgery() -> None:
+    model = _classifier(64, 30)
+    weight, bias = model.fc.weight.detach(), model.fc.bias.detach()
+    head = fix_classifier_(model, "hadamard", match=True, standardize=True).fc
+    assert head.spec.matched and torch.equal(head.bias, bias)
+    cosines = nn.functional.cosine_similarity(head.codebook(), weight - weight.mean(dim=0))
+    assert cosines.mean() > 0.2  # in order: 0
+    assert not fix_classifier_(_classifier(64, 30), match=True, keep_bias=False).fc.bias.any()
+    spec = HeadSpec("binary", 64, 30, bits_per_class=20)
+    assert fix_classifier_(_classifier(64, 30), spec).fc.codes.shape == (30, 3)
+
+
+def test_dtype_mode_and_scale_of_binary_heads() -> None:
+    model = _classifier(64, 30).to(torch.bfloat16).eval()
+    head = fix_classifier_(model, "binary", bits_per_class=20, scale=2.5).fc
+    assert not head.training
+    assert {parameter.dtype for parameter in head.parameters()} == {torch.bfloat16}
+    assert head.scale.item() == 2.5
+    assert head(torch.ones(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert fix_classifier_(_classifier(64, 30, bias=False), "binary").fc.bias is None
+    with torch.device("meta"):
+        empty = fix_classifier_(_classifier(64, 30), "binary")
+    filled = empty.to_empty(device="cpu")
+    full = fix_classifier_(_classifier(64, 30), "binary")
+    filled.load_state_dict(full.state_dict())
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(filled.fc(x), full.fc(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("binary", {"bits_per_class": 65}, "from 1 to the 64 features, got 65"),
+        ("binary", {"bits_per_class": 0}, "from 1 to the 64 features, got 0"),
+        ("binary", {"bits_per_class": 4}, "only 16 different codes of 4 signs, got 30 classes"),
+        ("hadamard", {"bits_per_class": 8}, "belongs to kind 'binary'"),
+        ("binary", {"match": True}, "match belongs to kind 'hadamard'"),
+        ("orthogonal", {"match": True}, "match belongs to kind 'hadamard'"),
+        ("hadamard", {"features": {"fc": torch.ones(9, 64)}}, "match=True, or 'binary'"),
+        ("binary", {"features": {"head": torch.ones(9, 64)}}, "no classifier at head; this model's: fc"),
+        ("binary", {"features": {"fc": torch.ones(9, 63)}}, r"\[samples, 64\], got shape \[9, 63\]"),
+        ("binary", {"keep_bias": True, "bias": False}, "no bias to keep"),
+    ],
+)
+def test_what_binary_surgery_refuses(kind: str, options: dict[str, Any], said: str) -> None:
+    model = _classifier(64, 30)
+    with pytest.raises(HeadSpecError, match=said):
+        fix_classifier_(model, kind, **options)
+    assert isinstance(model.fc, nn.Linear)
+
+
+def test_refusals_name_the_head() -> None:
+    model, _ = _small("timm/crossvit_9_240", 240)
+    with pytest.raises(HeadSpecError, match=r"^head\.0: bits_per_class must be an integer from 1 to the 128 features"):
+        fix_classifier_(model, "binary", bits_per_class=200)
+    torch.nn.init.zeros_(model.head[1].weight)
+    with pytest.raises(HeadSpecError, match=r"^head\.1: The classes cannot be told apart"):
+        fix_classifier_(model, "binary")
+    assert all(isinstance(head, nn.Linear) for head in model.head)

@@ -93,7 +93,7 @@ def convert(
             "calibration": done.info.calibration,
             "info": done.info.model_dump(),
         },
-        removed_line(done.savings),
+        removed_line(done.savings, done.info.heads),
         savings_table(done.savings),
     )
     if done.info.calibration is not None:

@@ -10,6 +10,7 @@ from fixify.heads.codebooks import codebook
 from fixify.heads.matching import Matching, match
 from fixify.heads.matrices import hadamard, is_constructible
 from fixify.heads.module import FixedClassifier, initial_scale
+from fixify.heads.replacement import Replacement, replacement
 from fixify.heads.spec import KINDS, HeadSpec, choose_kind
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "FixedClassifier",
     "HeadSpec",
     "Matching",
+    "Replacement",
     "choose_kind",
     "codebook",
     "coherence",
@@ -32,5 +34,6 @@ __all__ = [
     "is_constructible",
     "match",
     "rankin_bound",
+    "replacement",
     "welch_bound",
 ]

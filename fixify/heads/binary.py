@@ -108,7 +108,10 @@ def encode(spec: HeadSpec, class_vectors: Tensor, *, feature_moment: Tensor | No
     _separate(packed, spec)
     longest = float(gains.max())
     if not longest > 0:
-        raise HeadSpecError("The classes cannot be told apart by their old vectors: no signs to take.")
+        raise HeadSpecError(
+            "The classes cannot be told apart by their old vectors: no signs to take.",
+            hint="A classifier that was never trained is replaced by `--head hadamard` or `--head orthogonal`.",
+        )
     steps = (gains / longest * GAIN_STEPS).round().clamp(1, GAIN_STEPS).to(torch.uint8)
     return BinaryCodes(packed, steps.numpy(), longest * within.shape[0] ** 0.5)
 

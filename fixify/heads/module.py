@@ -212,7 +212,30 @@ class FixedClassifier(nn.Module):
         last = 2 * self.spec.num_features * (self.spec.blocks or 1) - 1
         return torch.uint8 if last < 1 << 8 else torch.uint16 if last < 1 << 16 else torch.uint32
 
+    def _stored_problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        """What is wrong with codes and gains of a state dict: torch would cast them without a word."""
+        found = []
+        for name, own in (("codes", self.codes), ("gains", self.gains)):
+            stored = state_dict.get(prefix + name)
+            if own is None or stored is None:
+                continue
+            packed = name == "gains" or self.spec.kind == "binary"
+            wanted = "uint8" if packed else "an integer type"
+            right = stored.dtype == torch.uint8 if packed else not (stored.is_floating_point() or stored.is_complex())
+            if not right or stored.shape != own.shape:
+                kind = str(stored.dtype).removeprefix("torch.")
+                found.append(
+                    f"{prefix}{name} must be {wanted} of shape {list(own.shape)}, not {kind} {list(stored.shape)}."
+                )
+            elif name == "gains" and not stored.is_meta and not bool(stored.all()):
+                found.append(f"{prefix}gains must lie in 1 .. {GAIN_STEPS}: a code of length 0 cannot tell its class.")
+        return found
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        problems = self._stored_problems(state_dict, prefix)
+        if problems:
+            args[-1].extend(problems)  # the errors that load_state_dict raises together
+            return
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.scale.is_meta:
             return

@@ -14,6 +14,7 @@ from fixify.counts import Savings
 from fixify.prediction import Prediction
 from fixify.reporting.models import ModelReport
 from fixify.reporting.plan import KindPlan
+from fixify.retrofit import HeadRecord
 from fixify.verification import Check
 from fixify.zoo.architectures import LIBRARIES
 from fixify.zoo.coverage import Coverage
@@ -57,9 +58,12 @@ def savings_table(savings: Savings) -> Table:
     return made
 
 
-def removed_line(savings: Savings) -> str:
-    """The saving in one sentence."""
+def removed_line(savings: Savings, heads: Sequence[HeadRecord] = ()) -> str:
+    """The saving in one sentence. The weights that a binary head replaces are not gone, but signs now."""
     share = f"{100 * savings.removed_share:.1f} % of {savings.parameters_before:,} parameters"
+    bits = [(record.spec.bits_per_class or 0) * record.spec.num_classes for record in heads]
+    if any(bits):
+        return f"{savings.removed:,} classifier weights became {sum(bits):,} signs ({share})."
     return f"{savings.removed:,} classifier weights are gone ({share})."
 
 
@@ -100,6 +104,9 @@ def info_table(path: Path, info: SlimInfo) -> Table:
     for record in info.heads:
         spec = record.spec
         made.add_row(f"head {record.path}", f"{spec.kind}, {spec.num_classes} classes x {spec.num_features} features")
+        if spec.bits_per_class is not None:
+            stored = -(-spec.bits_per_class // 8) + spec.gains
+            made.add_row("", f"{spec.bits_per_class} bits a class ({stored} bytes{' with its length' * spec.gains})")
         made.add_row("", ", ".join(part for part in (spec.construction, f"seed {spec.seed}") if part))
         made.add_row("", short_digest(spec.digest))
     made.add_row("preprocessing", ", ".join(f"{key} {_plain(value)}" for key, value in info.preprocessing.items()))
@@ -112,7 +119,7 @@ def info_table(path: Path, info: SlimInfo) -> Table:
         made.add_row("source", f"{source['name']}{size}" + (", EMA weights" if source.get("ema") else ""))
     if source.get("sha256"):
         made.add_row("", short_digest(f"sha256:{source['sha256']}"))
-    made.add_row("saved", removed_line(Savings.from_dict(info.savings)))
+    made.add_row("saved", removed_line(Savings.from_dict(info.savings), info.heads))
     if info.calibration is not None:
         made.add_row("calibrated", calibration_line(info.calibration))
     training = info.training or {}

@@ -289,3 +289,25 @@ def test_predict_says_where_names_come_from(run: Run, slim_bytes: bytes, tmp_pat
     (tmp_path / "names.txt").write_text("\n".join(f"thing {index}" for index in range(300)))
     code, out, err = run("predict", "small.fixed.safetensors", "grey.png", "--labels", "names.txt")
     assert code == 0 and "thing" in out and err == ""
+
+
+def test_binary_in_a_real_process(small_pth: Path, tmp_path: Path) -> None:
+    def fixify(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "fixify", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
+
+    done = fixify("convert", str(small_pth), "--head", "binary", "--bits-per-class", "44", "-o", "b.fixed.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert "76,800 classifier weights became 13,200 signs" in done.stdout
+    assert "classifier: 44 signs a class taken from the old classifier." in done.stderr
+    shown = fixify("inspect", "b.fixed.safetensors")
+    assert "44 bits a class (7 bytes with its length)" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    checked = fixify("verify", "b.fixed.safetensors", "--source", str(small_pth))
+    assert checked.returncode == 0, checked.stderr
+    refused = fixify("convert", str(small_pth), "--bits-per-class", "44")
+    assert refused.returncode == 2
+    assert refused.stderr == "error: bits_per_class belongs to head binary, not auto.\nAdd --head binary.\n"
+    refused = fixify("convert", str(small_pth), "--head", "binary", "--num-classes", "5")
+    assert refused.returncode == 2
+    assert "a new label set has none" in refused.stderr

@@ -1,6 +1,7 @@
 """Makes the golden slim checkpoint of a format version. Run once a version; what is committed is never made again.
 
 python tests/golden/make_golden.py tests/golden/v1
+python tests/golden/make_golden.py tests/golden/v1-binary
 """
 
 import json
@@ -19,13 +20,18 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = timm.create_model("test_efficientnet", num_classes=100, in_chans=1)
+    options = {}
+    if stem.name.endswith("-binary"):
+        options = {"head": "binary", "bits_per_class": 44}
+        model.classifier.weight.data.mul_(2000)  # its logits are the old ones', which are near 0 untrained
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "golden.pth"
         torch.save({"arch": "test_efficientnet", "state_dict": model.state_dict()}, source)
-        path = fixify.convert(source, stem.with_suffix(".fixed.safetensors"), dtype="float16").path
+        out = stem.with_name(stem.name + ".fixed.safetensors")
+        path = fixify.convert(source, out, dtype="float16", **options).path
     with torch.inference_mode():
         logits = fixify.load(path)(golden_images())
-    stem.with_suffix(".json").write_text(json.dumps({"logits": logits[:, :8].tolist()}, indent=1) + "\n")
+    stem.with_name(stem.name + ".json").write_text(json.dumps({"logits": logits[:, :8].tolist()}, indent=1) + "\n")
 
 
 def golden_images() -> torch.Tensor:

@@ -174,3 +174,34 @@ def test_meta_and_to_empty():
     head.load_state_dict(real.state_dict())
     x = vectors_of(2, 64)
     torch.testing.assert_close(head(x), real(x))
+
+
+def test_two_hundred_thousand_classes_are_never_unpacked_at_once(monkeypatch):
+    """Forward and backward hold a chunk of the signs as numbers, not the 200,000 x 96 of them (77 MB)."""
+    c, n, bits = 200_000, 256, 96
+    packed = torch.randint(0, 256, (c, bits // 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    head = FixedClassifier(
+        HeadSpec("binary", n, c, bits_per_class=bits, gains=True, normalize=False, bias=False), codes=packed
+    )
+    assert sum(table.numel() * table.element_size() for table in head.buffers()) < 3 * c * bits // 8
+    sizes = []
+
+    def recording(part, num_signs, dtype):
+        signs = unpack(part, num_signs, dtype)
+        sizes.append(len(signs))
+        return signs
+
+    monkeypatch.setattr("fixify.heads.packed.unpack", recording)
+    x = vectors_of(2, n).requires_grad_()
+    logits = head(x)
+    assert logits.shape == (2, c)
+    assert sum(sizes) == c
+    (grad,) = torch.autograd.grad(logits.square().sum(), x)
+    assert sum(sizes) == 2 * c
+    assert max(sizes) * bits <= 1 << 22 < c * bits
+    # A few classes by hand, and the gradient of all of them through the codes.
+    signs = unpack(packed, bits, torch.float32)
+    z = x.detach() @ torch.from_numpy(rotation(head.spec)) * head.scale.detach() * bits**-0.5
+    torch.testing.assert_close(logits.detach(), z @ signs.T, rtol=1e-4, atol=1e-3)
+    back = (2 * logits.detach() @ signs) * head.scale.detach() * bits**-0.5
+    torch.testing.assert_close(grad, back @ torch.from_numpy(rotation(head.spec)).T, rtol=1e-3, atol=1.0)

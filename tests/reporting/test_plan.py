@@ -32,7 +32,7 @@ def test_verdicts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("head", "num_classes"), [("hadamard", 10), ("hadamard", 300), ("orthogonal", 10), ("simplex", 10)]
+    ("head", "num_classes"), [("hadamard", 10), ("hadamard", 300), ("orthogonal", 10), ("simplex", 10), ("binary", 300)]
 )
 def test_bytes_are_those_that_convert_stores(tmp_path: Path, head: str, num_classes: int) -> None:
     path = tmp_path / "model.safetensors"
