@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,192 +25,24 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from architecture_variants import UNSUITED, buildable, count, images, original, size_argument, wanted
 from safetensors import safe_open
 from safetensors.torch import save_file
+from second_process import Reader, digest, fixed_heads, observe, tensors, watched
 from torch import Tensor, nn
 
 import fixify
-from fixify.errors import ArchitectureError, FixifyError, NoClassifierError
+from fixify.errors import FixifyError
 from fixify.heads import FixedClassifier, codebook
 from fixify.retrofit import apply_heads_
-from fixify.zoo import (
-    Architecture,
-    build,
-    default_num_classes,
-    find_classifiers,
-    list_architectures,
-    parse_architecture,
-    preprocessing,
-)
-from fixify.zoo.index import variants
+from fixify.zoo import Architecture, default_num_classes, find_classifiers, preprocessing
 
-NUM_CLASSES = 37
-LARGE = 150_000_000  # parameters above which a model is built with fewer blocks, if it takes the argument
-HEAVY = {20_000_000: 224, 60_000_000: 128}  # and above which one for images larger than this is built for smaller ones
-DRAWN = 30_000_000  # and up to which its library draws the weights; beyond, they are copied from a pool of noise
-FEWER_BLOCKS = ({"depth": 4}, {"depths": [1, 1, 2, 1]}, {"layers": [1, 1, 1, 1]})
-SMALLER_IMAGES = (112, 128, 160, 192, 224, 256)
-SIZES = (64, 96, 128, 160, 192, 224)
-# What the builders and the networks raise where an argument or a size does not suit them.
-UNSUITED = (ArchitectureError, TypeError, ValueError, AssertionError, RuntimeError, IndexError, KeyError)
-
-
-def count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def buildable(arch: Architecture) -> tuple[Architecture, str | None]:
-    """The architecture as it is run here, and what was changed if it is too large."""
-    size = count(build(arch, num_classes=NUM_CLASSES, meta=True))
-    notes = []
-    if size > LARGE:
-        for extra in FEWER_BLOCKS:
-            smaller = replace(arch, kwargs={**arch.kwargs, **extra})
-            try:
-                now = count(build(smaller, num_classes=NUM_CLASSES, meta=True))
-                if now < size:
-                    runs(smaller, preprocessing(smaller)["input_size"][1])
-            except UNSUITED:
-                continue
-            if now < size:
-                notes.append(f"{size / 1e6:.0f} M parameters: built with {extra}")
-                arch, size = smaller, now
-                break
-    pixels = preprocessing(arch)["input_size"][1]
-    heavy = any(size > parameters and pixels > largest for parameters, largest in HEAVY.items())
-    argument = _size_argument(arch)
-    if heavy and argument is not None:
-        for pixels in (smaller for smaller in SMALLER_IMAGES if smaller < pixels):
-            smaller = replace(arch, kwargs={**arch.kwargs, argument: pixels})
-            try:
-                runs(smaller, pixels)
-            except UNSUITED:
-                continue
-            notes.append(f"built for images of {pixels}")
-            return smaller, "; ".join(notes)
-    return arch, "; ".join(notes) or None
-
-
-def runs(arch: Architecture, pixels: int) -> None:
-    """Raise one of `UNSUITED` unless the network can be run on an image of that size."""
-    build(arch, num_classes=NUM_CLASSES, meta=True)  # what does not suit costs nothing here
-    build(arch, num_classes=NUM_CLASSES, blank=True).eval()(images(arch, pixels, 0)[:1])
-
-
-def _size_argument(arch: Architecture) -> str | None:
-    """The argument by which an architecture is built for one size of image; None if it takes any."""
-    from timm.models import get_pretrained_cfg
-
-    if arch.library == "torchvision":
-        return "image_size" if arch.name.startswith("vit_") else None
-    cfg = get_pretrained_cfg(arch.name)
-    return "img_size" if cfg is not None and cfg.fixed_input_size else None
-
-
-def original(arch: Architecture, seed: int, gain: float | None = None) -> nn.Module:
-    """A model with random weights, none of which are the zeros and ones that make a branch of it invisible.
-
-    Args:
-        gain: Fill all weights with noise of this deviation times 1 / sqrt(fan-in); None: as the library draws them
-            where that does not take too long, else noise of gain 1.
-    """
-    small = gain is None and count(build(arch, num_classes=NUM_CLASSES, meta=True)) <= DRAWN
-    torch.manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):  # `build` restores the generator: each seed gives other weights
-        model = build(arch, num_classes=NUM_CLASSES, blank=not small)
-    pool = torch.randn(1 << 20)
-    with torch.no_grad():
-        for name, value in [*model.named_parameters(), *model.named_buffers()]:
-            if not value.is_floating_point() or name.endswith("running_var") or value.numel() == 0:
-                continue
-            if isinstance(value, nn.Parameter) and not small:
-                _fill(value, name, pool, gain or 1.0)
-            elif value.ndim < 2 and (isinstance(value, nn.Parameter) or name.endswith("running_mean")):
-                value.add_(0.1 * pool[: value.numel()].reshape(value.shape) if value.numel() < len(pool) else 0)
-    return model.eval()
-
-
-def _fill(value: Tensor, name: str, pool: Tensor, gain: float) -> None:
-    if value.ndim < 2 or value[0].numel() == 1:  # of a norm, or the scale of a layer
-        scale, shift = 0.1, 1.0 if name.endswith("weight") else 0.0
-    else:
-        scale, shift = gain * value[0].numel() ** -0.5, 0.0
-    flat = value.view(-1)
-    for start in range(0, len(flat), len(pool)):
-        part = flat[start : start + len(pool)]
-        torch.mul(pool[: len(part)], scale, out=part)
-    value.add_(shift)
-
-
-def images(arch: Architecture, pixels: int, seed: int) -> Tensor:
-    channels = preprocessing(arch)["input_size"][0]
-    return torch.randn(2, channels, pixels, pixels, generator=torch.Generator().manual_seed(seed))
-
-
-def digest(values: Any) -> str:
-    """Of the bits of all tensors in an output."""
-    found = hashlib.sha256()
-    for value in _tensors(values):
-        found.update(str(tuple(value.shape)).encode() + value.contiguous().numpy().tobytes())
-    return found.hexdigest()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-
-
-@contextmanager
-def watched(layers: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """What reaches each layer, by its name, as far as it is run."""
-    seen: dict[str, Tensor] = {}
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, path=path: seen.__setitem__(path, args[0].clone()))
-        for path, layer in layers.items()
-    ]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def fixed_heads(model: nn.Module) -> dict[str, FixedClassifier]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, FixedClassifier)}
-
-
-def observe(model: nn.Module, x: Tensor) -> dict[str, Any]:
-    """Logits of a fixed model, digests of what reached its heads, and what the heads that were not run would say."""
-    heads = fixed_heads(model)
-    with watched(heads) as seen:
-        logits = model(x)
-    idle = {}
-    for path, head in heads.items():
-        if path not in seen:  # auxiliary classifiers run in training only
-            generator = torch.Generator().manual_seed(1)
-            shape = (2, head.in_features, 1, 1) if head.channel_dim == 1 else (2, head.in_features)
-            idle[path] = digest(head(torch.randn(shape, generator=generator)))
-    return {
-        "logits": [value.flatten().tolist() for value in _tensors(logits)],
-        "features": {path: digest(value) for path, value in seen.items()},
-        "idle": idle,
-    }
-
-
-def check(condition: bool, what: str) -> None:
-    if not condition:
-        raise AssertionError(what)
+SIZES = (64, 96, 128, 160, 192, 224)  # of the images that are tried, until the model takes one
 
 
 @torch.inference_mode()
@@ -259,7 +90,7 @@ def round_trip(arch: Architecture, folder: Path, reader: Reader) -> dict[str, An
         keep_working(model, x, features, again, pre_logits)
     del model, heads, sites
 
-    found = reader.read(slim, arch, pixels, seed)
+    found = reader.read(slim, pixels, seed)
     check(found["features"] == expected["features"], "features of the file are those of the original")
     check(found["idle"] == expected["idle"], "auxiliary heads of the file")
     exact = found["logits"] == expected["logits"]
@@ -283,7 +114,7 @@ def round_trip(arch: Architecture, folder: Path, reader: Reader) -> dict[str, An
 def first_run(model: Any, arch: Architecture, sites: dict[str, nn.Module], seed: int) -> tuple[Any, ...]:
     """The smallest images that the model takes, what it makes of them, and what reaches its classifiers."""
     whole = preprocessing(arch)["input_size"][1]
-    fixed = _size_argument(arch) is not None
+    fixed = size_argument(arch) is not None
     problem: Exception | None = None
     for pixels in (whole,) if fixed else (*(size for size in SIZES if size < whole), whole):
         x = images(arch, pixels, seed)
@@ -293,11 +124,11 @@ def first_run(model: Any, arch: Architecture, sites: dict[str, nn.Module], seed:
         except UNSUITED as error:
             problem = error
             continue
-        if next(_tensors(logits)).isfinite().all():
+        if next(tensors(logits)).isfinite().all():
             features = None
             if arch.library == "timm":
                 features = outputs[0] if outputs else model.forward_features(x)
-            return pixels, x, features, seen, list(next(_tensors(logits)).shape)
+            return pixels, x, features, seen, list(next(tensors(logits)).shape)
     raise RuntimeError(f"does not run at {whole}: {problem or 'the logits are not finite'}")
 
 
@@ -351,7 +182,7 @@ def keep_working(model: Any, x: Tensor, features: Any, again: list[Any], pre_log
         model.reset_classifier(5)
     check(not any(isinstance(m, FixedClassifier) for p in parts(model.get_classifier()) for m in p.modules()), "reset")
     logits = model.eval().forward_head(features)
-    check(next(_tensors(logits)).shape[-1 if next(_tensors(logits)).ndim == 2 else 1] == 5, "logits after reset")
+    check(next(tensors(logits)).shape[-1 if next(tensors(logits)).ndim == 2 else 1] == 5, "logits after reset")
 
 
 def parts(classifier: Any) -> tuple[nn.Module, ...]:
@@ -368,82 +199,20 @@ def untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return free
 
 
-class Reader:
-    """A second process that sees nothing but slim files."""
-
-    def __init__(self) -> None:
-        self.process: subprocess.Popen[str] | None = None
-
-    def read(self, slim: Path, arch: Architecture, pixels: int, seed: int) -> dict[str, Any]:
-        if self.process is None or self.process.poll() is not None:
-            command = [sys.executable, __file__, "--read"]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"path": str(slim), "pixels": pixels, "seed": seed}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError("the process that loads died")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise RuntimeError(f"loading: {answer['error']}")
-        return answer
-
-    def close(self) -> None:
-        if self.process is not None and self.process.stdin is not None:
-            self.process.stdin.close()
-            self.process.wait()
-
-
-def read_forever() -> None:
-    """What the second process does: a line of JSON in, one out."""
-    for line in sys.stdin:
-        asked = json.loads(line)
-        try:
-            start = time.perf_counter()
-            model: Any = fixify.load(asked["path"])
-            seconds = time.perf_counter() - start
-            with torch.inference_mode():
-                answer = observe(model, images(model.fixify_info.architecture, asked["pixels"], asked["seed"]))
-            answer["seconds"] = round(seconds, 2)
-            del model
-        except (FixifyError, *UNSUITED) as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
-
-
-def wanted(only: list[str]) -> Iterator[tuple[int, Architecture]]:
-    """Every architecture that has a classifier, with its variants and its size; small ones first.
-
-    Those that have one only if they are built with a number of classes come after the others.
-    """
-    found = []
-    for ref in only or list_architectures():
-        for arch in variants(parse_architecture(ref)):
-            try:
-                model = build(arch, num_classes=NUM_CLASSES, meta=True)
-                find_classifiers(model, arch)
-            except (NoClassifierError, *UNSUITED):
-                continue
-            found.append((not default_num_classes(arch), count(model), arch))
-    yield from ((size, arch) for _, size, arch in sorted(found, key=lambda triple: triple[:2]))
+def check(condition: bool, what: str) -> None:
+    if not condition:
+        raise AssertionError(what)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--log", type=Path, help="where the results go, one JSON object a line")
+    parser.add_argument("--log", type=Path, required=True, help="where the results go, one JSON object a line")
     parser.add_argument("--only", nargs="*", default=[], help="these architectures (library/name)")
     parser.add_argument("--folder", type=Path, help="for the files; one at a time, removed at once. Default: /tmp")
     parser.add_argument("--again", action="store_true", help="try once more what failed")
     parser.add_argument("--largest", type=float, default=1e12, help="leave out those of more parameters")
-    parser.add_argument("--read", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.read:
-        read_forever()
-        return 0
-    if arguments.log is None:
-        parser.error("--log is needed")
     lines = arguments.log.read_text().splitlines() if arguments.log.exists() else []
     rows = {row["arch"]: row for row in map(json.loads, lines)}
     done = {spelled for spelled, row in rows.items() if row["ok"] or not arguments.again}
