@@ -28,9 +28,8 @@ def test_widths_without_a_hadamard_matrix_get_an_orthogonal_head(tmp_path: Path)
         convert(tmp_path / "wide.pth", tmp_path / "other.fixed.safetensors", arch=WIDE, head="hadamard")
 
 
-# scikit-image's photographs: some to calibrate with, others to compare on.
-TO_FIT = ("chelsea.png", "rocket.jpg", "ihc.png", "coins.png", "retina.jpg")
-TO_COMPARE = ("astronaut.png", "coffee.png", "camera.png", "motorcycle_left.png", "grass.png")
+# Of scikit-image's photographs.
+COMPARED = ("astronaut.png", "coffee.png", "camera.png", "motorcycle_left.png", "grass.png")
 
 
 def _crops(names: tuple[str, ...], each: int) -> list[Image.Image]:
@@ -48,17 +47,9 @@ def _crops(names: tuple[str, ...], each: int) -> list[Image.Image]:
     return crops
 
 
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photographs")
-    for number, crop in enumerate(_crops(TO_FIT, 12)):
-        crop.save(folder / f"{number}.png")
-    return folder
-
-
 @torch.inference_mode()
 def _answers(model: torch.nn.Module) -> torch.Tensor:
-    pixels = np.stack([np.asarray(crop) for crop in _crops(TO_COMPARE, 12)])
+    pixels = np.stack([np.asarray(crop) for crop in _crops(COMPARED, 12)])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1  # Lite0's mean and std are 0.5
     return torch.cat([model(batch) for batch in images.split(20)]).argmax(dim=1)
 
@@ -75,25 +66,12 @@ def test_signs_of_a_real_classifier_keep_its_answers(lite0: Path, photographs: P
     assert done.notes[-1] == "classifier: 1280 signs a class taken from the old classifier."
     assert all(check.passed for check in verify(done.path, source=lite0))
 
-    seen = convert(lite0, tmp_path / "seen.fixed.safetensors", head="binary", calibrate=photographs)
-    assert seen.info.calibration is not None and seen.info.calibration["num_images"] == 45
-    assert "classifier.center" in load_file(seen.path)
-
-    original = read_original(lite0)
-    expected = _answers(original.model())
-    assert len(expected.unique()) > 15  # the question is not always the same
-    plain, calibrated, unmatched = (
-        float((_answers(load(path)) == expected).double().mean())
-        for path in (
-            done.path,
-            seen.path,
-            convert(lite0, tmp_path / "hadamard.fixed.safetensors", head="hadamard", match=False).path,
-        )
-    )
-    print(plain, calibrated, unmatched)
-    assert unmatched < 0.1
+    expected = _answers(read_original(lite0).model())
+    assert len(expected.unique()) > 10  # the question is not always the same
+    unmatched = convert(lite0, tmp_path / "hadamard.fixed.safetensors", head="hadamard", match=False).path
+    plain, without = (float((_answers(load(path)) == expected).double().mean()) for path in (done.path, unmatched))
+    assert without < 0.1
     assert plain > 0.5
-    assert calibrated > 0.5
 
 
 def _save(path: Path, name: str, **options: object) -> Path:
@@ -131,7 +109,7 @@ def test_widths_without_a_hadamard_matrix_have_signs_of_the_features(tmp_path: P
     assert all(check.passed for check in verify(done.path))
     with pytest.raises(HeadSpecError, match="No Hadamard matrix of order 386") as refused:
         convert(tmp_path / "wide.pth", tmp_path / "b.fixed.safetensors", arch=WIDE, head="binary", bits_per_class=64)
-    print(refused.value)
+    assert "of all 386 features" in (refused.value.hint or "")
     assert not (tmp_path / "b.fixed.safetensors").exists()
 
 

@@ -157,7 +157,13 @@ class HeadSpec:
                 hint="Use more `--bits-per-class`.",
             )
         if self.needs_matrix:
-            construction_of(self)  # raises if there is no such matrix
+            try:
+                construction_of(self)
+            except HeadSpecError as error:
+                raise HeadSpecError(
+                    f"Fewer signs than features are taken of rotated features. {error.message}",
+                    hint=f"Leave out `--bits-per-class`: of all {n} features signs can be taken as they are.",
+                ) from error
 
     @property
     def stores_codes(self) -> bool:

@@ -204,4 +204,5 @@ def test_two_hundred_thousand_classes_are_never_unpacked_at_once(monkeypatch):
     z = x.detach() @ torch.from_numpy(rotation(head.spec)) * head.scale.detach() * bits**-0.5
     torch.testing.assert_close(logits.detach(), z @ signs.T, rtol=1e-4, atol=1e-3)
     back = (2 * logits.detach() @ signs) * head.scale.detach() * bits**-0.5
-    torch.testing.assert_close(grad, back @ torch.from_numpy(rotation(head.spec)).T, rtol=1e-3, atol=1.0)
+    expected = back @ torch.from_numpy(rotation(head.spec)).T
+    assert (grad - expected).norm() < 1e-4 * expected.norm()

