@@ -65,7 +65,7 @@ def main() -> None:
         axis.set_title(title, fontsize=10)
         axis.grid(color="#dddddd", linewidth=0.6)
     axes[0].set_ylabel("top-1 on held-out typefaces, %")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[1].legend(*axes[0].get_legend_handles_labels(), loc="lower right", frameon=False, fontsize=8)
     figure.savefig(arguments.out, dpi=150)
 
 
