@@ -54,7 +54,7 @@ def _answers(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([model(batch) for batch in images.split(20)]).argmax(dim=1)
 
 
-def test_signs_of_a_real_classifier_keep_its_answers(lite0: Path, photographs: Path, tmp_path: Path) -> None:
+def test_signs_of_a_real_classifier_keep_its_answers(lite0: Path, tmp_path: Path) -> None:
     """EfficientNet-Lite0 of ImageNet without any training: 161 bytes a class, where the weights had 5,120."""
     done = convert(lite0, tmp_path / "plain.fixed.safetensors", head="binary")
     stored = load_file(done.path)
