@@ -75,7 +75,7 @@ def test_a_trained_network_keeps_much_without_training_and_says_how_much(glyphs:
         assert same == pytest.approx(expected) if expected is not None else same > 25
         assert agreement(original.model(), fixify.load(plain.path), loader, device=CPU).same < 2
     head = _heads(model)["classifier"]
-    assert int(head.num_batches_tracked or 0) == 12  # so finetune keeps center and spread
+    assert int(head.num_batches_tracked or 0) >= 10  # so finetune keeps center and spread
 
 
 def test_the_seed_draws_the_images(glyphs: Path, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_an_auxiliary_classifier_is_not_called_and_is_matched_without(photos: Pa
     arch = "torchvision/googlenet,aux_logits=true,transform_input=false"
     done = fixify.convert(tmp_path / "learned.pth", tmp_path / "a.safetensors", arch=arch, calibrate=photos)
     batches = {path: int(head.num_batches_tracked or 0) for path, head in _heads(fixify.load(done.path)).items()}
-    assert batches == {"aux1.fc2": 0, "aux2.fc2": 0, "fc": 1}
+    assert batches == {"aux1.fc2": 0, "aux2.fc2": 0, "fc": 10}
 
 
 def test_codes_that_are_not_matched_get_center_and_spread_only(glyphs: Path, tmp_path: Path) -> None:

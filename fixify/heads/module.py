@@ -15,7 +15,7 @@ from fixify.errors import HeadSpecError
 from fixify.heads.binary import GAIN_STEPS
 from fixify.heads.codebooks import codebook
 from fixify.heads.spec import HeadSpec
-from fixify.heads.statistics import exact, floored, update_running_
+from fixify.heads.statistics import MOMENTUM, exact, floored, update_running_
 from fixify.heads.transform import CodeProduct
 
 _NORM_EPSILON = 1e-6
@@ -155,7 +155,8 @@ class FixedClassifier(nn.Module):
         center, spread, count = exact((self._channels_last(batch) for batch in batches), self.in_features)
         self.center.copy_(center)
         self.spread.copy_(spread)
-        self.num_batches_tracked.fill_(count)
+        # However they were cut into batches: the first batch of a training must not outweigh them.
+        self.num_batches_tracked.fill_(max(count, round(1 / MOMENTUM)))
         return self
 
     def codebook(self) -> Tensor:
