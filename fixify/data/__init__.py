@@ -1,4 +1,4 @@
-"""Data names to batches of images: `open_data`, `open_train_val`, `open_unlabelled`, `check_classes`, `make_loader`."""
+"""Data names to batches of images: `open_data`, `open_unlabelled`, `draw_images`, `check_classes`, `make_loader`."""
 
 from fixify.data.classes import check_classes
 from fixify.data.loader import Augmentation, ImageLoader, default_workers, make_loader
