@@ -6,7 +6,8 @@
 For each seed a small network of timm's (N = 256: test_efficientnet, N = 1024: mobilenetv3_small_050) is trained with a
 learned classifier. Every row then starts from that network: statistics and codes from 2,048 training images without
 their labels, the classifier replaced, accuracy measured; and, unless the row is one-shot, the same steps, images and
-optimiser for all (not the same rate: see NEAR and FAR), measured after 10 %, 25 % and 100 % of them. Rows "from scratch" get the budget of both trainings in
+optimiser for all (not the same rate: see NEAR and FAR),
+measured after 10 %, 25 % and 100 % of them. Rows "from scratch" get the budget of both trainings in
 one. Accuracy is top-1 on held-out typefaces (Fashion-MNIST: its test images). A row's result is written when it is
 there, and a row that is in --out already is not run again.
 """
@@ -39,11 +40,12 @@ CALIBRATION_IMAGES = 2048
 BATCH = 256
 TEMPERATURE = 4.0
 NEAR, FAR = 2e-3, 1e-2
-"""AdamW's learning rates: for rows that were expected to start near the original's accuracy, and for those that have to
-find it again. Chosen on seed 0 by the validation images, with the head's rate (x 1 to 30) moved at the same time. All that
-was tried: binary 64 at 0.002, 0.005, 0.01: 91.9, 95.1, 96.1 %; matched at 0.002, 0.005, 0.01, 0.02: 44.5, 55.0, 62.8, 66.4;
-binary 256 at 0.002, 0.005: 98.2, 98.3; the control at 0.002: 98.9. SVD and integers were tried at no other rate, so rows
-after training are not tuned alike."""
+"""AdamW's learning rates: for rows that were expected to start near the original's accuracy, and for those that
+have to find it again. Chosen on seed 0 by the validation images, with the head's rate (x 1 to 30) moved at the
+same time. All that was tried: binary 64 at 0.002, 0.005, 0.01: 91.9, 95.1, 96.1 %; matched at 0.002, 0.005,
+0.01, 0.02: 44.5, 55.0, 62.8, 66.4; binary 256 at 0.002, 0.005: 98.2, 98.3; the control at 0.002: 98.9. SVD and
+integers were tried at no other rate, so rows after training are not tuned alike.
+"""
 MARKS = (0.1, 0.25, 1.0)
 
 
