@@ -5,21 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3, dispatch_clip_grad
+from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
-from fixify.data import ImageLoader
 from fixify.data.seeding import derive_seed, seeded_torch
 from fixify.errors import TrainingError
 from fixify.evaluation import autocast
 from fixify.heads import FixedClassifier
-from fixify.training.distillation import Teacher, distillation_loss
+from fixify.training.distillation import distillation_loss
+from fixify.training.engine import Engine
 from fixify.training.events import Listener, Step
 from fixify.training.interrupt import Stopped, StopRequest
 from fixify.training.options import FinetuneOptions
@@ -30,21 +28,6 @@ from fixify.training.resume import Progress
 _READ_EVERY = 20
 _AUXILIARY_WEIGHT = 0.3  # Szegedy et al., "Going deeper with convolutions", section 5
 _DROPOUT = 3  # random stream beside those of fixify.data.loader
-
-
-@dataclass
-class Engine:
-    """What one step of training needs."""
-
-    model: nn.Module
-    optimiser: torch.optim.Optimizer
-    schedule: Scheduler
-    scaler: torch.amp.GradScaler
-    ema: ModelEmaV3 | None
-    loader: ImageLoader
-    options: FinetuneOptions
-    device: torch.device
-    teacher: Teacher | None = None
 
 
 def train_epoch(
