@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,21 @@ _AUXILIARY_WEIGHT = 0.3  # Szegedy et al., "Going deeper with convolutions", sec
 _DROPOUT = 3  # random stream beside those of fixify.data.loader
 
 
+class Keeping(Protocol):
+    """Writes the state of the run now and then."""
+
+    def state_is_due(self) -> bool: ...
+
+    def write_state(self) -> None: ...
+
+
 def train_epoch(
-    engine: Engine, progress: Progress, stop: StopRequest, on_event: Listener, validate: Callable[[], bool]
+    engine: Engine,
+    progress: Progress,
+    stop: StopRequest,
+    on_event: Listener,
+    validate: Callable[[], bool],
+    keeper: Keeping,
 ) -> bool:
     """Train the rest of the epoch that `progress` is in, and keep `progress` up to date.
 
@@ -42,6 +55,7 @@ def train_epoch(
         on_event: Told each step.
         validate: Called within the epoch every `options.val_every` updates, not at its end; adds a record to
             `progress.history` and says whether that is good enough to stop.
+        keeper: Asked after every update whether the state is to be written.
 
     Returns:
         Whether it is good enough; else the epoch is complete.
@@ -50,6 +64,7 @@ def train_epoch(
         TrainingError: a loss is not finite.
         Stopped: a stop was requested; `progress` and the weights belong together.
         DataError: an image cannot be read.
+        OutputError: the state cannot be written.
     """
     options, batches = engine.options, len(engine.loader)
     engine.model.train()
@@ -73,6 +88,9 @@ def train_epoch(
             raise Stopped
         if progress.batch == batches or pending.due:
             pending.read()
+        if last_of_group and keeper.state_is_due():
+            pending.read()  # a state never holds weights of a loss that is not finite
+            keeper.write_state()
         if last_of_group and _validation_is_due(engine, progress):
             pending.read()
             if validate():

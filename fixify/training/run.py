@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fixify.data import OpenedData
+from fixify.data import OpenedData, listing_digest
 from fixify.errors import TrainingError
 from fixify.evaluation import Metrics
 from fixify.training.distillation import Teacher
@@ -22,8 +23,9 @@ from fixify.training.events import (
     Listener,
     OriginalEvaluated,
     RunStarted,
+    Warned,
 )
-from fixify.training.files import BEST_FILE, LAST_FILE, claim_folder
+from fixify.training.files import BEST_FILE, LAST_FILE, claim_folder, stored_nothing
 from fixify.training.interrupt import Stopped, StopRequest, TrainingInterrupted, stop_on_signals
 from fixify.training.keeping import Keeper, SaveModel
 from fixify.training.logging import write_run
@@ -107,12 +109,17 @@ def finetune(
             run.prepare(resume=resume, force=force)
             return run.train()
         except Stopped:
-            keeper = run.keeper
+            keeper, number = run.keeper, stop.number or signal.SIGINT
             if not keeper.has_state:
-                raise TrainingInterrupted("Stopped before training began; there is nothing to resume.") from None
+                raise TrainingInterrupted(
+                    "Stopped before training began.",
+                    number=number,
+                    hint="Begin with the same command and --resume, or with --force.",
+                ) from None
             raise TrainingInterrupted(
                 f"Stopped in epoch {keeper.progress.epoch + 1} of {options.epochs} after {keeper.progress.batch} of "
                 f"{len(run.engine.loader)} batches; everything up to there is in {out}.",
+                number=number,
                 hint="Go on with the same command and --resume.",
             ) from None
         finally:
@@ -144,6 +151,8 @@ class _Run:
             "class_names": list(train.class_names),
             "train_images": len(train),
             "val_images": len(val),
+            "train_listing": listing_digest(train),
+            "val_listing": listing_digest(val),
             **facts,
         }
         if original is not None:
@@ -160,8 +169,12 @@ class _Run:
     def prepare(self, *, resume: bool, force: bool) -> None:
         """Bring the model to where training begins or goes on."""
         keeper = self.keeper
+        if resume and stored_nothing(keeper.out):
+            self.on_event(Warned(f"The run in {keeper.out} ended before it had stored anything; it begins anew."))
+            resume, force = False, True
         if not resume:
             claim_folder(keeper.out, force=force)
+            write_run(keeper.out, self.options, self.facts)
             self._announce()
             self._open_validation()
             self._measure_original()
@@ -175,7 +188,6 @@ class _Run:
             self._announce()
             self._open_validation()
         else:
-            write_run(keeper.out, self.options, self.facts)
             if keeper.is_enough(as_calibrated.top1):
                 keeper.record(as_calibrated, fraction=0.0, seconds=as_calibrated.seconds)
             else:
@@ -200,7 +212,7 @@ class _Run:
         while keeper.progress.epoch < self.options.epochs and not keeper.has_reached():
             self.on_event(EpochStarted(keeper.progress.epoch, self.options.epochs))
             try:
-                if not train_epoch(self.engine, keeper.progress, self.stop, self.on_event, self._validate):
+                if not train_epoch(self.engine, keeper.progress, self.stop, self.on_event, self._validate, keeper):
                     self._validate()
             except Stopped:
                 keeper.write_state()
