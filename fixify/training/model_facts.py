@@ -21,11 +21,14 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
         `classifier_bytes`, and `savings` (see `fixify.counts.Savings`) if it is a converted model.
     """
     info = getattr(model, "fixify_info", None)
-    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, FixedClassifier)]
-    head, size = "learned", (None, None)
-    if layers:
-        spec = layers[0].spec
-        head, size = spec.kind, (spec.num_features, spec.num_classes)
+    fixed = [module for module in model.modules() if isinstance(module, FixedClassifier)]
+    layers: list[nn.Module] = [*fixed]
+    head = "learned"
+    num_features: int | None = None
+    num_classes: int | None = None
+    if fixed:
+        spec = fixed[0].spec
+        head, num_features, num_classes = spec.kind, spec.num_features, spec.num_classes
     else:
         try:
             sites = find_classifiers(model)
@@ -33,12 +36,12 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
             sites = []
         layers = [model.get_submodule(site.path) for site in sites]
         if sites:
-            size = (sites[0].num_features, sites[0].num_classes)
+            num_features, num_classes = sites[0].num_features, sites[0].num_classes
     return {
         "architecture": type(model).__name__ if info is None else info.architecture.ref,
         "head": head,
-        "num_features": size[0],
-        "num_classes": size[1],
+        "num_features": num_features,
+        "num_classes": num_classes,
         "parameters": count_parameters(model),
         "bytes": count_bytes(model.state_dict().values()),
         "classifier_parameters": sum(count_parameters(layer) for layer in layers),
