@@ -17,10 +17,11 @@ from fixify.training.events import (
 )
 from fixify.training.files import BEST_FILE, LAST_FILE
 from fixify.training.interrupt import TrainingInterrupted
+from fixify.training.keeping import SaveModel
 from fixify.training.logging import stored_options
 from fixify.training.options import FinetuneOptions
 from fixify.training.others import OtherModel
-from fixify.training.run import FinetuneResult, SaveModel, finetune
+from fixify.training.run import FinetuneResult, finetune
 from fixify.training.slim import run_finetune
 
 __all__ = [

@@ -5,46 +5,30 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3, dispatch_clip_grad
+from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
-from fixify.data import ImageLoader
 from fixify.data.seeding import derive_seed, seeded_torch
 from fixify.errors import TrainingError
 from fixify.evaluation import autocast
 from fixify.heads import FixedClassifier
-from fixify.training.distillation import Teacher, distillation_loss
+from fixify.training.distillation import distillation_loss
+from fixify.training.engine import Engine
 from fixify.training.events import Listener, Step
 from fixify.training.interrupt import Stopped, StopRequest
 from fixify.training.options import FinetuneOptions
 from fixify.training.resume import Progress
+from fixify.training.steps import is_logged
 
 # Reading a loss makes an accelerator wait, so there it is done this often; a loss that is not finite is then
 # noticed a little later, but named with its own step.
 _READ_EVERY = 20
 _AUXILIARY_WEIGHT = 0.3  # Szegedy et al., "Going deeper with convolutions", section 5
 _DROPOUT = 3  # random stream beside those of fixify.data.loader
-
-
-@dataclass
-class Engine:
-    """What one step of training needs."""
-
-    model: nn.Module
-    optimiser: torch.optim.Optimizer
-    schedule: Scheduler
-    scaler: torch.amp.GradScaler
-    ema: ModelEmaV3 | None
-    loader: ImageLoader
-    options: FinetuneOptions
-    device: torch.device
-    teacher: Teacher | None = None
 
 
 def train_epoch(
@@ -85,11 +69,14 @@ def train_epoch(
         progress.batch += 1
         if last_of_group:
             _update(engine, progress)
-        if stop.requested and last_of_group:
+        to_stop = stop.requested and last_of_group
+        to_log = last_of_group and is_logged(progress.updates)
+        if progress.batch == batches or pending.due or to_log or to_stop:
             pending.read()
+        if to_log:
+            progress.log_step(progress.epoch + progress.batch / batches, head_scale(engine.model))
+        if to_stop:
             raise Stopped
-        if progress.batch == batches or pending.due:
-            pending.read()
         if last_of_group and _validation_is_due(engine, progress):
             pending.read()
             if validate():
@@ -219,6 +206,8 @@ class _Pending:
             progress.loss_sum += loss * images
             progress.right += int(right)
             progress.images += images
+            progress.window_loss += loss * images
+            progress.window_images += images
         self.entries.clear()
         elapsed = time.perf_counter() - self.started
         progress.seconds = self.already + elapsed

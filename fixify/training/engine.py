@@ -1,0 +1,73 @@
+"""What one step of training needs, and how it is put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from fixify.data import ImageLoader, OpenedData, make_loader
+from fixify.training.distillation import Teacher
+from fixify.training.optimisation import make_optimiser, make_schedule
+from fixify.training.options import FinetuneOptions
+
+
+@dataclass
+class Engine:
+    """What one step of training needs."""
+
+    model: nn.Module
+    optimiser: torch.optim.Optimizer
+    schedule: Scheduler
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None
+    loader: ImageLoader
+    options: FinetuneOptions
+    device: torch.device
+    teacher: Teacher | None = None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """What is measured and saved: the moving average if there is one, else the model."""
+        return self.model if self.ema is None else self.ema.module
+
+    def start_average(self) -> None:
+        """Begin the moving average of the weights, if the options want one, with the weights as they are."""
+        if self.options.ema_decay is not None:
+            # An average over few steps would still be the start: the decay warms up, 1 - (1 + step)^(-2/3) at first.
+            self.ema = ModelEmaV3(self.model, decay=self.options.ema_decay, use_warmup=True)
+
+
+def make_engine(model: nn.Module, train: OpenedData, preprocessing: dict[str, Any], options: FinetuneOptions) -> Engine:
+    """Everything at its start, the model on its device; without average and teacher, which may depend on what happens
+    before training.
+    """
+    device = options.resolved_device()
+    model = model.to(device)
+    if options.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    loader = make_loader(
+        train,
+        preprocessing,
+        training=True,
+        seed=options.seed,
+        augmentation=options.augmentation(),
+        batch_size=options.batch_size,
+        workers=options.resolved_workers(),
+        device=device,
+    )
+    optimiser = make_optimiser(model, options)
+    return Engine(
+        model=model,
+        optimiser=optimiser,
+        schedule=make_schedule(optimiser, options, -(-len(loader) // options.grad_accum)),
+        scaler=torch.amp.GradScaler(device.type, enabled=options.amp == "fp16"),
+        ema=None,
+        loader=loader,
+        options=options,
+        device=device,
+    )

@@ -1,0 +1,123 @@
+"""What a run keeps: how far it is, and the files that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fixify.confusions import Confusions
+from fixify.evaluation import Metrics
+from fixify.training.engine import Engine
+from fixify.training.events import EpochEnded, EpochRecord, Listener, Validated
+from fixify.training.files import BEST_FILE, LAST_FILE
+from fixify.training.logging import write_confusions, write_logs
+from fixify.training.loop import head_scale
+from fixify.training.resume import Progress, Trained, read_state, write_state
+
+_ROUNDING = 1e-9  # 97.8 - 97.3 is a little more than 0.5
+
+SaveModel = Callable[[nn.Module, Path, dict[str, Any]], object]
+"""Writes the model to the path, replacing what is there, with the record of its training (JSON-safe)."""
+
+
+class Keeper:
+    """Keeps the progress of a run, and writes its state, its checkpoints and its logs.
+
+    Args:
+        engine: What is trained.
+        out: Folder of the run.
+        save: Writes a checkpoint.
+        facts: What the run is of; in every file, and compared on resuming.
+        on_event: Told of every validation.
+    """
+
+    def __init__(self, engine: Engine, out: Path, save: SaveModel, facts: dict[str, Any], on_event: Listener) -> None:
+        self.engine, self.options = engine, engine.options
+        self.out, self.save, self.facts, self.on_event = out, save, facts, on_event
+        self.progress = Progress()
+        self.has_state = False
+
+    def read_state(self) -> None:
+        """Continue where the state in the folder is; raises `TrainingError` if it cannot be."""
+        self.progress = read_state(self.out, self._trained(), self.options, self.facts, self.engine.device)
+        self.has_state = True
+        self.engine.schedule.step_update(self.progress.updates)
+
+    def write_state(self) -> None:
+        """Write how far the run is; raises `OutputError` if the disk is full."""
+        write_state(self.out, self._trained(), self.progress, self.options, self.facts)
+        self.has_state = True
+
+    def write_logs(self) -> None:
+        """Write metrics.jsonl, summary.csv and steps.jsonl."""
+        write_logs(self.out, self.progress.history, self.progress.steps)
+
+    def record(self, metrics: Metrics, confusions: Confusions, *, fraction: float, seconds: float) -> None:
+        """Add a validation to the history and write everything.
+
+        Args:
+            metrics, confusions: Of `engine.evaluated`.
+            fraction: Part of the epoch that was done; 1 closes it.
+            seconds: That it took.
+        """
+        progress, evaluated = self.progress, self.engine.evaluated
+        record = EpochRecord(
+            epoch=progress.epoch,
+            step=progress.updates,
+            lr=progress.lr,
+            train_loss=progress.loss_sum / progress.images if progress.images else None,
+            train_top1=100 * progress.right / progress.images if progress.images else None,
+            val_loss=metrics.loss,
+            val_top1=metrics.top1,
+            val_top5=metrics.top5,
+            val_ece=metrics.ece,
+            scale=head_scale(evaluated),
+            images_per_second=progress.images / max(progress.seconds, 1e-9),
+            seconds=seconds,
+            fraction=fraction,
+        )
+        progress.history.append(record)
+        if fraction == 1:
+            progress.next_epoch()
+        is_best = progress.best() is record
+        # The state comes last: a crash between the files repeats the steps, and writes the same ones again.
+        self.save(evaluated, self.out / LAST_FILE, self._training_record(record))
+        if is_best:
+            self.save(evaluated, self.out / BEST_FILE, self._training_record(record))
+        self.write_state()
+        self.write_logs()
+        write_confusions(self.out, record.step, confusions)
+        self.on_event(EpochEnded(record, is_best) if fraction == 1 else Validated(record, is_best))
+
+    def original_top1(self) -> float | None:
+        """The original's top-1, percent, given or measured."""
+        measured = self.progress.original
+        return self.options.original_top1 if measured is None else measured.top1
+
+    def is_enough(self, top1: float) -> bool:
+        """Whether this top-1 is within `options.max_drop` of the original's."""
+        original, allowed = self.original_top1(), self.options.max_drop
+        return original is not None and allowed is not None and original - top1 <= allowed + _ROUNDING
+
+    def has_reached(self) -> bool:
+        """Whether the last validation's top-1 is enough."""
+        return bool(self.progress.history) and self.is_enough(self.progress.history[-1].val_top1)
+
+    def _training_record(self, record: EpochRecord) -> dict[str, Any]:
+        before = None if self.progress.before is None else self.progress.before.to_dict()
+        return {
+            **self.facts,
+            "options": self.options.recipe(),
+            "before": before,
+            "after": {key: value for key, value in record.to_dict().items() if key.startswith("val_")},
+            "epochs_done": record.epoch + 1 if record.fraction == 1 else round(record.epochs, 4) or 0,
+            "updates": record.step,
+            **({} if self.original_top1() is None else {"original_top1": self.original_top1()}),
+        }
+
+    def _trained(self) -> Trained:
+        engine = self.engine
+        return Trained(engine.model, engine.optimiser, engine.scaler, None if engine.ema is None else engine.ema.module)

@@ -1,0 +1,98 @@
+"""What may come before training the whole network: calibrating its heads, and training only its last blocks.
+
+Both look at some training images, as in validation. Neither stores anything on its way: a run that is stopped in one
+begins it anew, and exactly so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from fixify.data import ImageLoader, OpenedData, Subset, make_loader
+from fixify.data.seeding import permutation
+from fixify.training.calibration import calibrate_heads_, uncalibrated_heads
+from fixify.training.engine import Engine
+from fixify.training.events import Calibrated, Evaluating, LastBlockEpoch, Listener
+from fixify.training.last_block import compute, divide, most_images, train_tail
+from fixify.training.loop import training_loss
+
+_CALIBRATION, _LAST_BLOCK = 4, 8  # random streams beside those of fixify.data.loader and fixify.training.loop
+
+
+class Stages:
+    """The stages before training.
+
+    Args:
+        engine: What is trained.
+        data: The training images.
+        preprocessing: Of the model.
+        on_event: Told how far it is.
+        look_at_stop: Called often; may raise to stop.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        data: OpenedData,
+        preprocessing: dict[str, Any],
+        on_event: Listener,
+        look_at_stop: Callable[[], None],
+    ) -> None:
+        self.engine, self.data, self.preprocessing = engine, data, preprocessing
+        self.on_event, self.look_at_stop = on_event, look_at_stop
+
+    def calibrate(self) -> bool:
+        """Set the statistics of heads that have none yet; says whether there were such."""
+        engine = self.engine
+        if not uncalibrated_heads(engine.model):
+            return False
+        with self._some_images(_CALIBRATION, engine.options.calibration_images) as loader:
+            self.on_event(Calibrated(calibrate_heads_(engine.model, loader, device=engine.device)))
+        return True
+
+    def train_last_block(self) -> None:
+        """Train the last blocks for `options.last_block_epochs`."""
+        engine, options = self.engine, self.engine.options
+        with self._some_images(_LAST_BLOCK, 2) as loader:
+            few = next(iter(loader))[0].to(engine.device)
+        divided = divide(engine.model, few)
+        count = min(len(self.data), most_images(divided, few))
+
+        def tell(images: int) -> None:
+            self.on_event(Evaluating("features", images, count))
+            self.look_at_stop()
+
+        with self._some_images(_LAST_BLOCK, count) as loader:
+            features = compute(divided, loader, engine.teacher, device=engine.device, amp=options.amp, on_batch=tell)
+        train_tail(
+            divided,
+            features,
+            options,
+            lambda logits, targets, taught: training_loss(logits, targets, taught, options),
+            device=engine.device,
+            on_epoch=lambda epoch, loss: self.on_event(LastBlockEpoch(epoch, options.last_block_epochs, count, loss)),
+            on_step=self.look_at_stop,
+        )
+        if engine.ema is not None:
+            engine.ema.set(engine.model)
+
+    @contextmanager
+    def _some_images(self, stream: int, count: int) -> Iterator[ImageLoader]:
+        options = self.engine.options
+        order = permutation(options.seed, 0, stream, count=len(self.data))
+        picked = replace(self.data, images=Subset(self.data.images, order[:count].tolist()))
+        loader = make_loader(
+            picked,
+            self.preprocessing,
+            training=False,
+            batch_size=options.batch_size,
+            workers=options.resolved_workers() if stream == _LAST_BLOCK else 0,
+            device=self.engine.device,
+        )
+        try:
+            yield loader
+        finally:
+            loader.close()
