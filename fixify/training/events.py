@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from fixify.evaluation import Metrics
@@ -20,7 +21,16 @@ class Warned:
 
 @dataclass(frozen=True)
 class RunStarted:
-    """Before anything else; `first_epoch` is above 0 when a run is resumed."""
+    """Before anything else.
+
+    Attributes:
+        epochs, batches: Of the whole run, and of one epoch.
+        first_epoch, first_step: Where it begins: above 0 when a run is resumed. The step counts updates.
+        train, val: What the data is, for a person.
+        device, workers: Where it runs, and its loader processes.
+        folder: Of the run.
+        config: What decides the result: data, model and options, JSON-safe.
+    """
 
     epochs: int
     first_epoch: int
@@ -29,6 +39,9 @@ class RunStarted:
     val: str
     device: str
     workers: int
+    folder: Path
+    first_step: int
+    config: dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import nn
 
+from fixify.confusions import Confusions
 from fixify.evaluation import Metrics
 from fixify.training.engine import Engine
 from fixify.training.events import EpochEnded, EpochRecord, Listener, Validated, Warned
 from fixify.training.files import BEST_FILE, LAST_FILE, tidy
-from fixify.training.logging import write_logs
+from fixify.training.logging import write_confusions, write_logs
 from fixify.training.loop import head_scale
+from fixify.training.machine import changed, machine_facts
 from fixify.training.resume import Progress, Trained, newest_state, read_state, write_state
 
 _ROUNDING = 1e-9  # 97.8 - 97.3 is a little more than 0.5
@@ -40,6 +42,7 @@ class Keeper:
         self.progress = Progress()
         self.has_state = False
         self.written = time.monotonic()
+        self.machine = machine_facts(engine.device)
 
     def read_state(self) -> None:
         """Continue where the newest whole state in the folder is; raises `TrainingError` if there is none that fits."""
@@ -47,6 +50,8 @@ class Keeper:
         self.progress = read_state(stored, self._trained(), self.options, self.facts)
         self.has_state = True
         tidy(self.out)
+        if (difference := changed(stored.content.get("machine", {}), self.machine)) is not None:
+            self.on_event(Warned(f"Other numbers than without the interruption are possible: {difference}."))
         if stored.damaged is not None:
             what = "damaged" if stored.damaged.exists() else "missing"
             self.on_event(Warned(f"{stored.damaged} is {what}; going on from the state before it, {stored.path.name}."))
@@ -55,7 +60,7 @@ class Keeper:
 
     def write_state(self) -> None:
         """Write how far the run is; raises `OutputError` if the disk is full."""
-        write_state(self.out, self._trained(), self.progress, self.options, self.facts)
+        write_state(self.out, self._trained(), self.progress, self.options, self.facts, self.machine)
         self.has_state = True
         self.written = time.monotonic()
 
@@ -65,14 +70,14 @@ class Keeper:
         return minutes is not None and time.monotonic() - self.written >= 60 * minutes
 
     def write_logs(self) -> None:
-        """Write metrics.jsonl and summary.csv."""
-        write_logs(self.out, self.progress.history)
+        """Write metrics.jsonl, summary.csv and steps.jsonl."""
+        write_logs(self.out, self.progress.history, self.progress.steps)
 
-    def record(self, metrics: Metrics, *, fraction: float, seconds: float) -> None:
+    def record(self, metrics: Metrics, confusions: Confusions, *, fraction: float, seconds: float) -> None:
         """Add a validation to the history and write everything.
 
         Args:
-            metrics: Of `engine.evaluated`.
+            metrics, confusions: Of `engine.evaluated`.
             fraction: Part of the epoch that was done; 1 closes it.
             seconds: That it took.
         """
@@ -102,6 +107,7 @@ class Keeper:
             self.save(evaluated, self.out / BEST_FILE, self._training_record(record))
         self.write_state()
         self.write_logs()
+        write_confusions(self.out, record.step, confusions)
         self.on_event(EpochEnded(record, is_best) if fraction == 1 else Validated(record, is_best))
 
     def original_top1(self) -> float | None:

@@ -193,10 +193,8 @@ class TestResume:
             state[bytes(state).index(load(newest)["model"]["fc.bias"].numpy().tobytes())] ^= 1  # one bit of one weight
             newest.write_bytes({"cut": state[: len(state) // 2], "flipped": state, "empty": b""}[damage])
         run(tmp_path / "run", EVERYTHING, resume=True, on_event=events.append)
-        said = [event.text for event in events if isinstance(event, Warned)]
-        assert len(said) == 1 and re.search(
-            r"state\.pt is (damaged|missing); going on from .*state-previous\.pt", said[0]
-        )
+        (text,) = (event.text for event in events if isinstance(event, Warned))
+        assert re.search(r"state\.pt is (damaged|missing); going on from .*, state-previous\.pt\.", text)
         self.same_as(whole, tmp_path / "run")
 
     def test_a_damaged_state_does_not_push_the_good_one_out(self, run: Run, whole: Path, tmp_path: Path) -> None:
@@ -277,6 +275,8 @@ class TestRun:
             "recipe.yaml",
             "metrics.jsonl",
             "summary.csv",
+            "steps.jsonl",
+            "confusions.json",
         }
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert lines == [record.to_dict() for record in result.history]
@@ -483,3 +483,16 @@ def test_stopping_before_training_leaves_nothing_to_resume(run: Run, tmp_path: P
         run(tmp_path, PLAIN, on_event=interrupt)
     assert signal.getsignal(signal.SIGINT) is handler
     assert not (tmp_path / "state.pt").exists()
+
+
+def test_other_versions_are_told_on_resuming(run: Run, tmp_path: Path) -> None:
+    run(tmp_path, PLAIN)
+    state = load(tmp_path / "state.pt")
+    assert set(state["machine"]) == {"fixify", "python", "torch", "torchvision", "timm", "numpy", "device"}
+    assert json.loads((tmp_path / "run.json").read_text())["machine"] == state["machine"]
+    state["machine"]["torch"] = "0.1"
+    write_sealed(tmp_path, state)
+    events = list[Event]()
+    run(tmp_path, PLAIN, resume=True, on_event=events.append)
+    (text,) = (event.text for event in events if isinstance(event, Warned))
+    assert f"torch 0.1 then, {torch.__version__} now" in text
