@@ -194,6 +194,7 @@ class _Pending:
         losses = torch.stack([loss.double() if loss.device.type != "mps" else loss for loss, _, _ in self.entries])
         rights = torch.stack([right for _, right, _ in self.entries])
         first = progress.batch - len(self.entries)
+        sums_before = (progress.loss_sum, progress.images)
         for offset, (loss, right) in enumerate(zip(losses.tolist(), rights.tolist(), strict=True)):
             if not math.isfinite(loss):
                 raise TrainingError(
@@ -209,6 +210,7 @@ class _Pending:
             progress.window_loss += loss * images
             progress.window_images += images
         self.entries.clear()
+        recent_images = progress.images - sums_before[1]
         elapsed = time.perf_counter() - self.started
         progress.seconds = self.already + elapsed
         self.on_event(
@@ -222,6 +224,8 @@ class _Pending:
                 images_per_second=(progress.images - self.first_images) / max(elapsed, 1e-9),
                 scale=head_scale(self.engine.model),
                 step=progress.updates,
+                recent_loss=(progress.loss_sum - sums_before[0]) / max(recent_images, 1),
+                recent_images=recent_images,
             )
         )
 
