@@ -13,7 +13,10 @@ Phase = Literal["teacher", "original", "before", "features", "validation"]
 
 @dataclass(frozen=True)
 class RunStarted:
-    """Before anything else; `first_epoch` is above 0 when a run is resumed."""
+    """Before anything else; `first_epoch` is above 0 when a run is resumed.
+
+    Of the model's `parameters`, `trainable` learn; `frozen` names its stages that do not (`freeze`).
+    """
 
     epochs: int
     first_epoch: int
@@ -22,6 +25,9 @@ class RunStarted:
     val: str
     device: str
     workers: int
+    parameters: int
+    trainable: int
+    frozen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
