@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fixify.confusions import Answers
 from fixify.errors import DataError, UsageError
 
 Precision = Literal["none", "bf16", "fp16"]
@@ -81,6 +82,7 @@ def evaluate(
     amp: Precision = "none",
     channels_last: bool = False,
     on_batch: Callable[[int], object] | None = None,
+    answers: Answers | None = None,
 ) -> Metrics:
     """Metrics of a classifier over every image of a loader.
 
@@ -91,6 +93,7 @@ def evaluate(
         amp: Autocast precision of the forward pass; the metrics themselves are computed in float32 and float64.
         channels_last: Whether the model is in that memory format.
         on_batch: Called after each batch with the number of images so far.
+        answers: Is given the label and the answer of every image.
 
     Raises:
         DataError: there are no images.
@@ -99,7 +102,11 @@ def evaluate(
     sums = _Sums()
     with eval_mode(model), torch.no_grad():
         for images, labels in loader:
-            sums.add(_logits(model, images, device, amp, channels_last), labels.to(device, non_blocking=True))
+            logits = _logits(model, images, device, amp, channels_last)
+            labels = labels.to(device, non_blocking=True)
+            sums.add(logits, labels)
+            if answers is not None:
+                answers.add(labels, logits.argmax(dim=-1), logits.shape[-1])
             if on_batch is not None:
                 on_batch(sums.num_images)
     return sums.metrics(time.perf_counter() - started)

@@ -29,6 +29,7 @@ LAYERS = (
     "opening",
     "verification",
     "data",
+    "confusions",
     "evaluation",
     "calibrating",
     "conversion",

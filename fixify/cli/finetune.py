@@ -114,6 +114,7 @@ def finetune(
     summary.csv, and the state that --resume continues from. The data's classes have to be the checkpoint's.
     With --max-drop 0.5 --against ORIGINAL --val-every 100 it trains no longer than it has to.
     """
+    from fixify.cli.command_line import as_typed
     from fixify.cli.recipe_defaults import chosen_recipe, finetune_defaults
     from fixify.cli.slim import the_slim_file_here
     from fixify.cli.training_display import TrainingDisplay
@@ -147,6 +148,7 @@ def finetune(
             resume=resume,
             force=force,
             download=download,
+            command=as_typed(),
             on_event=display,
         )
     output.result(

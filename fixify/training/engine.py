@@ -47,7 +47,6 @@ class Engine:
             # An average over few steps would still be the start: the decay warms up, 1 - (1 + step)^(-2/3) at first.
             self.ema = ModelEmaV3(self.model, decay=self.options.ema_decay, use_warmup=True)
 
-
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Around training and its validations, once nothing changes the model's modules any more."""

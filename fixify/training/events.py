@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from fixify.evaluation import Metrics
@@ -13,9 +14,17 @@ Phase = Literal["teacher", "original", "before", "features", "validation"]
 
 @dataclass(frozen=True)
 class RunStarted:
-    """Before anything else; `first_epoch` is above 0 when a run is resumed.
+    """Before anything else.
 
-    Of the model's `parameters`, `trainable` learn; `frozen` names its stages that do not (`freeze`).
+    Attributes:
+        epochs, batches: Of the whole run, and of one epoch.
+        first_epoch, first_step: Where it begins: above 0 when a run is resumed. The step counts updates.
+        train, val: What the data is, for a person.
+        device, workers: Where it runs, and its loader processes.
+        parameters, trainable: Of the model, and those that learn.
+        frozen: Names of its stages that do not (`freeze`).
+        folder: Of the run.
+        config: What decides the result: data, model and options, JSON-safe.
     """
 
     epochs: int
@@ -27,7 +36,10 @@ class RunStarted:
     workers: int
     parameters: int
     trainable: int
-    frozen: tuple[str, ...] = ()
+    frozen: tuple[str, ...]
+    folder: Path
+    first_step: int
+    config: dict[str, Any]
 
 
 @dataclass(frozen=True)

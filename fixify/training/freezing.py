@@ -47,7 +47,7 @@ def freeze_(model: nn.Module, depth: int) -> Frozen:
         return Frozen()
     if not hasattr(model, "group_matcher"):
         raise UsageError(
-            f"A {type(model).__name__} does not tell its stages, as timm's models do (group_matcher), so the first ones "
+            f"A {type(model).__name__} does not tell its stages, as timm's models do (group_matcher), so the first "
             "cannot be frozen.",
             hint="Leave out --freeze.",
         )

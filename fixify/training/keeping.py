@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from fixify.confusions import Confusions
 from fixify.evaluation import Metrics
 from fixify.training.engine import Engine
 from fixify.training.events import EpochEnded, EpochRecord, Listener, Validated
 from fixify.training.files import BEST_FILE, LAST_FILE
-from fixify.training.logging import write_logs
+from fixify.training.logging import write_confusions, write_logs
 from fixify.training.loop import head_scale
 from fixify.training.resume import Progress, Trained, read_state, write_state
 
@@ -51,14 +52,14 @@ class Keeper:
         self.has_state = True
 
     def write_logs(self) -> None:
-        """Write metrics.jsonl and summary.csv."""
-        write_logs(self.out, self.progress.history)
+        """Write metrics.jsonl, summary.csv and steps.jsonl."""
+        write_logs(self.out, self.progress.history, self.progress.steps)
 
-    def record(self, metrics: Metrics, *, fraction: float, seconds: float) -> None:
+    def record(self, metrics: Metrics, confusions: Confusions, *, fraction: float, seconds: float) -> None:
         """Add a validation to the history and write everything.
 
         Args:
-            metrics: Of `engine.evaluated`.
+            metrics, confusions: Of `engine.evaluated`.
             fraction: Part of the epoch that was done; 1 closes it.
             seconds: That it took.
         """
@@ -88,6 +89,7 @@ class Keeper:
             self.save(evaluated, self.out / BEST_FILE, self._training_record(record))
         self.write_state()
         self.write_logs()
+        write_confusions(self.out, record.step, confusions)
         self.on_event(EpochEnded(record, is_best) if fraction == 1 else Validated(record, is_best))
 
     def original_top1(self) -> float | None:

@@ -1,5 +1,6 @@
 """What a run leaves for people: run.json (its options), recipe.yaml (the same as a recipe that repeats it),
-metrics.jsonl (the truth, one line a validation) and summary.csv (timm's columns)."""
+metrics.jsonl (the truth, one line a validation), summary.csv (timm's columns), steps.jsonl (a thin log of steps) and
+confusions.json (what the last validation got wrong)."""
 
 from __future__ import annotations
 
@@ -16,12 +17,15 @@ import yaml
 
 from fixify import __version__
 from fixify._io import write_atomic
+from fixify.confusions import Confusions
 from fixify.errors import TrainingError
 from fixify.training.events import EpochRecord
 from fixify.training.options import FinetuneOptions
+from fixify.training.steps import StepRecord
 
 RUN_FILE, RECIPE_FILE, METRICS_FILE, SUMMARY_FILE = "run.json", "recipe.yaml", "metrics.jsonl", "summary.csv"
-LOG_FILES = (RUN_FILE, RECIPE_FILE, METRICS_FILE, SUMMARY_FILE)
+STEPS_FILE, CONFUSIONS_FILE = "steps.jsonl", "confusions.json"
+LOG_FILES = (RUN_FILE, RECIPE_FILE, METRICS_FILE, SUMMARY_FILE, STEPS_FILE, CONFUSIONS_FILE)
 
 _RECIPE_HEADER = f"""\
 # Every option of the run in this folder. Written by fixify {__version__}, torch {torch.__version__},
@@ -30,24 +34,39 @@ _RECIPE_HEADER = f"""\
 """
 
 
-def write_logs(folder: Path, history: Sequence[EpochRecord]) -> None:
-    """Write both files anew from the whole history: after a crash and a resume no epoch is missing or twice.
+def write_logs(folder: Path, history: Sequence[EpochRecord], steps: Sequence[StepRecord]) -> None:
+    """Write the logs anew from the whole history: after a crash and a resume nothing is missing or twice.
 
     Raises:
         OutputError: they cannot be written.
     """
-    lines = "".join(json.dumps(record.to_dict()) + "\n" for record in history)
-    write_atomic(folder / METRICS_FILE, lines)
+    write_atomic(folder / METRICS_FILE, _lines(history))
     write_atomic(folder / SUMMARY_FILE, _summary(history))
+    write_atomic(folder / STEPS_FILE, _lines(steps))
 
 
-def write_run(folder: Path, options: FinetuneOptions, facts: dict[str, Any]) -> None:
-    """Write what the run is of and how it is done.
+def write_confusions(folder: Path, step: int, found: Confusions) -> None:
+    """Write what the validation after so many updates got wrong; the classes are those of run.json, by number.
 
     Raises:
         OutputError: it cannot be written.
     """
-    content = {"fixify": __version__, **facts, "options": options.recipe()}
+    write_atomic(folder / CONFUSIONS_FILE, json.dumps({"step": step, **found.to_dict()}) + "\n")
+
+
+def write_run(folder: Path, options: FinetuneOptions, facts: dict[str, Any], started: dict[str, Any]) -> None:
+    """Write what the run is of and how it is done.
+
+    Args:
+        folder: The run's folder.
+        options: How.
+        facts: What the run is of; compared when it is resumed.
+        started: What else was known when it started, and is not compared: the command, the model, metrics before.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    content = {"fixify": __version__, **facts, **started, "options": options.recipe()}
     write_atomic(folder / RUN_FILE, json.dumps(content, indent=2) + "\n")
     what = " on ".join(str(facts[key]) for key in ("checkpoint", "data") if key in facts)
     recipe = {"description": f"A finetuning run of {what}.", "finetune": options.recipe()}
@@ -67,6 +86,10 @@ def stored_options(folder: Path) -> FinetuneOptions:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"There is no run to resume in {folder}: {RUN_FILE} is missing or damaged.") from error
     return FinetuneOptions.create(**stored)
+
+
+def _lines(records: Sequence[EpochRecord] | Sequence[StepRecord]) -> str:
+    return "".join(json.dumps(record.to_dict()) + "\n" for record in records)
 
 
 def _summary(history: Sequence[EpochRecord]) -> str:

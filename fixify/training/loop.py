@@ -22,6 +22,7 @@ from fixify.training.interrupt import Stopped, StopRequest
 from fixify.training.optimisation import base_rate, clip_gradients
 from fixify.training.options import FinetuneOptions
 from fixify.training.resume import Progress
+from fixify.training.steps import is_logged
 
 # Reading a loss makes an accelerator wait, so there it is done this often; a loss that is not finite is then
 # noticed a little later, but named with its own step.
@@ -68,11 +69,14 @@ def train_epoch(
         progress.batch += 1
         if last_of_group:
             _update(engine, progress)
-        if stop.requested and last_of_group:
+        to_stop = stop.requested and last_of_group
+        to_log = last_of_group and is_logged(progress.updates)
+        if progress.batch == batches or pending.due or to_log or to_stop:
             pending.read()
+        if to_log:
+            progress.log_step(progress.epoch + progress.batch / batches, head_scale(engine.model))
+        if to_stop:
             raise Stopped
-        if progress.batch == batches or pending.due:
-            pending.read()
         if last_of_group and _validation_is_due(engine, progress):
             pending.read()
             if validate():
@@ -202,6 +206,8 @@ class _Pending:
             progress.loss_sum += loss * images
             progress.right += int(right)
             progress.images += images
+            progress.window_loss += loss * images
+            progress.window_images += images
         self.entries.clear()
         elapsed = time.perf_counter() - self.started
         progress.seconds = self.already + elapsed

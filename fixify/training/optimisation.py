@@ -21,8 +21,8 @@ from fixify.training.options import FinetuneOptions
 def parameter_groups(
     model: nn.Module, options: FinetuneOptions, *, part: nn.Module | None = None
 ) -> list[dict[str, Any]]:
-    """Trainable parameters in groups: decayed, not decayed, and those of fixed heads; with `options.layer_decay` so many
-    for each layer.
+    """Trainable parameters in groups: decayed, not decayed, those of fixed heads; with `options.layer_decay` these of
+    each layer.
 
     Not decayed are vectors and scalars, biases, and what the model's `no_weight_decay()` names (timm's rule). The
     scale of a fixed head must not be decayed: it sets the temperature of the softmax, and has nothing to regularise.

@@ -34,7 +34,7 @@ class FinetuneOptions(BaseModel):
         head_lr_scale: The fixed head's scale and bias learn at this multiple of the rate. The scale needs it: it has to
             grow several times over, and one step moves it no further than any weight.
         ema_decay: Decay of an exponential moving average of the weights, which is then what is evaluated and saved.
-        layer_decay: Each layer learns at this multiple of the rate of the layer above it; timm's rule, for timm's models.
+        layer_decay: Each layer learns at this multiple of the rate of the layer above it; timm's rule, for its models.
         freeze: So many first stages stay as they are (timm's coarse groups: the stem is one, each stage or block of a
             transformer another), the statistics of their batch norms included.
         grad_accum: Steps whose gradients make one update.

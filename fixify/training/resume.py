@@ -20,6 +20,7 @@ from fixify.errors import OutputError, TrainingError
 from fixify.evaluation import Metrics
 from fixify.training.events import EpochRecord
 from fixify.training.options import FinetuneOptions
+from fixify.training.steps import StepRecord
 
 STATE_FILE = "state.pt"
 _VERSION = 1
@@ -39,6 +40,8 @@ class Progress:
         original: Metrics of the model whose accuracy is the goal, if it was evaluated.
         before: Metrics of the model as it came.
         history: One record a validation.
+        steps: The thin log of steps.
+        window_loss, window_images: Sums since the last record of it.
     """
 
     epoch: int = 0
@@ -52,10 +55,19 @@ class Progress:
     original: Metrics | None = None
     before: Metrics | None = None
     history: list[EpochRecord] = field(default_factory=list)
+    steps: list[StepRecord] = field(default_factory=list)
+    window_loss: float = 0.0
+    window_images: int = 0
 
     def best(self) -> EpochRecord | None:
         """The validation with the highest top-1; of equal ones the lowest loss, then the first."""
         return max(self.history, key=lambda record: (record.val_top1, -record.val_loss), default=None)
+
+    def log_step(self, epochs: float, scale: float | None) -> None:
+        """Add the last update to the log of steps."""
+        loss = self.window_loss / self.window_images
+        self.steps.append(StepRecord(self.updates, epochs, loss, self.lr, scale))
+        self.window_loss, self.window_images = 0.0, 0
 
     def next_epoch(self) -> None:
         """Close the epoch."""
@@ -143,6 +155,7 @@ def read_state(
         stored = state["progress"].get(name)
         setattr(progress, name, None if stored is None else Metrics(**stored))
     progress.history = [EpochRecord(**record) for record in state["progress"]["history"]]
+    progress.steps = [StepRecord(**record) for record in state["progress"].get("steps", [])]
     return progress
 
 

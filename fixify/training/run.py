@@ -28,6 +28,7 @@ from fixify.training.interrupt import Stopped, StopRequest, TrainingInterrupted,
 from fixify.training.keeping import Keeper, SaveModel
 from fixify.training.logging import write_run
 from fixify.training.loop import train_epoch
+from fixify.training.model_facts import model_facts
 from fixify.training.options import FinetuneOptions
 from fixify.training.others import OtherModel, check_others
 from fixify.training.stages import Stages
@@ -70,6 +71,7 @@ def finetune(
     facts: dict[str, Any] | None = None,
     original: OtherModel | None = None,
     teacher: OtherModel | None = None,
+    command: str | None = None,
     on_event: Listener | None = None,
 ) -> FinetuneResult:
     """Train a classifier and keep its best and last state in `out`.
@@ -81,7 +83,7 @@ def finetune(
         preprocessing: timm's data configuration of the model.
         options: How.
         out: Folder of the run; made if missing. Gets best.fixed.safetensors, last.fixed.safetensors, state.pt,
-            run.json, recipe.yaml, metrics.jsonl and summary.csv.
+            run.json, recipe.yaml, metrics.jsonl, summary.csv, steps.jsonl and confusions.json.
         save: Writes a checkpoint.
         resume: Continue the run in `out`. Exact: the final weights are those of a run that was never stopped.
         force: Replace the run in `out`.
@@ -90,6 +92,7 @@ def finetune(
             record.
         teacher: What the model learns from, beside the labels (`options.distill_weight`) or, with
             `options.unlabelled`, alone. If `val` is not labelled, its answers are what validation compares with.
+        command: What was typed to start the run; recorded.
         on_event: Told what happens.
 
     Raises:
@@ -104,7 +107,7 @@ def finetune(
     with stop_on_signals() as stop:
         run = _Run(model, train, val, preprocessing, options, out, save, facts or {}, original, teacher, on_event, stop)
         try:
-            run.prepare(resume=resume, force=force)
+            run.prepare(resume=resume, force=force, command=command)
             return run.train()
         except Stopped:
             keeper = run.keeper
@@ -157,7 +160,7 @@ class _Run:
         self.stages = Stages(self.engine, train, preprocessing, self.on_event, self._look_at_stop)
         self.keeper = Keeper(self.engine, out, save, self.facts, self.on_event)
 
-    def prepare(self, *, resume: bool, force: bool) -> None:
+    def prepare(self, *, resume: bool, force: bool, command: str | None) -> None:
         """Bring the model to where training begins or goes on."""
         keeper = self.keeper
         if not resume:
@@ -175,9 +178,9 @@ class _Run:
             self._announce()
             self._open_validation()
         else:
-            write_run(keeper.out, self.options, self.facts)
+            write_run(keeper.out, self.options, self.facts, self._started(command))
             if keeper.is_enough(as_calibrated.top1):
-                keeper.record(as_calibrated, fraction=0.0, seconds=as_calibrated.seconds)
+                keeper.record(as_calibrated, self.validation.confusions(), fraction=0.0, seconds=as_calibrated.seconds)
             else:
                 keeper.write_state()
         keeper.write_logs()
@@ -196,7 +199,7 @@ class _Run:
         if self.options.last_block_epochs and not keeper.progress.history:
             self.stages.train_last_block()
             metrics = self.validation.measure(self.engine.evaluated, "validation")
-            keeper.record(metrics, fraction=0.0, seconds=metrics.seconds)
+            keeper.record(metrics, self.validation.confusions(), fraction=0.0, seconds=metrics.seconds)
         with self.engine.training():
             while keeper.progress.epoch < self.options.epochs and not keeper.has_reached():
                 self.on_event(EpochStarted(keeper.progress.epoch, self.options.epochs))
@@ -230,7 +233,8 @@ class _Run:
         metrics = self.validation.measure(self.engine.evaluated, "validation")
         progress = self.keeper.progress
         fraction = progress.batch / len(self.engine.loader)
-        self.keeper.record(metrics, fraction=fraction, seconds=progress.seconds + time.perf_counter() - started)
+        seconds = progress.seconds + time.perf_counter() - started
+        self.keeper.record(metrics, self.validation.confusions(), fraction=fraction, seconds=seconds)
         return self.keeper.has_reached()
 
     def _announce(self) -> None:
@@ -247,8 +251,21 @@ class _Run:
                 parameters=sum(count for count, _ in parameters),
                 trainable=sum(count for count, learns in parameters if learns),
                 frozen=self.engine.frozen.stages,
+                folder=self.keeper.out,
+                first_step=self.keeper.progress.updates,
+                config={**self.facts, "options": self.options.recipe()},
             )
         )
+
+    def _started(self, command: str | None) -> dict[str, Any]:
+        progress = self.keeper.progress
+        measured = {"before": progress.before, "original_metrics": progress.original}
+        return {
+            **({} if command is None else {"command": command}),
+            "device": str(self.engine.device),
+            "model": model_facts(self.engine.model),
+            **{name: metrics.to_dict() for name, metrics in measured.items() if metrics is not None},
+        }
 
     def _whose_labels(self) -> str:
         return "" if "val_labels" not in self.facts else "; top-1 is agreement with the teacher"

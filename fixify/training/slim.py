@@ -31,6 +31,7 @@ def run_finetune(
     resume: bool = False,
     force: bool = False,
     download: bool = False,
+    command: str | None = None,
     on_event: Listener | None = None,
 ) -> FinetuneResult:
     """Finetune a slim checkpoint.
@@ -50,6 +51,7 @@ def run_finetune(
         resume: Continue the run in `out_dir`.
         force: Replace the run in `out_dir`.
         download: Whether `torch/...` data may be downloaded.
+        command: What was typed to start the run; recorded.
         on_event: Told what happens.
 
     Raises:
@@ -104,5 +106,6 @@ def run_finetune(
         facts=facts,
         original=original,
         teacher=teacher,
+        command=command,
         on_event=on_event,
     )

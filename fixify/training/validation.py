@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fixify.confusions import Answers, Confusions
 from fixify.data import ImageLoader, OpenedData, make_loader
 from fixify.evaluation import Metrics, evaluate
 from fixify.training.distillation import answered
@@ -42,6 +43,7 @@ class Validation:
         self.data, self.preprocessing, self.options, self.device = data, preprocessing, options, device
         self.stop, self.on_event = stop, on_event
         self._loader: ImageLoader | None = None
+        self._answers = Answers()
 
     def label_with(self, teacher: OtherModel) -> None:
         """Make the teacher's answers the labels; to be called before anything is measured."""
@@ -59,7 +61,12 @@ class Validation:
         """Metrics of the model that is trained, or of its average."""
         if self._loader is None:
             self._loader = self._make_loader(self.preprocessing)
-        return self._measure(model, phase, self._loader)
+        self._answers = Answers()
+        return self._measure(model, phase, self._loader, self._answers)
+
+    def confusions(self) -> Confusions:
+        """What the model that was measured last answered to each class."""
+        return self._answers.confusions()
 
     def measure_other(self, other: OtherModel, phase: Phase) -> Metrics:
         """Metrics of another model, which is on the CPU afterwards."""
@@ -74,7 +81,7 @@ class Validation:
         if self._loader is not None:
             self._loader.close()
 
-    def _measure(self, model: nn.Module, phase: Phase, loader: ImageLoader) -> Metrics:
+    def _measure(self, model: nn.Module, phase: Phase, loader: ImageLoader, answers: Answers | None = None) -> Metrics:
         return evaluate(
             model,
             loader,
@@ -82,6 +89,7 @@ class Validation:
             amp=self.options.amp,
             channels_last=self.options.channels_last,
             on_batch=lambda images: self._tell(phase, images),
+            answers=answers,
         )
 
     def _tell(self, phase: Phase, images: int) -> None:

@@ -38,7 +38,11 @@ def test_stages_and_their_names() -> None:
         for name, depth, stages in [
             ("resnet50", 2, ("conv1, bn1", "layer1")),
             ("vit_tiny_patch16_224", 2, ("cls_token, pos_embed, patch_embed", "blocks.0")),
-            ("efficientnet_lite0", 8, ("conv_stem, bn1", *(f"blocks.{i}" for i in range(6)), "blocks.6, conv_head, bn2")),
+            (
+                "efficientnet_lite0",
+                8,
+                ("conv_stem, bn1", *(f"blocks.{i}" for i in range(6)), "blocks.6, conv_head, bn2"),
+            ),
         ]:
             model = timm.create_model(name)
             assert freeze_(model, depth).stages == stages
@@ -104,7 +108,9 @@ def test_a_resumed_run_is_exact(run: Any, tmp_path: Path, resnet: nn.Module) -> 
 
 
 def test_dropout_within_frozen_stages_does_not_drop() -> None:
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=32, num_heads=2, drop_path_rate=0.5)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=32, num_heads=2, drop_path_rate=0.5
+    )
     frozen = freeze_(model, 2)
     frozen.train(model)
     modes = {name: module.training for name, module in model.named_modules() if name.endswith("drop_path1")}

@@ -208,6 +208,8 @@ class TestRun:
             "recipe.yaml",
             "metrics.jsonl",
             "summary.csv",
+            "steps.jsonl",
+            "confusions.json",
         }
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert lines == [record.to_dict() for record in result.history]
