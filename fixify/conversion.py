@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from fixify.heads import FixedClassifier, HeadSpec, choose_kind, replacement
 from fixify.originals import Original, read_original
 from fixify.retrofit import HeadRecord, naming_head
 from fixify.sources import check_finite, read_labels
+from fixify.validation import Conflict
 from fixify.zoo.architectures import build
 from fixify.zoo.classifiers import ClassifierSite
 
@@ -78,6 +79,7 @@ def convert(
         bits_per_class: Signs that a `binary` head stores for a class, 1 to the number of features (the default).
         match: Give each class the code nearest to its old class vector (Hadamard heads; `fixify.heads.match`), and
             keep the old bias. Costs 1 to 4 bytes a class; without it codes go to classes in order, as in the paper.
+            A `binary` head is always taken from the old classifier.
         scale: Initial value of alpha; default: where softmax reaches 0.95 at cosine 1.
         bias: Keep a learned bias, one number a class (paper, section 2.2).
         standardize: Standardise each feature by its running mean and deviation before normalising.
@@ -101,8 +103,11 @@ def convert(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
-    _check_calibration(calibrate, calibrate_images, device, num_classes)
-    _check_binary(head, bits_per_class, num_classes)
+    if calibrate_images < MIN_IMAGES:
+        raise UsageError(f"calibrate_images must be {MIN_IMAGES} or more, not {calibrate_images}.")
+    if found := list(conflicts(head, num_classes, bits_per_class, match, calibrate, device)):
+        hints = dict.fromkeys(each.hint for each in found if each.hint is not None)
+        raise UsageError("\n".join(f"{each.sentence}." for each in found), hint=" ".join(hints) or None)
     if is_slim(source):
         raise SourceError(f"{source} is a slim checkpoint already.", hint=f"Next: fixify finetune {source} --data DATA")
     target = Path(out) if out is not None else default_out(source)
@@ -186,29 +191,42 @@ def default_out(source: str | Path) -> Path:
     return Path(name + SUFFIX)
 
 
-def _check_calibration(
-    calibrate: str | Path | None, num_images: int, device: str | None, num_classes: int | None
-) -> None:
-    if num_images < MIN_IMAGES:
-        raise UsageError(f"calibrate_images must be {MIN_IMAGES} or more, not {num_images}.")
+def conflicts(
+    head: str,
+    num_classes: int | None,
+    bits_per_class: int | None,
+    match: bool,
+    calibrate: str | Path | None,
+    device: str | None,
+) -> Iterator[Conflict]:
+    """Options of `convert` that do not go together; a recipe is checked for them too."""
     if calibrate is None and device is not None:
-        raise UsageError(
-            "Only calibrating runs the model on a device.", hint="Add --calibrate FOLDER, or drop --device."
+        yield Conflict(
+            ("device", "calibrate"),
+            "Only calibrating runs the model on a device",
+            "Add --calibrate FOLDER, or drop --device.",
         )
     if calibrate is not None and num_classes is not None:
-        raise UsageError(
-            "Calibrating fits the head to the original's answers, and a new label set has none.",
-            hint="Drop --calibrate: fixify finetune takes center and spread from its training images.",
+        yield Conflict(
+            ("calibrate", "num_classes"),
+            "Calibrating fits the head to the original's answers, and a new label set has none",
+            "Drop --calibrate: fixify finetune takes center and spread from its training images.",
         )
-
-
-def _check_binary(head: str, bits_per_class: int | None, num_classes: int | None) -> None:
     if head != "binary" and bits_per_class is not None:
-        raise UsageError(f"bits_per_class belongs to head binary, not {head}.", hint="Add --head binary.")
+        yield Conflict(
+            ("bits_per_class", "head"), f"bits_per_class belongs to head binary, not {head}", "Add --head binary."
+        )
     if head == "binary" and num_classes is not None:
-        raise UsageError(
-            "A binary head takes its signs from the old classifier, and a new label set has none.",
-            hint="Drop --head binary: the codes of a Hadamard head need no old classifier.",
+        yield Conflict(
+            ("head", "num_classes"),
+            "A binary head takes its signs from the old classifier, and a new label set has none",
+            "Drop --head binary: the codes of a Hadamard head need no old classifier.",
+        )
+    if head == "binary" and not match:
+        yield Conflict(
+            ("match", "head"),
+            "A binary head has no codes that could go to classes in order: its signs are the old classifier's",
+            "Drop --no-match, or take --head hadamard.",
         )
 
 

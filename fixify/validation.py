@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
+
+_CONFLICTS = "conflicts"
 
 _ALLOWED = {
     "int_type": "a whole number",
@@ -21,6 +28,91 @@ _ALLOWED = {
 }
 
 
+@dataclass(frozen=True)
+class Conflict:
+    """Options that do not go together.
+
+    Attributes:
+        options: Their names, the one to change first.
+        sentence: What is wrong, naming them; without a full stop.
+        hint: What to type next, where the sentence does not say it.
+    """
+
+    options: tuple[str, ...]
+    sentence: str
+    hint: str | None = None
+
+
+def refuse(conflicts: Iterable[Conflict]) -> None:
+    """For a model's validator of mode "after": raise if there are any; `mistakes` tells them one by one."""
+    found = list(conflicts)
+    if found:
+        raise PydanticCustomError(
+            _CONFLICTS, "{sentences}", {"sentences": ". ".join(each.sentence for each in found), "conflicts": found}
+        )
+
+
+def mistakes(validate: Callable[[dict[str, Any]], object], values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Everything that is wrong with some values, at once.
+
+    pydantic looks at what goes together only when each field is right by itself. Here the fields that are wrong are
+    left out, and what is said about the others is told too.
+
+    Args:
+        validate: Raises `pydantic.ValidationError`.
+        values: What to validate, possibly sections of such.
+
+    Returns:
+        Items as of `ValidationError.errors()`. Each conflict is an item of type "conflicts" with its sentence as
+        "msg", and the names of the options as "options"; its "loc" is that of the section.
+    """
+    problems = _problems(validate, values)
+    rest = copy.deepcopy(dict(values))
+    left_out: set[tuple[Any, ...]] = set()
+    for problem in problems:
+        if problem["type"] != _CONFLICTS and (path := _remove(rest, problem["loc"])):
+            left_out.add(path)
+    if left_out:
+        problems += [
+            problem
+            for problem in _problems(validate, rest)
+            if problem["type"] == _CONFLICTS
+            and problem not in problems
+            # A wrong value was replaced by its default, about which there is nothing to say.
+            and not any((*problem["loc"], option) in left_out for option in problem["options"])
+        ]
+    return problems
+
+
+def _problems(validate: Callable[[dict[str, Any]], object], values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    try:
+        validate(dict(values))
+    except ValidationError as error:
+        found: list[dict[str, Any]] = []
+        for problem in error.errors(include_url=False):
+            if problem["type"] == _CONFLICTS:
+                common = {"type": _CONFLICTS, "loc": problem["loc"], "input": problem["input"]}
+                conflicts: list[Conflict] = problem["ctx"]["conflicts"]
+                found += [{**common, "msg": each.sentence, "options": each.options} for each in conflicts]
+            else:
+                found.append(dict(problem))
+        return found
+    return []
+
+
+def _remove(values: dict[str, Any], location: tuple[int | str, ...]) -> tuple[Any, ...]:
+    """Take the value at a location out of nested sections, or the list that it is in; its path, () if none is."""
+    section: Any = values
+    for depth, part in enumerate(location, start=1):
+        if not isinstance(section, dict) or part not in section:
+            return ()
+        if depth == len(location) or not isinstance(section[part], dict):
+            del section[part]
+            return tuple(location[:depth])
+        section = section[part]
+    return ()
+
+
 def explain(problem: Any) -> str:
     """What is wrong with one value, to be read after its name: "must be a whole number, not the text 'five'".
 
@@ -28,6 +120,8 @@ def explain(problem: Any) -> str:
         problem: One item of `pydantic.ValidationError.errors()`.
     """
     kind, context = problem["type"], problem.get("ctx", {})
+    if kind == _CONFLICTS:
+        return str(problem["msg"])
     if kind == "value_error":  # our own validators, whose sentences say what was given
         return str(problem["msg"]).removeprefix("Value error, ")
     if kind in ("too_short", "too_long") and problem["loc"]:

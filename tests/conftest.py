@@ -6,9 +6,11 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,6 +35,24 @@ def small_pth(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 module.running_var.uniform_(0.5, 1.5)
     torch.save(model.state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder, not to be changed: learned.pth, a network of 4 classes; data/train with 8 images, data/val with 4."""
+    folder = tmp_path_factory.mktemp("tiny")
+    rng = np.random.default_rng(0)
+    for split, images in (("train", 2), ("val", 1)):
+        for label in range(4):
+            path = folder / "data" / split / f"class{label}"
+            path.mkdir(parents=True)
+            for number in range(images):
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path / f"{number}.png")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("test_efficientnet", num_classes=4)
+    torch.save({"arch": "test_efficientnet", "state_dict": model.state_dict()}, folder / "learned.pth")
+    return folder
 
 
 @pytest.fixture(scope="session")

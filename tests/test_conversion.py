@@ -117,6 +117,7 @@ def test_widths_without_a_hadamard_matrix_have_signs_of_the_features(tmp_path: P
     ("options", "said"),
     [
         ({"head": "binary", "num_classes": 5}, "a new label set has none"),
+        ({"head": "binary", "match": False}, "its signs are the old classifier's"),
         ({"head": "hadamard", "bits_per_class": 8}, "belongs to head binary, not hadamard"),
         ({"bits_per_class": 8}, "belongs to head binary, not auto"),
     ],

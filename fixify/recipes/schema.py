@@ -9,17 +9,17 @@ import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from fixify.calibrating import MIN_IMAGES
 from fixify.checkpoint import DTYPES
-from fixify.conversion import convert
+from fixify.conversion import conflicts, convert
 from fixify.heads.spec import KINDS
 from fixify.recipes.parsing import Parsed, dotted
 from fixify.recipes.parsing import Path as ValuePath
 from fixify.recipes.problems import Place, Problem
 from fixify.training import FinetuneOptions
-from fixify.validation import did_you_mean, explain, shown
+from fixify.validation import did_you_mean, explain, mistakes, refuse, shown
 
 # What belongs to one conversion and not to a recipe: the files. (Nor do callbacks, `on_...`.)
 _OF_ONE_CALL = {"source", "out", "force"}
@@ -53,7 +53,19 @@ def _convert_options() -> type[BaseModel]:
     fields: dict[str, Any] = {
         name: (_LIMITS.get(name, _as_text(hints[name])), parameters[name].default) for name in convert_option_names()
     }
-    return create_model("ConvertOptions", __config__=ConfigDict(extra="forbid", frozen=True), **fields)
+    return create_model(
+        "ConvertOptions",
+        __config__=ConfigDict(extra="forbid", frozen=True),
+        __validators__={"fit_together": model_validator(mode="after")(_fit_together)},  # type: ignore[dict-item]
+        **fields,
+    )
+
+
+def _fit_together(options: BaseModel) -> BaseModel:
+    """Refuse options of `convert` that do not go together, both given here; the other may come by the command line."""
+    values = {name: getattr(options, name, None) for name in inspect.signature(conflicts).parameters}
+    refuse(each for each in conflicts(**values) if set(each.options) <= options.model_fields_set)  # type: ignore[arg-type]
+    return options
 
 
 def _as_text(hint: Any) -> Any:
@@ -92,17 +104,23 @@ def check(parsed: Parsed) -> BaseModel | None:
     if not any((name,) in parsed.places for name in SECTIONS):
         parsed.problems.append(Problem(Place(1), f"A recipe needs one or more of these sections: {_sections()}."))
     try:
-        # Strict, and as JSON, in which a list can be a tuple: `epochs: true` and `epochs: "3"` are mistakes.
-        checked = _RecipeFile.model_validate_json(json.dumps(values), strict=True)
-    except ValidationError as error:
+        checked = _validated(values)
+    except ValidationError:
         told: set[ValuePath] = set()
-        for problem in error.errors(include_url=False):
+        for problem in mistakes(_validated, values):
             path = _known_part(problem["loc"], parsed)
-            if path not in told:
+            if "options" in problem:
+                _tell_conflict(parsed, path, problem)
+            elif path not in told:
                 told.add(path)
                 _tell(parsed, path, problem)
         return None
     return None if parsed.problems else checked
+
+
+def _validated(values: dict[str, Any]) -> BaseModel:
+    # Strict, and as JSON, in which a list can be a tuple: `epochs: true` and `epochs: "3"` are mistakes.
+    return _RecipeFile.model_validate_json(json.dumps(values), strict=True)
 
 
 def _tell(parsed: Parsed, path: ValuePath, problem: Any) -> None:
@@ -111,18 +129,17 @@ def _tell(parsed: Parsed, path: ValuePath, problem: Any) -> None:
         parsed.refuse(path, _unknown(name, path))
     elif problem["type"] in ("model_type", "model_attributes_type"):
         parsed.refuse(path, f"must be a section, `option: value` lines below it, not {shown(problem['input'])}.")
-    elif problem["type"] == "value_error" and path and path[-1] in SECTIONS:
-        # Options that do not go together: the sentence names them itself.
-        parsed.problems.append(Problem(_blame(parsed, path, explain(problem)), f"{dotted(path)}: {explain(problem)}."))
     else:
         parsed.refuse(path, f"{explain(problem)}.")
 
 
-def _blame(parsed: Parsed, section: ValuePath, sentence: str) -> Place:
-    """Where the first option that a sentence about several of them names was given, else the section."""
-    words = sentence.replace("(", " ").replace(")", " ").split()
-    paths: list[ValuePath] = [(*section, word) for word in words]
-    return next((parsed.places[path] for path in paths if path in parsed.places), parsed.places[section])
+def _tell_conflict(parsed: Parsed, section: ValuePath, problem: Any) -> None:
+    """Options that do not go together: the sentence names them, and the place is that of the first that was written."""
+    paths = [(*section, option) for option in problem["options"]]
+    if any(path in parsed.places and path[-1] not in problem["input"] for path in paths):
+        return  # one of them was refused already, for how it is written
+    place = next((parsed.places[path] for path in paths if path in parsed.places), parsed.places[section])
+    parsed.problems.append(Problem(place, f"{dotted(section)}: {explain(problem)}."))
 
 
 def _unknown(name: str, path: ValuePath) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from timm.optim import list_optimizers
 from fixify.data import Augmentation, default_workers
 from fixify.errors import UsageError
 from fixify.evaluation import resolve_device
-from fixify.validation import did_you_mean, explain
+from fixify.validation import Conflict, did_you_mean, explain, mistakes, refuse
 
 
 class FinetuneOptions(BaseModel):
@@ -130,7 +131,8 @@ class FinetuneOptions(BaseModel):
         try:
             return cls(**given)
         except ValidationError as error:
-            raise UsageError("\n".join(_sentence(problem) for problem in error.errors())) from error
+            problems = mistakes(cls.model_validate, given)
+            raise UsageError("\n".join(_sentence(problem) for problem in problems)) from error
 
     def replace(self, **given: Any) -> FinetuneOptions:
         """These options with some changed; raises like `create`."""
@@ -155,19 +157,37 @@ class FinetuneOptions(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneOptions:
-        if self.epochs == 0 and self.last_block_epochs == 0:
-            raise ValueError("with epochs 0 only the last blocks are trained; give last_block_epochs as well")
-        if self.warmup_epochs >= self.epochs > 0:
-            raise ValueError(f"warmup_epochs ({self.warmup_epochs:g}) must be less than epochs ({self.epochs})")
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr ({self.min_lr:g}) must not be above lr ({self.lr:g})")
-        if self.original_top1 is not None and self.max_drop is None:
-            raise ValueError("original_top1 is what max_drop is measured from; give max_drop as well")
-        if self.clip_mode != "norm" and self.clip_grad is None:
-            raise ValueError(f"clip_mode {self.clip_mode} does nothing without clip_grad; give clip_grad as well")
-        if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
-            raise ValueError(f"batch_size must be even with mixup or cutmix, not {self.batch_size}")
+        refuse(self._conflicts())
         return self
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        if self.epochs == 0 and self.last_block_epochs == 0:
+            yield Conflict(
+                ("epochs", "last_block_epochs"),
+                "with epochs 0 only the last blocks are trained; give last_block_epochs as well",
+            )
+        if self.warmup_epochs >= self.epochs > 0:
+            yield Conflict(
+                ("warmup_epochs", "epochs"),
+                f"warmup_epochs ({self.warmup_epochs:g}) must be less than epochs ({self.epochs})",
+            )
+        if self.min_lr > self.lr:
+            yield Conflict(("min_lr", "lr"), f"min_lr ({self.min_lr:g}) must not be above lr ({self.lr:g})")
+        if self.original_top1 is not None and self.max_drop is None:
+            yield Conflict(
+                ("original_top1", "max_drop"),
+                "original_top1 is what max_drop is measured from; give max_drop as well",
+            )
+        if self.clip_mode != "norm" and self.clip_grad is None:
+            yield Conflict(
+                ("clip_mode", "clip_grad"),
+                f"clip_mode {self.clip_mode} does nothing without clip_grad; give clip_grad as well",
+            )
+        if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
+            yield Conflict(
+                ("batch_size", "mixup", "cutmix"),
+                f"batch_size must be even with mixup or cutmix, not {self.batch_size}",
+            )
 
     def augmentation(self) -> Augmentation:
         """The part that concerns training images."""

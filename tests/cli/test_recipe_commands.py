@@ -9,15 +9,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import timm
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 import fixify
-from fixify.cli.app import main
 from fixify.cli.convert import convert
 from fixify.recipes import read_recipe
 from fixify.recipes.schema import convert_option_names
@@ -39,43 +35,6 @@ finetune:
 """
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Run fixify in an empty folder: arguments -> exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run_once(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fixify", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run_once
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """learned.pth, a network of 4 classes, and data/ with 8 training and 4 validation images."""
-    folder = tmp_path_factory.mktemp("tiny")
-    rng = np.random.default_rng(0)
-    for split, images in (("train", 2), ("val", 1)):
-        for label in range(4):
-            path = folder / "data" / split / f"class{label}"
-            path.mkdir(parents=True)
-            for number in range(images):
-                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path / f"{number}.png")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = timm.create_model("test_efficientnet", num_classes=4)
-    torch.save({"arch": "test_efficientnet", "state_dict": model.state_dict()}, folder / "learned.pth")
-    return folder
 
 
 def test_ls_fits_80_columns_and_has_json(run: Run) -> None:

@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 
 import fixify
-from fixify.cli.app import main
 from fixify.cli.finetune import finetune
 
 Run = Callable[..., tuple[int, str, str]]
@@ -47,26 +46,6 @@ def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"arch": "test_efficientnet", "state_dict": model.state_dict()}, folder / "learned.pth")
     fixify.convert(folder / "learned.pth", folder / "net.fixed.safetensors")
     return folder
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Run fixify in an empty folder: arguments -> exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.delenv("FIXIFY_DATA", raising=False)
-
-    def run_once(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fixify", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run_once
 
 
 def test_finetune_then_eval(run: Run, stripes: Path, tmp_path: Path) -> None:

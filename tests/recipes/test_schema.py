@@ -89,6 +89,30 @@ def test_options_that_do_not_go_together_are_told_where_the_first_is_given() -> 
     assert _problems("finetune:\n  lr: 0.1\n  epochs: 1\n  min_lr: 0.2\n")[0].startswith("line 4: ")
 
 
+def test_every_mistake_is_told_at_once_with_its_line() -> None:
+    text = (
+        "convert:\n  head: binary\n  match: false\n  num_classes: 5\n  sed: 1\n"
+        "finetune:\n  lr: 0.1\n  min_lr: 0.2\n  epochs: five\n  warmup_epochs: 9\n  batch_size: 3\n  mixup: 1\n"
+    )
+    assert sorted(line.split(" or ")[0] for line in _problems(text)) == [
+        "line 11: finetune: batch_size must be even with mixup",
+        "line 2: convert: A binary head takes its signs from the old classifier, and a new label set has none.",
+        "line 3: convert: A binary head has no codes that could go to classes in order: its signs are the old "
+        "classifier's.",
+        "line 5: convert.sed is not an option; did you mean 'seed'?",
+        "line 8: finetune: min_lr (0.2) must not be above lr (0.1).",
+        "line 9: finetune.epochs must be a whole number, not the text 'five'.",
+    ]
+    # Nor of one whose value could not be read.
+    assert len(_problems("finetune:\n  epochs: *a\n  warmup_epochs: 9\n")) == 1
+
+
+def test_a_recipe_may_leave_to_the_command_line_what_makes_it_whole() -> None:
+    for text in ("convert: {bits_per_class: 8}", "convert: {device: cpu}", "convert: {match: false}"):
+        assert _problems(text) == []
+    assert len(_problems("convert: {bits_per_class: 8, head: hadamard}")) == 1
+
+
 def test_a_section_whose_options_are_all_commented_out_changes_nothing() -> None:
     checked = schema.check(parse("convert:\n  # match: false\nfinetune:\n"))
     assert checked is not None

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-import timm
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 import fixify
@@ -19,32 +16,13 @@ from fixify.recipes import RecipeError, find_recipe, list_recipes, read_recipe, 
 from fixify.training import LAST_FILE, FinetuneOptions, run_finetune
 
 NAMES = shipped.recipe_names()
-TINY = {"epochs": 1, "warmup_epochs": 0, "batch_size": 8, "grad_accum": 1, "img_size": 32, "crop_pct": 1.0}
+SHORT = {"epochs": 1, "warmup_epochs": 0, "batch_size": 8, "grad_accum": 1, "img_size": 32, "crop_pct": 1.0}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """learned.pth, a network of 4 classes; data/train with 8 images and data/val with 4."""
-    folder = tmp_path_factory.mktemp("tiny")
-    rng = np.random.default_rng(0)
-    for split, images in (("train", 2), ("val", 1)):
-        for label in range(4):
-            path = folder / "data" / split / f"class{label}"
-            path.mkdir(parents=True)
-            for number in range(images):
-                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(path / f"{number}.png")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = timm.create_model("test_efficientnet", num_classes=4)
-    torch.save({"arch": "test_efficientnet", "state_dict": model.state_dict()}, folder / "learned.pth")
-    return folder
-
-
-def _convert(name: str, folder: Path, out: Path) -> Conversion:
+def _convert(name: str, tiny: Path, out: Path) -> Conversion:
     options = read_recipe(name).convert
     assert options is not None
-    return fixify.convert(folder / "learned.pth", out, **options)
+    return fixify.convert(tiny / "learned.pth", out, **options)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,13 +37,13 @@ def test_each_is_valid_and_says_how_to_run_it_and_what_to_expect(name: str) -> N
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_does_a_real_step(name: str, folder: Path, tmp_path: Path) -> None:
-    slim = _convert(name, folder, tmp_path / "a.fixed.safetensors").path
+def test_each_does_a_real_step(name: str, tiny: Path, tmp_path: Path) -> None:
+    slim = _convert(name, tiny, tmp_path / "a.fixed.safetensors").path
     options = read_recipe(name).finetune
     if options is None:
         return
-    tiny = options.replace(**TINY, workers=0, device="cpu")
-    result = run_finetune(slim, str(folder / "data"), tmp_path / "run", tiny)
+    short = options.replace(**SHORT, workers=0, device="cpu")
+    result = run_finetune(slim, str(tiny / "data"), tmp_path / "run", short)
     assert [record.step for record in result.history] == [1]
     before, after = load_file(slim), load_file(tmp_path / "run" / LAST_FILE)
     assert before.keys() == after.keys()
@@ -74,25 +52,25 @@ def test_each_does_a_real_step(name: str, folder: Path, tmp_path: Path) -> None:
 
     # The run can be repeated from what it left, to the last bit.
     stored = read_recipe(tmp_path / "run" / "recipe.yaml")
-    assert stored.finetune == tiny.replace(workers=None, device="auto")
+    assert stored.finetune == short.replace(workers=None, device="auto")
     again = stored.finetune.replace(workers=0, device="cpu")
-    run_finetune(slim, str(folder / "data"), tmp_path / "again", again)
+    run_finetune(slim, str(tiny / "data"), tmp_path / "again", again)
     repeated = load_file(tmp_path / "again" / LAST_FILE)
     assert all(torch.equal(repeated[key], after[key]) for key in after)
 
 
-def test_the_plain_one_spells_the_defaults_out(folder: Path, tmp_path: Path) -> None:
+def test_the_plain_one_spells_the_defaults_out(tiny: Path, tmp_path: Path) -> None:
     assert read_recipe("retrofit").finetune == FinetuneOptions()
-    fixify.convert(folder / "learned.pth", tmp_path / "default.fixed.safetensors")
-    _convert("retrofit", folder, tmp_path / "recipe.fixed.safetensors")
+    fixify.convert(tiny / "learned.pth", tmp_path / "default.fixed.safetensors")
+    _convert("retrofit", tiny, tmp_path / "recipe.fixed.safetensors")
     default, recipe = (tmp_path / f"{name}.fixed.safetensors" for name in ("default", "recipe"))
     assert read_info(default) == read_info(recipe)
     first, second = load_file(default), load_file(recipe)
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_the_papers_has_codes_in_order_and_no_statistics(folder: Path, tmp_path: Path) -> None:
-    done = _convert("retrofit-paper", folder, tmp_path / "a.fixed.safetensors")
+def test_the_papers_has_codes_in_order_and_no_statistics(tiny: Path, tmp_path: Path) -> None:
+    done = _convert("retrofit-paper", tiny, tmp_path / "a.fixed.safetensors")
     (record,) = done.info.heads
     assert (record.spec.kind, record.spec.matched, record.spec.standardize) == ("hadamard", False, False)
     assert not {"classifier.center", "classifier.codes"} & load_file(done.path).keys()

@@ -61,3 +61,21 @@ def test_devices() -> None:
     for wrong in ("gpu", "cuda:99"):
         with pytest.raises(UsageError, match="There is no device"):
             FinetuneOptions.create(device=wrong).resolved_device()
+
+
+def test_what_does_not_go_together_is_told_with_everything_else() -> None:
+    with pytest.raises(UsageError) as caught:
+        FinetuneOptions.create(epochs=2, warmup_epochs=3, min_lr=2, batch_size=7, cutmix=1, hflip=2, oops=1)
+    lines = caught.value.message.splitlines()
+    assert lines == [
+        "hflip: must be less than or equal to 1, not 2.",
+        "There is no option 'oops'.",
+        "warmup_epochs (3) must be less than epochs (2).",
+        "min_lr (2) must not be above lr (0.05).",
+        "batch_size must be even with mixup or cutmix, not 7.",
+    ]
+    # Nothing is said of the default that stands in for a wrong value.
+    with pytest.raises(UsageError) as caught:
+        FinetuneOptions.create(epochs="five", warmup_epochs=7, min_lr=2)
+    assert len(caught.value.message.splitlines()) == 2
+    assert "warmup_epochs" not in caught.value.message
