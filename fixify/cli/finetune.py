@@ -59,6 +59,9 @@ def finetune(
     ema_decay: Annotated[float | None, _option("Average the weights with this decay, and keep that.")] = None,
     grad_accum: Annotated[int | None, _option("Steps that make one update. Default: 1.")] = None,
     clip_grad: Annotated[float | None, _option("Largest norm of the gradient.")] = None,
+    clip_mode: Annotated[str | None, _option("norm, value or agc (adaptive). Default: norm.")] = None,
+    layer_decay: Annotated[float | None, _option("Each layer's rate, as a multiple of that of the one above.")] = None,
+    freeze: Annotated[int | None, _option("So many first stages do not learn. Default: 0.")] = None,
     seed: Annotated[int | None, _option("Fixes order, augmentation, dropout. Default: 0.")] = None,
     img_size: Annotated[int | None, _option("Side of the images. Default: the checkpoint's.")] = None,
     crop_pct: Annotated[float | None, _option("Center crop in validation. Default: the checkpoint's.")] = None,
@@ -95,6 +98,10 @@ def finetune(
     ] = None,
     amp: Annotated[str | None, _option("none, bf16 or fp16. Default: none.", panel=_MACHINE)] = None,
     channels_last: Annotated[bool | None, _option("Memory format.", "--channels-last", panel=_MACHINE)] = None,
+    compile: Annotated[bool | None, _option("torch.compile the model.", "--compile", panel=_MACHINE)] = None,
+    grad_checkpointing: Annotated[
+        bool | None, _option("Save memory, compute twice.", "--grad-checkpointing", panel=_MACHINE)
+    ] = None,
     workers: Annotated[
         int | None, _option("Loader processes. Default: fits the machine.", "-j", "--workers", panel=_MACHINE)
     ] = None,

@@ -22,6 +22,8 @@ class RunStarted:
         resumed: Whether it goes on from a state.
         train, val: What the data is, for a person.
         device, workers: Where it runs, and its loader processes.
+        parameters, trainable: Of the model, and those that learn.
+        frozen: Names of its stages that do not (`freeze`).
         folder: Of the run.
         config: What decides the result: data, model and options, JSON-safe.
     """
@@ -33,6 +35,9 @@ class RunStarted:
     val: str
     device: str
     workers: int
+    parameters: int
+    trainable: int
+    frozen: tuple[str, ...]
     folder: Path
     first_step: int
     resumed: bool
