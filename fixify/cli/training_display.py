@@ -45,7 +45,9 @@ class TrainingDisplay:
         """Show an event of the run."""
         from fixify import training
 
-        if isinstance(event, training.RunStarted):
+        if isinstance(event, training.Warned):
+            self.output.warn(event.text)
+        elif isinstance(event, training.RunStarted):
             self._start(event)
         elif isinstance(event, training.Evaluating):
             done = event.images >= event.total

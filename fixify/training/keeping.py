@@ -13,6 +13,7 @@ from fixify.evaluation import Metrics
 from fixify.training.engine import Engine
 from fixify.training.events import EpochEnded, EpochRecord, Listener, Validated
 from fixify.training.files import BEST_FILE, LAST_FILE
+from fixify.training.finite import check_weights
 from fixify.training.logging import write_confusions, write_logs
 from fixify.training.loop import head_scale
 from fixify.training.resume import Progress, Trained, read_state, write_state
@@ -47,7 +48,13 @@ class Keeper:
         self.engine.schedule.step_update(self.progress.updates)
 
     def write_state(self) -> None:
-        """Write how far the run is; raises `OutputError` if the disk is full."""
+        """Write how far the run is.
+
+        Raises:
+            TrainingError: weights are not finite; the state before is kept.
+            OutputError: the disk is full.
+        """
+        check_weights(self.engine.model, self.progress.updates)
         write_state(self.out, self._trained(), self.progress, self.options, self.facts)
         self.has_state = True
 
@@ -64,6 +71,7 @@ class Keeper:
             seconds: That it took.
         """
         progress, evaluated = self.progress, self.engine.evaluated
+        check_weights(evaluated, progress.updates)
         record = EpochRecord(
             epoch=progress.epoch,
             step=progress.updates,

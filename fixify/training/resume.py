@@ -8,6 +8,7 @@ middle of an epoch.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fixify._io import atomic_path
 from fixify.errors import OutputError, TrainingError
 from fixify.evaluation import Metrics
 from fixify.training.events import EpochRecord
-from fixify.training.options import FinetuneOptions
+from fixify.training.options import PATIENCE, FinetuneOptions
 from fixify.training.steps import StepRecord
 
 STATE_FILE = "state.pt"
@@ -36,6 +37,7 @@ class Progress:
         updates: Updates of the weights since the start.
         loss_sum, right, images: Sums over this epoch so far.
         seconds: Training time in this epoch so far.
+        skipped: Steps that were left out since the start, because they were not finite.
         lr: Learning rate of the last update.
         original: Metrics of the model whose accuracy is the goal, if it was evaluated.
         before: Metrics of the model as it came.
@@ -47,6 +49,7 @@ class Progress:
     epoch: int = 0
     batch: int = 0
     updates: int = 0
+    skipped: int = 0
     loss_sum: float = 0.0
     right: int = 0
     images: int = 0
@@ -141,7 +144,7 @@ def read_state(
         raise TrainingError(f"{path} is of state version {version}; this fixify reads version {_VERSION}.")
     _compare(folder, "facts", state["facts"], facts)
     # An option that is younger than the state had its default's effect.
-    _compare(folder, "options", {**FinetuneOptions().recipe(), **state["recipe"]}, options.recipe())
+    _compare(folder, "options", {**FinetuneOptions().recipe(), **state["recipe"]}, options.recipe(), but=PATIENCE)
     try:
         trained.model.load_state_dict(state["model"])
         trained.optimiser.load_state_dict(state["optimiser"])
@@ -159,11 +162,11 @@ def read_state(
     return progress
 
 
-def _compare(folder: Path, what: str, stored: dict[str, Any], given: dict[str, Any]) -> None:
+def _compare(folder: Path, what: str, stored: dict[str, Any], given: dict[str, Any], but: Sequence[str] = ()) -> None:
     differences = [
         f"{key} was {_short(stored.get(key))} and is {_short(given.get(key))}"
         for key in sorted({*stored, *given})
-        if stored.get(key) != given.get(key)
+        if key not in but and stored.get(key) != given.get(key)
     ]
     if differences:
         raise TrainingError(

@@ -51,7 +51,7 @@ def test_a_missing_compiler_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_p
     compile_(model)
     with (
         torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
-        pytest.raises(TrainingError, match="cannot be compiled here: .*no-such-compiler"),
+        pytest.raises(TrainingError, match=r"cannot be compiled here: .*no-such-compiler"),
         compiling(),
     ):
         model(torch.ones(2, 3))
@@ -66,7 +66,7 @@ def test_a_compiled_run_trains_validates_and_resumes_exactly(run: Any, tmp_path:
 
     plain = run(tmp_path / "plain", OPTIONS.replace(compile=False))
     whole = run(tmp_path / "whole", OPTIONS)
-    assert whole.after.val_loss == pytest.approx(plain.after.val_loss, rel=1e-2)
+    assert whole.after.val_loss == pytest.approx(plain.after.val_loss, rel=0.05)  # other draws of dropout
     expected, found = state(tmp_path / "plain"), state(tmp_path / "whole")
     assert found["model"].keys() == expected["model"].keys()
     assert found["ema"].keys() == expected["ema"].keys()
