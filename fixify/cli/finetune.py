@@ -9,6 +9,7 @@ import typer
 
 from fixify.cli.options import Force, Json, Recipe, Set
 from fixify.cli.output import Output
+from fixify.cli.watching import TensorBoard, Track, watching
 
 _AUGMENTATION = "Augmentation (timm's names)"
 _DISTILLATION = "Distillation"
@@ -58,6 +59,9 @@ def finetune(
     ema_decay: Annotated[float | None, _option("Average the weights with this decay, and keep that.")] = None,
     grad_accum: Annotated[int | None, _option("Steps that make one update. Default: 1.")] = None,
     clip_grad: Annotated[float | None, _option("Largest norm of the gradient.")] = None,
+    clip_mode: Annotated[str | None, _option("norm, value or agc (adaptive). Default: norm.")] = None,
+    layer_decay: Annotated[float | None, _option("Each layer's rate, as a multiple of that of the one above.")] = None,
+    freeze: Annotated[int | None, _option("So many first stages do not learn. Default: 0.")] = None,
     seed: Annotated[int | None, _option("Fixes order, augmentation, dropout. Default: 0.")] = None,
     img_size: Annotated[int | None, _option("Side of the images. Default: the checkpoint's.")] = None,
     crop_pct: Annotated[float | None, _option("Center crop in validation. Default: the checkpoint's.")] = None,
@@ -94,10 +98,16 @@ def finetune(
     ] = None,
     amp: Annotated[str | None, _option("none, bf16 or fp16. Default: none.", panel=_MACHINE)] = None,
     channels_last: Annotated[bool | None, _option("Memory format.", "--channels-last", panel=_MACHINE)] = None,
+    compile: Annotated[bool | None, _option("torch.compile the model.", "--compile", panel=_MACHINE)] = None,
+    grad_checkpointing: Annotated[
+        bool | None, _option("Save memory, compute twice.", "--grad-checkpointing", panel=_MACHINE)
+    ] = None,
     workers: Annotated[
         int | None, _option("Loader processes. Default: fits the machine.", "-j", "--workers", panel=_MACHINE)
     ] = None,
     device: Annotated[str | None, _option("cpu, cuda, mps ... Default: auto.", panel=_MACHINE)] = None,
+    track: Track = None,
+    tensorboard: TensorBoard = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -110,7 +120,6 @@ def finetune(
     from fixify.cli.command_line import as_typed
     from fixify.cli.recipe_defaults import chosen_recipe, finetune_defaults
     from fixify.cli.slim import the_slim_file_here
-    from fixify.cli.training_display import TrainingDisplay
     from fixify.errors import CheckFailed, UsageError
     from fixify.reporting.metrics_tables import finetune_table
     from fixify.training import FinetuneOptions, run_finetune, stored_options
@@ -130,7 +139,7 @@ def finetune(
             raise UsageError(f"--{name.replace('_', '-')} needs a teacher.", hint="Add --distill ORIGINAL.")
     start = finetune_defaults(output, chosen_recipe(recipe, set_ or []), stored_options(folder) if resume else None)
     options = start.replace(**given)
-    with TrainingDisplay(output) as display:
+    with watching(output, [*(track or []), *(["tensorboard"] if tensorboard else [])]) as tell:
         result = run_finetune(
             source,
             data,
@@ -142,7 +151,7 @@ def finetune(
             force=force,
             download=download,
             command=as_typed(),
-            on_event=display,
+            on_event=tell,
         )
     output.result(
         {

@@ -71,6 +71,10 @@ class TrainingDisplay:
         self.epochs, self.batches = event.epochs, event.batches
         self.output.say(f"training data: {event.train}")
         self.output.say(f"validation data: {event.val}")
+        if event.frozen:
+            self.output.say(
+                f"training {event.trainable:,} of {event.parameters:,} parameters; frozen: {'; '.join(event.frozen)}"
+            )
         if event.first_epoch:
             self.output.say(f"resuming in epoch {event.first_epoch + 1} of {event.epochs}")
         total, done = event.epochs * event.batches, event.first_epoch * event.batches

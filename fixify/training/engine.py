@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from fixify.data import ImageLoader, OpenedData, make_loader
+from fixify.training.checkpointing import check_checkpointing, checkpoint_activations_
+from fixify.training.compiling import compile_, compiling
 from fixify.training.distillation import Teacher
+from fixify.training.freezing import Frozen, freeze_
 from fixify.training.optimisation import make_optimiser, make_schedule
 from fixify.training.options import FinetuneOptions
 
@@ -28,6 +33,7 @@ class Engine:
     loader: ImageLoader
     options: FinetuneOptions
     device: torch.device
+    frozen: Frozen
     teacher: Teacher | None = None
 
     @property
@@ -41,12 +47,29 @@ class Engine:
             # An average over few steps would still be the start: the decay warms up, 1 - (1 + step)^(-2/3) at first.
             self.ema = ModelEmaV3(self.model, decay=self.options.ema_decay, use_warmup=True)
 
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Around training and its validations, once nothing changes the model's modules any more."""
+        if self.options.grad_checkpointing:
+            checkpoint_activations_(self.model)
+        if not self.options.compile:
+            yield
+            return
+        compile_(self.model)
+        if self.ema is not None:
+            compile_(self.ema.module)
+        with compiling():
+            yield
+
 
 def make_engine(model: nn.Module, train: OpenedData, preprocessing: dict[str, Any], options: FinetuneOptions) -> Engine:
     """Everything at its start, the model on its device; without average and teacher, which may depend on what happens
     before training.
     """
     device = options.resolved_device()
+    if options.grad_checkpointing:
+        check_checkpointing(model)
+    frozen = freeze_(model, options.freeze)
     model = model.to(device)
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -70,4 +93,5 @@ def make_engine(model: nn.Module, train: OpenedData, preprocessing: dict[str, An
         loader=loader,
         options=options,
         device=device,
+        frozen=frozen,
     )

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from timm.layers import get_notrace_functions, get_notrace_modules
-from timm.utils import dispatch_clip_grad
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.feature_extraction import NodePathTracer
@@ -23,7 +22,8 @@ from fixify.data.seeding import derive_seed, permutation, seeded_torch
 from fixify.errors import TrainingError, UsageError
 from fixify.evaluation import Precision, autocast, eval_mode
 from fixify.heads import FixedClassifier
-from fixify.training.optimisation import make_optimiser, make_schedule
+from fixify.training.freezing import Frozen
+from fixify.training.optimisation import clip_gradients, make_optimiser, make_schedule
 from fixify.training.options import FinetuneOptions
 
 _SHARE = 0.25  # of the weights below the classifier
@@ -171,23 +171,27 @@ def compute(
 
 
 def train_tail(
+    model: nn.Module,
     divided: Divided,
     features: Features,
     options: FinetuneOptions,
     loss_of: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     *,
     device: torch.device,
+    frozen: Frozen,
     on_epoch: Callable[[int, float], object],
     on_step: Callable[[], object],
 ) -> None:
     """Train the tail for `options.last_block_epochs`, by the optimiser, rates and schedule of the options.
 
     Args:
-        divided: The model; the modules of its tail are changed.
+        model: The whole model, which knows its layers.
+        divided: The same; the modules of its tail are changed.
         features: See `compute`.
         options: How.
         loss_of: (logits, targets, teacher's logits) to the loss.
         device: Where the model is.
+        frozen: What does not learn.
         on_epoch: Told the epoch, from 0, and its mean loss.
         on_step: Called before each step; may raise to stop.
 
@@ -200,10 +204,10 @@ def train_tail(
     options = options.replace(
         epochs=epochs, warmup_epochs=min(options.warmup_epochs, 0.5), max_drop=None, original_top1=None
     )
-    optimiser = make_optimiser(divided.tail, options)
+    optimiser = make_optimiser(model, options, part=divided.tail)
     schedule = make_schedule(optimiser, options, steps)
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
-    divided.tail.train()
+    frozen.train(divided.tail)
     for epoch in range(epochs):
         order, total = permutation(options.seed, epoch, _ORDER, count=count), 0.0
         for step in range(steps):
@@ -217,7 +221,7 @@ def train_tail(
             scaler.scale(loss).backward()
             if options.clip_grad is not None:
                 scaler.unscale_(optimiser)
-                dispatch_clip_grad(divided.tail.parameters(), options.clip_grad)
+                clip_gradients(divided.tail, options)
             scaler.step(optimiser)
             scaler.update()
             schedule.step_update(epoch * steps + step + 1)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
 from fixify.data.seeding import derive_seed, seeded_torch
@@ -20,6 +19,7 @@ from fixify.training.distillation import distillation_loss
 from fixify.training.engine import Engine
 from fixify.training.events import Listener, Step
 from fixify.training.interrupt import Stopped, StopRequest
+from fixify.training.optimisation import base_rate, clip_gradients
 from fixify.training.options import FinetuneOptions
 from fixify.training.resume import Progress
 from fixify.training.steps import is_logged
@@ -53,7 +53,7 @@ def train_epoch(
         DataError: an image cannot be read.
     """
     options, batches = engine.options, len(engine.loader)
-    engine.model.train()
+    engine.frozen.train(engine.model)
     engine.loader.set_epoch(progress.epoch, progress.batch)
     engine.optimiser.zero_grad(set_to_none=True)
     if _validation_is_due(engine, progress) and validate():  # a stop request had come in its way
@@ -156,8 +156,8 @@ def _outputs(outputs: Any) -> tuple[Tensor, list[Tensor]]:
 def _update(engine: Engine, progress: Progress) -> None:
     if engine.options.clip_grad is not None:
         engine.scaler.unscale_(engine.optimiser)
-        dispatch_clip_grad(engine.model.parameters(), engine.options.clip_grad)
-    progress.lr = float(engine.optimiser.param_groups[0]["lr"])
+        clip_gradients(engine.model, engine.options)
+    progress.lr = base_rate(engine.optimiser)
     engine.scaler.step(engine.optimiser)
     engine.scaler.update()
     engine.optimiser.zero_grad(set_to_none=True)
@@ -194,6 +194,7 @@ class _Pending:
         losses = torch.stack([loss.double() if loss.device.type != "mps" else loss for loss, _, _ in self.entries])
         rights = torch.stack([right for _, right, _ in self.entries])
         first = progress.batch - len(self.entries)
+        sums_before = (progress.loss_sum, progress.images)
         for offset, (loss, right) in enumerate(zip(losses.tolist(), rights.tolist(), strict=True)):
             if not math.isfinite(loss):
                 raise TrainingError(
@@ -209,6 +210,7 @@ class _Pending:
             progress.window_loss += loss * images
             progress.window_images += images
         self.entries.clear()
+        recent_images = progress.images - sums_before[1]
         elapsed = time.perf_counter() - self.started
         progress.seconds = self.already + elapsed
         self.on_event(
@@ -222,6 +224,8 @@ class _Pending:
                 images_per_second=(progress.images - self.first_images) / max(elapsed, 1e-9),
                 scale=head_scale(self.engine.model),
                 step=progress.updates,
+                recent_loss=(progress.loss_sum - sums_before[0]) / max(recent_images, 1),
+                recent_images=recent_images,
             )
         )
 

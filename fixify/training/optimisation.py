@@ -7,53 +7,109 @@ import math
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import dispatch_clip_grad
 from torch import nn
 
+from fixify.errors import UsageError
 from fixify.heads import FixedClassifier
 from fixify.training.options import FinetuneOptions
 
 
-def parameter_groups(model: nn.Module, options: FinetuneOptions) -> list[dict[str, Any]]:
-    """Trainable parameters in up to three groups: decayed, not decayed, and those of fixed heads.
+def parameter_groups(
+    model: nn.Module, options: FinetuneOptions, *, part: nn.Module | None = None
+) -> list[dict[str, Any]]:
+    """Trainable parameters in groups: decayed, not decayed, those of fixed heads; with `options.layer_decay` these of
+    each layer.
 
     Not decayed are vectors and scalars, biases, and what the model's `no_weight_decay()` names (timm's rule). The
     scale of a fixed head must not be decayed: it sets the temperature of the softmax, and has nothing to regularise.
+
+    Args:
+        model: All of it: names and layers are those in here.
+        options: Rates and decays.
+        part: Only the parameters that this has too; None takes all.
+
+    Raises:
+        UsageError: a layer decay for a model that does not tell its layers.
     """
-    heads = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, FixedClassifier)
-        for parameter in module.parameters()
-    }
+    heads = _parameters_of_heads(model)
+    wanted = None if part is None else {id(parameter) for parameter in part.parameters()}
     no_weight_decay: Any = getattr(model, "no_weight_decay", tuple)
     patterns = no_weight_decay()
-    decayed, plain, head = [], [], []
+    layer_scales = _layer_scales(model, options)
+    decayed, plain, head = range(3)
+    groups: dict[tuple[int, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or (wanted is not None and id(parameter) not in wanted):
             continue
         if id(parameter) in heads:
-            head.append(parameter)
+            kind = head
         elif parameter.ndim <= 1 or name.endswith(".bias") or any(fnmatch.fnmatch(name, p) for p in patterns):
-            plain.append(parameter)
+            kind = plain
         else:
-            decayed.append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": options.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-        # timm's schedules multiply the rate of a group by its lr_scale.
-        {"params": head, "weight_decay": 0.0, "lr_scale": options.head_lr_scale},
+            kind = decayed
+        groups.setdefault((kind, layer_scales.get(id(parameter), 1.0)), []).append(parameter)
+    return [
+        {
+            "params": groups[kind, scale],
+            "weight_decay": options.weight_decay if kind == decayed else 0.0,
+            # timm's schedules multiply the rate of a group by its lr_scale.
+            "lr_scale": scale * options.head_lr_scale if kind == head else scale,
+        }
+        for kind, scale in sorted(groups)
     ]
-    return [group for group in groups if group["params"]]
 
 
-def make_optimiser(model: nn.Module, options: FinetuneOptions) -> torch.optim.Optimizer:
-    """timm's optimiser of that name over `parameter_groups`."""
-    return create_optimizer_v2(
-        parameter_groups(model, options), opt=options.opt, lr=options.lr, momentum=options.momentum, weight_decay=0.0
+def _parameters_of_heads(model: nn.Module) -> set[int]:
+    heads = [module for module in model.modules() if isinstance(module, FixedClassifier)]
+    return {id(parameter) for head in heads for parameter in head.parameters()}
+
+
+def _layer_scales(model: nn.Module, options: FinetuneOptions) -> dict[int, float]:
+    """Of each parameter, by its id: layer_decay to the power of its distance from the top."""
+    if options.layer_decay is None:
+        return {}
+    if not hasattr(model, "group_matcher"):
+        raise UsageError(
+            f"A {type(model).__name__} does not tell its layers, as timm's models do (group_matcher), so their rates "
+            "cannot be decayed.",
+            hint="Leave out --layer-decay.",
+        )
+    groups = param_groups_layer_decay(model, layer_decay=options.layer_decay)
+    return {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+
+
+def clip_gradients(model: nn.Module, options: FinetuneOptions) -> None:
+    """Clip by `options.clip_grad` and `clip_mode`, if there is one.
+
+    Adaptive clipping leaves heads alone, as in the paper (Brock et al. 2021, section 4) and in timm: it would hold each
+    step of a fixed head's scale to a share of the scale, which is what `head_lr_scale` is there to avoid.
+    """
+    if options.clip_grad is None:
+        return
+    spared = _parameters_of_heads(model) if options.clip_mode == "agc" else set()
+    dispatch_clip_grad(
+        [parameter for parameter in model.parameters() if id(parameter) not in spared],
+        options.clip_grad,
+        mode=options.clip_mode,
     )
+
+
+def make_optimiser(
+    model: nn.Module, options: FinetuneOptions, *, part: nn.Module | None = None
+) -> torch.optim.Optimizer:
+    """timm's optimiser of that name over `parameter_groups`."""
+    groups = parameter_groups(model, options, part=part)
+    return create_optimizer_v2(groups, opt=options.opt, lr=options.lr, momentum=options.momentum, weight_decay=0.0)
+
+
+def base_rate(optimiser: torch.optim.Optimizer) -> float:
+    """The learning rate that the groups' own scales multiply."""
+    group = optimiser.param_groups[0]
+    return float(group["lr"] / group.get("lr_scale", 1.0))
 
 
 def make_schedule(optimiser: torch.optim.Optimizer, options: FinetuneOptions, updates_per_epoch: int) -> Scheduler:

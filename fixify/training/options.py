@@ -35,10 +35,16 @@ class FinetuneOptions(BaseModel):
         head_lr_scale: The fixed head's scale and bias learn at this multiple of the rate. The scale needs it: it has to
             grow several times over, and one step moves it no further than any weight.
         ema_decay: Decay of an exponential moving average of the weights, which is then what is evaluated and saved.
+        layer_decay: Each layer learns at this multiple of the rate of the layer above it; timm's rule, for its models.
+        freeze: So many first stages stay as they are (timm's coarse groups: the stem is one, each stage or block of a
+            transformer another), the statistics of their batch norms included.
         grad_accum: Steps whose gradients make one update.
-        clip_grad: Largest norm of the gradient.
+        clip_grad: Largest norm of the gradient; other modes clip otherwise.
+        clip_mode: timm's: "norm" of all gradients, "value" of each, or "agc", adaptive by the norm of each weight.
         amp: Autocast precision.
         channels_last: Memory format; often faster on CUDA.
+        compile: torch.compile the model, whole; a model that cannot be is an error.
+        grad_checkpointing: Keep fewer activations for the backward pass, and compute them again; for timm's models.
         img_size: Side of the images that the model gets; None is the checkpoint's.
         crop_pct: Share of the resized image that the center crop keeps in validation; None is the checkpoint's.
         max_drop: Stop as soon as validation top-1 is at most this many points below the original's; None trains all
@@ -76,8 +82,11 @@ class FinetuneOptions(BaseModel):
     decay_rate: float = Field(default=0.1, gt=0, le=1)
     head_lr_scale: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
+    freeze: int = Field(default=0, ge=0)
     grad_accum: int = Field(default=1, ge=1)
     clip_grad: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
     max_drop: float | None = Field(default=None, ge=0, lt=100)
     original_top1: float | None = Field(default=None, gt=0, le=100)
     val_every: int | None = Field(default=None, ge=1)
@@ -87,6 +96,8 @@ class FinetuneOptions(BaseModel):
     unlabelled: bool = False
     amp: Literal["none", "bf16", "fp16"] = "none"
     channels_last: bool = False
+    compile: bool = False
+    grad_checkpointing: bool = False
     img_size: int | None = Field(default=None, ge=1)
     crop_pct: float | None = Field(default=None, gt=0, le=1)
     seed: int = Field(default=0, ge=0)
@@ -166,6 +177,11 @@ class FinetuneOptions(BaseModel):
             yield Conflict(
                 ("original_top1", "max_drop"),
                 "original_top1 is what max_drop is measured from; give max_drop as well",
+            )
+        if self.clip_mode != "norm" and self.clip_grad is None:
+            yield Conflict(
+                ("clip_mode", "clip_grad"),
+                f"clip_mode {self.clip_mode} does nothing without clip_grad; give clip_grad as well",
             )
         if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
             yield Conflict(

@@ -165,7 +165,7 @@ class _Run:
         keeper = self.keeper
         if not resume:
             claim_folder(keeper.out, force=force)
-            self._announce()
+            self._announce(resumed=False)
             self._open_validation()
             self._measure_original()
             as_calibrated = keeper.progress.before = self.validation.measure(self.engine.model, "before")
@@ -175,7 +175,7 @@ class _Run:
         self.engine.start_average()
         if resume:
             keeper.read_state()
-            self._announce()
+            self._announce(resumed=True)
             self._open_validation()
         else:
             write_run(keeper.out, self.options, self.facts, self._started(command))
@@ -200,14 +200,15 @@ class _Run:
             self.stages.train_last_block()
             metrics = self.validation.measure(self.engine.evaluated, "validation")
             keeper.record(metrics, self.validation.confusions(), fraction=0.0, seconds=metrics.seconds)
-        while keeper.progress.epoch < self.options.epochs and not keeper.has_reached():
-            self.on_event(EpochStarted(keeper.progress.epoch, self.options.epochs))
-            try:
-                if not train_epoch(self.engine, keeper.progress, self.stop, self.on_event, self._validate):
-                    self._validate()
-            except Stopped:
-                keeper.write_state()
-                raise
+        with self.engine.training():
+            while keeper.progress.epoch < self.options.epochs and not keeper.has_reached():
+                self.on_event(EpochStarted(keeper.progress.epoch, self.options.epochs))
+                try:
+                    if not train_epoch(self.engine, keeper.progress, self.stop, self.on_event, self._validate):
+                        self._validate()
+                except Stopped:
+                    keeper.write_state()
+                    raise
         best, before = keeper.progress.best(), keeper.progress.before
         if best is None or before is None:
             raise TrainingError(f"The state in {keeper.out} has no epochs.")
@@ -236,7 +237,8 @@ class _Run:
         self.keeper.record(metrics, self.validation.confusions(), fraction=fraction, seconds=seconds)
         return self.keeper.has_reached()
 
-    def _announce(self) -> None:
+    def _announce(self, *, resumed: bool) -> None:
+        parameters = [(parameter.numel(), parameter.requires_grad) for parameter in self.engine.model.parameters()]
         self.on_event(
             RunStarted(
                 epochs=self.options.epochs,
@@ -246,8 +248,12 @@ class _Run:
                 val=self.validation.data.description + self._whose_labels(),
                 device=str(self.engine.device),
                 workers=self.options.resolved_workers(),
+                parameters=sum(count for count, _ in parameters),
+                trainable=sum(count for count, learns in parameters if learns),
+                frozen=self.engine.frozen.stages,
                 folder=self.keeper.out,
                 first_step=self.keeper.progress.updates,
+                resumed=resumed,
                 config={**self.facts, "options": self.options.recipe()},
             )
         )

@@ -68,11 +68,13 @@ class Stages:
         with self._some_images(_LAST_BLOCK, count) as loader:
             features = compute(divided, loader, engine.teacher, device=engine.device, amp=options.amp, on_batch=tell)
         train_tail(
+            engine.model,
             divided,
             features,
             options,
             lambda logits, targets, taught: training_loss(logits, targets, taught, options),
             device=engine.device,
+            frozen=engine.frozen,
             on_epoch=lambda epoch, loss: self.on_event(LastBlockEpoch(epoch, options.last_block_epochs, count, loss)),
             on_step=self.look_at_stop,
         )

@@ -4,12 +4,16 @@ import math
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from fixify.errors import UsageError
 from fixify.heads import FixedClassifier
+from fixify.retrofit import fix_classifier_
 from fixify.training import FinetuneOptions
-from fixify.training.optimisation import make_optimiser, make_schedule, parameter_groups
+from fixify.training.optimisation import base_rate, clip_gradients, make_optimiser, make_schedule, parameter_groups
 
 
 def rates(options: FinetuneOptions, updates_per_epoch: int) -> list[float]:
@@ -50,11 +54,72 @@ class TestGroups:
         (only,) = parameter_groups(model, FinetuneOptions.create())
         assert len(only["params"]) == 2
 
+    def test_layer_decay_is_timms_and_the_fixed_head_keeps_its_multiple(self) -> None:
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=32, num_heads=2)
+        theirs = {
+            id(parameter): (group["lr_scale"], group["weight_decay"])
+            for group in param_groups_layer_decay(
+                model, weight_decay=0.1, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay()
+            )
+            for parameter in group["params"]
+        }
+        options = FinetuneOptions.create(layer_decay=0.5, weight_decay=0.1, head_lr_scale=3, lr=0.8, warmup_epochs=0)
+        ours = {
+            id(parameter): (group["lr_scale"], group["weight_decay"])
+            for group in parameter_groups(model, options)
+            for parameter in group["params"]
+        }
+        assert ours == theirs
+        assert len({scale for scale, _ in ours.values()}) == 5  # stem, three blocks, head
+        fix_classifier_(model, "hadamard")
+        optimiser = make_optimiser(model, options)
+        make_schedule(optimiser, options, 10)
+        rates = {id(parameter): group["lr"] for group in optimiser.param_groups for parameter in group["params"]}
+        assert rates[id(model.head.scale)] == rates[id(model.head.bias)] == pytest.approx(3 * 0.8)
+        assert rates[id(model.blocks[2].mlp.fc1.weight)] == pytest.approx(0.5 * 0.8)
+        assert rates[id(model.patch_embed.proj.weight)] == pytest.approx(0.5**4 * 0.8)
+        assert base_rate(optimiser) == pytest.approx(0.8)
+
+    def test_a_model_without_layers_cannot_decay_them(self, new_model: Callable[..., nn.Module]) -> None:
+        with pytest.raises(UsageError, match="does not tell its layers"):
+            make_optimiser(new_model(), FinetuneOptions.create(layer_decay=0.7))
+
+    def test_part_of_a_model_has_the_rates_that_it_has_in_the_whole(self) -> None:
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=32, num_heads=2)
+        options = FinetuneOptions.create(layer_decay=0.5)
+        groups = parameter_groups(model, options, part=model.blocks[1])
+        assert {group["lr_scale"] for group in groups} == {0.25}
+        own = {id(parameter) for parameter in model.blocks[1].parameters()}
+        assert {id(parameter) for group in groups for parameter in group["params"]} == own
+
     def test_sgd_is_nesterov_and_other_optimisers_are_timms(self, new_model: Callable[..., nn.Module]) -> None:
         sgd = make_optimiser(new_model(), FinetuneOptions.create(momentum=0.8))
         assert (sgd.defaults["nesterov"], sgd.defaults["momentum"]) == (True, 0.8)
         adamw = make_optimiser(new_model(), FinetuneOptions.create(opt="adamw", lr=1e-3))
         assert isinstance(adamw, torch.optim.AdamW)
+
+
+class TestClipping:
+    def gradients(self, model: nn.Module, **given: object) -> dict[str, torch.Tensor]:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 2.0)
+        clip_gradients(model, FinetuneOptions.create(**given))
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}  # type: ignore[union-attr]
+
+    def test_modes(self, new_model: Callable[..., nn.Module]) -> None:
+        model = new_model()
+        assert all((grad == 2).all() for grad in self.gradients(model).values())
+        norm = self.gradients(model, clip_grad=1.0)
+        assert torch.cat([grad.flatten() for grad in norm.values()]).norm() == pytest.approx(1, abs=1e-4)
+        assert all((grad == 0.5).all() for grad in self.gradients(model, clip_grad=0.5, clip_mode="value").values())
+        adaptive = self.gradients(model, clip_grad=0.1, clip_mode="agc")
+        weights = dict(model.named_parameters())
+        for name, grad in adaptive.items():
+            if name.startswith("fc."):
+                assert (grad == 2).all()
+            elif grad.ndim > 1:
+                norms, limits = (t.flatten(1).norm(dim=1) for t in (grad, weights[name]))
+                assert (norms <= 0.1 * limits + 1e-4).all()
 
 
 class TestSchedule:

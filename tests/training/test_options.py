@@ -20,6 +20,9 @@ from fixify.training import FinetuneOptions
         ({"min_lr": 1.0, "lr": 0.1}, r"min_lr \(1\) must not be above lr \(0.1\)"),
         ({"lr": float("nan")}, "lr: "),
         ({"amp": "fp8"}, "amp: .*'none', 'bf16' or 'fp16'"),
+        ({"clip_mode": "agc"}, "clip_mode agc does nothing without clip_grad"),
+        ({"layer_decay": 1.5}, "layer_decay: "),
+        ({"freeze": -1}, "freeze: "),
         ({"seed": -1}, "seed: "),
     ],
 )

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import io
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from fixify.errors import UsageError
+from fixify.retrofit import fix_classifier_
+from fixify.training import FinetuneOptions, RunStarted, Step
+from fixify.training.freezing import freeze_
+
+OPTIONS = FinetuneOptions.create(
+    epochs=2, batch_size=8, lr=0.05, no_aug=True, workers=0, device="cpu", freeze=3, ema_decay=0.9
+)
+FROZEN = ("conv1.", "bn1.", "layer1.", "layer2.")
+
+
+@pytest.fixture(scope="module")
+def resnet() -> nn.Module:
+    """timm's ResNet with one narrow block a stage, and a fixed head."""
+    model = timm.create_model("resnet18", layers=(1, 1, 1, 1), channels=(8, 8, 16, 16), in_chans=1, num_classes=4)
+    fix_classifier_(model, "hadamard")
+    return model
+
+
+def state(path: Path) -> dict[str, Any]:
+    return torch.load(io.BytesIO((path / "state.pt").read_bytes()), weights_only=True)
+
+
+def test_stages_and_their_names() -> None:
+    with torch.device("meta"):
+        for name, depth, stages in [
+            ("resnet50", 2, ("conv1, bn1", "layer1")),
+            ("vit_tiny_patch16_224", 2, ("cls_token, pos_embed, patch_embed", "blocks.0")),
+            (
+                "efficientnet_lite0",
+                8,
+                ("conv_stem, bn1", *(f"blocks.{i}" for i in range(6)), "blocks.6, conv_head, bn2"),
+            ),
+        ]:
+            model = timm.create_model(name)
+            assert freeze_(model, depth).stages == stages
+            for key, parameter in model.named_parameters():
+                started = any(key.startswith(part) for stage in stages for part in stage.split(", "))
+                assert parameter.requires_grad != started, key
+
+
+def test_too_many_stages_are_listed_and_the_head_is_none_of_them(resnet: nn.Module) -> None:
+    with pytest.raises(UsageError) as caught:
+        freeze_(deepcopy(resnet), 6)
+    assert caught.value.message.splitlines() == [
+        "The model has 5 stages that can be frozen, not 6:",
+        "  1 conv1, bn1",
+        "  2 layer1",
+        "  3 layer2",
+        "  4 layer3",
+        "  5 layer4",
+    ]
+    assert "0 to 5" in str(caught.value.hint)
+    model = deepcopy(resnet)
+    freeze_(model, 5)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"fc.scale", "fc.bias"}
+
+
+def test_a_model_without_stages_is_refused(new_model: Any) -> None:
+    with pytest.raises(UsageError, match="does not tell its stages"):
+        freeze_(new_model(), 1)
+
+
+def test_frozen_stages_stay_bit_for_bit_and_the_rest_learns(run: Any, tmp_path: Path, resnet: nn.Module) -> None:
+    model = deepcopy(resnet)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    events: list[Any] = []
+    run(tmp_path, OPTIONS, model, on_event=events.append)
+    for key, value in state(tmp_path)["model"].items():
+        if key.startswith(FROZEN):
+            assert torch.equal(value, before[key]), key
+        elif "num_batches" not in key and key != "fc.codes":
+            assert not torch.equal(value, before[key]), key
+    started = next(event for event in events if isinstance(event, RunStarted))
+    assert started.frozen == ("conv1, bn1", "layer1", "layer2")
+    counts = [(p.numel(), name.startswith(FROZEN)) for name, p in model.named_parameters()]
+    assert started.parameters == sum(count for count, _ in counts)
+    assert started.trainable == sum(count for count, frozen in counts if not frozen)
+    # Nothing of them is with the optimiser.
+    learning = [name for name, _ in model.named_parameters() if not name.startswith(FROZEN)]
+    assert sum(len(group["params"]) for group in state(tmp_path)["optimiser"]["param_groups"]) == len(learning)
+
+
+def test_a_resumed_run_is_exact(run: Any, tmp_path: Path, resnet: nn.Module) -> None:
+    def crash(event: Any) -> None:
+        if isinstance(event, Step) and (event.epoch, event.batch) == (1, 2):
+            raise KeyError
+
+    run(tmp_path / "whole", OPTIONS, deepcopy(resnet))
+    with pytest.raises(KeyError):
+        run(tmp_path / "parts", OPTIONS, deepcopy(resnet), on_event=crash)
+    run(tmp_path / "parts", OPTIONS, deepcopy(resnet), resume=True)
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert all(torch.equal(value, parts["model"][key]) for key, value in whole["model"].items())
+    assert all(torch.equal(value, parts["ema"][key]) for key, value in whole["ema"].items())
+
+
+def test_dropout_within_frozen_stages_does_not_drop() -> None:
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=32, num_heads=2, drop_path_rate=0.5
+    )
+    frozen = freeze_(model, 2)
+    frozen.train(model)
+    modes = {name: module.training for name, module in model.named_modules() if name.endswith("drop_path1")}
+    assert modes == {"blocks.0.drop_path1": False, "blocks.1.drop_path1": True}
+
+
+def test_frozen_blocks_among_the_last_ones(run: Any, tmp_path: Path, resnet: nn.Module) -> None:
+    model = deepcopy(resnet)
+    before: dict[str, Tensor] = {key: value.clone() for key, value in model.state_dict().items()}
+    run(tmp_path, OPTIONS.replace(freeze=5, epochs=0, last_block_epochs=2), model)
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed >= {"fc.scale", "fc.bias"}
+    assert all(key.startswith("fc.") for key in changed)
