@@ -34,6 +34,7 @@ LAYERS = (
     "calibrating",
     "conversion",
     "training",
+    "tracking",
     "recipes",
     "prediction",
     "demo",

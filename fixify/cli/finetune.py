@@ -9,6 +9,7 @@ import typer
 
 from fixify.cli.options import Force, Json, Recipe, Set
 from fixify.cli.output import Output
+from fixify.cli.watching import TensorBoard, Track, watching
 
 _AUGMENTATION = "Augmentation (timm's names)"
 _DISTILLATION = "Distillation"
@@ -106,6 +107,8 @@ def finetune(
         int | None, _option("Loader processes. Default: fits the machine.", "-j", "--workers", panel=_MACHINE)
     ] = None,
     device: Annotated[str | None, _option("cpu, cuda, mps ... Default: auto.", panel=_MACHINE)] = None,
+    track: Track = None,
+    tensorboard: TensorBoard = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -118,7 +121,6 @@ def finetune(
     from fixify.cli.command_line import as_typed
     from fixify.cli.recipe_defaults import chosen_recipe, finetune_defaults
     from fixify.cli.slim import the_slim_file_here
-    from fixify.cli.training_display import TrainingDisplay
     from fixify.errors import CheckFailed, UsageError
     from fixify.reporting.metrics_tables import finetune_table
     from fixify.training import FinetuneOptions, run_finetune, stored_options
@@ -138,7 +140,7 @@ def finetune(
             raise UsageError(f"--{name.replace('_', '-')} needs a teacher.", hint="Add --distill ORIGINAL.")
     start = finetune_defaults(output, chosen_recipe(recipe, set_ or []), stored_options(folder) if resume else None)
     options = start.replace(**given)
-    with TrainingDisplay(output) as display:
+    with watching(output, [*(track or []), *(["tensorboard"] if tensorboard else [])]) as tell:
         result = run_finetune(
             source,
             data,
@@ -150,7 +152,7 @@ def finetune(
             force=force,
             download=download,
             command=as_typed(),
-            on_event=display,
+            on_event=tell,
         )
     output.result(
         {

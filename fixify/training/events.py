@@ -26,6 +26,7 @@ class RunStarted:
     Attributes:
         epochs, batches: Of the whole run, and of one epoch.
         first_epoch, first_step: Where it begins: above 0 when a run is resumed. The step counts updates.
+        resumed: Whether it goes on from a state.
         train, val: What the data is, for a person.
         device, workers: Where it runs, and its loader processes.
         parameters, trainable: Of the model, and those that learn.
@@ -46,6 +47,7 @@ class RunStarted:
     frozen: tuple[str, ...]
     folder: Path
     first_step: int
+    resumed: bool
     config: dict[str, Any]
 
 
@@ -103,8 +105,9 @@ class EpochStarted:
 class Step:
     """During an epoch; every step on a CPU, every 20th elsewhere.
 
-    Loss and accuracy are of the epoch so far; `scale` is the head's learned alpha, None for other heads; `step` counts
-    updates of the weights since the start of the run.
+    Loss and accuracy are of the epoch so far, `recent_loss` is of the `recent_images` since the last such event;
+    `scale` is the head's learned alpha, None for other heads; `step` counts updates of the weights since the start of
+    the run.
     """
 
     epoch: int
@@ -116,6 +119,8 @@ class Step:
     images_per_second: float
     scale: float | None
     step: int
+    recent_loss: float
+    recent_images: int
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,7 @@ class _Pending:
         progress = self.progress
         losses = torch.stack([loss.double() if loss.device.type != "mps" else loss for loss, *_ in self.entries])
         rights = torch.stack([right for _, right, *_ in self.entries])
+        sums_before = (progress.loss_sum, progress.images)
         for entry, loss, right in zip(self.entries, losses.tolist(), rights.tolist(), strict=True):
             *_, images, batch = entry
             if not math.isfinite(loss):
@@ -244,6 +245,7 @@ class _Pending:
             progress.window_loss += loss * images
             progress.window_images += images
         self.entries.clear()
+        recent_images = progress.images - sums_before[1]
         elapsed = time.perf_counter() - self.started
         progress.seconds = self.already + elapsed
         self.on_event(
@@ -257,6 +259,8 @@ class _Pending:
                 images_per_second=(progress.images - self.first_images) / max(elapsed, 1e-9),
                 scale=head_scale(self.engine.model),
                 step=progress.updates,
+                recent_loss=(progress.loss_sum - sums_before[0]) / max(recent_images, 1),
+                recent_images=recent_images,
             )
         )
 

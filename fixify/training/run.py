@@ -165,7 +165,7 @@ class _Run:
         keeper = self.keeper
         if not resume:
             claim_folder(keeper.out, force=force)
-            self._announce()
+            self._announce(resumed=False)
             self._open_validation()
             self._measure_original()
             as_calibrated = keeper.progress.before = self.validation.measure(self.engine.model, "before")
@@ -175,7 +175,7 @@ class _Run:
         self.engine.start_average()
         if resume:
             keeper.read_state()
-            self._announce()
+            self._announce(resumed=True)
             self._open_validation()
         else:
             write_run(keeper.out, self.options, self.facts, self._started(command))
@@ -237,7 +237,7 @@ class _Run:
         self.keeper.record(metrics, self.validation.confusions(), fraction=fraction, seconds=seconds)
         return self.keeper.has_reached()
 
-    def _announce(self) -> None:
+    def _announce(self, *, resumed: bool) -> None:
         parameters = [(parameter.numel(), parameter.requires_grad) for parameter in self.engine.model.parameters()]
         self.on_event(
             RunStarted(
@@ -253,6 +253,7 @@ class _Run:
                 frozen=self.engine.frozen.stages,
                 folder=self.keeper.out,
                 first_step=self.keeper.progress.updates,
+                resumed=resumed,
                 config={**self.facts, "options": self.options.recipe()},
             )
         )
