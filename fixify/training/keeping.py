@@ -14,6 +14,7 @@ from fixify.evaluation import Metrics
 from fixify.training.engine import Engine
 from fixify.training.events import EpochEnded, EpochRecord, Listener, Validated, Warned
 from fixify.training.files import BEST_FILE, LAST_FILE, tidy
+from fixify.training.finite import check_weights
 from fixify.training.logging import write_confusions, write_logs
 from fixify.training.loop import head_scale
 from fixify.training.machine import changed, machine_facts
@@ -59,7 +60,13 @@ class Keeper:
         self.engine.schedule.step_update(self.progress.updates)
 
     def write_state(self) -> None:
-        """Write how far the run is; raises `OutputError` if the disk is full."""
+        """Write how far the run is.
+
+        Raises:
+            TrainingError: weights are not finite; the state before is kept.
+            OutputError: the disk is full.
+        """
+        check_weights(self.engine.model, self.progress.updates)
         write_state(self.out, self._trained(), self.progress, self.options, self.facts, self.machine)
         self.has_state = True
         self.written = time.monotonic()
@@ -82,6 +89,7 @@ class Keeper:
             seconds: That it took.
         """
         progress, evaluated = self.progress, self.engine.evaluated
+        check_weights(evaluated, progress.updates)
         record = EpochRecord(
             epoch=progress.epoch,
             step=progress.updates,

@@ -18,6 +18,9 @@ from fixify.validation import Conflict, did_you_mean, explain, mistakes, refuse
 MACHINE = ("workers", "device", "save_minutes")
 """Options that suit a machine and do not change the result."""
 
+PATIENCE = ("nan_skip",)
+"""Options that say what a run puts up with; a run that was stopped may go on with others."""
+
 
 class FinetuneOptions(BaseModel):
     """Options of a finetuning run. Build it with `FinetuneOptions.create`, which explains every mistake at once.
@@ -52,6 +55,8 @@ class FinetuneOptions(BaseModel):
         crop_pct: Share of the resized image that the center crop keeps in validation; None is the checkpoint's.
         max_drop: Stop as soon as validation top-1 is at most this many points below the original's; None trains all
             epochs. The schedule stays that of all epochs.
+        nan_skip: Leave out at most so many steps of the whole run whose loss (or, except with fp16, gradient) is not
+            finite; the next one stops the run. With 0 the first does, and an accelerator need not wait for each loss.
         original_top1: The original's top-1 on the validation data, percent, if it is known; else the original itself
             has to be given.
         val_every: Validate after so many updates too, not only after each epoch.
@@ -92,6 +97,7 @@ class FinetuneOptions(BaseModel):
     grad_accum: int = Field(default=1, ge=1)
     clip_grad: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     clip_mode: Literal["norm", "value", "agc"] = "norm"
+    nan_skip: int = Field(default=0, ge=0)
     max_drop: float | None = Field(default=None, ge=0, lt=100)
     original_top1: float | None = Field(default=None, gt=0, le=100)
     val_every: int | None = Field(default=None, ge=1)

@@ -9,6 +9,7 @@ be resumed after any update, by another number of loader processes, and whatever
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import nn
 from fixify.errors import TrainingError
 from fixify.evaluation import Metrics
 from fixify.training.events import EpochRecord
-from fixify.training.options import FinetuneOptions
+from fixify.training.options import PATIENCE, FinetuneOptions
 from fixify.training.state import PREVIOUS_STATE_FILE, STATE_FILE, read_sealed, write_sealed
 from fixify.training.steps import StepRecord
 
@@ -36,6 +37,7 @@ class Progress:
         updates: Updates of the weights since the start.
         loss_sum, right, images: Sums over this epoch so far.
         seconds: Training time in this epoch so far.
+        skipped: Steps that were left out since the start, because they were not finite.
         lr: Learning rate of the last update.
         original: Metrics of the model whose accuracy is the goal, if it was evaluated.
         before: Metrics of the model as it came.
@@ -47,6 +49,7 @@ class Progress:
     epoch: int = 0
     batch: int = 0
     updates: int = 0
+    skipped: int = 0
     loss_sum: float = 0.0
     right: int = 0
     images: int = 0
@@ -168,7 +171,7 @@ def read_state(stored: Stored, trained: Trained, options: FinetuneOptions, facts
     _compare_images(folder, state["facts"], facts)
     _compare(folder, "facts", state["facts"], facts)
     # An option that is younger than the state had its default's effect.
-    _compare(folder, "options", {**options.defaults(), **state["recipe"]}, options.recipe())
+    _compare(folder, "options", {**options.defaults(), **state["recipe"]}, options.recipe(), but=PATIENCE)
     try:
         trained.model.load_state_dict(state["model"])
         trained.optimiser.load_state_dict(state["optimiser"])
@@ -198,11 +201,11 @@ def _compare_images(folder: Path, stored: dict[str, Any], given: dict[str, Any])
         )
 
 
-def _compare(folder: Path, what: str, stored: dict[str, Any], given: dict[str, Any]) -> None:
+def _compare(folder: Path, what: str, stored: dict[str, Any], given: dict[str, Any], but: Sequence[str] = ()) -> None:
     differences = [
         f"{key} was {_short(stored.get(key))} and is {_short(given.get(key))}"
         for key in sorted({*stored, *given})
-        if stored.get(key) != given.get(key)
+        if key not in but and stored.get(key) != given.get(key)
     ]
     if differences:
         raise TrainingError(

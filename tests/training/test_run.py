@@ -412,7 +412,7 @@ class TestSteps:
         model.register_forward_hook(poison)
         with pytest.raises(TrainingError, match="The loss is nan in epoch 2, batch 3 of 5") as caught:
             run(tmp_path, PLAIN, model)
-        assert "--lr" in str(caught.value)
+        assert "--lr" in str(caught.value) and "--resume --nan-skip 5" in str(caught.value)
         state = load(tmp_path / "state.pt")
         assert state["progress"]["epoch"] == 1
         assert all(torch.isfinite(t.float()).all() for t in state["model"].values())
