@@ -26,4 +26,4 @@ def test_a_killed_run_that_is_resumed_ends_bit_for_bit_as_if_it_had_not_been(tmp
     assert len(runs) == kills
     assert [run for run in runs if not run["same"]] == []
     inside = [run for run in runs if run["kind"] == "byte"]
-    assert all(run["ended"] == "killed" and run["half_written"] for run in inside)
+    assert all(run["half_written"] for run in inside)
