@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fixify.cli.options import Arch, ClassMap, ClassOrder, Device, Ema, InputKey, Json, TargetKey
+from fixify.cli.options import Arch, ClassMap, ClassOrder, Data, Device, Ema, InputKey, Json, TargetKey
 from fixify.cli.output import Output
 
 if TYPE_CHECKING:
@@ -16,12 +16,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A slim or ordinary checkpoint, or a model name.")],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="A folder with val/ (and train/), or a name: imagenet, cifar10, fashion-mnist, torch/..., hfds/..., wds/..."
-        ),
-    ],
+    data: Data,
     against: Annotated[
         str | None, typer.Option(help="Another checkpoint: compare, and say how often they agree.", show_default=False)
     ] = None,
@@ -53,7 +48,8 @@ def evaluate(
     """Measure top-1, top-5, loss and calibration error on a data set, and compare two checkpoints.
 
     Labels go by the names of the classes: a checkpoint that has names can be measured on some of its classes, and one
-    for ImageNet on folders named by synset. With --against the agreement is counted too: over all images, and over those on which OTHER is more than 50 % sure.
+    for ImageNet on folders named by synset.
+    With --against the agreement is counted too: over all images, and over those on which OTHER is more than 50 % sure.
     """
     from fixify.cli.asking import with_architecture
     from fixify.data import DataOptions, default_workers, make_loader, match_classes, open_data, override

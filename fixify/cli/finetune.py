@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fixify.cli.options import ClassMap, ClassOrder, Force, InputKey, Json, Recipe, Set, TargetKey
+from fixify.cli.options import ClassMap, ClassOrder, Data, Force, InputKey, Json, Recipe, Set, TargetKey
 from fixify.cli.output import Output
 from fixify.cli.watching import TensorBoard, Track, watching
 
@@ -24,12 +24,7 @@ def _option(
 
 def finetune(
     context: typer.Context,
-    data: Annotated[
-        str,
-        typer.Option(
-            help="A folder with train/ and val/, or a name: imagenet, cifar10, fashion-mnist, torch/..., hfds/..., wds/..."
-        ),
-    ],
+    data: Data,
     slim: Annotated[
         Path | None, typer.Argument(help="A slim checkpoint. Default: the one in this folder.", show_default=False)
     ] = None,
@@ -124,8 +119,8 @@ def finetune(
     """Train a slim checkpoint, so that the network fits its fixed classifier.
 
     Leaves best.fixed.safetensors and last.fixed.safetensors in the folder of the run, with metrics.jsonl, timm's
-    summary.csv, and the state that --resume continues from. The data's classes have to be the checkpoint's; where it has their names,
-    labels go by name.
+    summary.csv, and the state that --resume continues from. The data's classes have to be the checkpoint's; labels go
+    by their names, where it has them.
     With --max-drop 0.5 --against ORIGINAL --val-every 100 it trains no longer than it has to.
     """
     from fixify.cli.command_line import as_typed

@@ -30,6 +30,13 @@ Arch = Annotated[
         help="Architecture, e.g. resnet50, timm/resnet50, torchvision/resnet50. Default: found out.", show_default=False
     ),
 ]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="A folder with train/ and val/, or a name: imagenet, cifar10, cifar100, fashion-mnist, torch/NAME, "
+        "hfds/NAME (Hugging Face), wds/FOLDER (webdataset)."
+    ),
+]
 ClassMap = Annotated[
     Path | None,
     typer.Option(

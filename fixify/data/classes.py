@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -82,8 +83,8 @@ def match_classes(
     for names in vocabularies:
         if found == names:
             return _matched(opened, range(len(found)), names)
-        place = {name: label for label, name in enumerate(names)}
-        if len(place) == len(names) and set(found) <= place.keys():
+        place = _places(names)
+        if set(found) <= place.keys():
             labels = [place[name] for name in found]
             if len(found) < num_classes and not subset:
                 raise _fewer(opened, names)
@@ -149,6 +150,12 @@ def _vocabularies(num_classes: int, stored: Iterable[Sequence[str] | None]) -> l
     return known
 
 
+def _places(names: Sequence[str]) -> dict[str, int]:
+    """The label of each name that only one class has; two classes of ImageNet are called crane."""
+    count = Counter(names)
+    return {name: label for label, name in enumerate(names) if count[name] == 1}
+
+
 def _numbers(names: Sequence[str], num_classes: int) -> list[int]:
     """The class names as labels, if they are different numbers from 0 to C - 1; else nothing."""
     if not all(re.fullmatch(r"[0-9]{1,9}", name) for name in names):
@@ -199,8 +206,8 @@ def _by_map(opened: OpenedData, num_classes: int, vocabularies: Sequence[tuple[s
     if len(found) > num_classes:
         raise DataError(f"The class map has label {len(found) - 1}, and the checkpoint {num_classes} classes.")
     for names in vocabularies:
-        place = {name: label for label, name in enumerate(names)}
-        if len(place) == len(names) and any(place.get(name, label) != label for label, name in enumerate(found)):
+        place = _places(names)
+        if any(place.get(name, label) != label for label, name in enumerate(found)):
             raise _contradiction(opened, names, "the class map")
     names = vocabularies[0] if vocabularies else (*found, *map(str, range(len(found), num_classes)))
     return _matched(opened, range(len(found)), names)
@@ -211,10 +218,10 @@ def _ordered(opened: OpenedData) -> str:
 
 
 def _contradiction(opened: OpenedData, names: Sequence[str], what: str) -> DataError:
-    label = next(label for label, name in enumerate(opened.class_names) if name in names and names.index(name) != label)
-    name = opened.class_names[label]
+    place = _places(names)
+    label, name = next(item for item in enumerate(opened.class_names) if place.get(item[1], item[0]) != item[0])
     return DataError(
-        f"The checkpoint says that {name!r} is label {names.index(name)}; by {what} it is label {label}. "
+        f"The checkpoint says that {name!r} is label {place[name]}; by {what} it is label {label}. "
         f"The checkpoint's order: {_some(names)}. The other: {_some(opened.class_names)}.",
         hint="Leave the option out: classes are matched by their names.",
     )

@@ -79,7 +79,7 @@ def open_folder(
         raise DataError(missing_split(root, split), hint=_LAYOUT)
     train = find_split(root, "train")
     class_names = in_order(class_folders(train if train is not None else folder), class_order)
-    own_names = class_names if folder == train else class_folders(folder)
+    own_names = class_folders(folder)
     unknown = [own for own in own_names if own not in set(class_names)]
     if unknown and train is not None:
         raise DataError(
