@@ -48,7 +48,9 @@ class TrainingDisplay:
         """Show an event of the run."""
         from fixify import training
 
-        if isinstance(event, training.RunStarted):
+        if isinstance(event, training.Warned):
+            self.output.warn(event.text)
+        elif isinstance(event, training.RunStarted):
             self._start(event)
         elif isinstance(event, training.Evaluating):
             self._evaluating(event)
@@ -127,9 +129,10 @@ class TrainingDisplay:
     def _epoch(self, event: EpochEnded) -> None:
         self._pace.epoch_ended()
         record = self._validated(event)
+        loss = "" if record.train_loss is None else f"loss {record.train_loss:.4f}, "
         self._say(
-            f"epoch {record.epoch + 1}/{self._epochs}: loss {record.train_loss:.4f}, validation top-1 "
-            f"{record.val_top1:.2f} %, loss {record.val_loss:.4f}, {record.images_per_second:.0f} images/s"
+            f"epoch {record.epoch + 1}/{self._epochs}: {loss}validation top-1 {record.val_top1:.2f} %, "
+            f"loss {record.val_loss:.4f}, {record.images_per_second:.0f} images/s"
             + (" (best)" if event.is_best else "")
         )
 

@@ -51,6 +51,7 @@ def sizes(runs: Sequence[RunReport]) -> list[Size]:
             saved = run.savings
             original = Size(
                 "before fixing",
+                None,
                 saved.parameters_before,
                 saved.classifier_parameters,
                 saved.bytes_before,

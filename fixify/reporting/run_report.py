@@ -23,11 +23,11 @@ class Size:
     """
 
     name: str
+    style: int | None
     parameters: int
     classifier_parameters: int
     bytes: int
     classifier_bytes: int
-    style: int | None = None
 
 
 @dataclass(frozen=True)
@@ -185,17 +185,16 @@ def _size(run: Run, number: int, savings: Savings | None) -> Size | None:
         rest = savings.parameters_before - savings.classifier_parameters
         return Size(
             run.label,
+            number,
             savings.parameters_after,
             savings.parameters_after - rest,
             savings.bytes_after,
             savings.classifier_bytes_after,
-            number,
         )
     counts = [model.get(name) for name in ("parameters", "classifier_parameters", "bytes", "classifier_bytes")]
-    if not all(isinstance(count, int) for count in counts):
-        return None  # the run is older than these facts
-    total, classifier, total_bytes, classifier_bytes = map(int, counts)
-    return Size(run.label, total, classifier, total_bytes, classifier_bytes, number)
+    whole = [count for count in counts if isinstance(count, int)]
+    # A run that is older than these facts has none of them.
+    return Size(run.label, number, *whole) if len(whole) == len(counts) else None
 
 
 def _facts(run: Run) -> dict[str, str]:

@@ -14,6 +14,7 @@ from fixify.training.events import (
     RunStarted,
     Step,
     Validated,
+    Warned,
 )
 from fixify.training.files import BEST_FILE, LAST_FILE
 from fixify.training.interrupt import TrainingInterrupted
@@ -45,6 +46,7 @@ __all__ = [
     "Step",
     "TrainingInterrupted",
     "Validated",
+    "Warned",
     "finetune",
     "run_finetune",
     "stored_options",

@@ -13,6 +13,13 @@ Phase = Literal["teacher", "original", "before", "features", "validation"]
 
 
 @dataclass(frozen=True)
+class Warned:
+    """Something that a person should know and that did not stop the run; a sentence."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class RunStarted:
     """Before anything else.
 
@@ -172,7 +179,8 @@ class EpochEnded:
 
 
 Event = (
-    RunStarted
+    Warned
+    | RunStarted
     | Evaluating
     | OriginalEvaluated
     | Evaluated

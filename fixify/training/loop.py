@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,8 @@ from fixify.evaluation import autocast
 from fixify.heads import FixedClassifier
 from fixify.training.distillation import distillation_loss
 from fixify.training.engine import Engine
-from fixify.training.events import Listener, Step
+from fixify.training.events import Listener, Step, Warned
+from fixify.training.finite import HINT, Buffers, gradients_are_finite
 from fixify.training.interrupt import Stopped, StopRequest
 from fixify.training.optimisation import base_rate, clip_gradients
 from fixify.training.options import FinetuneOptions
@@ -31,8 +32,21 @@ _AUXILIARY_WEIGHT = 0.3  # Szegedy et al., "Going deeper with convolutions", sec
 _DROPOUT = 3  # random stream beside those of fixify.data.loader
 
 
+class Keeping(Protocol):
+    """Writes the state of the run now and then."""
+
+    def state_is_due(self) -> bool: ...
+
+    def write_state(self) -> None: ...
+
+
 def train_epoch(
-    engine: Engine, progress: Progress, stop: StopRequest, on_event: Listener, validate: Callable[[], bool]
+    engine: Engine,
+    progress: Progress,
+    stop: StopRequest,
+    on_event: Listener,
+    validate: Callable[[], bool],
+    keeper: Keeping,
 ) -> bool:
     """Train the rest of the epoch that `progress` is in, and keep `progress` up to date.
 
@@ -43,14 +57,16 @@ def train_epoch(
         on_event: Told each step.
         validate: Called within the epoch every `options.val_every` updates, not at its end; adds a record to
             `progress.history` and says whether that is good enough to stop.
+        keeper: Asked after every update whether the state is to be written.
 
     Returns:
         Whether it is good enough; else the epoch is complete.
 
     Raises:
-        TrainingError: a loss is not finite.
+        TrainingError: a loss is not finite, after `options.nan_skip` others.
         Stopped: a stop was requested; `progress` and the weights belong together.
         DataError: an image cannot be read.
+        OutputError: the state cannot be written.
     """
     options, batches = engine.options, len(engine.loader)
     engine.frozen.train(engine.model)
@@ -59,24 +75,31 @@ def train_epoch(
     if _validation_is_due(engine, progress) and validate():  # a stop request had come in its way
         return True
     pending = _Pending(engine, progress, on_event, already=progress.seconds)
+    counted = False
     for images, targets in engine.loader:
         # The last group of an epoch may be smaller; its mean is over its own batches.
         group_start = progress.batch - progress.batch % options.grad_accum
         group_size = min(options.grad_accum, batches - group_start)
         last_of_group = progress.batch == group_start + group_size - 1
-        loss, right = _forward_backward(engine, progress, images, targets, group_size)
-        pending.add(loss, right, len(images))
+        found = _forward_backward(engine, progress, images, targets, group_size, on_event)
         progress.batch += 1
+        if found is not None:
+            pending.add(*found, len(images))
+            counted = True
         if last_of_group:
-            _update(engine, progress)
+            _update(engine, progress, on_event, apply=counted)
+            counted = False
         to_stop = stop.requested and last_of_group
         to_log = last_of_group and is_logged(progress.updates)
         if progress.batch == batches or pending.due or to_log or to_stop:
             pending.read()
-        if to_log:
+        if to_log and progress.window_images:
             progress.log_step(progress.epoch + progress.batch / batches, head_scale(engine.model))
         if to_stop:
             raise Stopped
+        if last_of_group and keeper.state_is_due():
+            pending.read()  # a state never holds weights of a loss that is not finite
+            keeper.write_state()
         if last_of_group and _validation_is_due(engine, progress):
             pending.read()
             if validate():
@@ -97,8 +120,9 @@ def _validation_is_due(engine: Engine, progress: Progress) -> bool:
 
 
 def _forward_backward(
-    engine: Engine, progress: Progress, images: Tensor, targets: Tensor, group_size: int
-) -> tuple[Tensor, Tensor]:
+    engine: Engine, progress: Progress, images: Tensor, targets: Tensor, group_size: int, on_event: Listener
+) -> tuple[Tensor, Tensor] | None:
+    """Loss and number of right answers, on the device; None for a batch that was skipped."""
     options = engine.options
     images = images.to(engine.device, non_blocking=True)
     targets = targets.to(engine.device, non_blocking=True)
@@ -107,6 +131,8 @@ def _forward_backward(
     taught = None if engine.teacher is None else engine.teacher(images)
     if taught is not None and options.unlabelled:
         targets = taught.argmax(dim=-1)
+    # Losses are looked at before they do harm only if a run may go on after one: that makes an accelerator wait.
+    buffers = Buffers(engine.model) if options.nan_skip else None
     seed = derive_seed(options.seed, progress.epoch, _DROPOUT, progress.batch)
     with seeded_torch(seed, engine.device):
         with autocast(engine.device, options.amp):
@@ -114,6 +140,10 @@ def _forward_backward(
             loss = training_loss(logits, targets, taught, options)
             for other in auxiliary:
                 loss = loss + _AUXILIARY_WEIGHT * training_loss(other, targets, taught, options)
+        if buffers is not None and not math.isfinite(float(loss.detach())):
+            buffers.restore()
+            _skip(engine, progress, f"The loss is {float(loss.detach())}", progress.batch, on_event)
+            return None
         engine.scaler.scale(loss / group_size).backward()
     labels = targets if targets.ndim == 1 else targets.argmax(dim=-1)
     return loss.detach(), (logits.detach().argmax(dim=-1) == labels).sum()
@@ -153,18 +183,47 @@ def _outputs(outputs: Any) -> tuple[Tensor, list[Tensor]]:
     )
 
 
-def _update(engine: Engine, progress: Progress) -> None:
-    if engine.options.clip_grad is not None:
+def _update(engine: Engine, progress: Progress, on_event: Listener, *, apply: bool) -> None:
+    """Make one update of the gradients, or, if not `apply`, only go on in the schedule."""
+    options = engine.options
+    if apply and options.clip_grad is not None:
         engine.scaler.unscale_(engine.optimiser)
-        clip_gradients(engine.model, engine.options)
+        clip_gradients(engine.model, options)
+    # In half precision the scaler looks at the gradients and leaves out the update, as a matter of course.
+    if apply and options.nan_skip and not engine.scaler.is_enabled() and not gradients_are_finite(engine.model):
+        _skip(engine, progress, "A gradient is not finite", progress.batch - 1, on_event)
+        apply = False
     progress.lr = base_rate(engine.optimiser)
-    engine.scaler.step(engine.optimiser)
-    engine.scaler.update()
+    if apply:
+        engine.scaler.step(engine.optimiser)
+        engine.scaler.update()
     engine.optimiser.zero_grad(set_to_none=True)
     progress.updates += 1
     engine.schedule.step_update(progress.updates)
-    if engine.ema is not None:
+    if apply and engine.ema is not None:
         engine.ema.update(engine.model, step=progress.updates)
+
+
+def _skip(engine: Engine, progress: Progress, what: str, batch: int, on_event: Listener) -> None:
+    """Say that a step was skipped, or stop if there were too many."""
+    allowed = engine.options.nan_skip
+    if progress.skipped >= allowed:
+        raise _not_finite(engine, progress, what, batch, f"; {allowed} steps were skipped before (--nan-skip)")
+    progress.skipped += 1
+    which = f"skipped {progress.skipped} of at most {allowed}"
+    on_event(Warned(f"{what} in {_place(engine, progress, batch)}: {which}."))
+
+
+def _not_finite(engine: Engine, progress: Progress, what: str, batch: int, more: str = "") -> TrainingError:
+    return TrainingError(
+        f"{what} in {_place(engine, progress, batch)} (learning rate {progress.lr:.3g}){more}.",
+        hint=f"What was last saved is kept. {HINT} Or leave such steps out: --resume --nan-skip "
+        f"{max(5, 2 * engine.options.nan_skip)}",
+    )
+
+
+def _place(engine: Engine, progress: Progress, batch: int) -> str:
+    return f"epoch {progress.epoch + 1}, batch {batch + 1} of {len(engine.loader)}"
 
 
 class _Pending:
@@ -178,32 +237,26 @@ class _Pending:
         self.started = time.perf_counter()
         self.first_images = progress.images
         self.every = 1 if engine.device.type == "cpu" else _READ_EVERY
-        self.entries: list[tuple[Tensor, Tensor, int]] = []
+        self.entries: list[tuple[Tensor, Tensor, int, int]] = []
 
     @property
     def due(self) -> bool:
         return len(self.entries) >= self.every
 
     def add(self, loss: Tensor, right: Tensor, images: int) -> None:
-        self.entries.append((loss, right, images))
+        self.entries.append((loss, right, images, self.progress.batch - 1))
 
     def read(self) -> None:
         if not self.entries:
             return
         progress = self.progress
-        losses = torch.stack([loss.double() if loss.device.type != "mps" else loss for loss, _, _ in self.entries])
-        rights = torch.stack([right for _, right, _ in self.entries])
-        first = progress.batch - len(self.entries)
+        losses = torch.stack([loss.double() if loss.device.type != "mps" else loss for loss, *_ in self.entries])
+        rights = torch.stack([right for _, right, *_ in self.entries])
         sums_before = (progress.loss_sum, progress.images)
-        for offset, (loss, right) in enumerate(zip(losses.tolist(), rights.tolist(), strict=True)):
+        for entry, loss, right in zip(self.entries, losses.tolist(), rights.tolist(), strict=True):
+            *_, images, batch = entry
             if not math.isfinite(loss):
-                raise TrainingError(
-                    f"The loss is {loss} in epoch {progress.epoch + 1}, batch {first + offset + 1} of "
-                    f"{len(self.engine.loader)} (learning rate {progress.lr:.3g}).",
-                    hint="The files of the last completed epoch are kept. Try a lower --lr, a longer "
-                    "--warmup-epochs, or --clip-grad 1.",
-                )
-            images = self.entries[offset][2]
+                raise _not_finite(self.engine, progress, f"The loss is {loss}", batch)
             progress.loss_sum += loss * images
             progress.right += int(right)
             progress.images += images

@@ -15,6 +15,12 @@ from fixify.errors import UsageError
 from fixify.evaluation import resolve_device
 from fixify.validation import Conflict, did_you_mean, explain, mistakes, refuse
 
+MACHINE = ("workers", "device", "save_minutes")
+"""Options that suit a machine and do not change the result."""
+
+PATIENCE = ("nan_skip",)
+"""Options that say what a run puts up with; a run that was stopped may go on with others."""
+
 
 class FinetuneOptions(BaseModel):
     """Options of a finetuning run. Build it with `FinetuneOptions.create`, which explains every mistake at once.
@@ -49,6 +55,8 @@ class FinetuneOptions(BaseModel):
         crop_pct: Share of the resized image that the center crop keeps in validation; None is the checkpoint's.
         max_drop: Stop as soon as validation top-1 is at most this many points below the original's; None trains all
             epochs. The schedule stays that of all epochs.
+        nan_skip: Leave out at most so many steps of the whole run whose loss (or, except with fp16, gradient) is not
+            finite; the next one stops the run. With 0 the first does, and an accelerator need not wait for each loss.
         original_top1: The original's top-1 on the validation data, percent, if it is known; else the original itself
             has to be given.
         val_every: Validate after so many updates too, not only after each epoch.
@@ -60,6 +68,8 @@ class FinetuneOptions(BaseModel):
         seed: Fixes order, augmentation and dropout.
         workers: Loader processes; None fits the machine.
         device: "auto", or torch's name of a device.
+        save_minutes: Write the state, from which the run can be resumed, when it is that old; None only after each
+            validation.
         calibration_images: Training images from which the statistics of an uncalibrated head are taken.
 
     The rest is `fixify.data.Augmentation`, with two milder defaults than timm's, which are made for hundreds of epochs:
@@ -87,6 +97,7 @@ class FinetuneOptions(BaseModel):
     grad_accum: int = Field(default=1, ge=1)
     clip_grad: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     clip_mode: Literal["norm", "value", "agc"] = "norm"
+    nan_skip: int = Field(default=0, ge=0)
     max_drop: float | None = Field(default=None, ge=0, lt=100)
     original_top1: float | None = Field(default=None, gt=0, le=100)
     val_every: int | None = Field(default=None, ge=1)
@@ -103,6 +114,7 @@ class FinetuneOptions(BaseModel):
     seed: int = Field(default=0, ge=0)
     workers: int | None = Field(default=None, ge=0)
     device: str = "auto"
+    save_minutes: float | None = Field(default=10.0, gt=0, allow_inf_nan=False)
     calibration_images: int = Field(default=512, ge=2)
 
     no_aug: bool = False
@@ -201,9 +213,15 @@ class FinetuneOptions(BaseModel):
         """Loader processes."""
         return default_workers(self.resolved_device()) if self.workers is None else self.workers
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """`recipe()` of the defaults, without what has none."""
+        made = cls.model_construct().recipe()
+        return {name: made[name] for name, info in cls.model_fields.items() if name in made and not info.is_required()}
+
     def recipe(self) -> dict[str, Any]:
-        """What determines the result, JSON-safe: everything except the machine's own `workers` and `device`."""
-        return self.model_dump(mode="json", exclude={"workers", "device"})
+        """What determines the result, JSON-safe: everything except `MACHINE`."""
+        return self.model_dump(mode="json", exclude=set(MACHINE))
 
 
 def _sentence(problem: Any) -> str:

@@ -187,9 +187,18 @@ def _refuse_headless(state: StateShapes, entries: Iterable[Entry]) -> None:
             )
 
 
+_built: dict[str, list[Entry]] = {}
+"""What had to be built in this process, because the index does not know the libraries: it takes seconds to minutes."""
+
+
 def _build(refs: Iterable[str], on_progress: Progress | None) -> list[Entry]:
     names = sorted(refs)
-    return list(entries_of(names, None if on_progress is None else lambda done: on_progress(done, len(names))))
+    new = [name for name in names if name not in _built]
+    for done, name in enumerate(new, start=1):
+        _built[name] = list(entries_of([name]))
+        if on_progress is not None:
+            on_progress(done, len(new))
+    return [entry for name in names for entry in _built[name]]
 
 
 def _search(

@@ -1,14 +1,17 @@
 """The index of signatures that ships with fixify: every architecture of timm and torchvision that takes classes.
 
-Rebuilt by `python -m fixify.zoo.index`, which takes some minutes. The same libraries give the same bytes.
+Rebuilt by `python -m fixify.zoo.index`, which takes some minutes. The same libraries give the same entries; versions of
+a library that gave the same ones before stay known.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import lzma
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -22,7 +25,13 @@ from fixify.zoo.signature import FreeDimensions, Signature, signature_of
 from fixify.zoo.traits import Trait, traits
 
 PATH = Path(__file__).with_name("index.json.xz")
-_FORMAT = 1
+_FORMAT = 2
+
+# What decides which tensors the architectures have and what is computed with them.
+_SOURCES = {
+    "timm": ("models", "layers", "data/config.py", "data/constants.py"),
+    "torchvision": ("models", "ops", "transforms/_presets.py"),
+}
 
 # Arguments that change which tensors there are, or what is computed, and that the library itself chooses when it
 # loads its own weights: torchvision then drops the auxiliary classifiers and normalises the input once more.
@@ -46,21 +55,45 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """Signatures of many architectures, and the versions of the libraries that they are of."""
+    """Signatures of many architectures, and what they are of.
 
-    versions: Mapping[str, str]
+    Attributes:
+        versions: Of each library, the versions that build just these architectures.
+        sources: Digests of their source (see `source_digest`): a release that leaves it alone builds the same.
+        entries: The signatures.
+    """
+
+    versions: Mapping[str, Collection[str]]
+    sources: Mapping[str, Collection[str]]
     entries: tuple[Entry, ...]
 
     def is_stale(self, library: str) -> bool:
-        """Whether another version of the library is installed than the one that was indexed."""
-        return self.versions.get(library) != library_versions()[library]
+        """Whether the library that is installed may build other architectures than those that were indexed."""
+        if library_versions()[library] in self.versions.get(library, ()):
+            return False
+        return source_digest(library) not in self.sources.get(library, ())
 
 
 @cache
 def load_index() -> Index:
     """The index that ships with fixify."""
     data = json.loads(lzma.decompress(PATH.read_bytes()))
-    return Index(versions=data["versions"], entries=tuple(_entry(values) for values in data["entries"]))
+    return Index(data["versions"], data["sources"], tuple(_entry(values) for values in data["entries"]))
+
+
+@cache
+def source_digest(library: str) -> str:
+    """SHA-256 (64 bits of it) of the Python files of an installed library that define its architectures."""
+    spec = importlib.util.find_spec(library)
+    folder = Path(spec.origin).parent if spec is not None and spec.origin is not None else Path()
+    digest = hashlib.sha256()
+    for part in _SOURCES[library]:
+        path = folder / part
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            if file.is_file():
+                data = file.read_bytes()
+                digest.update(f"{file.relative_to(folder).as_posix()} {len(data)}\n".encode() + data)
+    return digest.hexdigest()[:16]
 
 
 def variants(arch: Architecture) -> list[Architecture]:
@@ -111,7 +144,8 @@ def build_index(refs: Iterable[str], on_progress: Callable[[int], object] | None
         for entry in group:
             kept[id(entry)] |= apart
     return Index(
-        versions=library_versions(),
+        versions={library: [version] for library, version in library_versions().items()},
+        sources={library: [source_digest(library)] for library in _SOURCES},
         entries=tuple(
             Entry(e.architecture, e.signature, {k: v for k, v in sorted(e.traits.items()) if k in kept[id(e)]})
             for e in entries
@@ -119,11 +153,26 @@ def build_index(refs: Iterable[str], on_progress: Callable[[int], object] | None
     )
 
 
+def with_known(index: Index, before: Index) -> Index:
+    """The index with the versions and sources of one before it, of each library whose entries are still the same."""
+    versions, sources = dict(index.versions), dict(index.sources)
+    for library in _SOURCES:
+        ours, theirs = (
+            [_values(entry) for entry in each.entries if entry.architecture.library == library]
+            for each in (index, before)
+        )
+        if json.loads(json.dumps(ours)) == json.loads(json.dumps(theirs)):
+            versions[library] = sorted({*versions[library], *before.versions.get(library, ())})
+            sources[library] = sorted({*sources[library], *before.sources.get(library, ())})
+    return replace(index, versions=versions, sources=sources)
+
+
 def dump_index(index: Index) -> bytes:
     """The index as it is shipped."""
     data = {
         "format": _FORMAT,
-        "versions": dict(index.versions),
+        "versions": {library: list(versions) for library, versions in index.versions.items()},
+        "sources": {library: list(digests) for library, digests in index.sources.items()},
         "entries": [_values(entry) for entry in index.entries],
     }
     text = json.dumps(data, sort_keys=True, separators=(",", ":"))
@@ -172,7 +221,7 @@ def main() -> None:
         if done % 50 == 0 or done == len(refs):
             print(f"{done}/{len(refs)}", file=sys.stderr)
 
-    index = build_index(refs, report)
+    index = with_known(build_index(refs, report), load_index())
     data = dump_index(index)
     write_atomic(PATH, data)
     print(f"{len(index.entries)} architectures, {len(data)} bytes: {PATH.name}")

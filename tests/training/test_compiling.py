@@ -47,11 +47,13 @@ def test_a_model_that_cannot_be_compiled_stops_with_a_sentence(run: Any, tmp_pat
 @pytest.mark.slow
 def test_a_missing_compiler_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     compile_(model)
-    with pytest.raises(TrainingError, match="cannot be compiled here"), compiling():
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(TrainingError, match=r"cannot be compiled here: .*no-such-compiler"),
+        compiling(),
+    ):
         model(torch.ones(2, 3))
 
 
@@ -64,7 +66,7 @@ def test_a_compiled_run_trains_validates_and_resumes_exactly(run: Any, tmp_path:
 
     plain = run(tmp_path / "plain", OPTIONS.replace(compile=False))
     whole = run(tmp_path / "whole", OPTIONS)
-    assert whole.after.val_loss == pytest.approx(plain.after.val_loss, rel=1e-2)
+    assert whole.after.val_loss == pytest.approx(plain.after.val_loss, rel=0.05)  # other draws of dropout
     expected, found = state(tmp_path / "plain"), state(tmp_path / "whole")
     assert found["model"].keys() == expected["model"].keys()
     assert found["ema"].keys() == expected["ema"].keys()

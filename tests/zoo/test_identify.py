@@ -200,11 +200,12 @@ def three(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Only three architectures are installed, and the index was made with another version of timm."""
     refs = ["timm/resnet18", "timm/resnet10t", "torchvision/resnet18"]
     monkeypatch.setattr(module, "list_architectures", lambda: refs)
+    monkeypatch.setattr(module, "_built", {})
     return refs
 
 
 def test_stale_index_still_proposes(three: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    index = Index({"timm": "0", "torchvision": "0"}, build_index(three).entries)
+    index = Index({}, {}, build_index(three).entries)
     monkeypatch.setattr(module, "load_index", lambda: index)
     calls: list = []
     found = identify(_shapes("resnet18"), on_progress=lambda *done: calls.append(done))
@@ -217,16 +218,20 @@ def test_stale_index_that_is_wrong_is_not_believed(three: list[str], monkeypatch
     (wrong,) = build_index(["timm/resnet18"]).entries
     # The name now builds something else than when it was indexed.
     entries = (type(right)(wrong.architecture, right.signature), type(right)(right.architecture, wrong.signature))
-    monkeypatch.setattr(module, "load_index", lambda: Index({"timm": "0", "torchvision": "0"}, entries))
+    monkeypatch.setattr(module, "load_index", lambda: Index({}, {}, entries))
     assert _names(identify(_shapes("resnet10t"))) == ["timm/resnet10t"]
 
 
 def test_stale_index_lacks_new_names(three: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "load_index", lambda: Index({"timm": "0", "torchvision": "0"}, ()))
+    monkeypatch.setattr(module, "load_index", lambda: Index({}, {}, ()))
     calls: list = []
     found = identify(_shapes("resnet10t"), on_progress=lambda *done: calls.append(done))
     assert _names(found) == ["timm/resnet10t"]
     assert calls == [(1, 3), (2, 3), (3, 3)]
+    # What was built once is remembered: a second file that fits nothing costs nothing.
+    with pytest.raises(ArchitectureError):
+        identify({"weight": (3, 4)}, on_progress=lambda *done: calls.append(done))
+    assert len(calls) == 3
 
 
 @pytest.fixture(scope="module")
