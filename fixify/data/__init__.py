@@ -2,7 +2,7 @@
 
 from fixify.data.classes import Matched, check_classes, match_classes
 from fixify.data.listing import listing_digest
-from fixify.data.loader import Augmentation, ImageLoader, default_workers, make_loader
+from fixify.data.loader import Augmentation, ImageLoader, Share, default_workers, make_loader
 from fixify.data.names import DATA_NAMES, open_data, open_train_val
 from fixify.data.opened import ClassOrder, ImageSource, OpenedData, Split, Subset
 from fixify.data.options import DataOptions
@@ -18,6 +18,7 @@ __all__ = [
     "ImageSource",
     "Matched",
     "OpenedData",
+    "Share",
     "Split",
     "Subset",
     "check_classes",
