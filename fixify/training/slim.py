@@ -84,6 +84,7 @@ def run_finetune(
             resume=resume or goes_on(out),
             force=force,
             download=download,
+            class_map=class_map,
             command=command,
             on_event=on_event,
         )
@@ -100,6 +101,7 @@ def _finetune(
     resume: bool,
     force: bool,
     download: bool,
+    class_map: Path | str | None,
     command: str | None,
     on_event: Listener | None,
 ) -> FinetuneResult:
