@@ -105,6 +105,7 @@ class TrainingDisplay:
         record = event.record
         loss = "" if record.train_loss is None else f"loss {record.train_loss:.4f}, "
         self.output.say(
-            f"epoch {record.epoch + 1}/{self.epochs}: {loss}validation top-1 {record.val_top1:.2f} %, loss {record.val_loss:.4f}, {record.images_per_second:.0f} images/s"
+            f"epoch {record.epoch + 1}/{self.epochs}: {loss}validation top-1 {record.val_top1:.2f} %, "
+            f"loss {record.val_loss:.4f}, {record.images_per_second:.0f} images/s"
             + (" (best)" if event.is_best else "")
         )
