@@ -1,6 +1,7 @@
 """Data names to batches of images: `open_data`, `open_unlabelled`, `draw_images`, `check_classes`, `make_loader`."""
 
 from fixify.data.classes import check_classes
+from fixify.data.listing import listing_digest
 from fixify.data.loader import Augmentation, ImageLoader, default_workers, make_loader
 from fixify.data.names import DATA_NAMES, open_data, open_train_val
 from fixify.data.opened import ImageSource, OpenedData, Split, Subset
@@ -18,6 +19,7 @@ __all__ = [
     "check_classes",
     "default_workers",
     "draw_images",
+    "listing_digest",
     "make_loader",
     "open_data",
     "open_train_val",

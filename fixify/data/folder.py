@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,16 @@ class FolderImages:
                 f"Cannot read the image {path}: {reason}.", hint="Replace the file or move it out of the data folder."
             ) from error
         return image, int(self.labels[index])
+
+    def listing(self) -> Iterator[bytes]:
+        """Name below the folder, size and label of each file."""
+        root = os.fsencode(self.root)
+        for name, label in zip(self.paths.tolist(), self.labels.tolist(), strict=True):
+            try:
+                size = os.stat(os.path.join(root, name)).st_size  # noqa: PTH116, PTH118 (millions)
+            except OSError as error:
+                raise DataError(f"Cannot read the image {self.root / os.fsdecode(name)}: {error.strerror}.") from error
+            yield b"%s\0%d\0%d" % (name, size, label)
 
 
 def find_split(root: Path, split: Split) -> Path | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,10 @@ class ArrayImages:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.pixels[index]), int(self.labels[index])
+
+    def listing(self) -> Iterator[bytes]:
+        for array in (self.pixels, self.labels.astype("<i8")):
+            yield str(array.shape).encode() + hashlib.sha256(array.tobytes()).digest()
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:

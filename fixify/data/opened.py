@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 from PIL import Image
 
 Split = Literal["train", "val", "test"]
@@ -20,6 +23,12 @@ class ImageSource(Protocol):
 
         Raises:
             DataError: the image cannot be read; the message names it.
+        """
+        ...
+
+    def listing(self) -> Iterable[bytes]:
+        """What tells these images from others without decoding them, an entry an image or fewer of larger parts, in
+        any order and on any machine the same; see `fixify.data.listing_digest`.
         """
         ...
 
@@ -66,3 +75,7 @@ class Subset:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         return self.images.load(self.indices[index])
+
+    def listing(self) -> Iterator[bytes]:
+        yield from self.images.listing()
+        yield hashlib.sha256(np.array(self.indices, dtype="<i8").tobytes()).digest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -91,6 +91,9 @@ class _Answered:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         return self.images.load(index)[0], self.answers[index]
+
+    def listing(self) -> Iterable[bytes]:
+        return self.images.listing()
 
 
 def answered(

@@ -1,14 +1,15 @@
-"""The files of a run."""
+"""The files of a run, and what its folder says about how far it came."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from fixify.errors import OutputError, OutputExistsError
-from fixify.training.logging import LOG_FILES
-from fixify.training.resume import STATE_FILE
+from fixify.training.logging import LOG_FILES, METRICS_FILE, RUN_FILE
+from fixify.training.state import PREVIOUS_STATE_FILE, STATE_FILE
 
 BEST_FILE, LAST_FILE = "best.fixed.safetensors", "last.fixed.safetensors"
+_FILES = (BEST_FILE, LAST_FILE, STATE_FILE, PREVIOUS_STATE_FILE, *LOG_FILES)
 
 
 def claim_folder(out: Path, *, force: bool) -> None:
@@ -20,7 +21,7 @@ def claim_folder(out: Path, *, force: bool) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        present = [out / name for name in (BEST_FILE, LAST_FILE, STATE_FILE, *LOG_FILES) if (out / name).exists()]
+        present = [out / name for name in _FILES if (out / name).exists()]
         if present and not force:
             raise OutputExistsError(
                 f"There is a run in {out} already ({present[0].name}).",
@@ -28,5 +29,29 @@ def claim_folder(out: Path, *, force: bool) -> None:
             )
         for path in present:
             path.unlink()
+        tidy(out)
+    except OSError as error:
+        raise OutputError(f"Cannot use the folder {out}: {error.strerror}.") from error
+
+
+def stored_nothing(out: Path) -> bool:
+    """Whether a run was begun in the folder and ended before it stored a state.
+
+    Its options are the first that is written, its metrics come after the first state.
+    """
+    later = (STATE_FILE, PREVIOUS_STATE_FILE, METRICS_FILE)
+    return (out / RUN_FILE).exists() and not any((out / name).exists() for name in later)
+
+
+def tidy(out: Path) -> None:
+    """Remove what a run that was killed while it wrote left half-written.
+
+    Raises:
+        OutputError: the folder cannot be changed.
+    """
+    try:
+        for name in _FILES:
+            for half_written in out.glob(f".{name}.*.tmp"):
+                half_written.unlink()
     except OSError as error:
         raise OutputError(f"Cannot use the folder {out}: {error.strerror}.") from error

@@ -12,14 +12,26 @@ from fixify.errors import TrainingError
 
 
 class TrainingInterrupted(TrainingError):
-    """The run was asked to stop, and did, with its state saved."""
+    """The run was asked to stop, and did, with its state saved.
+
+    Args:
+        number: The signal that asked; the exit code is the shell's for it (130, 143).
+    """
+
+    def __init__(self, message: str, *, number: int, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = 128 + number
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop."""
+    """Whether somebody asked the run to stop, and by which signal."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.number: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.number is not None
 
 
 class Stopped(Exception):
@@ -43,8 +55,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        request.requested = True
+    def handle(number: int, _frame: FrameType | None) -> None:
+        request.number = number
         restore()
 
     for number in caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from torch import nn
 from fixify.confusions import Confusions
 from fixify.evaluation import Metrics
 from fixify.training.engine import Engine
-from fixify.training.events import EpochEnded, EpochRecord, Listener, Validated
-from fixify.training.files import BEST_FILE, LAST_FILE
+from fixify.training.events import EpochEnded, EpochRecord, Listener, Validated, Warned
+from fixify.training.files import BEST_FILE, LAST_FILE, tidy
 from fixify.training.finite import check_weights
 from fixify.training.logging import write_confusions, write_logs
 from fixify.training.loop import head_scale
-from fixify.training.resume import Progress, Trained, read_state, write_state
+from fixify.training.machine import changed, machine_facts
+from fixify.training.resume import Progress, Trained, newest_state, read_state, write_state
 
 _ROUNDING = 1e-9  # 97.8 - 97.3 is a little more than 0.5
 
@@ -40,11 +42,21 @@ class Keeper:
         self.out, self.save, self.facts, self.on_event = out, save, facts, on_event
         self.progress = Progress()
         self.has_state = False
+        self.written = time.monotonic()
+        self.machine = machine_facts(engine.device)
 
     def read_state(self) -> None:
-        """Continue where the state in the folder is; raises `TrainingError` if it cannot be."""
-        self.progress = read_state(self.out, self._trained(), self.options, self.facts, self.engine.device)
+        """Continue where the newest whole state in the folder is; raises `TrainingError` if there is none that fits."""
+        stored = newest_state(self.out, self.engine.device)
+        self.progress = read_state(stored, self._trained(), self.options, self.facts)
         self.has_state = True
+        tidy(self.out)
+        if (difference := changed(stored.content.get("machine", {}), self.machine)) is not None:
+            self.on_event(Warned(f"Other numbers than without the interruption are possible: {difference}."))
+        if stored.damaged is not None:
+            what = "damaged" if stored.damaged.exists() else "missing"
+            self.on_event(Warned(f"{stored.damaged} is {what}; going on from the state before it, {stored.path.name}."))
+            stored.path.replace(stored.damaged)  # else the next state would push the good one out
         self.engine.schedule.step_update(self.progress.updates)
 
     def write_state(self) -> None:
@@ -55,8 +67,14 @@ class Keeper:
             OutputError: the disk is full.
         """
         check_weights(self.engine.model, self.progress.updates)
-        write_state(self.out, self._trained(), self.progress, self.options, self.facts)
+        write_state(self.out, self._trained(), self.progress, self.options, self.facts, self.machine)
         self.has_state = True
+        self.written = time.monotonic()
+
+    def state_is_due(self) -> bool:
+        """Whether the last state is older than `options.save_minutes`."""
+        minutes = self.options.save_minutes
+        return minutes is not None and time.monotonic() - self.written >= 60 * minutes
 
     def write_logs(self) -> None:
         """Write metrics.jsonl, summary.csv and steps.jsonl."""

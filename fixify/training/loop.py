@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +32,21 @@ _AUXILIARY_WEIGHT = 0.3  # Szegedy et al., "Going deeper with convolutions", sec
 _DROPOUT = 3  # random stream beside those of fixify.data.loader
 
 
+class Keeping(Protocol):
+    """Writes the state of the run now and then."""
+
+    def state_is_due(self) -> bool: ...
+
+    def write_state(self) -> None: ...
+
+
 def train_epoch(
-    engine: Engine, progress: Progress, stop: StopRequest, on_event: Listener, validate: Callable[[], bool]
+    engine: Engine,
+    progress: Progress,
+    stop: StopRequest,
+    on_event: Listener,
+    validate: Callable[[], bool],
+    keeper: Keeping,
 ) -> bool:
     """Train the rest of the epoch that `progress` is in, and keep `progress` up to date.
 
@@ -44,6 +57,7 @@ def train_epoch(
         on_event: Told each step.
         validate: Called within the epoch every `options.val_every` updates, not at its end; adds a record to
             `progress.history` and says whether that is good enough to stop.
+        keeper: Asked after every update whether the state is to be written.
 
     Returns:
         Whether it is good enough; else the epoch is complete.
@@ -52,6 +66,7 @@ def train_epoch(
         TrainingError: a loss is not finite, after `options.nan_skip` others.
         Stopped: a stop was requested; `progress` and the weights belong together.
         DataError: an image cannot be read.
+        OutputError: the state cannot be written.
     """
     options, batches = engine.options, len(engine.loader)
     engine.frozen.train(engine.model)
@@ -82,6 +97,9 @@ def train_epoch(
             progress.log_step(progress.epoch + progress.batch / batches, head_scale(engine.model))
         if to_stop:
             raise Stopped
+        if last_of_group and keeper.state_is_due():
+            pending.read()  # a state never holds weights of a loss that is not finite
+            keeper.write_state()
         if last_of_group and _validation_is_due(engine, progress):
             pending.read()
             if validate():

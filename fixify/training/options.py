@@ -15,6 +15,9 @@ from fixify.errors import UsageError
 from fixify.evaluation import resolve_device
 from fixify.validation import Conflict, did_you_mean, explain, mistakes, refuse
 
+MACHINE = ("workers", "device", "save_minutes")
+"""Options that suit a machine and do not change the result."""
+
 PATIENCE = ("nan_skip",)
 """Options that say what a run puts up with; a run that was stopped may go on with others."""
 
@@ -65,6 +68,8 @@ class FinetuneOptions(BaseModel):
         seed: Fixes order, augmentation and dropout.
         workers: Loader processes; None fits the machine.
         device: "auto", or torch's name of a device.
+        save_minutes: Write the state, from which the run can be resumed, when it is that old; None only after each
+            validation.
         calibration_images: Training images from which the statistics of an uncalibrated head are taken.
 
     The rest is `fixify.data.Augmentation`, with two milder defaults than timm's, which are made for hundreds of epochs:
@@ -109,6 +114,7 @@ class FinetuneOptions(BaseModel):
     seed: int = Field(default=0, ge=0)
     workers: int | None = Field(default=None, ge=0)
     device: str = "auto"
+    save_minutes: float | None = Field(default=10.0, gt=0, allow_inf_nan=False)
     calibration_images: int = Field(default=512, ge=2)
 
     no_aug: bool = False
@@ -207,9 +213,15 @@ class FinetuneOptions(BaseModel):
         """Loader processes."""
         return default_workers(self.resolved_device()) if self.workers is None else self.workers
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """`recipe()` of the defaults, without what has none."""
+        made = cls.model_construct().recipe()
+        return {name: made[name] for name, info in cls.model_fields.items() if name in made and not info.is_required()}
+
     def recipe(self) -> dict[str, Any]:
-        """What determines the result, JSON-safe: everything except the machine's own `workers` and `device`."""
-        return self.model_dump(mode="json", exclude={"workers", "device"})
+        """What determines the result, JSON-safe: everything except `MACHINE`."""
+        return self.model_dump(mode="json", exclude=set(MACHINE))
 
 
 def _sentence(problem: Any) -> str:

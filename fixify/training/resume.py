@@ -1,13 +1,14 @@
 """The state of a run, from which it continues exactly.
 
-Order, augmentation and dropout are functions of (seed, epoch, batch, image) (see `fixify.data.seeding`), and the
-learning rate is one of the number of updates. So no random state has to be stored, and a run can be resumed in the
-middle of an epoch.
+Stored are the weights, the optimiser's moments, the gradient scaler, the moving average, and how far the run is: epoch,
+batch of it, updates, sums, history. Nothing else changes while training. Order, augmentation, mixing and dropout are
+functions of (seed, epoch, batch, image) (see `fixify.data.seeding`), so there is no random state to store, and the
+position of the sampler is the number of the batch; the learning rate is a function of the number of updates. A run can
+be resumed after any update, by another number of loader processes, and whatever else draws random numbers.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,14 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fixify._io import atomic_path
-from fixify.errors import OutputError, TrainingError
+from fixify.errors import TrainingError
 from fixify.evaluation import Metrics
 from fixify.training.events import EpochRecord
 from fixify.training.options import PATIENCE, FinetuneOptions
+from fixify.training.state import PREVIOUS_STATE_FILE, STATE_FILE, read_sealed, write_sealed
 from fixify.training.steps import StepRecord
 
-STATE_FILE = "state.pt"
 _VERSION = 1
 
 
@@ -90,9 +90,14 @@ class Trained:
 
 
 def write_state(
-    folder: Path, trained: Trained, progress: Progress, options: FinetuneOptions, facts: dict[str, Any]
+    folder: Path,
+    trained: Trained,
+    progress: Progress,
+    options: FinetuneOptions,
+    facts: dict[str, Any],
+    machine: dict[str, Any],
 ) -> None:
-    """Write the state in one step; the one before stays until the new one is whole.
+    """Write the state in one step, and keep the one before.
 
     Args:
         folder: The run's folder.
@@ -100,6 +105,7 @@ def write_state(
         progress: How far it is.
         options: Compared when the run is resumed.
         facts: What the run is of (data, class names, source checkpoint); compared too.
+        machine: Versions and device; a difference is told.
 
     Raises:
         OutputError: the disk is full, or the folder cannot be written.
@@ -113,38 +119,59 @@ def write_state(
         "progress": asdict(progress),
         "recipe": options.recipe(),
         "facts": facts,
+        "machine": machine,
     }
-    path = folder / STATE_FILE
-    with atomic_path(path) as temporary:
-        try:
-            torch.save(state, temporary)
-        except RuntimeError as error:  # what torch's zip writer makes of a full disk
-            raise OutputError(f"Cannot write {path}: {error}.", hint="The state before it was kept.") from error
+    write_sealed(folder, state)
 
 
-def read_state(
-    folder: Path, trained: Trained, options: FinetuneOptions, facts: dict[str, Any], device: torch.device
-) -> Progress:
+@dataclass(frozen=True)
+class Stored:
+    """A state that was read.
+
+    Attributes:
+        path: Its file.
+        content: What is in it.
+        damaged: The newer state, if it could not be used.
+    """
+
+    path: Path
+    content: dict[str, Any]
+    damaged: Path | None
+
+
+def newest_state(folder: Path, device: torch.device) -> Stored:
+    """The newest state of a run that is whole.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    newest, previous = folder / STATE_FILE, folder / PREVIOUS_STATE_FILE
+    content = read_sealed(newest, device)
+    if content is not None:
+        return Stored(newest, content, None)
+    content = read_sealed(previous, device)
+    if content is not None:
+        return Stored(previous, content, newest)
+    if not newest.exists() and not previous.exists():
+        raise TrainingError(f"There is no run to resume in {folder}: {STATE_FILE} is missing.")
+    which = f"{newest} is" if not previous.exists() else f"{newest} and the state before it are"
+    raise TrainingError(f"{which} damaged and cannot be resumed from.", hint="Start anew with --force.")
+
+
+def read_state(stored: Stored, trained: Trained, options: FinetuneOptions, facts: dict[str, Any]) -> Progress:
     """Put a stored state into the model, the optimiser and the rest.
 
     Raises:
-        TrainingError: there is none, it is damaged, or it is of a run with other options, data or source.
+        TrainingError: it is of a run with other options, data or source.
     """
-    path = folder / STATE_FILE
-    if not path.exists():
-        raise TrainingError(f"There is no run to resume in {folder}: {STATE_FILE} is missing.")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        version = state["version"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise TrainingError(
-            f"{path} is damaged and cannot be resumed from.", hint="Start anew with --force."
-        ) from error
+    path, state, folder = stored.path, stored.content, stored.path.parent
+    version = state.get("version")
     if version != _VERSION:
         raise TrainingError(f"{path} is of state version {version}; this fixify reads version {_VERSION}.")
+    _compare_images(folder, state["facts"], facts)
     _compare(folder, "facts", state["facts"], facts)
     # An option that is younger than the state had its default's effect.
-    _compare(folder, "options", {**FinetuneOptions().recipe(), **state["recipe"]}, options.recipe(), but=PATIENCE)
+    _compare(folder, "options", {**options.defaults(), **state["recipe"]}, options.recipe(), but=PATIENCE)
     try:
         trained.model.load_state_dict(state["model"])
         trained.optimiser.load_state_dict(state["optimiser"])
@@ -155,11 +182,23 @@ def read_state(
         raise TrainingError(f"{path} does not fit this model: {str(error).splitlines()[0]}") from error
     progress = Progress(**state["progress"])
     for name in ("original", "before"):
-        stored = state["progress"].get(name)
-        setattr(progress, name, None if stored is None else Metrics(**stored))
+        metrics = state["progress"].get(name)
+        setattr(progress, name, None if metrics is None else Metrics(**metrics))
     progress.history = [EpochRecord(**record) for record in state["progress"]["history"]]
     progress.steps = [StepRecord(**record) for record in state["progress"].get("steps", [])]
     return progress
+
+
+def _compare_images(folder: Path, stored: dict[str, Any], given: dict[str, Any]) -> None:
+    for split, which in (("train", "training"), ("val", "validation")):
+        if stored.get(f"{split}_listing") == given.get(f"{split}_listing"):
+            continue
+        was, now = stored[f"{split}_images"], given[f"{split}_images"]
+        how = f"there were {was:,} and are {now:,}" if was != now else f"{now:,} as before, of other names or sizes"
+        raise TrainingError(
+            f"The {which} images are not those that the run in {folder} was started with: {how}.",
+            hint="Bring the data back to what it was, or start another run with -o.",
+        )
 
 
 def _compare(folder: Path, what: str, stored: dict[str, Any], given: dict[str, Any], but: Sequence[str] = ()) -> None:

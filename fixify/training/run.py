@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fixify.data import OpenedData
+from fixify.data import OpenedData, listing_digest
 from fixify.errors import TrainingError
 from fixify.evaluation import Metrics
 from fixify.training.distillation import Teacher
@@ -22,12 +23,14 @@ from fixify.training.events import (
     Listener,
     OriginalEvaluated,
     RunStarted,
+    Warned,
 )
-from fixify.training.files import BEST_FILE, LAST_FILE, claim_folder
+from fixify.training.files import BEST_FILE, LAST_FILE, claim_folder, stored_nothing
 from fixify.training.interrupt import Stopped, StopRequest, TrainingInterrupted, stop_on_signals
 from fixify.training.keeping import Keeper, SaveModel
 from fixify.training.logging import write_run
 from fixify.training.loop import train_epoch
+from fixify.training.machine import machine_facts
 from fixify.training.model_facts import model_facts
 from fixify.training.options import FinetuneOptions
 from fixify.training.others import OtherModel, check_others
@@ -110,12 +113,17 @@ def finetune(
             run.prepare(resume=resume, force=force, command=command)
             return run.train()
         except Stopped:
-            keeper = run.keeper
+            keeper, number = run.keeper, stop.number or signal.SIGINT
             if not keeper.has_state:
-                raise TrainingInterrupted("Stopped before training began; there is nothing to resume.") from None
+                raise TrainingInterrupted(
+                    "Stopped before training began.",
+                    number=number,
+                    hint="Begin with the same command and --resume, or with --force.",
+                ) from None
             raise TrainingInterrupted(
                 f"Stopped in epoch {keeper.progress.epoch + 1} of {options.epochs} after {keeper.progress.batch} of "
                 f"{len(run.engine.loader)} batches; everything up to there is in {out}.",
+                number=number,
                 hint="Go on with the same command and --resume.",
             ) from None
         finally:
@@ -147,6 +155,8 @@ class _Run:
             "class_names": list(train.class_names),
             "train_images": len(train),
             "val_images": len(val),
+            "train_listing": listing_digest(train),
+            "val_listing": listing_digest(val),
             **facts,
         }
         if original is not None:
@@ -163,8 +173,12 @@ class _Run:
     def prepare(self, *, resume: bool, force: bool, command: str | None) -> None:
         """Bring the model to where training begins or goes on."""
         keeper = self.keeper
+        if resume and stored_nothing(keeper.out):
+            self.on_event(Warned(f"The run in {keeper.out} ended before it had stored anything; it begins anew."))
+            resume, force = False, True
         if not resume:
             claim_folder(keeper.out, force=force)
+            write_run(keeper.out, self.options, self.facts, self._started(command))
             self._announce(resumed=False)
             self._open_validation()
             self._measure_original()
@@ -204,7 +218,7 @@ class _Run:
             while keeper.progress.epoch < self.options.epochs and not keeper.has_reached():
                 self.on_event(EpochStarted(keeper.progress.epoch, self.options.epochs))
                 try:
-                    if not train_epoch(self.engine, keeper.progress, self.stop, self.on_event, self._validate):
+                    if not train_epoch(self.engine, keeper.progress, self.stop, self.on_event, self._validate, keeper):
                         self._validate()
                 except Stopped:
                     keeper.write_state()
@@ -264,6 +278,7 @@ class _Run:
         return {
             **({} if command is None else {"command": command}),
             "device": str(self.engine.device),
+            "machine": machine_facts(self.engine.device),
             "model": model_facts(self.engine.model),
             **{name: metrics.to_dict() for name, metrics in measured.items() if metrics is not None},
         }

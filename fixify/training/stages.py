@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from fixify.data import ImageLoader, OpenedData, Subset, make_loader
 from fixify.data.seeding import permutation
 from fixify.training.calibration import calibrate_heads_, uncalibrated_heads
@@ -50,7 +52,7 @@ class Stages:
         if not uncalibrated_heads(engine.model):
             return False
         with self._some_images(_CALIBRATION, engine.options.calibration_images) as loader:
-            self.on_event(Calibrated(calibrate_heads_(engine.model, loader, device=engine.device)))
+            self.on_event(Calibrated(calibrate_heads_(engine.model, self._watched(loader), device=engine.device)))
         return True
 
     def train_last_block(self) -> None:
@@ -80,6 +82,11 @@ class Stages:
         )
         if engine.ema is not None:
             engine.ema.set(engine.model)
+
+    def _watched(self, loader: ImageLoader) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in loader:
+            self.look_at_stop()
+            yield batch
 
     @contextmanager
     def _some_images(self, stream: int, count: int) -> Iterator[ImageLoader]:

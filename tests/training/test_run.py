@@ -7,7 +7,9 @@ import io
 import json
 import math
 import os
+import re
 import resource
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -34,8 +36,10 @@ from fixify.training import (
     RunStarted,
     Step,
     TrainingInterrupted,
+    Warned,
     stored_options,
 )
+from fixify.training.state import write_sealed
 
 Run = Callable[..., FinetuneResult]
 CPU = torch.device("cpu")
@@ -126,7 +130,7 @@ class TestResume:
             TrainingInterrupted, match=f"Stopped in epoch {when[0] + 1} of 3 after . of 5 batches"
         ) as caught:
             run(tmp_path, EVERYTHING, on_event=interrupt)
-        assert "--resume" in str(caught.value)
+        assert "--resume" in str(caught.value) and caught.value.exit_code == 128 + number
         assert signal.getsignal(number) is before
         run(tmp_path, EVERYTHING, resume=True, on_event=interrupt)
         assert len(steps) == len(set(steps)) == 15  # no step was done twice
@@ -155,37 +159,99 @@ class TestResume:
             run(whole, EVERYTHING.replace(epochs=4, lr=0.1), resume=True)
         train, _ = stripes
         fewer = OpenedData(Subset(train.images, list(range(40))), train.class_names, "", "", train.name, "train")
-        with pytest.raises(TrainingError, match="other facts: train_images was 44 and is 40"):
+        with pytest.raises(TrainingError, match=r"The training images are not those .*: there were 44 and are 40\."):
             run(whole, EVERYTHING, resume=True, train=fewer)
+        other = OpenedData(Subset(train.images, list(range(1, 45))), train.class_names, "", "", train.name, "train")
+        other.images.indices[-1] = 0
+        with pytest.raises(TrainingError, match="44 as before, of other names or sizes"):
+            run(whole, EVERYTHING, resume=True, train=other)
 
     def test_an_option_that_the_state_is_too_old_to_know_had_its_defaults_effect(
         self, run: Run, whole: Path, tmp_path: Path
     ) -> None:
         state = load(whole / "state.pt")
         del state["recipe"]["val_every"]
-        torch.save(state, tmp_path / "state.pt")
+        write_sealed(tmp_path, state)
         assert len(run(tmp_path, EVERYTHING, resume=True).history) == 3
         with pytest.raises(TrainingError, match="val_every was None and is 2"):
             run(tmp_path, EVERYTHING.replace(val_every=2), resume=True)
 
-    def test_nothing_to_resume_and_a_damaged_state(self, run: Run, whole: Path, tmp_path: Path) -> None:
+    def test_nothing_to_resume(self, run: Run, tmp_path: Path) -> None:
         with pytest.raises(TrainingError, match="no run to resume"):
             run(tmp_path, EVERYTHING, resume=True)
-        state = (whole / "state.pt").read_bytes()
-        for damaged in (b"", state[: len(state) // 2], b"not a zip file"):
-            (tmp_path / "state.pt").write_bytes(damaged)
-            with pytest.raises(TrainingError, match="damaged"):
-                run(tmp_path, EVERYTHING, resume=True)
+
+    @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "missing"])
+    def test_a_damaged_state_falls_back_to_the_one_before(
+        self, run: Run, whole: Path, tmp_path: Path, damage: str
+    ) -> None:
+        shutil.copytree(whole, tmp_path / "run")
+        newest, events = tmp_path / "run" / "state.pt", list[Event]()
+        state = bytearray(newest.read_bytes())
+        if damage == "missing":  # killed between the two renames
+            newest.unlink()
+        else:
+            state[bytes(state).index(load(newest)["model"]["fc.bias"].numpy().tobytes())] ^= 1  # one bit of one weight
+            newest.write_bytes({"cut": state[: len(state) // 2], "flipped": state, "empty": b""}[damage])
+        run(tmp_path / "run", EVERYTHING, resume=True, on_event=events.append)
+        (text,) = (event.text for event in events if isinstance(event, Warned))
+        assert re.search(r"state\.pt is (damaged|missing); going on from .*, state-previous\.pt\.", text)
+        self.same_as(whole, tmp_path / "run")
+
+    def test_a_damaged_state_does_not_push_the_good_one_out(self, run: Run, whole: Path, tmp_path: Path) -> None:
+        shutil.copytree(whole, tmp_path / "run")
+        (tmp_path / "run" / "state.pt").write_bytes(b"damaged")
+
+        def crash(event: Event) -> None:
+            if isinstance(event, EpochEnded):
+                raise Stop
+
+        with pytest.raises(Stop):
+            run(tmp_path / "run", EVERYTHING, resume=True, on_event=crash)
+        (tmp_path / "run" / "state.pt").write_bytes(b"damaged again")
+        run(tmp_path / "run", EVERYTHING, resume=True)
+        self.same_as(whole, tmp_path / "run")
+
+    def test_two_damaged_states_are_refused(self, run: Run, whole: Path, tmp_path: Path) -> None:
+        shutil.copytree(whole, tmp_path / "run")
+        (tmp_path / "run" / "state.pt").write_bytes(b"damaged")
+        (tmp_path / "run" / "state-previous.pt").write_bytes(b"damaged")
+        with pytest.raises(TrainingError, match=r"state\.pt and the state before it are damaged") as caught:
+            run(tmp_path / "run", EVERYTHING, resume=True)
+        assert "--force" in str(caught.value)
 
     def test_a_state_with_code_in_it_is_not_run(self, run: Run, tmp_path: Path) -> None:
         class Code:
             def __reduce__(self) -> Any:
                 return os.mkdir, (str(tmp_path / "ran"),)
 
-        torch.save({"version": 1, "model": Code()}, tmp_path / "state.pt")
+        write_sealed(tmp_path, {"version": 1, "model": Code()})
         with pytest.raises(TrainingError, match="damaged"):
             run(tmp_path, EVERYTHING, resume=True)
         assert not (tmp_path / "ran").exists()
+
+    def test_the_state_is_written_every_few_minutes_too(self, run: Run, tmp_path: Path) -> None:
+        batches = list[int]()
+
+        def look(event: Event) -> None:
+            if isinstance(event, Step) and event.epoch == 1:
+                batches.append(load(tmp_path / "state.pt")["progress"]["batch"])
+
+        run(tmp_path, PLAIN.replace(save_minutes=1e-9), on_event=look)
+        assert batches == [0, 1, 2, 3, 4]  # a step is told before its state is written
+
+    def test_a_run_that_was_killed_before_it_had_a_state_begins_anew(
+        self, run: Run, whole: Path, tmp_path: Path
+    ) -> None:
+        def crash(event: Event) -> None:
+            if isinstance(event, Evaluated):
+                raise Stop
+
+        with pytest.raises(Stop):
+            run(tmp_path, EVERYTHING, on_event=crash)
+        events = list[Event]()
+        run(tmp_path, EVERYTHING, resume=True, on_event=events.append)
+        assert any(isinstance(event, Warned) and "begins anew" in event.text for event in events)
+        self.same_as(whole, tmp_path)
 
     def test_options_are_stored(self, whole: Path, tmp_path: Path) -> None:
         assert stored_options(whole).recipe() == EVERYTHING.recipe()
@@ -204,6 +270,7 @@ class TestRun:
             "best.fixed.safetensors",
             "last.fixed.safetensors",
             "state.pt",
+            "state-previous.pt",
             "run.json",
             "recipe.yaml",
             "metrics.jsonl",
@@ -396,10 +463,11 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_state_before(run: Run, tmp_pa
             resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
 
     try:
-        with pytest.raises(OutputError, match=r"Cannot write .*state\.pt"):
+        with pytest.raises(OutputError, match=r"Cannot write .*state\.pt: writing its 0\.0 MB failed\.") as caught:
             run(tmp_path, PLAIN, on_event=fill, save=lambda _model, _path, _record: None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "make room" in str(caught.value)
     assert load(tmp_path / "state.pt")["progress"]["epoch"] == 1
     assert not list(tmp_path.glob(".*.tmp"))
     assert len(run(tmp_path, PLAIN, resume=True).history) == 2
@@ -415,3 +483,16 @@ def test_stopping_before_training_leaves_nothing_to_resume(run: Run, tmp_path: P
         run(tmp_path, PLAIN, on_event=interrupt)
     assert signal.getsignal(signal.SIGINT) is handler
     assert not (tmp_path / "state.pt").exists()
+
+
+def test_other_versions_are_told_on_resuming(run: Run, tmp_path: Path) -> None:
+    run(tmp_path, PLAIN)
+    state = load(tmp_path / "state.pt")
+    assert set(state["machine"]) == {"fixify", "python", "torch", "torchvision", "timm", "numpy", "device"}
+    assert json.loads((tmp_path / "run.json").read_text())["machine"] == state["machine"]
+    state["machine"]["torch"] = "0.1"
+    write_sealed(tmp_path, state)
+    events = list[Event]()
+    run(tmp_path, PLAIN, resume=True, on_event=events.append)
+    (text,) = (event.text for event in events if isinstance(event, Warned))
+    assert f"torch 0.1 then, {torch.__version__} now" in text
