@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fixify.cli.output import Output
 
 if TYPE_CHECKING:
-    from fixify.training import EpochEnded, Event, RunStarted, Step, Validated
+    from fixify.training import EpochEnded, EpochRecord, Event, RunStarted, Step, Validated
 
 
 class TrainingDisplay:
@@ -98,6 +98,7 @@ class TrainingDisplay:
         loss = "" if record.train_loss is None else f"loss {record.train_loss:.4f}, "
         self.output.say(
             f"{where}: {loss}validation top-1 {record.val_top1:.2f} %, loss {record.val_loss:.4f}"
+            + _left_out(record)
             + (" (best)" if event.is_best else "")
         )
 
@@ -107,5 +108,10 @@ class TrainingDisplay:
         self.output.say(
             f"epoch {record.epoch + 1}/{self.epochs}: {loss}validation top-1 {record.val_top1:.2f} %, "
             f"loss {record.val_loss:.4f}, {record.images_per_second:.0f} images/s"
+            + _left_out(record)
             + (" (best)" if event.is_best else "")
         )
+
+
+def _left_out(record: EpochRecord) -> str:
+    return f" ({record.val_unreadable:,} unreadable images left out)" if record.val_unreadable else ""

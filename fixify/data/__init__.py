@@ -7,6 +7,7 @@ from fixify.data.names import DATA_NAMES, open_data, open_train_val
 from fixify.data.opened import ImageSource, OpenedData, Split, Subset
 from fixify.data.preprocessing import override
 from fixify.data.unlabelled import draw_images, open_unlabelled
+from fixify.data.unreadable import UnreadableImages
 
 __all__ = [
     "DATA_NAMES",
@@ -16,6 +17,7 @@ __all__ = [
     "OpenedData",
     "Split",
     "Subset",
+    "UnreadableImages",
     "check_classes",
     "default_workers",
     "draw_images",

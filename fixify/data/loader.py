@@ -20,9 +20,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 from fixify.data.opened import ImageSource, OpenedData
 from fixify.data.preprocessing import channels_of, normalization
 from fixify.data.seeding import derive_seed, derive_seeds, kept_globals, permutation, seed_globals, seeded_globals
+from fixify.data.unreadable import Unreadable, UnreadableImages
 from fixify.errors import DataError
 
 Batch = tuple[Tensor, Tensor]
+_Items = tuple[list[tuple[Tensor, int]], list[Unreadable]]
+_TRIES = 50  # images that are tried for one place of a training batch, as in timm
 # Separate the random streams that belong to one (seed, epoch).
 _ORDER, _IMAGES, _BATCHES = 0, 1, 2
 
@@ -69,6 +72,7 @@ def make_loader(
     device: torch.device | None = None,
     seed: int = 0,
     augmentation: Augmentation | None = None,
+    unreadable: UnreadableImages | None = None,
 ) -> ImageLoader:
     """Batches of images and labels for a model.
 
@@ -82,13 +86,16 @@ def make_loader(
         device: Where the batches are to be used. On CUDA they are put there ahead of time (timm's prefetcher).
         seed: Fixes order, augmentation and mixing together with the epoch.
         augmentation: Only for training; None is `Augmentation()`.
+        unreadable: Where images that cannot be read are counted; None allows none. In training the next image of the
+            data that can be read takes the place of such a one (as in timm), so that batches keep their size; otherwise
+            it is left out.
 
     Returns:
         An iterable over (images float32 [B, channels, height, width], labels int64 [B]); with mixup or cutmix the
         labels are float32 [B, num_classes].
 
     Raises:
-        DataError: preprocessing that no image can be brought to; while iterating: an image that cannot be read.
+        DataError: preprocessing that no image can be brought to; while iterating: too many unreadable images.
     """
     device = device if device is not None else torch.device("cpu")
     channels = channels_of(preprocessing)
@@ -135,7 +142,8 @@ def make_loader(
     )
     erase, mix = _batch_stage(augmentation, opened.num_classes, device) if training else (None, None)
     prefetcher = {"mean": mean, "std": std, "channels": channels, "device": device} if prefetch else None
-    return ImageLoader(loader, keys, prefetcher=prefetcher, erase=erase, mix=mix, device=device)
+    unreadable = unreadable if unreadable is not None else UnreadableImages(len(opened))
+    return ImageLoader(loader, keys, unreadable=unreadable, prefetcher=prefetcher, erase=erase, mix=mix, device=device)
 
 
 class ImageLoader:
@@ -146,6 +154,7 @@ class ImageLoader:
         loader: Any,
         keys: _Keys,
         *,
+        unreadable: UnreadableImages,
         prefetcher: dict[str, Any] | None,
         erase: Callable[[Tensor], Tensor] | None,
         mix: Callable[[Tensor, Tensor], Batch] | None,
@@ -153,6 +162,7 @@ class ImageLoader:
     ) -> None:
         self._loader = loader
         self._keys = keys
+        self.unreadable = unreadable
         self._prefetcher = prefetcher
         self._erase = erase
         self._mix = mix
@@ -185,7 +195,7 @@ class ImageLoader:
             number += 1
 
     def _batches(self) -> Iterator[Batch]:
-        raw = _raising(self._loader)
+        raw = _Readable(self._loader, self.unreadable)
         return iter(raw) if self._prefetcher is None else iter(PrefetchLoader(raw, **self._prefetcher))
 
     def close(self) -> None:
@@ -194,14 +204,6 @@ class ImageLoader:
         if iterator is not None:
             iterator._shutdown_workers()
             self._loader._iterator = None
-
-
-@dataclass(frozen=True)
-class _Unreadable:
-    """An image that failed. It travels as a value: an exception would arrive from a worker as a traceback."""
-
-    message: str
-    hint: str | None
 
 
 class _Keys(Sampler[list[tuple[int, int]]]):
@@ -255,22 +257,30 @@ class _Transformed(Dataset[Any]):
         self.transform = transform
         self.random = random
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int] | _Unreadable]:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> _Items:
         # A worker process has global generators of its own; this one's have to come out unchanged.
         borrowed = self.random and get_worker_info() is None
+        samples, failures = list[tuple[Tensor, int]](), list[Unreadable]()
         with kept_globals() if borrowed else nullcontext():
-            return [self._item(index, seed) for index, seed in keys]
+            for index, seed in keys:
+                loaded = self._load(index, failures)
+                if loaded is not None:
+                    if self.random:
+                        seed_globals(seed)
+                    image, label = loaded
+                    samples.append((self.transform(image), label))
+        return samples, failures
 
-    def _item(self, index: int, seed: int) -> tuple[Tensor, int] | _Unreadable:
-        try:
-            image, label = self.images.load(index)
-            if image.mode != self.mode:
-                image = image.convert(self.mode)
-        except DataError as error:
-            return _Unreadable(error.message, error.hint)
-        if self.random:
-            seed_globals(seed)
-        return self.transform(image), label
+    def _load(self, index: int, failures: list[Unreadable]) -> tuple[Image.Image, int] | None:
+        """An image, or in training the one that takes its place."""
+        for place in range(index, index + (_TRIES if self.random else 1)):
+            place %= len(self.images)
+            try:
+                image, label = self.images.load(place)
+                return (image if image.mode == self.mode else image.convert(self.mode)), label
+            except DataError as error:
+                failures.append(Unreadable(error.message, error.hint))
+        return None
 
 
 def _ignore_interrupt(_worker: int) -> None:
@@ -278,25 +288,30 @@ def _ignore_interrupt(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _collate(items: list[tuple[Tensor, int] | _Unreadable]) -> Any:
-    return next((item for item in items if isinstance(item, _Unreadable)), None) or default_collate(items)
+def _collate(items: Any) -> tuple[list[Tensor], list[Unreadable]]:
+    samples, failures = items  # what `_Transformed` makes of a batch
+    return (default_collate(samples) if samples else []), failures
 
 
-class _raising:
-    """A loader whose unreadable images are raised here, in the caller's process."""
+class _Readable:
+    """The batches of a loader. What could not be read is counted, and raised, in the caller's process."""
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Any, unreadable: UnreadableImages) -> None:
         self.loader = loader
+        self.unreadable = unreadable
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            for batch in self.loader:
-                if isinstance(batch, _Unreadable):
-                    raise DataError(batch.message, hint=batch.hint)
-                yield batch[0], batch[1]
+            for batch, failures in self.loader:
+                for failure in failures:
+                    self.unreadable.add(failure)
+                if len(failures) >= _TRIES and self.loader.dataset.random:
+                    self._refuse_a_gap(batch, failures)
+                if batch:
+                    yield batch[0], batch[1]
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -304,6 +319,13 @@ class _raising:
                 f"A loader process ended unexpectedly: {str(error).splitlines()[0]}",
                 hint="Often memory: try --workers 0 or a smaller --batch-size.",
             ) from error
+
+    def _refuse_a_gap(self, batch: list[Tensor], failures: list[Unreadable]) -> None:
+        if not batch or len(batch[0]) < self.loader.batch_sampler.batch_size:
+            raise DataError(
+                f"{_TRIES} images one after another cannot be read. The last one: {failures[-1].message}",
+                hint=failures[-1].hint,
+            )
 
 
 def _batch_stage(

@@ -12,7 +12,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fixify.data import ImageLoader, OpenedData, make_loader
+from fixify.data import ImageLoader, OpenedData, UnreadableImages, make_loader
 from fixify.training.checkpointing import check_checkpointing, checkpoint_activations_
 from fixify.training.compiling import compile_, compiling
 from fixify.training.distillation import Teacher
@@ -82,6 +82,7 @@ def make_engine(model: nn.Module, train: OpenedData, preprocessing: dict[str, An
         batch_size=options.batch_size,
         workers=options.resolved_workers(),
         device=device,
+        unreadable=UnreadableImages(len(train), options.max_unreadable),
     )
     optimiser = make_optimiser(model, options)
     return Engine(

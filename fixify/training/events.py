@@ -139,6 +139,8 @@ class EpochRecord:
         images_per_second: Training throughput, loading included.
         seconds: Training since the epoch began, and this validation.
         fraction: Part of the epoch that was done, 1 at its end.
+        unreadable: Training images that could not be read and were replaced, since the start of the run.
+        val_unreadable: Validation images that could not be read, and that the metrics leave out.
     """
 
     epoch: int
@@ -154,6 +156,8 @@ class EpochRecord:
     images_per_second: float
     seconds: float
     fraction: float = 1.0
+    unreadable: int = 0
+    val_unreadable: int = 0
 
     @property
     def epochs(self) -> float:

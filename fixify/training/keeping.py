@@ -10,12 +10,13 @@ from typing import Any
 from torch import nn
 
 from fixify.confusions import Confusions
+from fixify.data import UnreadableImages
 from fixify.evaluation import Metrics
 from fixify.training.engine import Engine
 from fixify.training.events import EpochEnded, EpochRecord, Listener, Validated, Warned
 from fixify.training.files import BEST_FILE, LAST_FILE, tidy
 from fixify.training.finite import check_weights
-from fixify.training.logging import write_confusions, write_logs
+from fixify.training.logging import write_confusions, write_logs, write_unreadable
 from fixify.training.loop import head_scale
 from fixify.training.machine import changed, machine_facts
 from fixify.training.resume import Progress, Trained, newest_state, read_state, write_state
@@ -35,12 +36,22 @@ class Keeper:
         save: Writes a checkpoint.
         facts: What the run is of; in every file, and compared on resuming.
         on_event: Told of every validation.
+        unreadable: Images that cannot be read, of "train" and "val"; counted and listed.
     """
 
-    def __init__(self, engine: Engine, out: Path, save: SaveModel, facts: dict[str, Any], on_event: Listener) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        out: Path,
+        save: SaveModel,
+        facts: dict[str, Any],
+        on_event: Listener,
+        unreadable: dict[str, UnreadableImages],
+    ) -> None:
         self.engine, self.options = engine, engine.options
         self.out, self.save, self.facts, self.on_event = out, save, facts, on_event
         self.progress = Progress()
+        self.unreadable = unreadable
         self.has_state = False
         self.written = time.monotonic()
         self.machine = machine_facts(engine.device)
@@ -49,6 +60,8 @@ class Keeper:
         """Continue where the newest whole state in the folder is; raises `TrainingError` if there is none that fits."""
         stored = newest_state(self.out, self.engine.device)
         self.progress = read_state(stored, self._trained(), self.options, self.facts)
+        for split, messages in self.progress.unreadable.items():
+            self.unreadable[split].messages.update(dict.fromkeys(messages))
         self.has_state = True
         tidy(self.out)
         if (difference := changed(stored.content.get("machine", {}), self.machine)) is not None:
@@ -67,6 +80,7 @@ class Keeper:
             OutputError: the disk is full.
         """
         check_weights(self.engine.model, self.progress.updates)
+        self.progress.unreadable = {split: list(images.messages) for split, images in self.unreadable.items()}
         write_state(self.out, self._trained(), self.progress, self.options, self.facts, self.machine)
         self.has_state = True
         self.written = time.monotonic()
@@ -77,7 +91,9 @@ class Keeper:
         return minutes is not None and time.monotonic() - self.written >= 60 * minutes
 
     def write_logs(self) -> None:
-        """Write metrics.jsonl, summary.csv and steps.jsonl."""
+        """Write metrics.jsonl, summary.csv and steps.jsonl; unreadable.txt if there is anything to list."""
+        if any(self.unreadable.values()):
+            write_unreadable(self.out, {split: list(images.messages) for split, images in self.unreadable.items()})
         write_logs(self.out, self.progress.history, self.progress.steps)
 
     def record(self, metrics: Metrics, confusions: Confusions, *, fraction: float, seconds: float) -> None:
@@ -104,6 +120,8 @@ class Keeper:
             images_per_second=progress.images / max(progress.seconds, 1e-9),
             seconds=seconds,
             fraction=fraction,
+            unreadable=len(self.unreadable["train"]),
+            val_unreadable=len(self.unreadable["val"]),
         )
         progress.history.append(record)
         if fraction == 1:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from fixify.confusions import Answers, Confusions
-from fixify.data import ImageLoader, OpenedData, make_loader
+from fixify.data import ImageLoader, OpenedData, UnreadableImages, make_loader
 from fixify.evaluation import Metrics, evaluate
 from fixify.training.distillation import answered
 from fixify.training.events import Evaluating, Listener, Phase
 from fixify.training.interrupt import Stopped, StopRequest
 from fixify.training.options import FinetuneOptions
 from fixify.training.others import OtherModel
+from fixify.training.unreadable import teller
 
 
 class Validation:
@@ -29,6 +30,9 @@ class Validation:
         device: Where the models are.
         stop: Looked at after every batch.
         on_event: Told how far it is.
+
+    Attributes:
+        unreadable: Images that are left out of every measurement.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class Validation:
         self.stop, self.on_event = stop, on_event
         self._loader: ImageLoader | None = None
         self._answers = Answers()
+        self.unreadable = UnreadableImages(len(data), options.max_unreadable, teller("validation", on_event))
 
     def label_with(self, teacher: OtherModel) -> None:
         """Make the teacher's answers the labels; to be called before anything is measured."""
@@ -105,6 +110,7 @@ class Validation:
             batch_size=self.options.batch_size,
             workers=self.options.resolved_workers(),
             device=self.device,
+            unreadable=self.unreadable,
         )
 
     @contextmanager
