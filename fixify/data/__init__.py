@@ -2,12 +2,12 @@
 
 from fixify.data.classes import check_classes
 from fixify.data.listing import listing_digest
-from fixify.data.loader import Augmentation, ImageLoader, default_workers, make_loader
+from fixify.data.loader import Augmentation, ImageLoader, Share, default_workers, make_loader
 from fixify.data.names import DATA_NAMES, open_data, open_train_val
 from fixify.data.opened import ImageSource, OpenedData, Split, Subset
 from fixify.data.preprocessing import override
 from fixify.data.unlabelled import draw_images, open_unlabelled
-from fixify.data.unreadable import UnreadableImages
+from fixify.data.unreadable import Unreadable, UnreadableImages
 
 __all__ = [
     "DATA_NAMES",
@@ -15,8 +15,10 @@ __all__ = [
     "ImageLoader",
     "ImageSource",
     "OpenedData",
+    "Share",
     "Split",
     "Subset",
+    "Unreadable",
     "UnreadableImages",
     "check_classes",
     "default_workers",

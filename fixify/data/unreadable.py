@@ -13,7 +13,7 @@ class Unreadable:
     """One of them. It travels from a loader process as a value: an exception would arrive as a traceback."""
 
     message: str
-    hint: str | None
+    hint: str | None = None
 
 
 class UnreadableImages:
@@ -23,6 +23,8 @@ class UnreadableImages:
         num_images: Images in the data set.
         max_share: Share of them that may be unreadable; 0 makes the first one an error.
         on_found: Told of each new one: what is wrong with it, and how many there are now.
+
+    What names an image is its message: several loaders may count the images of one data set.
 
     Attributes:
         messages: What is wrong with each, with its name; in the order in which they were found.

@@ -83,6 +83,7 @@ def test_otherwise_it_is_left_out_even_a_whole_batch(workers: int) -> None:
     loader = make_loader(data, GRAY, training=False, batch_size=4, workers=workers, unreadable=unreadable)
     assert places(list(loader)) == places(list(loader)) == [[0, 2, 3], [8, 9, 10]]
     assert len(unreadable) == 5
+    assert (len(loader), loader.own_batches) == (3, 2)
     loader.close()
 
 
