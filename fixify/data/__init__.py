@@ -8,6 +8,7 @@ from fixify.data.opened import ClassOrder, ImageSource, OpenedData, Split, Subse
 from fixify.data.options import DataOptions
 from fixify.data.preprocessing import override
 from fixify.data.unlabelled import draw_images, open_unlabelled
+from fixify.data.unreadable import Unreadable, UnreadableImages
 
 __all__ = [
     "DATA_NAMES",
@@ -21,6 +22,8 @@ __all__ = [
     "Share",
     "Split",
     "Subset",
+    "Unreadable",
+    "UnreadableImages",
     "check_classes",
     "default_workers",
     "draw_images",
