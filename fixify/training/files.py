@@ -29,6 +29,7 @@ def claim_folder(out: Path, *, force: bool) -> None:
             )
         for path in present:
             path.unlink()
+        tidy(out)
     except OSError as error:
         raise OutputError(f"Cannot use the folder {out}: {error.strerror}.") from error
 
