@@ -61,7 +61,7 @@ EMPTY = {"timm/samvit_base_patch16", "timm/samvit_large_patch16", "timm/samvit_h
 
 @pytest.mark.slow
 def test_totals() -> None:
-    """1,229 of timm's models have a `get_classifier()` that is not an Identity, 80 of torchvision's a classifier, and the 6 here.
+    """1,229 of timm's models have a `get_classifier()` that is not an Identity; torchvision's 80 and our 6 have one.
 
     Three of the 1,229 have an empty one; all of them convert once they were built with a number of classes.
     """
