@@ -6,7 +6,6 @@ Nothing of ours is stored: every network is built on the meta device and counted
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -160,12 +159,8 @@ def lstm_language_model(num_words: int, width: int, num_layers: int = 2) -> nn.M
 
 
 def _language_model() -> Counted:
-    def construct() -> nn.Module:
-        return lstm_language_model(WIKITEXT2_WORDS, LSTM_WIDTH)
-
-    constructor: Callable[[], nn.Module] = construct
-    model = build_on_meta(constructor)
-    shared = sum(model.get_submodule(name).weight.numel() for name in ("embedding", "classifier"))  # type: ignore[union-attr, operator]
+    model = build_on_meta(lambda: lstm_language_model(WIKITEXT2_WORDS, LSTM_WIDTH))
+    shared = sum(model.get_parameter(f"{name}.weight").numel() for name in ("embedding", "classifier"))
     size = count_parameters(model)
     return Counted("2-layer LSTM", "torch", "WikiText-2", LSTM_WIDTH, WIKITEXT2_WORDS, size, shared)
 
