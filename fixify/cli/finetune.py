@@ -138,7 +138,9 @@ def finetune(
     for name in ("distill_weight", "distill_temperature"):
         if name in given and distill is None:
             raise UsageError(f"--{name.replace('_', '-')} needs a teacher.", hint="Add --distill ORIGINAL.")
-    start = finetune_defaults(output, chosen_recipe(recipe, set_ or []), stored_options(folder) if resume else None)
+    start = finetune_defaults(
+        output, chosen_recipe(recipe, set_ or []), stored_options(folder, FinetuneOptions) if resume else None
+    )
     options = start.replace(**given)
     with watching(output, [*(track or []), *(["tensorboard"] if tensorboard else [])]) as tell:
         result = run_finetune(

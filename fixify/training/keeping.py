@@ -13,7 +13,7 @@ from fixify.confusions import Confusions
 from fixify.evaluation import Metrics
 from fixify.training.engine import Engine
 from fixify.training.events import EpochEnded, EpochRecord, Listener, Validated, Warned
-from fixify.training.files import BEST_FILE, LAST_FILE, tidy
+from fixify.training.files import tidy
 from fixify.training.finite import check_weights
 from fixify.training.logging import write_confusions, write_logs
 from fixify.training.loop import head_scale
@@ -33,13 +33,17 @@ class Keeper:
         engine: What is trained.
         out: Folder of the run.
         save: Writes a checkpoint.
+        suffix: Of its file.
         facts: What the run is of; in every file, and compared on resuming.
         on_event: Told of every validation.
     """
 
-    def __init__(self, engine: Engine, out: Path, save: SaveModel, facts: dict[str, Any], on_event: Listener) -> None:
+    def __init__(
+        self, engine: Engine, out: Path, save: SaveModel, suffix: str, facts: dict[str, Any], on_event: Listener
+    ) -> None:
         self.engine, self.options = engine, engine.options
         self.out, self.save, self.facts, self.on_event = out, save, facts, on_event
+        self.best_path, self.last_path = out / f"best{suffix}", out / f"last{suffix}"
         self.progress = Progress()
         self.has_state = False
         self.written = time.monotonic()
@@ -110,9 +114,9 @@ class Keeper:
             progress.next_epoch()
         is_best = progress.best() is record
         # The state comes last: a crash between the files repeats the steps, and writes the same ones again.
-        self.save(evaluated, self.out / LAST_FILE, self._training_record(record))
+        self.save(evaluated, self.last_path, self._training_record(record))
         if is_best:
-            self.save(evaluated, self.out / BEST_FILE, self._training_record(record))
+            self.save(evaluated, self.best_path, self._training_record(record))
         self.write_state()
         self.write_logs()
         write_confusions(self.out, record.step, confusions)

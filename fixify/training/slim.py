@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def run_finetune(
     force: bool = False,
     download: bool = False,
     command: str | None = None,
+    recorded: Mapping[str, str] | None = None,
     on_event: Listener | None = None,
 ) -> FinetuneResult:
     """Finetune a slim checkpoint.
@@ -52,6 +54,7 @@ def run_finetune(
         force: Replace the run in `out_dir`.
         download: Whether `torch/...` data may be downloaded.
         command: What was typed to start the run; recorded.
+        recorded: See `fixify.training.finetune`.
         on_event: Told what happens.
 
     Raises:
@@ -65,7 +68,7 @@ def run_finetune(
     if source.resolve() in {(out / name).resolve() for name in (BEST_FILE, LAST_FILE)}:
         raise UsageError(f"The run in {out} would overwrite {source}.", hint="Choose another folder with -o.")
     if options is None:
-        options = stored_options(out) if resume else FinetuneOptions()
+        options = stored_options(out, FinetuneOptions) if resume else FinetuneOptions()
     if source.is_file() and not is_slim(source):
         raise FormatError(f"{source} is not a slim checkpoint.", hint=f"Make one first: fixify convert {source}")
     info = read_info(source)
@@ -107,5 +110,7 @@ def run_finetune(
         original=original,
         teacher=teacher,
         command=command,
+        entries={"checkpoint": slim_path, "data": data_name, "against": against, "distill": distill},
+        recorded=recorded,
         on_event=on_event,
     )
