@@ -63,19 +63,22 @@ class _DemoDisplay:
         self.output = output
         self.training = training
         self.stage: Stage | None = None
-        self.images = training.bar.add_task("images", total=None, visible=False, note="")
+        self.images = training.view.add_hidden("images")
 
     def __call__(self, event: DemoEvent) -> None:
         from fixify.demo.run import Counted, StageStarted
         from fixify.training import Evaluated
 
-        bar = self.training.bar
+        view = self.training.view
         if isinstance(event, StageStarted):
             self.stage = event.stage
-            bar.update(self.training.training, visible=False)
+            view.hide(view.epoch, view.whole)
             self.output.say(f"{event.text} ...", style="bold")
         elif isinstance(event, Counted):
-            bar.update(self.images, total=event.total, completed=event.done, visible=event.done < event.total)
+            if event.done < event.total:
+                view.show_bar(self.images, event.done, event.total, note="images")
+            else:
+                view.hide(self.images)
         elif isinstance(event, Evaluated) and self.stage == "control":
             self.output.say(f"as it came: top-1 {event.metrics.top1:.2f} %, loss {event.metrics.loss:.4f}")
         else:

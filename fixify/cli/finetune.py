@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from fixify.cli.options import Force, Json, Recipe, Set
 from fixify.cli.output import Output
 from fixify.cli.watching import TensorBoard, Track, watching
+from fixify.cli.workers import is_worker
 
 _AUGMENTATION = "Augmentation (timm's names)"
 _DISTILLATION = "Distillation"
@@ -45,7 +47,9 @@ def finetune(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder, exactly.")] = False,
     download: Annotated[bool, typer.Option("--download", help="Download torch/... data that is not here.")] = False,
     epochs: Annotated[int | None, _option("Passes over the training images. Default: 5.")] = None,
-    batch_size: Annotated[int | None, _option("Images a step. Default: 64.", "-b", "--batch-size")] = None,
+    batch_size: Annotated[
+        int | None, _option("Images a step of each process. Default: 64.", "-b", "--batch-size")
+    ] = None,
     lr: Annotated[float | None, _option("Peak learning rate. Default: 0.05.")] = None,
     opt: Annotated[str | None, _option("timm's name of the optimiser. Default: sgd (Nesterov).")] = None,
     momentum: Annotated[float | None, _option("Momentum. Default: 0.9.")] = None,
@@ -103,6 +107,24 @@ def finetune(
     grad_checkpointing: Annotated[
         bool | None, _option("Save memory, compute twice.", "--grad-checkpointing", panel=_MACHINE)
     ] = None,
+    nproc_per_node: Annotated[
+        int | None, _option("Train in so many processes here, one a GPU, as torchrun does.", panel=_MACHINE, low=1)
+    ] = None,
+    max_restarts: Annotated[
+        int | None, _option("Start them again, so often, if one is lost. Default: 0.", panel=_MACHINE, low=0)
+    ] = None,
+    sync_bn: Annotated[
+        bool | None, _option("Batch norms over all processes (GPUs).", "--sync-bn", panel=_MACHINE)
+    ] = None,
+    dist_bn: Annotated[
+        str | None, _option("Their running statistics: reduce, broadcast or none. Default: reduce.", panel=_MACHINE)
+    ] = None,
+    shard: Annotated[
+        bool | None, _option("Spread the model over the processes (FSDP2).", "--shard", panel=_MACHINE)
+    ] = None,
+    save_minutes: Annotated[
+        float | None, _option("Write the state so often, not only after validations. Default: 10.", panel=_MACHINE)
+    ] = None,
     workers: Annotated[
         int | None, _option("Loader processes. Default: fits the machine.", "-j", "--workers", panel=_MACHINE)
     ] = None,
@@ -119,10 +141,11 @@ def finetune(
     With --max-drop 0.5 --against ORIGINAL --val-every 100 it trains no longer than it has to.
     """
     from fixify.cli.command_line import as_typed
+    from fixify.cli.launching import launch
     from fixify.cli.recipe_defaults import chosen_recipe, finetune_defaults
     from fixify.cli.slim import the_slim_file_here
-    from fixify.errors import CheckFailed, UsageError
-    from fixify.reporting.metrics_tables import finetune_table
+    from fixify.cli.training_result import report_run
+    from fixify.errors import UsageError
     from fixify.training import FinetuneOptions, run_finetune, stored_options
 
     output = Output(as_json=as_json)
@@ -142,6 +165,10 @@ def finetune(
         output, chosen_recipe(recipe, set_ or []), stored_options(folder, FinetuneOptions) if resume else None
     )
     options = start.replace(**given)
+    if max_restarts is not None and nproc_per_node is None:
+        raise UsageError("--max-restarts is for several processes.", hint="Add --nproc-per-node N.")
+    if nproc_per_node is not None and not is_worker():
+        raise typer.Exit(launch(nproc_per_node, max_restarts or 0, sys.argv[1:]))
     with watching(output, [*(track or []), *(["tensorboard"] if tensorboard else [])]) as tell:
         result = run_finetune(
             source,
@@ -156,25 +183,4 @@ def finetune(
             command=as_typed(),
             on_event=tell,
         )
-    output.result(
-        {
-            "best": str(result.best_path),
-            "last": str(result.last_path),
-            "before": result.before.to_dict(),
-            "after": result.after.to_dict(),
-            "original_top1": result.original_top1,
-            "reached": result.reached,
-            "history": [record.to_dict() for record in result.history],
-        },
-        finetune_table(result),
-    )
-    if options.max_drop is not None:
-        goal = f"within {options.max_drop:g} points of the original's {result.original_top1:.2f} %"
-        if not result.reached:
-            raise CheckFailed(
-                f"After {options.epochs} epochs the best top-1 is {result.after.val_top1:.2f} %, not {goal}.",
-                hint=f"It is kept in {result.best_path}. Try more --epochs, or a larger --max-drop.",
-            )
-        steps = f"after {result.after.step:,} steps" if result.after.step else "before training"
-        output.say(f"stopped {steps}: validation top-1 {result.after.val_top1:.2f} % is {goal}")
-    output.next_step(f"fixify eval {result.best_path} --data {data}", "measure it again, or any other checkpoint")
+    report_run(output, result, options, data)

@@ -1,29 +1,37 @@
-"""`fixify report MODELS...`"""
+"""`fixify report MODELS...` and `fixify report RUN_DIR...`"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fixify.cli.options import Arch, Json
+from fixify.cli.options import Arch, Force, Json, Out
 from fixify.cli.output import Output
 
 
 def report(
     models: Annotated[
         list[str] | None,
-        typer.Argument(help="Architecture names and checkpoints, slim or ordinary. Default: *.fixed.safetensors here."),
+        typer.Argument(
+            help="Architecture names and checkpoints, or folders of runs. Default: *.fixed.safetensors here."
+        ),
     ] = None,
     all_models: Annotated[
         bool, typer.Option("--all", help="Every architecture of timm and torchvision: what can be converted.")
     ] = False,
     arch: Arch = None,
+    out: Out = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Count parameters: what the classifier costs, and what fixing it saves or has saved.
 
     Names need no weights: `fixify report resnet50 mobilenetv3_small_100`.
+
+    Of folders of runs, or a folder that holds several, it makes one HTML page instead, with the runs side by side:
+    RUN_DIR/report.html, or -o. With --json it prints the page's data, and writes the page only where -o says.
     """
     from fixify.cli.asking import with_architecture
     from fixify.cli.slim import slim_files_here
@@ -37,6 +45,11 @@ def report(
             raise UsageError(f"--all counts every architecture; it goes without {models[0]!r}.")
         _report_all(output)
         return
+    if runs := _runs_among(models or []):
+        _report_runs(runs, models or [], out, output, force=force)
+        return
+    if out is not None:
+        raise UsageError("-o is for the page of runs.", hint="Name the folder of a run, or leave -o out.")
     names = models or slim_files_here("report")
     rows = []
     with output.progress("counting", total=len(names)) as advance:
@@ -47,6 +60,41 @@ def report(
     if len(rows) == 1:
         tables.append(savings_table(rows[0].savings))
     output.result({"models": [row.to_dict() for row in rows]}, *tables)
+
+
+def _runs_among(names: list[str]) -> list[Path]:
+    """The folders of runs that are meant; all of the names are such, or none."""
+    from fixify.errors import UsageError
+    from fixify.reporting.runs import runs_in
+
+    found = {name: runs_in(Path(name)) for name in names if Path(name).is_dir()}
+    runs = [run for found_in in found.values() for run in found_in]
+    others = [name for name in names if not found.get(name)]
+    if runs and others:
+        raise UsageError(
+            f"{runs[0]} is the folder of a run, and {others[0]} is not: a page shows runs, a table counts models.",
+            hint="Report them one after the other.",
+        )
+    return runs
+
+
+def _report_runs(folders: list[Path], names: list[str], out: Path | None, output: Output, *, force: bool) -> None:
+    from fixify._io import refuse_existing, write_atomic
+    from fixify.reporting.page import PAGE_FILE, write_page
+    from fixify.reporting.run_report import report_runs
+    from fixify.reporting.run_tables import runs_table
+    from fixify.reporting.runs import read_runs
+
+    path = Path(names[0]) / PAGE_FILE if out is None else out
+    to_write = out is not None or not output.as_json
+    if to_write:
+        refuse_existing(path, force=force)
+    report = report_runs(read_runs(folders))
+    if to_write:
+        write_atomic(path, write_page(report))
+    output.result(report.to_dict(), runs_table(report))
+    if to_write:
+        output.say(f"page: {path}")
 
 
 def _report_all(output: Output) -> None:

@@ -2,7 +2,7 @@
 
 from fixify.data.classes import check_classes
 from fixify.data.listing import listing_digest
-from fixify.data.loader import Augmentation, ImageLoader, default_workers, make_loader
+from fixify.data.loader import Augmentation, ImageLoader, Share, default_workers, make_loader
 from fixify.data.names import DATA_NAMES, open_data, open_train_val
 from fixify.data.opened import ImageSource, OpenedData, Split, Subset
 from fixify.data.preprocessing import override
@@ -14,6 +14,7 @@ __all__ = [
     "ImageLoader",
     "ImageSource",
     "OpenedData",
+    "Share",
     "Split",
     "Subset",
     "check_classes",

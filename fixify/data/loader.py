@@ -19,12 +19,19 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 
 from fixify.data.opened import ImageSource, OpenedData
 from fixify.data.preprocessing import channels_of, normalization
-from fixify.data.seeding import derive_seed, derive_seeds, kept_globals, permutation, seed_globals, seeded_globals
+from fixify.data.seeding import (
+    derive_seed,
+    derive_seeds,
+    kept_globals,
+    permutation,
+    seed_globals,
+    seeded_globals,
+)
 from fixify.errors import DataError
 
 Batch = tuple[Tensor, Tensor]
 # Separate the random streams that belong to one (seed, epoch).
-_ORDER, _IMAGES, _BATCHES = 0, 1, 2
+_ORDER, _IMAGES, _BATCHES, _ERASING = 0, 1, 2, 9
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,14 @@ class Augmentation:
         return self.mixup > 0 or self.cutmix > 0
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of each batch is for this process, of so many that train together; the whole of it for one."""
+
+    rank: int = 0
+    count: int = 1
+
+
 def default_workers(device: torch.device) -> int:
     """Loader processes: up to 8 beside an accelerator; on a CPU half of the cores, as the model needs the others."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -69,6 +84,7 @@ def make_loader(
     device: torch.device | None = None,
     seed: int = 0,
     augmentation: Augmentation | None = None,
+    share: Share | None = None,
 ) -> ImageLoader:
     """Batches of images and labels for a model.
 
@@ -77,11 +93,14 @@ def make_loader(
         preprocessing: timm's data configuration: input_size (channels, height, width), mean, std, interpolation,
             crop_pct, crop_mode; as `timm.data.resolve_data_config` returns and slim checkpoints store.
         training: Shuffled, augmented, the incomplete last batch left out. Otherwise in order, all of them.
-        batch_size: Images a batch; with fewer images than that, one batch has them all.
+        batch_size: Images a batch of this process; with fewer images than that, one batch has them all.
         workers: Loader processes; 0 loads in this one.
         device: Where the batches are to be used. On CUDA they are put there ahead of time (timm's prefetcher).
         seed: Fixes order, augmentation and mixing together with the epoch.
         augmentation: Only for training; None is `Augmentation()`.
+        share: Of which process. In training k processes with batches of B images see the images, augmented, mixed and
+            erased, that one with batches of kB would see. Otherwise each image is in the share of one process, and
+            a share may be empty.
 
     Returns:
         An iterable over (images float32 [B, channels, height, width], labels int64 [B]); with mixup or cutmix the
@@ -121,7 +140,8 @@ def make_loader(
             crop_pct=preprocessing.get("crop_pct"),
             crop_mode=preprocessing.get("crop_mode"),
         )
-    keys = _Keys(len(opened), batch_size, training=training, seed=seed, even=training and augmentation.mixes)
+    even = training and augmentation.mixes
+    keys = _Keys(len(opened), batch_size, training=training, seed=seed, even=even, share=share or Share())
     loader: Any = DataLoader(
         _Transformed(opened.images, "L" if channels == 1 else "RGB", transform, random=training),
         batch_sampler=keys,
@@ -164,23 +184,30 @@ class ImageLoader:
         self._keys.first_batch = first_batch
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
+        """Batches in a whole epoch, of the process with the largest share."""
         return len(self._keys)
 
     @property
+    def own_batches(self) -> int:
+        """Batches of this process in a whole epoch: in validation as many as others have, or one less."""
+        return self._keys.own_batches
+
+    @property
     def num_images(self) -> int:
-        """Images in a whole epoch."""
+        """Images in a whole epoch, of all processes."""
         return self._keys.images_used
 
     def __iter__(self) -> Iterator[Batch]:
         number = self._keys.first_batch
         for images, labels in self._batches():
-            if self._erase is not None or self._mix is not None:
+            if self._erase is not None:
+                with seeded_globals(0, self._device):
+                    for image, seed in zip(images, self._keys.erasing_seeds(number), strict=True):
+                        seed_globals(seed, self._device)
+                        self._erase(image)  # in place
+            if self._mix is not None:
                 with seeded_globals(self._keys.batch_seed(number), self._device):
-                    if self._erase is not None:
-                        images = self._erase(images)
-                    if self._mix is not None:
-                        images, labels = self._mix(images, labels)
+                    images, labels = self._mix(images, labels)
             yield images, labels
             number += 1
 
@@ -207,36 +234,63 @@ class _Unreadable:
 class _Keys(Sampler[list[tuple[int, int]]]):
     """Batches of (index, seed of that image in this epoch)."""
 
-    def __init__(self, num_images: int, batch_size: int, *, training: bool, seed: int, even: bool) -> None:
+    def __init__(
+        self, num_images: int, batch_size: int, *, training: bool, seed: int, even: bool, share: Share
+    ) -> None:
         self.num_images = num_images
         self.training = training
         self.seed = seed
+        self.share = share
         self.epoch = 0
         self.first_batch = 0
-        size = min(batch_size, num_images)
+        size = min(batch_size, num_images // share.count if training else num_images)
         self.batch_size = size - size % 2 if even else size  # timm's Mixup pairs the images of a batch
         if self.batch_size == 0:
-            raise DataError(f"{num_images} images are too few for a batch.")
+            where = f" of {share.count} processes" if share.count > 1 else ""
+            raise DataError(f"{num_images} images are too few for a batch{where}.")
+        self.all_at_once = self.batch_size * share.count
         # Without its last incomplete batch an epoch has no batch of one image, on which batch norm fails.
-        self.images_used = num_images - num_images % self.batch_size if training else num_images
+        self.images_used = num_images - num_images % self.all_at_once if training else num_images
 
     def __len__(self) -> int:
-        return -(-self.images_used // self.batch_size)
+        return -(-self.images_used // self.all_at_once)
+
+    @property
+    def own_batches(self) -> int:
+        return len(self) if self.training else -(-len(self._own_indices()) // self.batch_size)
+
+    def _own_indices(self) -> range:
+        return range(self.share.rank, self.num_images, self.share.count)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         if not self.training:
-            indices = range(self.num_images)
-            for start in range(self.first_batch * self.batch_size, self.num_images, self.batch_size):
+            indices = self._own_indices()
+            for start in range(self.first_batch * self.batch_size, len(indices), self.batch_size):
                 yield [(index, 0) for index in indices[start : start + self.batch_size]]
             return
         order = permutation(self.seed, self.epoch, _ORDER, count=self.num_images)
         seeds = derive_seeds(self.seed, self.epoch, _IMAGES, count=self.num_images)
-        for start in range(self.first_batch * self.batch_size, self.images_used, self.batch_size):
-            indices_here = order[start : start + self.batch_size]
+        places = self._places()
+        for start in range(self.first_batch * self.all_at_once, self.images_used, self.all_at_once):
+            indices_here = order[start : start + self.all_at_once][places]
             yield list(zip(indices_here.tolist(), seeds[indices_here].tolist(), strict=True))
+
+    def _places(self) -> list[int]:
+        """Of the images of all processes at once, those of this one: some from the front and their mirror images from
+        the back, since it is those that timm's Mixup pairs.
+        """
+        rank, total = self.share.rank, self.all_at_once
+        back = self.batch_size // 2
+        front = self.batch_size - back
+        return [*range(rank * front, (rank + 1) * front), *range(total - (rank + 1) * back, total - rank * back)]
 
     def batch_seed(self, number: int) -> int:
         return derive_seed(self.seed, self.epoch, _BATCHES, number)
+
+    def erasing_seeds(self, number: int) -> list[int]:
+        seeds = derive_seeds(self.seed, self.epoch, _ERASING, number, count=self.all_at_once)
+        found: list[int] = seeds[self._places()].tolist()
+        return found
 
 
 class _Transformed(Dataset[Any]):
@@ -274,8 +328,10 @@ class _Transformed(Dataset[Any]):
 
 
 def _ignore_interrupt(_worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the loop stops at a step of its choice and still needs its batches.
+    # Ctrl-C reaches the whole process group, and so does torchrun's SIGTERM; the loop stops at a step of its choice and
+    # still needs its batches.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _collate(items: list[tuple[Tensor, int] | _Unreadable]) -> Any:

@@ -98,7 +98,7 @@ ENTRIES = ("data", "checkpoint", "against", "distill")
 
 def _recipe_model() -> type[BaseModel]:
     sections: dict[str, Any] = {name: (options | None, None) for name, options in SECTIONS.items()}
-    entries: dict[str, Any] = {name: (str | None, None) for name in ENTRIES}
+    entries: dict[str, Any] = dict.fromkeys(ENTRIES, (str | None, None))
     return create_model(
         "RecipeFile",
         __config__=ConfigDict(extra="forbid"),

@@ -54,6 +54,12 @@ def open_folder(folder: Path, *, ema: bool = False, meta: bool = False, name: st
     )
 
 
+def holds_one_checkpoint(folder: Path) -> bool:
+    """Whether `open_folder` would know which checkpoint is meant."""
+    names = [entry.name for entry in _listing(folder) if entry.is_file()]
+    return any(name in WEIGHTS for name in names) or sum(name.endswith(SUFFIXES) for name in names) == 1
+
+
 def open_with_config(path: Path, *, ema: bool = False, meta: bool = False, name: str | None = None) -> Source:
     """Open a file that has one of the hub's names, taking facts from the config.json beside it.
 

@@ -13,6 +13,7 @@ from timm.optim import list_optimizers
 from fixify.data import Augmentation, default_workers
 from fixify.errors import UsageError
 from fixify.evaluation import resolve_device
+from fixify.training import distributed
 from fixify.validation import Conflict, did_you_mean, explain, mistakes, refuse
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class FinetuneOptions(BaseModel):
 
     Attributes:
         epochs: Passes over the training images; 0 only with `last_block_epochs`, to train nothing but the last blocks.
-        batch_size: Images a step.
+        batch_size: Images a step of each process, as in timm: with 2 processes and 32 twice as many go into a step.
         lr: Peak learning rate.
         opt: timm's name of the optimiser; "sgd" has Nesterov momentum.
         momentum: For optimisers that have one.
@@ -54,6 +55,11 @@ class FinetuneOptions(BaseModel):
         channels_last: Memory format; often faster on CUDA.
         compile: torch.compile the model, whole; a model that cannot be is an error.
         grad_checkpointing: Keep fewer activations for the backward pass, and compute them again; for timm's models.
+        sync_bn: Batch norms whose batch is that of all processes; does nothing in one.
+        dist_bn: What becomes of the running statistics that the batch norms of several processes have, after each
+            update: "reduce" averages them, "broadcast" takes the first process's, "none" leaves each its own, with
+            which it then validates, and the first process's are saved.
+        shard: Spread weights, gradients and the optimiser's state over the processes (FSDP2).
         img_size: Side of the images that the model gets; None is the checkpoint's.
         crop_pct: Share of the resized image that the center crop keeps in validation; None is the checkpoint's.
         max_drop: Stop as soon as validation top-1 is at most this many points below the original's; None trains all
@@ -113,6 +119,9 @@ class FinetuneOptions(BaseModel):
     channels_last: bool = False
     compile: bool = False
     grad_checkpointing: bool = False
+    sync_bn: bool = False
+    dist_bn: Literal["reduce", "broadcast", "none"] = "reduce"
+    shard: bool = False
     img_size: int | None = Field(default=None, ge=1)
     crop_pct: float | None = Field(default=None, gt=0, le=1)
     seed: int = Field(default=0, ge=0)
@@ -212,6 +221,18 @@ class FinetuneOptions(BaseModel):
     def resolved_device(self) -> torch.device:
         """The device; raises UsageError if it is not on this machine."""
         return resolve_device(self.device)
+
+    def for_this_process(self) -> Self:
+        """These options with the device of this process of those that torchrun started, and its share of the workers.
+
+        Raises:
+            UsageError: there is no device for each of them.
+        """
+        if distributed.launched() == 1:
+            return self
+        device = distributed.device_for(self.device)
+        workers = default_workers(torch.device(device)) // distributed.local_count()
+        return self.replace(device=device, workers=workers if self.workers is None else self.workers)
 
     def resolved_workers(self) -> int:
         """Loader processes."""

@@ -15,6 +15,7 @@ from fixify.checkpoint import SUFFIX
 from fixify.data import OpenedData, listing_digest
 from fixify.errors import TrainingError
 from fixify.evaluation import Metrics
+from fixify.training import distributed
 from fixify.training.distillation import Teacher
 from fixify.training.engine import make_engine
 from fixify.training.events import (
@@ -162,7 +163,7 @@ class _Run:
     ) -> None:
         self.entries: Mapping[str, Any] = {}
         self.options, self.stop = options, stop
-        self.on_event: Listener = on_event if on_event is not None else _silent
+        self.on_event: Listener = on_event if on_event is not None and distributed.is_first() else _silent
         self.original, self.teacher = original, teacher
         self.preprocessing, self.train_data = preprocessing, train
         self.facts = {
@@ -188,12 +189,12 @@ class _Run:
     def prepare(self, *, resume: bool, force: bool, command: str | None) -> None:
         """Bring the model to where training begins or goes on."""
         keeper = self.keeper
-        if resume and stored_nothing(keeper.out):
+        if resume and distributed.by_first(lambda: stored_nothing(keeper.out)):
             self.on_event(Warned(f"The run in {keeper.out} ended before it had stored anything; it begins anew."))
             resume, force = False, True
         if not resume:
-            claim_folder(keeper.out, force=force)
-            write_run(keeper.out, self.options, self.facts, self._started(command), self.entries)
+            started = self._started(command)
+            distributed.by_first(lambda: self._begin(started, force=force))
             self._announce(resumed=False)
             self._open_validation()
             self._measure_original()
@@ -207,7 +208,8 @@ class _Run:
             self._announce(resumed=True)
             self._open_validation()
         else:
-            write_run(keeper.out, self.options, self.facts, self._started(command), self.entries)
+            started = self._started(command)
+            distributed.by_first(lambda: write_run(keeper.out, self.options, self.facts, started, self.entries))
             if keeper.is_enough(as_calibrated.top1):
                 keeper.record(as_calibrated, self.validation.confusions(), fraction=0.0, seconds=as_calibrated.seconds)
             else:
@@ -221,6 +223,10 @@ class _Run:
                 amp=self.options.amp,
                 channels_last=self.options.channels_last,
             )
+
+    def _begin(self, started: dict[str, Any], *, force: bool) -> None:
+        claim_folder(self.keeper.out, force=force)
+        write_run(self.keeper.out, self.options, self.facts, started, self.entries)
 
     def train(self) -> FinetuneResult:
         """Train to the end, or until it is good enough."""
@@ -276,6 +282,7 @@ class _Run:
                 train=self.train_data.description,
                 val=self.validation.data.description + self._whose_labels(),
                 device=str(self.engine.device),
+                processes=distributed.count(),
                 workers=self.options.resolved_workers(),
                 parameters=sum(count for count, _ in parameters),
                 trainable=sum(count for count, learns in parameters if learns),
@@ -291,6 +298,7 @@ class _Run:
         progress = self.keeper.progress
         measured = {"before": progress.before, "original_metrics": progress.original}
         return {
+            **distributed.account(),
             **({} if command is None else {"command": command}),
             "device": str(self.engine.device),
             "machine": machine_facts(self.engine.device),
@@ -311,7 +319,7 @@ class _Run:
             self.on_event(OriginalEvaluated(self.original.name, self.keeper.progress.original))
 
     def _look_at_stop(self) -> None:
-        if self.stop.requested:
+        if self.stop.requested():
             raise Stopped
 
 

@@ -21,10 +21,13 @@ from fixify.errors import UsageError
 from fixify.evaluation import check_input_size
 from fixify.ordinary import SUFFIX, save_ordinary
 from fixify.retrofit import HeadRecord, fix_classifier_
+from fixify.training import distributed
 from fixify.training.events import Listener
+from fixify.training.keeping import SaveModel
 from fixify.training.logging import stored_options
 from fixify.training.others import open_other
-from fixify.training.run import FinetuneResult, SaveModel, finetune
+from fixify.training.restarting import goes_on
+from fixify.training.run import FinetuneResult, finetune
 from fixify.training.train_options import TrainOptions
 from fixify.zoo.architectures import Architecture, build, parse_architecture, preprocessing
 from fixify.zoo.classifiers import find_classifiers
@@ -97,7 +100,7 @@ def run_train(
     recorded: Mapping[str, str] | None = None,
     on_event: Listener | None = None,
 ) -> FinetuneResult:
-    """Train a network from scratch.
+    """Train a network from scratch; in every process that torchrun started, if it did.
 
     With a fixed head the run leaves best.fixed.safetensors and last.fixed.safetensors, slim checkpoints; with a learned
     one best.safetensors and last.safetensors, which `fixify convert` and the others open without being told what they
@@ -128,30 +131,30 @@ def run_train(
         options = stored_options(out, TrainOptions)
     if options.unlabelled:
         raise UsageError("unlabelled is for finetuning: from scratch, images need labels.")
-    train, val = open_train_val(data_name, download=download)
-    check_classes(val, train.num_classes, list(train.class_names))
-    class_names = list(train.class_names)
-    network = new_network(options, class_names)
-    teacher = None if distill is None else open_other(distill, val, options)
-    original = None if against is None else open_other(against, val, options)
-    return finetune(
-        network.model,
-        train,
-        val,
-        network.preprocessing,
-        options,
-        out,
-        save=_saver(network, class_names),
-        suffix=network.suffix,
-        resume=resume,
-        force=force,
-        original=original,
-        teacher=teacher,
-        command=command,
-        entries={"data": data_name, "against": against, "distill": distill},
-        recorded=recorded,
-        on_event=on_event,
-    )
+    options = options.for_this_process()
+    with distributed.process_group(options.resolved_device()):
+        train, val = open_train_val(data_name, download=download)
+        check_classes(val, train.num_classes, list(train.class_names))
+        class_names = list(train.class_names)
+        network = new_network(options, class_names)
+        return finetune(
+            network.model,
+            train,
+            val,
+            network.preprocessing,
+            options,
+            out,
+            save=_saver(network, class_names),
+            suffix=network.suffix,
+            resume=resume or goes_on(out),
+            force=force,
+            original=None if against is None else open_other(against, val, options),
+            teacher=None if distill is None else open_other(distill, val, options),
+            command=command,
+            entries={"data": data_name, "against": against, "distill": distill},
+            recorded=recorded,
+            on_event=on_event,
+        )
 
 
 def _architecture(options: TrainOptions) -> Architecture:

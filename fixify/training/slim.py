@@ -13,11 +13,13 @@ from fixify.checkpoint import is_slim, load, read_info, save
 from fixify.data import check_classes, open_train_val, open_unlabelled, override
 from fixify.errors import FormatError, UsageError
 from fixify.evaluation import check_input_size
+from fixify.training import distributed
 from fixify.training.events import Listener
 from fixify.training.files import BEST_FILE, LAST_FILE
 from fixify.training.logging import stored_options
 from fixify.training.options import FinetuneOptions
 from fixify.training.others import open_other
+from fixify.training.restarting import goes_on
 from fixify.training.run import FinetuneResult, finetune
 
 
@@ -36,7 +38,7 @@ def run_finetune(
     recorded: Mapping[str, str] | None = None,
     on_event: Listener | None = None,
 ) -> FinetuneResult:
-    """Finetune a slim checkpoint.
+    """Finetune a slim checkpoint; in every process that torchrun started, if it did.
 
     The data is checked against the checkpoint (class count; class names and their order, where the checkpoint has
     them), the checkpoint is validated as it came, then trained and validated after each epoch.
@@ -61,6 +63,7 @@ def run_finetune(
         FormatError, CodebookMismatchError: the checkpoint cannot be loaded.
         SourceError, ArchitectureError, NoClassifierError: `against` or `distill` cannot be opened.
         DataError: the data is missing, not laid out as expected, or not the checkpoint's.
+        ConnectionLost: another process ended.
         TrainingError, OutputExistsError, OutputError: see `fixify.training.finetune`.
         UsageError: the checkpoint would be overwritten, or `img_size` does not fit the model.
     """
@@ -69,6 +72,39 @@ def run_finetune(
         raise UsageError(f"The run in {out} would overwrite {source}.", hint="Choose another folder with -o.")
     if options is None:
         options = stored_options(out, FinetuneOptions) if resume else FinetuneOptions()
+    options = options.for_this_process()
+    with distributed.process_group(options.resolved_device()):
+        return _finetune(
+            source,
+            data_name,
+            out,
+            options,
+            against=against,
+            distill=distill,
+            resume=resume or goes_on(out),
+            force=force,
+            download=download,
+            command=command,
+            recorded=recorded,
+            on_event=on_event,
+        )
+
+
+def _finetune(
+    source: Path,
+    data_name: str,
+    out: Path,
+    options: FinetuneOptions,
+    *,
+    against: Path | str | None,
+    distill: Path | str | None,
+    resume: bool,
+    force: bool,
+    download: bool,
+    command: str | None,
+    recorded: Mapping[str, str] | None,
+    on_event: Listener | None,
+) -> FinetuneResult:
     if source.is_file() and not is_slim(source):
         raise FormatError(f"{source} is not a slim checkpoint.", hint=f"Make one first: fixify convert {source}")
     info = read_info(source)
@@ -110,7 +146,7 @@ def run_finetune(
         original=original,
         teacher=teacher,
         command=command,
-        entries={"checkpoint": slim_path, "data": data_name, "against": against, "distill": distill},
+        entries={"checkpoint": source, "data": data_name, "against": against, "distill": distill},
         recorded=recorded,
         on_event=on_event,
     )

@@ -71,7 +71,7 @@ def test_finetune_then_eval(run: Run, stripes: Path, tmp_path: Path) -> None:
     assert "--force" in run("finetune", slim, "--data", data, *QUICK)[2]
     code, out, err = run("finetune", slim, "--data", data, "--resume")
     assert code == 0, err
-    assert "as converted" in out and "after" in out
+    assert "before training" in out and "after" in out
     code, _, err = run("finetune", slim, "--data", data, "--resume", "--lr", 0.7)
     assert code == 1 and "lr was 0.05 and is 0.7" in err
 

@@ -488,7 +488,7 @@ def test_stopping_before_training_leaves_nothing_to_resume(run: Run, tmp_path: P
 def test_other_versions_are_told_on_resuming(run: Run, tmp_path: Path) -> None:
     run(tmp_path, PLAIN)
     state = load(tmp_path / "state.pt")
-    assert set(state["machine"]) == {"fixify", "python", "torch", "torchvision", "timm", "numpy", "device"}
+    assert set(state["machine"]) == {"fixify", "python", "torch", "torchvision", "timm", "numpy", "device", "processes"}
     assert json.loads((tmp_path / "run.json").read_text())["machine"] == state["machine"]
     state["machine"]["torch"] = "0.1"
     write_sealed(tmp_path, state)

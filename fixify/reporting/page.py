@@ -1,0 +1,164 @@
+"""The report of runs as one HTML page that needs nothing else: no network, no script."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from datetime import datetime, timezone
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from fixify import __version__
+from fixify.reporting.charts import Chart, Series, line_chart
+from fixify.reporting.run_report import Report, RunReport, Size
+from fixify.reporting.tables import human_bytes
+
+PAGE_FILE = "report.html"
+
+
+def write_page(report: Report, *, now: datetime | None = None) -> str:
+    """The page's text.
+
+    Args:
+        report: What it says. Names in it come from data and are escaped.
+        now: The time that it is dated with.
+    """
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            runs=report.runs,
+            charts=charts(report.runs),
+            sizes=sizes(report.runs),
+            version=__version__,
+            written=(now or datetime.now(timezone.utc)).strftime("%Y-%m-%d %H:%M UTC"),
+        )
+    )
+
+
+def charts(runs: Sequence[RunReport]) -> list[Chart]:
+    """Accuracy, loss and scale, and the loss by step; a chart without data is left out."""
+    made = [_accuracy(runs), _loss(runs), _scale(runs), _training_loss(runs)]
+    return [chart for chart in made if chart is not None]
+
+
+def sizes(runs: Sequence[RunReport]) -> list[Size]:
+    """Each converted run's original before it, each original once, then the run."""
+    found: list[Size] = []
+    for run in runs:
+        if run.savings is not None:
+            saved = run.savings
+            original = Size(
+                "before fixing",
+                None,
+                saved.parameters_before,
+                saved.classifier_parameters,
+                saved.bytes_before,
+                saved.classifier_bytes_before,
+            )
+            if original not in found:
+                found.append(original)
+        if run.size is not None:
+            found.append(run.size)
+    return found
+
+
+def _accuracy(runs: Sequence[RunReport]) -> Chart | None:
+    series, notes = [], []
+    lowest = min((record.val_top1 for run in runs for record in run.history), default=0.0)
+    highest = max((record.val_top1 for run in runs for record in run.history), default=0.0)
+    for number, run in enumerate(runs):
+        points = [(record.epochs, record.val_top1) for record in run.history]
+        if run.before is not None:
+            # A start at chance level would flatten everything that matters.
+            if run.before.top1 >= lowest - 2 * max(highest - lowest, 5.0):
+                points.insert(0, (0.0, run.before.top1))
+            else:
+                notes.append(f"{run.label} started at {run.before.top1:.2f} %, below this chart.")
+        series.append(Series(run.label, points, number))
+    originals = {run.original_top1 for run in runs if run.original_top1 is not None}
+    original = next(iter(originals)) if len(originals) == 1 else None
+    if original is not None:
+        notes.append(f"Level line: the original, {original:.2f} %.")
+    what = "Agreement with the teacher" if all(run.agreement for run in runs) else "Validation top-1"
+    return line_chart(
+        "accuracy",
+        f"{what}, %",
+        series,
+        x_label="epoch",
+        unit=" %",
+        reference=None if original is None else (original, "original"),
+        limits=(0.0, 100.0),
+        caption=" ".join(notes),
+    )
+
+
+def _loss(runs: Sequence[RunReport]) -> Chart | None:
+    series = []
+    for number, run in enumerate(runs):
+        series.append(Series(run.label, [(record.epochs, record.val_loss) for record in run.history], number))
+        trained = [(record.epochs, record.train_loss) for record in run.history if record.train_loss is not None]
+        series.append(Series("", trained, number, dashed=True))
+    return line_chart(
+        "loss",
+        "Loss",
+        series,
+        x_label="epoch",
+        limits=(0.0, float("inf")),
+        caption="Solid: validation. Dashed: training, with augmentation and while the weights moved.",
+    )
+
+
+def _scale(runs: Sequence[RunReport]) -> Chart | None:
+    series = []
+    for number, run in enumerate(runs):
+        of_steps = [(float(record.step), record.scale) for record in run.steps if record.scale is not None]
+        of_history = [(float(record.step), record.scale) for record in run.history if record.scale is not None]
+        series.append(Series(run.label, of_steps or of_history, number))
+    return line_chart(
+        "scale",
+        "Scale alpha of the fixed head",
+        series,
+        x_label="step (logarithmic)",
+        log_x=True,
+        caption="Figure 1 of the paper: from random weights, the scale grew with the logarithm of the step.",
+    )
+
+
+def _training_loss(runs: Sequence[RunReport]) -> Chart | None:
+    return line_chart(
+        "training-loss",
+        "Training loss by step",
+        [
+            Series(run.label, [(float(record.step), record.loss) for record in run.steps], number)
+            for number, run in enumerate(runs)
+        ],
+        x_label="step (logarithmic)",
+        log_x=True,
+        limits=(0.0, float("inf")),
+        caption="Mean over the steps since the point before.",
+    )
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("fixify.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["bytes"] = human_bytes
+    environment.filters["number"] = lambda value: f"{value:,}"
+    environment.filters["plain"] = _plain
+    return environment
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return " ".join(_plain(item) for item in value)
+    return "not set" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,288 @@
+"""What the report of runs says: plain data, which `--json` prints and the page shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fixify.confusions import Confusions
+from fixify.counts import Savings
+from fixify.evaluation import Metrics
+from fixify.reporting.runs import Run
+from fixify.training import EpochRecord
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters and bytes of a model; those of the classifier are part of them.
+
+    Attributes:
+        name: Whose.
+        style: Number of the run, for its colour; None for a model that was not run.
+    """
+
+    name: str
+    style: int | None
+    parameters: int
+    classifier_parameters: int
+    bytes: int
+    classifier_bytes: int
+
+
+@dataclass(frozen=True)
+class TakenFor:
+    name: str
+    images: int
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """A class that a run gets wrong.
+
+    Attributes:
+        name: Of the class.
+        right, images: Validation images.
+        taken_for: The classes that the others were taken for most often.
+        elsewhere: Images of it that each other run gets right, by the run's label; None if its classes are others.
+    """
+
+    name: str
+    right: int
+    images: int
+    taken_for: tuple[TakenFor, ...]
+    elsewhere: dict[str, int | None]
+
+
+@dataclass(frozen=True)
+class ClassReport:
+    """The classes of a run's last validation.
+
+    Attributes:
+        step: Updates of the weights before it.
+        total: Classes that have images.
+        all_right: Those of which every image is right.
+        half_wrong: Those of which fewer than half are right.
+        worst: The worst, at most 20.
+    """
+
+    step: int
+    total: int
+    all_right: int
+    half_wrong: int
+    worst: tuple[ClassRow, ...]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """One run.
+
+    Attributes:
+        label: Its name on the page.
+        head: The kind of its fixed head, or "learned".
+        architecture: Its name; None if the run is older than that.
+        command: What started it; None if it was started from Python, or is older than that.
+        data: Name of the data; `train_images` and `val_images` of it.
+        epochs_done, epochs: How far it is, of how many.
+        best: The validation with the highest top-1; None before the first.
+        before, original: Metrics of the model as it came, and of the original.
+        original_top1: The original's top-1, percent, measured or given.
+        agreement: Whether there were no labels, so that top-1 is agreement with the teacher.
+        images_per_second: Training throughput at the last validation.
+        size: Parameters and bytes; None if the run is older than that.
+        savings: Before and after the conversion, if the model was converted.
+        history, steps: Every line of metrics.jsonl and steps.jsonl.
+        classes: Its worst classes; None if they were not recorded.
+        options: How it was trained.
+        facts: What else is known of it, name -> text.
+    """
+
+    label: str
+    head: str
+    architecture: str | None
+    command: str | None
+    data: str
+    train_images: int | None
+    val_images: int | None
+    epochs_done: float
+    epochs: int
+    best: EpochRecord | None
+    before: Metrics | None
+    original: Metrics | None
+    original_top1: float | None
+    agreement: bool
+    images_per_second: float | None
+    size: Size | None
+    savings: Savings | None
+    history: tuple[EpochRecord, ...]
+    steps: tuple[Any, ...]
+    classes: ClassReport | None
+    options: dict[str, Any]
+    facts: dict[str, str]
+
+    @property
+    def is_learned(self) -> bool:
+        return self.head == "learned"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Runs side by side.
+
+    Attributes:
+        runs: In the order given.
+        differences: Options that are not the same in all runs: name -> the value of each.
+        verdict: What came of it, in sentences.
+    """
+
+    runs: tuple[RunReport, ...]
+    differences: dict[str, tuple[Any, ...]]
+    verdict: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        return asdict(self)
+
+
+def report_runs(runs: Sequence[Run]) -> Report:
+    """Put runs side by side."""
+    reports = tuple(_report(run, number, runs) for number, run in enumerate(runs))
+    return Report(reports, _differences(reports), tuple(_verdict(reports)))
+
+
+def _report(run: Run, number: int, runs: Sequence[Run]) -> RunReport:
+    facts, last = run.facts, run.history[-1] if run.history else None
+    savings = run.model.get("savings")
+    return RunReport(
+        label=run.label,
+        head=run.head,
+        architecture=run.model.get("architecture"),
+        command=facts.get("command"),
+        data=str(facts.get("data", "")),
+        train_images=facts.get("train_images"),
+        val_images=facts.get("val_images"),
+        epochs_done=0 if last is None else round(last.epochs, 4),
+        epochs=int(run.options.get("epochs", 0)),
+        best=run.best,
+        before=run.before,
+        original=run.original,
+        original_top1=run.original_top1,
+        agreement="val_labels" in facts,
+        images_per_second=None if last is None else last.images_per_second,
+        size=_size(run, number, None if savings is None else Savings.from_dict(savings)),
+        savings=None if savings is None else Savings.from_dict(savings),
+        history=run.history,
+        steps=run.steps,
+        classes=None if run.confusions is None else _classes(run, run.confusions, runs),
+        options=run.options,
+        facts=_facts(run),
+    )
+
+
+def _size(run: Run, number: int, savings: Savings | None) -> Size | None:
+    model = run.model
+    if savings is not None:  # what the slim checkpoint stores
+        rest = savings.parameters_before - savings.classifier_parameters
+        return Size(
+            run.label,
+            number,
+            savings.parameters_after,
+            savings.parameters_after - rest,
+            savings.bytes_after,
+            savings.classifier_bytes_after,
+        )
+    counts = [model.get(name) for name in ("parameters", "classifier_parameters", "bytes", "classifier_bytes")]
+    whole = [count for count in counts if isinstance(count, int)]
+    # A run that is older than these facts has none of them.
+    return Size(run.label, number, *whole) if len(whole) == len(counts) else None
+
+
+def _facts(run: Run) -> dict[str, str]:
+    facts = run.facts
+    counts = [
+        f"{facts[name]:,} {what}"
+        for name, what in (("train_images", "training"), ("val_images", "validation images"))
+        if name in facts
+    ]
+    classes = f"{len(run.class_names):,}" if run.class_names else None
+    found = {
+        "model": run.model.get("architecture"),
+        "checkpoint": facts.get("checkpoint"),
+        "data": facts.get("data"),
+        "images": " and ".join(counts) or None,
+        "classes": classes,
+        "original": (facts.get("original") or {}).get("name"),
+        "teacher": (facts.get("teacher") or {}).get("name"),
+        "device": facts.get("device"),
+        "seed": run.options.get("seed"),
+        "fixify": facts.get("fixify"),
+    }
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def _classes(run: Run, found: Confusions, runs: Sequence[Run]) -> ClassReport:
+    names = run.class_names
+    others = [other for other in runs if other is not run]
+
+    def name_of(label: int) -> str:
+        return names[label] if label < len(names) else str(label)
+
+    def right_in(other: Run, label: int) -> int | None:
+        same = other.confusions is not None and other.class_names == names
+        return other.confusions.right[label] if same and other.confusions is not None else None
+
+    rows = tuple(
+        ClassRow(
+            name_of(row.label),
+            found.right[row.label],
+            found.images[row.label],
+            tuple(TakenFor(name_of(label), count) for label, count in row.taken_for),
+            {other.label: right_in(other, row.label) for other in others},
+        )
+        for row in found.worst
+    )
+    present = [(right, images) for right, images in zip(found.right, found.images, strict=True) if images]
+    return ClassReport(
+        step=run.history[-1].step if run.history else 0,
+        total=len(present),
+        all_right=sum(right == images for right, images in present),
+        half_wrong=sum(2 * right < images for right, images in present),
+        worst=rows,
+    )
+
+
+def _differences(reports: Sequence[RunReport]) -> dict[str, tuple[Any, ...]]:
+    names = dict.fromkeys(name for report in reports for name in report.options)
+    values = {name: tuple(report.options.get(name) for report in reports) for name in names}
+    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+
+
+def _verdict(reports: Sequence[RunReport]) -> list[str]:
+    """The fixed runs against the first learned one; without one, against the original."""
+    learned = next((report for report in reports if report.is_learned and report.best is not None), None)
+    said = []
+    for report in reports:
+        if report.best is None:
+            said.append(f"{report.label} has no validation yet.")
+            continue
+        top1 = report.best.val_top1
+        what = "agreement with the teacher" if report.agreement else "validation top-1"
+        if report.is_learned:
+            said.append(f"{report.label} (learned classifier): {what} {top1:.2f} %.")
+            continue
+        sentence = f"{report.label} ({report.head} head): {what} {top1:.2f} %"
+        if learned is not None and learned.best is not None:
+            sentence += f", {_gap(top1 - learned.best.val_top1)} the learned classifier of {learned.label}"
+        elif report.original_top1 is not None:
+            sentence += f", {_gap(top1 - report.original_top1)} the original"
+        if report.savings is not None and report.savings.classifier_bytes_before:
+            before, after = report.savings.classifier_bytes_before, report.savings.classifier_bytes_after
+            sentence += f"; its classifier takes {100 * after / before:.1f} % of the bytes that the original's took"
+        said.append(f"{sentence}.")
+    return said
+
+
+def _gap(points: float) -> str:
+    if abs(points) < 0.005:
+        return "the same as"
+    return f"{abs(points):.2f} points {'above' if points > 0 else 'below'}"

@@ -1,0 +1,165 @@
+"""Reading the folder of a run, as `fixify finetune` and `fixify train` leave it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fixify.confusions import Confusions
+from fixify.errors import FormatError
+from fixify.evaluation import Metrics
+from fixify.sources.folders import holds_one_checkpoint
+from fixify.training import EpochRecord
+from fixify.training.logging import CONFUSIONS_FILE, METRICS_FILE, RUN_FILE, STEPS_FILE
+from fixify.training.steps import StepRecord
+
+_Record = TypeVar("_Record")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left.
+
+    Attributes:
+        folder: Where it is.
+        label: A short name, different from those of the runs beside it.
+        facts: Everything in run.json: data, class_names, options, and where it is new enough command and model.
+        history: Every validation.
+        steps: The thin log of steps.
+        confusions: What the last validation got wrong; None if it was not recorded.
+        before, original: Metrics of the model as it came, and of the original, if they were measured.
+    """
+
+    folder: Path
+    label: str
+    facts: dict[str, Any]
+    history: tuple[EpochRecord, ...]
+    steps: tuple[StepRecord, ...]
+    confusions: Confusions | None
+    before: Metrics | None
+    original: Metrics | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How it was trained."""
+        return dict(self.facts["options"])
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """See `fixify.training.model_facts`; empty if the run is older than that."""
+        return dict(self.facts.get("model") or {})
+
+    @property
+    def head(self) -> str:
+        """The kind of its fixed head, or "learned"; of an older run by whether it has a scale."""
+        scaled = any(record.scale is not None for record in self.history)
+        return str(self.model.get("head") or ("fixed" if scaled else "learned"))
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the classifier is an ordinary one."""
+        return self.head == "learned"
+
+    @property
+    def best(self) -> EpochRecord | None:
+        """As in `fixify.training`: the highest top-1, of equal ones the lowest loss."""
+        return max(self.history, key=lambda record: (record.val_top1, -record.val_loss), default=None)
+
+    @property
+    def class_names(self) -> list[str]:
+        return [str(name) for name in self.facts.get("class_names") or ()]
+
+    @property
+    def original_top1(self) -> float | None:
+        """Percent; None if it was neither measured nor given."""
+        return self.options.get("original_top1") if self.original is None else self.original.top1
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs that a path means: its own, or those of its subfolders, sorted; none if it means a checkpoint."""
+    if not folder.is_dir():
+        return []
+    if _is_run(folder):
+        return [folder]
+    if holds_one_checkpoint(folder):
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path))
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read runs, and tell them apart by name.
+
+    Raises:
+        FormatError: a file of one is missing or damaged.
+    """
+    unique = list(dict.fromkeys(folder.resolve() for folder in folders))
+    return [_read(folder, label) for folder, label in zip(unique, _labels(unique), strict=True)]
+
+
+def _is_run(folder: Path) -> bool:
+    """run.json may be another program's, too."""
+    try:
+        content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "fixify" in content and isinstance(content.get("options"), dict)
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    names = [folder.name for folder in folders]
+    if len(set(names)) == len(names):
+        return names
+    common = Path(os.path.commonpath(folders))
+    return [str(folder.relative_to(common)) for folder in folders]
+
+
+def _read(folder: Path, label: str) -> Run:
+    facts = _json(folder / RUN_FILE)
+    measured = [
+        _parsed(folder / RUN_FILE, lambda values: None if values is None else Metrics(**values), facts.get(name))
+        for name in ("before", "original_metrics")
+    ]
+    confusions = None
+    if (folder / CONFUSIONS_FILE).exists():
+        confusions = _parsed(folder / CONFUSIONS_FILE, Confusions.from_dict, _json(folder / CONFUSIONS_FILE))
+    return Run(
+        folder=folder,
+        label=label,
+        facts=facts,
+        history=_lines(folder / METRICS_FILE, EpochRecord),
+        steps=_lines(folder / STEPS_FILE, StepRecord) if (folder / STEPS_FILE).exists() else (),
+        confusions=confusions,
+        before=measured[0],
+        original=measured[1],
+    )
+
+
+def _lines(path: Path, record: Callable[..., _Record]) -> tuple[_Record, ...]:
+    lines = _text(path).splitlines()
+    return tuple(_parsed(path, lambda text: record(**json.loads(text)), line) for line in lines)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return _parsed(path, lambda text: dict(json.loads(text)), _text(path))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise FormatError(f"The run in {path.parent} cannot be read: {path.name}: {reason}.") from error
+
+
+def _parsed(path: Path, parse: Callable[[Any], _Record], value: Any) -> _Record:
+    try:
+        return parse(value)
+    except (ValueError, TypeError, KeyError) as error:
+        raise FormatError(
+            f"The run in {path.parent} is damaged: {path.name} is not what fixify writes ({error}).",
+            hint="Resuming the run writes its logs anew.",
+        ) from error
