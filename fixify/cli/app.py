@@ -58,7 +58,7 @@ def _root(
 
 
 def main() -> None:
-    """Run the program. Exit codes: 0 done, 1 failed, 2 bad usage, 3 a check did not hold, 130 interrupted."""
+    """Run the program. Exit codes: 0 done, 1 failed, 2 bad usage, 3 a check did not hold, 130 or 143 interrupted."""
     leave_if_told()
     silence_all_but_first()
     try:

@@ -123,7 +123,7 @@ def finetune(
         bool | None, _option("Spread the model over the processes (FSDP2).", "--shard", panel=_MACHINE)
     ] = None,
     save_minutes: Annotated[
-        float | None, _option("Write the state so often, not only after validations. Default: 10.", panel=_MACHINE)
+        float | None, _option("Write the state so often, not only after validations. Default: 10.0.", panel=_MACHINE)
     ] = None,
     workers: Annotated[
         int | None, _option("Loader processes. Default: fits the machine.", "-j", "--workers", panel=_MACHINE)

@@ -30,7 +30,7 @@ def train(
     save_minutes: Annotated[
         float | None,
         typer.Option(
-            help="Write the state so often, not only after validations. Default: 10.",
+            help="Write the state so often, not only after validations. Default: 10.0.",
             rich_help_panel=_MACHINE,
             show_default=False,
         ),

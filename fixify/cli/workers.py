@@ -31,7 +31,8 @@ def silence_all_but_first() -> None:
 
 def speak() -> None:
     """Undo that, for what only this process knows."""
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    if is_worker():  # else nothing was undone, and a caller may have put its own streams there
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
 def leave_if_told() -> None:

@@ -209,7 +209,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(stripes: Path, tmp_path: Path) -> No
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers as well
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 128 + signal.SIGINT
     assert "Stopped in epoch " in err and "--resume" in err
     assert "Traceback" not in err
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
