@@ -67,6 +67,9 @@ def finetune(
     layer_decay: Annotated[float | None, _option("Each layer's rate, as a multiple of that of the one above.")] = None,
     freeze: Annotated[int | None, _option("So many first stages do not learn. Default: 0.")] = None,
     nan_skip: Annotated[int | None, _option("Skip at most so many steps that are not finite. Default: 0.")] = None,
+    max_unreadable: Annotated[
+        float | None, _option("Share of the images that may be unreadable. Default: 0.01.")
+    ] = None,
     seed: Annotated[int | None, _option("Fixes order, augmentation, dropout. Default: 0.")] = None,
     img_size: Annotated[int | None, _option("Side of the images. Default: the checkpoint's.")] = None,
     crop_pct: Annotated[float | None, _option("Center crop in validation. Default: the checkpoint's.")] = None,

@@ -7,6 +7,7 @@ from fixify.data.names import DATA_NAMES, open_data, open_train_val
 from fixify.data.opened import ImageSource, OpenedData, Split, Subset
 from fixify.data.preprocessing import override
 from fixify.data.unlabelled import draw_images, open_unlabelled
+from fixify.data.unreadable import Unreadable, UnreadableImages
 
 __all__ = [
     "DATA_NAMES",
@@ -17,6 +18,8 @@ __all__ = [
     "Share",
     "Split",
     "Subset",
+    "Unreadable",
+    "UnreadableImages",
     "check_classes",
     "default_workers",
     "draw_images",

@@ -19,10 +19,11 @@ from fixify.training.events import EpochRecord
 from fixify.training.options import FinetuneOptions
 from fixify.training.recipe_file import recipe_text
 from fixify.training.steps import StepRecord
+from fixify.training.unreadable import UNREADABLE_FILE
 
 RUN_FILE, RECIPE_FILE, METRICS_FILE, SUMMARY_FILE = "run.json", "recipe.yaml", "metrics.jsonl", "summary.csv"
 STEPS_FILE, CONFUSIONS_FILE = "steps.jsonl", "confusions.json"
-LOG_FILES = (RUN_FILE, RECIPE_FILE, METRICS_FILE, SUMMARY_FILE, STEPS_FILE, CONFUSIONS_FILE)
+LOG_FILES = (RUN_FILE, RECIPE_FILE, METRICS_FILE, SUMMARY_FILE, STEPS_FILE, CONFUSIONS_FILE, UNREADABLE_FILE)
 
 Options = TypeVar("Options", bound=FinetuneOptions)
 
@@ -36,6 +37,16 @@ def write_logs(folder: Path, history: Sequence[EpochRecord], steps: Sequence[Ste
     write_atomic(folder / METRICS_FILE, _lines(history))
     write_atomic(folder / SUMMARY_FILE, _summary(history))
     write_atomic(folder / STEPS_FILE, _lines(steps))
+
+
+def write_unreadable(folder: Path, messages: Mapping[str, Sequence[str]]) -> None:
+    """Write what is wrong with which images of each split, one a line.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    lines = "".join(f"{split}: {message}\n" for split, found in messages.items() for message in found)
+    write_atomic(folder / UNREADABLE_FILE, lines)
 
 
 def write_confusions(folder: Path, step: int, found: Confusions) -> None:

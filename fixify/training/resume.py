@@ -44,6 +44,7 @@ class Progress:
         original: Metrics of the model whose accuracy is the goal, if it was evaluated.
         before: Metrics of the model as it came.
         history: One record a validation.
+        unreadable: What was wrong with the images that could not be read, of "train" and "val".
         steps: The thin log of steps.
         window_loss, window_images: Sums since the last record of it.
     """
@@ -60,6 +61,7 @@ class Progress:
     original: Metrics | None = None
     before: Metrics | None = None
     history: list[EpochRecord] = field(default_factory=list)
+    unreadable: dict[str, list[str]] = field(default_factory=dict)
     steps: list[StepRecord] = field(default_factory=list)
     window_loss: float = 0.0
     window_images: int = 0
