@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fixify.cli.options import Force, Json, RecipeName, Set
+from fixify.cli.options import ClassMap, Force, Json, RecipeName, Set
 from fixify.cli.output import Output
 from fixify.cli.watching import TensorBoard, Track, watching
 
@@ -49,6 +49,7 @@ def train(
         str | None,
         typer.Option(help="cpu, cuda, mps ... Default: auto.", rich_help_panel=_MACHINE, show_default=False),
     ] = None,
+    class_map: ClassMap = None,
     track: Track = None,
     tensorboard: TensorBoard = False,
     force: Force = False,
@@ -85,6 +86,7 @@ def train(
             resume=resume,
             force=force,
             download=download,
+            class_map=class_map,
             command=as_typed(),
             on_event=tell,
         )

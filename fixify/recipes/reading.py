@@ -28,6 +28,7 @@ class Recipe:
         finetune: Options of `fixify.training.run_finetune`; None without such a section.
         train: Options of `fixify.training.run_train`; None without such a section.
         data: Data name; None if the recipe names none, as for the following.
+        class_map: Which class has which label.
         checkpoint: The slim checkpoint to finetune.
         against: The original, whose top-1 is measured.
         distill: The teacher.
@@ -43,6 +44,7 @@ class Recipe:
     train: TrainOptions | None
     overridden: tuple[tuple[str, str], ...]
     data: str | None = None
+    class_map: str | None = None
     checkpoint: str | None = None
     against: str | None = None
     distill: str | None = None

@@ -29,6 +29,7 @@ def run_recipe(
     resume: bool = False,
     force: bool = False,
     download: bool = False,
+    class_map: Path | str | None = None,
     command: str | None = None,
     on_event: Listener | None = None,
 ) -> FinetuneResult:
@@ -42,6 +43,7 @@ def run_recipe(
         resume: Continue the run in `out`.
         force: Replace the run in `out`.
         download: Whether `torch/...` data may be downloaded.
+        class_map: Instead of the recipe's.
         command: What was typed, for the record.
         on_event: Told what happens.
 
@@ -66,6 +68,7 @@ def run_recipe(
             resume=resume,
             force=force,
             download=download,
+            class_map=recipe.class_map if class_map is None else class_map,
             command=command,
             recorded=recorded,
             on_event=on_event,
@@ -85,6 +88,7 @@ def run_recipe(
         resume=resume,
         force=force,
         download=download,
+        class_map=recipe.class_map if class_map is None else class_map,
         command=command,
         recorded=recorded,
         on_event=on_event,

@@ -93,7 +93,7 @@ class Recorded(BaseModel):
 
 
 # What a recipe is about: names and files, as on the command line.
-ENTRIES = ("data", "checkpoint", "against", "distill")
+ENTRIES = ("data", "class_map", "checkpoint", "against", "distill")
 
 
 def _recipe_model() -> type[BaseModel]:

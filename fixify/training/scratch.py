@@ -14,7 +14,7 @@ from torch import nn
 from fixify.checkpoint import SUFFIX as FIXED_SUFFIX
 from fixify.checkpoint import SlimInfo, save
 from fixify.counts import Savings, classifier_weights, count_bytes, count_parameters
-from fixify.data import check_classes, open_train_val, override
+from fixify.data import DataOptions, check_classes, open_train_val, override
 from fixify.data.preprocessing import channels_of
 from fixify.data.seeding import derive_seed, seeded_globals
 from fixify.errors import UsageError
@@ -28,6 +28,7 @@ from fixify.training.logging import stored_options
 from fixify.training.others import open_other
 from fixify.training.restarting import goes_on
 from fixify.training.run import FinetuneResult, finetune
+from fixify.training.slim import class_map_facts
 from fixify.training.train_options import TrainOptions
 from fixify.zoo.architectures import Architecture, build, parse_architecture, preprocessing
 from fixify.zoo.classifiers import find_classifiers
@@ -96,6 +97,7 @@ def run_train(
     resume: bool = False,
     force: bool = False,
     download: bool = False,
+    class_map: Path | str | None = None,
     command: str | None = None,
     recorded: Mapping[str, str] | None = None,
     on_event: Listener | None = None,
@@ -115,6 +117,7 @@ def run_train(
         resume: Continue the run in `out_dir`.
         force: Replace the run in `out_dir`.
         download: Whether `torch/...` data may be downloaded.
+        class_map: A file that says which class of the data has which label; see `fixify.data.DataOptions`.
         command: What was typed, for the record.
         recorded: See `fixify.training.finetune`.
         on_event: Told what happens.
@@ -133,7 +136,8 @@ def run_train(
         raise UsageError("unlabelled is for finetuning: from scratch, images need labels.")
     options = options.for_this_process()
     with distributed.process_group(options.resolved_device()):
-        train, val = open_train_val(data_name, download=download)
+        reading = DataOptions(options.class_order, class_map, options.input_key, options.target_key)
+        train, val = open_train_val(data_name, download=download, options=reading)
         check_classes(val, train.num_classes, list(train.class_names))
         class_names = list(train.class_names)
         network = new_network(options, class_names)
@@ -148,10 +152,11 @@ def run_train(
             suffix=network.suffix,
             resume=resume or goes_on(out),
             force=force,
+            facts={} if class_map is None else {"class_map": class_map_facts(class_map)},
             original=None if against is None else open_other(against, val, options),
             teacher=None if distill is None else open_other(distill, val, options),
             command=command,
-            entries={"data": data_name, "against": against, "distill": distill},
+            entries={"data": data_name, "class_map": class_map, "against": against, "distill": distill},
             recorded=recorded,
             on_event=on_event,
         )

@@ -141,7 +141,7 @@ def _finetune(
 
     facts = {"checkpoint": source.name, "checkpoint_sha256": sha256_of(source), "class_names": stored_names}
     if class_map is not None:
-        facts["class_map"] = {"name": Path(class_map).name, "sha256": sha256_of(Path(class_map))}
+        facts["class_map"] = class_map_facts(class_map)
     teacher = None if distill is None else open_other(distill, val, options)
     original = None if against is None else open_other(against, val, options)
     if original is None and options.max_drop is not None and options.original_top1 is None:
@@ -160,7 +160,18 @@ def _finetune(
         original=original,
         teacher=teacher,
         command=command,
-        entries={"checkpoint": source, "data": data_name, "against": against, "distill": distill},
+        entries={
+            "checkpoint": source,
+            "data": data_name,
+            "against": against,
+            "distill": distill,
+            "class_map": class_map,
+        },
         recorded=recorded,
         on_event=on_event,
     )
+
+
+def class_map_facts(class_map: Path | str) -> dict[str, str]:
+    """What a run records of its class map."""
+    return {"name": Path(class_map).name, "sha256": sha256_of(Path(class_map))}
