@@ -31,7 +31,8 @@ def silence_all_but_first() -> None:
 
 def speak() -> None:
     """Undo that, for what only this process knows."""
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    if is_worker():  # elsewhere somebody may have redirected them
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
 def leave_if_told() -> None:
