@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fixify.cli.options import Force, Json, Recipe, Set
+from fixify.cli.options import ClassMap, ClassOrder, Data, Force, InputKey, Json, Recipe, Set, TargetKey
 from fixify.cli.output import Output
 from fixify.cli.watching import TensorBoard, Track, watching
 from fixify.cli.workers import is_worker
@@ -26,7 +26,7 @@ def _option(
 
 def finetune(
     context: typer.Context,
-    data: Annotated[str, typer.Option(help="A folder with train/ and val/, or a name: imagenet, fashion-mnist ...")],
+    data: Data,
     slim: Annotated[
         Path | None, typer.Argument(help="A slim checkpoint. Default: the one in this folder.", show_default=False)
     ] = None,
@@ -129,6 +129,10 @@ def finetune(
         int | None, _option("Loader processes. Default: fits the machine.", "-j", "--workers", panel=_MACHINE)
     ] = None,
     device: Annotated[str | None, _option("cpu, cuda, mps ... Default: auto.", panel=_MACHINE)] = None,
+    class_map: ClassMap = None,
+    class_order: ClassOrder = None,
+    input_key: InputKey = None,
+    target_key: TargetKey = None,
     track: Track = None,
     tensorboard: TensorBoard = False,
     force: Force = False,
@@ -137,7 +141,8 @@ def finetune(
     """Train a slim checkpoint, so that the network fits its fixed classifier.
 
     Leaves best.fixed.safetensors and last.fixed.safetensors in the folder of the run, with metrics.jsonl, timm's
-    summary.csv, and the state that --resume continues from. The data's classes have to be the checkpoint's.
+    summary.csv, and the state that --resume continues from. The data's classes have to be the checkpoint's; labels go
+    by their names, where it has them.
     With --max-drop 0.5 --against ORIGINAL --val-every 100 it trains no longer than it has to.
     """
     from fixify.cli.command_line import as_typed
@@ -178,6 +183,7 @@ def finetune(
             resume=resume,
             force=force,
             download=download,
+            class_map=class_map,
             command=as_typed(),
             on_event=tell,
         )

@@ -73,6 +73,7 @@ class FinetuneOptions(BaseModel):
         unlabelled: Learn from the teacher alone; labels are not used, and need not exist.
         last_block_epochs: First train only the last blocks, for so many passes over features that are computed once,
             without augmentation, for as many images as fit into 2 GiB; 0 does not.
+        class_order, input_key, target_key: How labels are read; see `fixify.data.DataOptions`.
         seed: Fixes order, augmentation and dropout.
         workers: Loader processes; None fits the machine.
         device: "auto", or torch's name of a device.
@@ -114,6 +115,9 @@ class FinetuneOptions(BaseModel):
     distill_weight: float = Field(default=0.5, gt=0, le=1)
     distill_temperature: float = Field(default=4.0, gt=0, allow_inf_nan=False)
     unlabelled: bool = False
+    class_order: Literal["natural", "lexical"] | None = None
+    input_key: str | None = None
+    target_key: str | None = None
     amp: Literal["none", "bf16", "fp16"] = "none"
     channels_last: bool = False
     compile: bool = False

@@ -233,7 +233,11 @@ def _compare_images(folder: Path, stored: dict[str, Any], given: dict[str, Any])
         if stored.get(f"{split}_listing") == given.get(f"{split}_listing"):
             continue
         was, now = stored[f"{split}_images"], given[f"{split}_images"]
-        how = f"there were {was:,} and are {now:,}" if was != now else f"{now:,} as before, of other names or sizes"
+        how = (
+            f"there were {was:,} and are {now:,}"
+            if was != now
+            else f"{now:,} as before, of other names, sizes or labels"
+        )
         raise TrainingError(
             f"The {which} images are not those that the run in {folder} was started with: {how}.",
             hint="Bring the data back to what it was, or start another run with -o.",
