@@ -23,14 +23,14 @@ def floored(spread: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def update_running_(center: Tensor, spread: Tensor, num_batches: Tensor, features: Tensor) -> None:
+def update_running_(center: Tensor, spread: Tensor | None, num_batches: Tensor, features: Tensor) -> None:
     """One step of the exponentially weighted mean and deviation, in place.
 
     The first batch sets them and the next are averaged evenly until a batch's share has fallen to `MOMENTUM`. What the
     mean moves by counts as variance, so that batches of one sample are right too. An empty batch changes nothing.
 
     Args:
-        center, spread: Running mean and deviation, [N].
+        center, spread: Running mean and deviation, [N]; the deviation may be left out.
         num_batches: Batches seen, int64 [].
         features: [..., N], float32 or float64.
     """
@@ -39,12 +39,13 @@ def update_running_(center: Tensor, spread: Tensor, num_batches: Tensor, feature
         return
     weight = (1.0 / (num_batches + 1).to(features.dtype)).clamp_min(MOMENTUM)
     mean = features.mean(dim=0)
-    variance = (features - mean).square().mean(dim=0)
     shift = mean - center
-    old_share = torch.where(num_batches == 0, torch.zeros_like(weight), 1.0 - weight)
-    new_variance = old_share * (spread.to(features.dtype).square() + weight * shift.square()) + weight * variance
+    if spread is not None:
+        variance = (features - mean).square().mean(dim=0)
+        old_share = torch.where(num_batches == 0, torch.zeros_like(weight), 1.0 - weight)
+        new_variance = old_share * (spread.to(features.dtype).square() + weight * shift.square()) + weight * variance
+        spread.copy_(new_variance.sqrt())
     center.copy_(center + weight * shift)
-    spread.copy_(new_variance.sqrt())
     num_batches.add_(1)
 
 
