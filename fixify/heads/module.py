@@ -198,9 +198,9 @@ class FixedClassifier(nn.Module):
     def extra_repr(self) -> str:
         parts = [f"{self.spec.kind}", f"in_features={self.in_features}", f"out_features={self.out_features}"]
         parts += [f"bias={self.bias is not None}"]
-        parts += [name for name in ("fixed_scale", "matched", "gains") if getattr(self.spec, name)]
-        if self.spec.standardize:
-            parts.append(f"standardize={self.spec.standardize}")
+        parts += [name for name in ("standardize", "fixed_scale", "matched", "gains") if getattr(self.spec, name)]
+        if self.spec.standardize == "center":
+            parts[parts.index("standardize")] = "standardize='center'"
         if self.spec.bits_per_class is not None:
             parts.append(f"bits_per_class={self.spec.bits_per_class}")
         if not self.spec.normalize:
