@@ -11,7 +11,8 @@ one. Accuracy is top-1 on held-out typefaces (Fashion-MNIST: test images).
 
 Every trained row has its own learning rate, found by the same search: with the first seed, 0.002 and 0.006 are tried,
 then further factors of 3 in the direction of the better until one is worse. What decides is the accuracy at the end on
-images that are neither trained on nor reported: every third of those held out. Every trial is in --out, with what it had there (`tuned_on`). A trial that is there already is not run again.
+images that are neither trained on nor reported: every third of those held out. Every trial is in --out, with what it
+had there (`tuned_on`). A trial that is there already is not run again.
 """
 
 from __future__ import annotations
