@@ -69,20 +69,14 @@ class Answers:
 
     def __init__(self) -> None:
         self._batches: list[Tensor] = []
-        self.num_classes = 0
 
-    def add(self, labels: Tensor, guesses: Tensor, num_classes: int) -> None:
+    def add(self, labels: Tensor, guesses: Tensor) -> None:
         """Add a batch: int64 [B] and [B], on the same device."""
         self._batches.append(torch.stack([labels, guesses]).to(torch.int32))
-        self.num_classes = num_classes
 
     def pairs(self) -> Tensor:
         """Every (label, answer) so far, int32 [2, images], on the CPU."""
         return torch.cat(self._batches, dim=1).cpu() if self._batches else torch.zeros(2, 0, dtype=torch.int32)
-
-    def confusions(self) -> Confusions:
-        """Count them."""
-        return confusions(self.pairs().numpy(), self.num_classes)
 
 
 def confusions(pairs: np.ndarray, num_classes: int, *, worst: int = WORST) -> Confusions:

@@ -99,17 +99,34 @@ def evaluate(
         DataError: there are no images.
     """
     started = time.perf_counter()
-    sums = _Sums()
+    sums = add_up(
+        model, loader, device=device, amp=amp, channels_last=channels_last, on_batch=on_batch, answers=answers
+    )
+    return sums.metrics(time.perf_counter() - started)
+
+
+def add_up(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device,
+    amp: Precision = "none",
+    channels_last: bool = False,
+    on_batch: Callable[[int], object] | None = None,
+    answers: Answers | None = None,
+) -> MetricSums:
+    """What `evaluate` makes its metrics of, for a part of the images; there may be none."""
+    sums = MetricSums(device)
     with eval_mode(model), torch.no_grad():
         for images, labels in loader:
             logits = _logits(model, images, device, amp, channels_last)
             labels = labels.to(device, non_blocking=True)
             sums.add(logits, labels)
             if answers is not None:
-                answers.add(labels, logits.argmax(dim=-1), logits.shape[-1])
+                answers.add(labels, logits.argmax(dim=-1))
             if on_batch is not None:
                 on_batch(sums.num_images)
-    return sums.metrics(time.perf_counter() - started)
+    return sums
 
 
 def compare(
@@ -137,7 +154,7 @@ def compare(
         DataError: there are no images, the loaders differ, or the models have different numbers of classes.
     """
     started = time.perf_counter()
-    sums = (_Sums(), _Sums())
+    sums = (MetricSums(device), MetricSums(device))
     same = confident = confident_same = only_first = only_second = torch.zeros((), dtype=torch.int64, device=device)
     with eval_mode(first), eval_mode(second), torch.no_grad():
         for (images, labels), (other_images, other_labels) in _paired(loader, second_loader):
@@ -237,14 +254,23 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-class _Sums:
-    """Running sums on the device, read once at the end: reading them every batch would make the device wait."""
+class MetricSums:
+    """Running sums on the device, read once at the end: reading them every batch would make the device wait.
 
-    def __init__(self) -> None:
+    Attributes:
+        totals: float64 [34]: images, loss, top-1, top-5, and for each of 15 bins confidence and top-1. The sums of
+            parts of a data set add up to those of the whole.
+        num_images: Images added here.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self.num_images = 0
-        self._totals: Tensor | None = None  # float64: loss, top-1, top-5, then three rows of bins
+        # Sums of one batch fit float32 exactly enough; those of a data set do not. MPS has no float64.
+        home = torch.device("cpu") if device.type == "mps" else device
+        self.totals = torch.zeros(4 + 2 * _BINS, dtype=torch.float64, device=home)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: logits [B, C], labels int64 [B]."""
         logits = logits.float()
         confidence, guess = logits.softmax(dim=-1).max(dim=-1)
         right = guess == labels
@@ -254,6 +280,7 @@ class _Sums:
         per_bin = F.one_hot(bins, _BINS).float()
         here = torch.cat(
             [
+                logits.new_tensor([len(labels)]),
                 F.cross_entropy(logits, labels, reduction="sum").reshape(1),
                 right.sum().reshape(1).float(),
                 (five == labels[:, None]).sum().reshape(1).float(),
@@ -261,19 +288,19 @@ class _Sums:
                 (right.float()[None] @ per_bin).flatten(),
             ]
         )
-        # Sums of one batch fit float32 exactly enough; those of a data set do not. MPS has no float64.
-        here = here.cpu().double() if logits.device.type == "mps" else here.double()
-        self._totals = here if self._totals is None else self._totals + here
+        self.totals += here.to(self.totals.device).double()
         self.num_images += len(labels)
 
     def metrics(self, seconds: float) -> Metrics:
-        if self._totals is None or self.num_images == 0:
+        """The metrics of all that was added; raises `DataError` if that is nothing."""
+        totals = self.totals.cpu()
+        num_images = int(totals[0])
+        if num_images == 0:
             raise DataError("There are no images to evaluate on.")
-        totals = self._totals.cpu()
-        loss, top1, top5 = (totals[:3] / self.num_images).tolist()
-        confidences, rights = totals[3 : 3 + _BINS], totals[3 + _BINS :]
-        ece = float((confidences - rights).abs().sum()) / self.num_images
-        return Metrics(100 * top1, 100 * top5, loss, 100 * ece, self.num_images, seconds)
+        loss, top1, top5 = (totals[1:4] / num_images).tolist()
+        confidences, rights = totals[4 : 4 + _BINS], totals[4 + _BINS :]
+        ece = float((confidences - rights).abs().sum()) / num_images
+        return Metrics(100 * top1, 100 * top5, loss, 100 * ece, num_images, seconds)
 
 
 def _logits(

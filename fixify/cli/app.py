@@ -16,6 +16,7 @@ import typer
 from fixify import __version__
 from fixify.cli import convert, demo, eval, finetune, identify, inspect, plan, predict, recipes, report, verify
 from fixify.cli.output import fail
+from fixify.cli.workers import leave_if_told, may_tell, silence_all_but_first, speak
 from fixify.errors import FixifyError
 
 app = typer.Typer(
@@ -57,12 +58,17 @@ def _root(
 
 def main() -> None:
     """Run the program. Exit codes: 0 done, 1 failed, 2 bad usage, 3 a check did not hold, 130 interrupted."""
+    leave_if_told()
+    silence_all_but_first()
     try:
         app()
     except FixifyError as error:
         if os.environ.get("FIXIFY_DEBUG"):
+            speak()
             raise
-        fail(error)
+        if may_tell(error):
+            speak()
+            fail(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
@@ -71,3 +77,6 @@ def main() -> None:
         # `fixify report --all | head`: the reader has what it wanted. Python would complain again at shutdown.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except Exception:
+        speak()  # a mistake of ours, whichever process makes it
+        raise

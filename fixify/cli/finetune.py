@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fixify.cli.options import Force, Json, Recipe, Set
+from fixify.cli.options import ClassMap, ClassOrder, Data, Force, InputKey, Json, Recipe, Set, TargetKey
 from fixify.cli.output import Output
 from fixify.cli.watching import TensorBoard, Track, watching
+from fixify.cli.workers import is_worker
 
 _AUGMENTATION = "Augmentation (timm's names)"
 _DISTILLATION = "Distillation"
@@ -24,7 +26,7 @@ def _option(
 
 def finetune(
     context: typer.Context,
-    data: Annotated[str, typer.Option(help="A folder with train/ and val/, or a name: imagenet, fashion-mnist ...")],
+    data: Data,
     slim: Annotated[
         Path | None, typer.Argument(help="A slim checkpoint. Default: the one in this folder.", show_default=False)
     ] = None,
@@ -45,7 +47,9 @@ def finetune(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder, exactly.")] = False,
     download: Annotated[bool, typer.Option("--download", help="Download torch/... data that is not here.")] = False,
     epochs: Annotated[int | None, _option("Passes over the training images. Default: 5.")] = None,
-    batch_size: Annotated[int | None, _option("Images a step. Default: 64.", "-b", "--batch-size")] = None,
+    batch_size: Annotated[
+        int | None, _option("Images a step of each process. Default: 64.", "-b", "--batch-size")
+    ] = None,
     lr: Annotated[float | None, _option("Peak learning rate. Default: 0.05.")] = None,
     opt: Annotated[str | None, _option("timm's name of the optimiser. Default: sgd (Nesterov).")] = None,
     momentum: Annotated[float | None, _option("Momentum. Default: 0.9.")] = None,
@@ -63,6 +67,9 @@ def finetune(
     layer_decay: Annotated[float | None, _option("Each layer's rate, as a multiple of that of the one above.")] = None,
     freeze: Annotated[int | None, _option("So many first stages do not learn. Default: 0.")] = None,
     nan_skip: Annotated[int | None, _option("Skip at most so many steps that are not finite. Default: 0.")] = None,
+    max_unreadable: Annotated[
+        float | None, _option("Share of the images that may be unreadable. Default: 0.01.")
+    ] = None,
     seed: Annotated[int | None, _option("Fixes order, augmentation, dropout. Default: 0.")] = None,
     img_size: Annotated[int | None, _option("Side of the images. Default: the checkpoint's.")] = None,
     crop_pct: Annotated[float | None, _option("Center crop in validation. Default: the checkpoint's.")] = None,
@@ -103,10 +110,29 @@ def finetune(
     grad_checkpointing: Annotated[
         bool | None, _option("Save memory, compute twice.", "--grad-checkpointing", panel=_MACHINE)
     ] = None,
+    nproc_per_node: Annotated[
+        int | None, _option("Train in so many processes here, one a GPU, as torchrun does.", panel=_MACHINE, low=1)
+    ] = None,
+    max_restarts: Annotated[
+        int | None, _option("Start them again, so often, if one is lost. Default: 0.", panel=_MACHINE, low=0)
+    ] = None,
+    sync_bn: Annotated[
+        bool | None, _option("Batch norms over all processes (GPUs).", "--sync-bn", panel=_MACHINE)
+    ] = None,
+    dist_bn: Annotated[
+        str | None, _option("Their running statistics: reduce, broadcast or none. Default: reduce.", panel=_MACHINE)
+    ] = None,
+    shard: Annotated[
+        bool | None, _option("Spread the model over the processes (FSDP2).", "--shard", panel=_MACHINE)
+    ] = None,
     workers: Annotated[
         int | None, _option("Loader processes. Default: fits the machine.", "-j", "--workers", panel=_MACHINE)
     ] = None,
     device: Annotated[str | None, _option("cpu, cuda, mps ... Default: auto.", panel=_MACHINE)] = None,
+    class_map: ClassMap = None,
+    class_order: ClassOrder = None,
+    input_key: InputKey = None,
+    target_key: TargetKey = None,
     track: Track = None,
     tensorboard: TensorBoard = False,
     force: Force = False,
@@ -115,10 +141,12 @@ def finetune(
     """Train a slim checkpoint, so that the network fits its fixed classifier.
 
     Leaves best.fixed.safetensors and last.fixed.safetensors in the folder of the run, with metrics.jsonl, timm's
-    summary.csv, and the state that --resume continues from. The data's classes have to be the checkpoint's.
+    summary.csv, and the state that --resume continues from. The data's classes have to be the checkpoint's; labels go
+    by their names, where it has them.
     With --max-drop 0.5 --against ORIGINAL --val-every 100 it trains no longer than it has to.
     """
     from fixify.cli.command_line import as_typed
+    from fixify.cli.launching import launch
     from fixify.cli.recipe_defaults import chosen_recipe, finetune_defaults
     from fixify.cli.slim import the_slim_file_here
     from fixify.errors import CheckFailed, UsageError
@@ -140,6 +168,10 @@ def finetune(
             raise UsageError(f"--{name.replace('_', '-')} needs a teacher.", hint="Add --distill ORIGINAL.")
     start = finetune_defaults(output, chosen_recipe(recipe, set_ or []), stored_options(folder) if resume else None)
     options = start.replace(**given)
+    if max_restarts is not None and nproc_per_node is None:
+        raise UsageError("--max-restarts is for several processes.", hint="Add --nproc-per-node N.")
+    if nproc_per_node is not None and not is_worker():
+        raise typer.Exit(launch(nproc_per_node, max_restarts or 0, sys.argv[1:]))
     with watching(output, [*(track or []), *(["tensorboard"] if tensorboard else [])]) as tell:
         result = run_finetune(
             source,
@@ -151,6 +183,7 @@ def finetune(
             resume=resume,
             force=force,
             download=download,
+            class_map=class_map,
             command=as_typed(),
             on_event=tell,
         )

@@ -19,12 +19,22 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 
 from fixify.data.opened import ImageSource, OpenedData
 from fixify.data.preprocessing import channels_of, normalization
-from fixify.data.seeding import derive_seed, derive_seeds, kept_globals, permutation, seed_globals, seeded_globals
+from fixify.data.seeding import (
+    derive_seed,
+    derive_seeds,
+    kept_globals,
+    permutation,
+    seed_globals,
+    seeded_globals,
+)
+from fixify.data.unreadable import Unreadable, UnreadableImages
 from fixify.errors import DataError
 
 Batch = tuple[Tensor, Tensor]
+_Items = tuple[list[tuple[Tensor, int]], list[Unreadable]]
+_TRIES = 50  # images that are tried for one place of a training batch, as in timm
 # Separate the random streams that belong to one (seed, epoch).
-_ORDER, _IMAGES, _BATCHES = 0, 1, 2
+_ORDER, _IMAGES, _BATCHES, _ERASING = 0, 1, 2, 9
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,14 @@ class Augmentation:
         return self.mixup > 0 or self.cutmix > 0
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of each batch is for this process, of so many that train together; the whole of it for one."""
+
+    rank: int = 0
+    count: int = 1
+
+
 def default_workers(device: torch.device) -> int:
     """Loader processes: up to 8 beside an accelerator; on a CPU half of the cores, as the model needs the others."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -69,6 +87,8 @@ def make_loader(
     device: torch.device | None = None,
     seed: int = 0,
     augmentation: Augmentation | None = None,
+    unreadable: UnreadableImages | None = None,
+    share: Share | None = None,
 ) -> ImageLoader:
     """Batches of images and labels for a model.
 
@@ -77,18 +97,24 @@ def make_loader(
         preprocessing: timm's data configuration: input_size (channels, height, width), mean, std, interpolation,
             crop_pct, crop_mode; as `timm.data.resolve_data_config` returns and slim checkpoints store.
         training: Shuffled, augmented, the incomplete last batch left out. Otherwise in order, all of them.
-        batch_size: Images a batch; with fewer images than that, one batch has them all.
+        batch_size: Images a batch of this process; with fewer images than that, one batch has them all.
         workers: Loader processes; 0 loads in this one.
         device: Where the batches are to be used. On CUDA they are put there ahead of time (timm's prefetcher).
         seed: Fixes order, augmentation and mixing together with the epoch.
         augmentation: Only for training; None is `Augmentation()`.
+        unreadable: Where images that cannot be read are counted; None allows none. In training the next image of the
+            data that can be read takes the place of such a one (as in timm), so that batches keep their size; otherwise
+            it is left out.
+        share: Of which process. In training k processes with batches of B images see the images, augmented, mixed and
+            erased, that one with batches of kB would see. Otherwise each image is in the share of one process, and
+            a share may be empty.
 
     Returns:
         An iterable over (images float32 [B, channels, height, width], labels int64 [B]); with mixup or cutmix the
         labels are float32 [B, num_classes].
 
     Raises:
-        DataError: preprocessing that no image can be brought to; while iterating: an image that cannot be read.
+        DataError: preprocessing that no image can be brought to; while iterating: too many unreadable images.
     """
     device = device if device is not None else torch.device("cpu")
     channels = channels_of(preprocessing)
@@ -121,7 +147,8 @@ def make_loader(
             crop_pct=preprocessing.get("crop_pct"),
             crop_mode=preprocessing.get("crop_mode"),
         )
-    keys = _Keys(len(opened), batch_size, training=training, seed=seed, even=training and augmentation.mixes)
+    even = training and augmentation.mixes
+    keys = _Keys(len(opened), batch_size, training=training, seed=seed, even=even, share=share or Share())
     loader: Any = DataLoader(
         _Transformed(opened.images, "L" if channels == 1 else "RGB", transform, random=training),
         batch_sampler=keys,
@@ -135,7 +162,8 @@ def make_loader(
     )
     erase, mix = _batch_stage(augmentation, opened.num_classes, device) if training else (None, None)
     prefetcher = {"mean": mean, "std": std, "channels": channels, "device": device} if prefetch else None
-    return ImageLoader(loader, keys, prefetcher=prefetcher, erase=erase, mix=mix, device=device)
+    unreadable = unreadable if unreadable is not None else UnreadableImages(len(opened))
+    return ImageLoader(loader, keys, unreadable=unreadable, prefetcher=prefetcher, erase=erase, mix=mix, device=device)
 
 
 class ImageLoader:
@@ -146,6 +174,7 @@ class ImageLoader:
         loader: Any,
         keys: _Keys,
         *,
+        unreadable: UnreadableImages,
         prefetcher: dict[str, Any] | None,
         erase: Callable[[Tensor], Tensor] | None,
         mix: Callable[[Tensor, Tensor], Batch] | None,
@@ -153,6 +182,8 @@ class ImageLoader:
     ) -> None:
         self._loader = loader
         self._keys = keys
+        self.unreadable = unreadable
+        self._empty = 0
         self._prefetcher = prefetcher
         self._erase = erase
         self._mix = mix
@@ -164,29 +195,42 @@ class ImageLoader:
         self._keys.first_batch = first_batch
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
+        """Batches in a whole epoch, of the process with the largest share."""
         return len(self._keys)
 
     @property
+    def own_batches(self) -> int:
+        """Batches of this process in a whole epoch: in validation as many as others have, or one less; without those
+        of which the last iteration could read no image.
+        """
+        return self._keys.own_batches - self._empty
+
+    @property
     def num_images(self) -> int:
-        """Images in a whole epoch."""
+        """Images in a whole epoch, of all processes."""
         return self._keys.images_used
 
     def __iter__(self) -> Iterator[Batch]:
         number = self._keys.first_batch
         for images, labels in self._batches():
-            if self._erase is not None or self._mix is not None:
+            if self._erase is not None:
+                with seeded_globals(0, self._device):
+                    for image, seed in zip(images, self._keys.erasing_seeds(number), strict=True):
+                        seed_globals(seed, self._device)
+                        self._erase(image)  # in place
+            if self._mix is not None:
                 with seeded_globals(self._keys.batch_seed(number), self._device):
-                    if self._erase is not None:
-                        images = self._erase(images)
-                    if self._mix is not None:
-                        images, labels = self._mix(images, labels)
+                    images, labels = self._mix(images, labels)
             yield images, labels
             number += 1
 
     def _batches(self) -> Iterator[Batch]:
-        raw = _raising(self._loader)
+        self._empty = 0
+        raw = _Readable(self._loader, self.unreadable, self._count_empty)
         return iter(raw) if self._prefetcher is None else iter(PrefetchLoader(raw, **self._prefetcher))
+
+    def _count_empty(self) -> None:
+        self._empty += 1
 
     def close(self) -> None:
         """Stop the worker processes. The loader can be iterated again afterwards."""
@@ -196,47 +240,66 @@ class ImageLoader:
             self._loader._iterator = None
 
 
-@dataclass(frozen=True)
-class _Unreadable:
-    """An image that failed. It travels as a value: an exception would arrive from a worker as a traceback."""
-
-    message: str
-    hint: str | None
-
-
 class _Keys(Sampler[list[tuple[int, int]]]):
     """Batches of (index, seed of that image in this epoch)."""
 
-    def __init__(self, num_images: int, batch_size: int, *, training: bool, seed: int, even: bool) -> None:
+    def __init__(
+        self, num_images: int, batch_size: int, *, training: bool, seed: int, even: bool, share: Share
+    ) -> None:
         self.num_images = num_images
         self.training = training
         self.seed = seed
+        self.share = share
         self.epoch = 0
         self.first_batch = 0
-        size = min(batch_size, num_images)
+        size = min(batch_size, num_images // share.count if training else num_images)
         self.batch_size = size - size % 2 if even else size  # timm's Mixup pairs the images of a batch
         if self.batch_size == 0:
-            raise DataError(f"{num_images} images are too few for a batch.")
+            where = f" of {share.count} processes" if share.count > 1 else ""
+            raise DataError(f"{num_images} images are too few for a batch{where}.")
+        self.all_at_once = self.batch_size * share.count
         # Without its last incomplete batch an epoch has no batch of one image, on which batch norm fails.
-        self.images_used = num_images - num_images % self.batch_size if training else num_images
+        self.images_used = num_images - num_images % self.all_at_once if training else num_images
 
     def __len__(self) -> int:
-        return -(-self.images_used // self.batch_size)
+        return -(-self.images_used // self.all_at_once)
+
+    @property
+    def own_batches(self) -> int:
+        return len(self) if self.training else -(-len(self._own_indices()) // self.batch_size)
+
+    def _own_indices(self) -> range:
+        return range(self.share.rank, self.num_images, self.share.count)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         if not self.training:
-            indices = range(self.num_images)
-            for start in range(self.first_batch * self.batch_size, self.num_images, self.batch_size):
+            indices = self._own_indices()
+            for start in range(self.first_batch * self.batch_size, len(indices), self.batch_size):
                 yield [(index, 0) for index in indices[start : start + self.batch_size]]
             return
         order = permutation(self.seed, self.epoch, _ORDER, count=self.num_images)
         seeds = derive_seeds(self.seed, self.epoch, _IMAGES, count=self.num_images)
-        for start in range(self.first_batch * self.batch_size, self.images_used, self.batch_size):
-            indices_here = order[start : start + self.batch_size]
+        places = self._places()
+        for start in range(self.first_batch * self.all_at_once, self.images_used, self.all_at_once):
+            indices_here = order[start : start + self.all_at_once][places]
             yield list(zip(indices_here.tolist(), seeds[indices_here].tolist(), strict=True))
+
+    def _places(self) -> list[int]:
+        """Of the images of all processes at once, those of this one: some from the front and their mirror images from
+        the back, since it is those that timm's Mixup pairs.
+        """
+        rank, total = self.share.rank, self.all_at_once
+        back = self.batch_size // 2
+        front = self.batch_size - back
+        return [*range(rank * front, (rank + 1) * front), *range(total - (rank + 1) * back, total - rank * back)]
 
     def batch_seed(self, number: int) -> int:
         return derive_seed(self.seed, self.epoch, _BATCHES, number)
+
+    def erasing_seeds(self, number: int) -> list[int]:
+        seeds = derive_seeds(self.seed, self.epoch, _ERASING, number, count=self.all_at_once)
+        found: list[int] = seeds[self._places()].tolist()
+        return found
 
 
 class _Transformed(Dataset[Any]):
@@ -255,48 +318,66 @@ class _Transformed(Dataset[Any]):
         self.transform = transform
         self.random = random
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int] | _Unreadable]:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> _Items:
         # A worker process has global generators of its own; this one's have to come out unchanged.
         borrowed = self.random and get_worker_info() is None
+        samples, failures = list[tuple[Tensor, int]](), list[Unreadable]()
         with kept_globals() if borrowed else nullcontext():
-            return [self._item(index, seed) for index, seed in keys]
+            for index, seed in keys:
+                loaded = self._load(index, failures)
+                if loaded is not None:
+                    if self.random:
+                        seed_globals(seed)
+                    image, label = loaded
+                    samples.append((self.transform(image), label))
+        return samples, failures
 
-    def _item(self, index: int, seed: int) -> tuple[Tensor, int] | _Unreadable:
-        try:
-            image, label = self.images.load(index)
-            if image.mode != self.mode:
-                image = image.convert(self.mode)
-        except DataError as error:
-            return _Unreadable(error.message, error.hint)
-        if self.random:
-            seed_globals(seed)
-        return self.transform(image), label
+    def _load(self, index: int, failures: list[Unreadable]) -> tuple[Image.Image, int] | None:
+        """An image, or in training the one that takes its place."""
+        for place in range(index, index + (_TRIES if self.random else 1)):
+            place %= len(self.images)
+            try:
+                image, label = self.images.load(place)
+                return (image if image.mode == self.mode else image.convert(self.mode)), label
+            except DataError as error:
+                failures.append(Unreadable(error.message, error.hint))
+        return None
 
 
 def _ignore_interrupt(_worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the loop stops at a step of its choice and still needs its batches.
+    # Ctrl-C reaches the whole process group, and so does torchrun's SIGTERM; the loop stops at a step of its choice and
+    # still needs its batches.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _collate(items: list[tuple[Tensor, int] | _Unreadable]) -> Any:
-    return next((item for item in items if isinstance(item, _Unreadable)), None) or default_collate(items)
+def _collate(items: Any) -> tuple[list[Tensor], list[Unreadable]]:
+    samples, failures = items  # what `_Transformed` makes of a batch
+    return (default_collate(samples) if samples else []), failures
 
 
-class _raising:
-    """A loader whose unreadable images are raised here, in the caller's process."""
+class _Readable:
+    """The batches of a loader. What could not be read is counted, and raised, in the caller's process."""
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Any, unreadable: UnreadableImages, on_empty: Callable[[], object]) -> None:
         self.loader = loader
+        self.unreadable = unreadable
+        self.on_empty = on_empty
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            for batch in self.loader:
-                if isinstance(batch, _Unreadable):
-                    raise DataError(batch.message, hint=batch.hint)
-                yield batch[0], batch[1]
+            for batch, failures in self.loader:
+                for failure in failures:
+                    self.unreadable.add(failure)
+                if len(failures) >= _TRIES and self.loader.dataset.random:
+                    self._refuse_a_gap(batch, failures)
+                if batch:
+                    yield batch[0], batch[1]
+                else:
+                    self.on_empty()
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -304,6 +385,13 @@ class _raising:
                 f"A loader process ended unexpectedly: {str(error).splitlines()[0]}",
                 hint="Often memory: try --workers 0 or a smaller --batch-size.",
             ) from error
+
+    def _refuse_a_gap(self, batch: list[Tensor], failures: list[Unreadable]) -> None:
+        if not batch or len(batch[0]) < self.loader.batch_sampler.batch_size:
+            raise DataError(
+                f"{_TRIES} images one after another cannot be read. The last one: {failures[-1].message}",
+                hint=failures[-1].hint,
+            )
 
 
 def _batch_stage(

@@ -31,11 +31,15 @@ def permutation(*parts: int, count: int) -> NDArray[np.int64]:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(parts))).permutation(count)
 
 
-def seed_globals(seed: int) -> None:
-    """Seed the global CPU generators with `seed` below 2**32. Only inside `kept_globals` or in a worker process."""
+def seed_globals(seed: int, device: torch.device | None = None) -> None:
+    """Seed the global CPU generators, and the device's, with `seed` below 2**32. Only inside `kept_globals` (with a
+    device `seeded_globals`) or in a worker process.
+    """
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  (timm's augmentations draw from the legacy generator)
     torch.default_generator.manual_seed(seed)
+    if device is not None and device.type != "cpu":
+        torch.get_device_module(device.type).manual_seed(seed)
 
 
 @contextlib.contextmanager

@@ -42,8 +42,9 @@ class FixedClassifier(nn.Module):
     `nn.BatchNorm1d` does: what is trained is what is evaluated, samples of a batch do not depend on each other, and a
     batch of one is right. Measured on 100 glyph classes, N = 128, against batch statistics: 97.8 % and 96.5 from
     scratch, 88.5 and 87.5 after 1/16 of the steps on a trained backbone, 95.7 and 97.0 after a quarter (without
-    standardising 95.7, 74.0, 95.7; one seed, 400 test images): no loss. Under distributed training each process updates
-    its own and the first one's are broadcast before every step, like those of any BatchNorm.
+    standardising 95.7, 74.0, 95.7; one seed, 400 test images): no loss. Each process of several that train together has
+    statistics of its own share of the images, unless `synchronized` is set: then they add up their batch's, 2N + 1
+    numbers, before each product, and all have those of one process with the whole batch.
 
     Learned: `scale` [] (unless `spec.fixed_scale`) and `bias` [C] (if `spec.bias`). Buffers that are saved: `center`
     and `num_batches_tracked` [] (if `spec.standardize`), `spread` [N] (unless that is "center"), `codes` (code indices
@@ -70,6 +71,9 @@ class FixedClassifier(nn.Module):
     num_batches_tracked: Tensor | None
     codes: Tensor | None
     gains: Tensor | None
+
+    synchronized: bool = False
+    """Whether the running statistics are of the batches of all processes of torch.distributed's default group."""
 
     def __init__(
         self,
@@ -182,7 +186,9 @@ class FixedClassifier(nn.Module):
         z = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of half-precision features overflow
         if self.center is not None and self.num_batches_tracked is not None:
             if self.training:
-                update_running_(self.center, self.spread, self.num_batches_tracked, z.detach())
+                update_running_(
+                    self.center, self.spread, self.num_batches_tracked, z.detach(), synchronized=self.synchronized
+                )
             z = z - self.center
             if self.spread is not None:
                 z = z / floored(self.spread)

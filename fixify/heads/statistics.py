@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fixify.errors import HeadSpecError
@@ -23,7 +24,9 @@ def floored(spread: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def update_running_(center: Tensor, spread: Tensor | None, num_batches: Tensor, features: Tensor) -> None:
+def update_running_(
+    center: Tensor, spread: Tensor | None, num_batches: Tensor, features: Tensor, *, synchronized: bool = False
+) -> None:
     """One step of the exponentially weighted mean and deviation, in place.
 
     The first batch sets them and the next are averaged evenly until a batch's share has fallen to `MOMENTUM`. What the
@@ -33,20 +36,40 @@ def update_running_(center: Tensor, spread: Tensor | None, num_batches: Tensor, 
         center, spread: Running mean and deviation, [N]; the deviation may be left out.
         num_batches: Batches seen, int64 [].
         features: [..., N], float32 or float64.
+        synchronized: The batch is that of all processes of the default group. Each calls this with its part; one may be
+            empty, not all.
     """
     features = features.reshape(-1, features.shape[-1])
-    if features.shape[0] == 0:
+    if synchronized:
+        shift, variance = _moments_of_all(features, center)
+    elif features.shape[0] == 0:
         return
-    weight = (1.0 / (num_batches + 1).to(features.dtype)).clamp_min(MOMENTUM)
-    mean = features.mean(dim=0)
-    shift = mean - center
-    if spread is not None:
+    else:
+        mean = features.mean(dim=0)
         variance = (features - mean).square().mean(dim=0)
+        shift = mean - center
+    weight = (1.0 / (num_batches + 1).to(features.dtype)).clamp_min(MOMENTUM)
+    if spread is not None:
         old_share = torch.where(num_batches == 0, torch.zeros_like(weight), 1.0 - weight)
         new_variance = old_share * (spread.to(features.dtype).square() + weight * shift.square()) + weight * variance
         spread.copy_(new_variance.sqrt())
     center.copy_(center + weight * shift)
     num_batches.add_(1)
+
+
+def _moments_of_all(features: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean, from the center, and variance [N] of the features [B, N] of all processes; one sum of 2N + 1 numbers.
+
+    The sums are of what lies beside the center, which all processes have alike: far from zero they would be large, and
+    their difference inexact.
+    """
+    beside = features - center.to(features.dtype)
+    size = features.new_full((1,), features.shape[0])
+    sums = torch.cat([size, beside.sum(dim=0), beside.square().sum(dim=0)])
+    dist.all_reduce(sums)
+    size, first, second = sums.split([1, *2 * [features.shape[-1]]])
+    shift = first / size
+    return shift, (second / size - shift.square()).clamp_min(0.0)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from fixify.evaluation import Agreement, Metrics
-from fixify.reporting.tables import new_table
+from fixify.reporting.tables import human_bytes, new_table
 from fixify.training import FinetuneResult
 
 
@@ -41,6 +41,13 @@ def finetune_table(result: FinetuneResult) -> Table:
     after = result.after
     best = (after.val_top1, after.val_top5, after.val_loss, after.val_ece)
     made.add_row(f"after {round(after.epochs, 2):g} epochs", *_formatted(*best))
+    sent = next((record for record in reversed(result.history) if record.gradient_bytes is not None), None)
+    if sent is not None:
+        made.caption = (
+            f"summed over the processes each update: {human_bytes(sent.gradient_bytes or 0)} of gradients (counted), "
+            f"{human_bytes(sent.statistics_bytes or 0)} of statistics"
+        )
+        made.caption_justify = "left"
     return made
 
 

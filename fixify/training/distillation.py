@@ -14,6 +14,7 @@ from torch import Tensor
 from fixify.data import ImageLoader, ImageSource, OpenedData
 from fixify.data.preprocessing import normalization
 from fixify.evaluation import Precision, autocast, eval_mode
+from fixify.training import distributed
 from fixify.training.others import OtherModel
 
 
@@ -104,16 +105,18 @@ def answered(
     device: torch.device,
     amp: Precision = "none",
     on_batch: Callable[[int], object],
+    on_end: Callable[[], object],
 ) -> OpenedData:
     """The data with the most probable class that a model gives each image as its label: top-1 is agreement with it.
 
     Args:
         data: Images without labels.
         other: The model; moved to `device`.
-        loader: All of the images in order, preprocessed for the model.
+        loader: All of the images in order, or this process's share of them, preprocessed for the model.
         device: Where to run it.
         amp: Autocast precision.
         on_batch: Called after each batch with the number of images so far.
+        on_end: Called after the last one.
     """
     model, answers = other.model.to(device), list[int]()
     with eval_mode(model), torch.no_grad():
@@ -121,4 +124,5 @@ def answered(
             with autocast(device, amp):
                 answers += model(images.to(device)).argmax(dim=-1).tolist()
             on_batch(len(answers))
-    return replace(data, images=_Answered(data.images, answers), labelled=True)
+    on_end()
+    return replace(data, images=_Answered(data.images, distributed.interleaved(answers)), labelled=True)

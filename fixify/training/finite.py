@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fixify.errors import TrainingError
+from fixify.training import distributed
+from fixify.training.shards import own_part
 
 HINT = "Try a lower --lr, a longer --warmup-epochs, or --clip-grad 1."
 
@@ -29,9 +31,10 @@ class Buffers:
 
 
 def gradients_are_finite(model: nn.Module) -> bool:
-    """Whether all gradients are."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+    """Whether all gradients are, in all processes."""
+    gradients = [own_part(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    bad = bool(gradients) and not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+    return distributed.largest(int(bad)) == (0,)
 
 
 def check_weights(model: nn.Module, updates: int) -> None:
@@ -48,7 +51,8 @@ def check_weights(model: nn.Module, updates: int) -> None:
         TrainingError: some are not; the names of the first are in it.
     """
     parameters = {name for name, _ in model.named_parameters()}
-    bad = [name for name, value in model.state_dict().items() if _is_bad(value, name in parameters)]
+    here = [name for name, value in model.state_dict().items() if _is_bad(own_part(value), name in parameters)]
+    bad = list(dict.fromkeys(name for names in distributed.gathered(here) for name in names))
     if bad:
         named = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
         raise TrainingError(

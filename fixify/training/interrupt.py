@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from fixify.errors import TrainingError
+from fixify.training import distributed
 
 
 class TrainingInterrupted(TrainingError):
@@ -29,9 +30,11 @@ class StopRequest:
     def __init__(self) -> None:
         self.number: int | None = None
 
-    @property
     def requested(self) -> bool:
-        return self.number is not None
+        """Whether any process was asked; all have to call this together, and get the same answer."""
+        (number,) = distributed.largest(self.number or 0)
+        self.number = number or None
+        return number > 0
 
 
 class Stopped(Exception):

@@ -22,6 +22,7 @@ from fixify.data.seeding import derive_seed, permutation, seeded_torch
 from fixify.errors import TrainingError, UsageError
 from fixify.evaluation import Precision, autocast, eval_mode
 from fixify.heads import FixedClassifier
+from fixify.training import distributed
 from fixify.training.freezing import Frozen
 from fixify.training.optimisation import clip_gradients, make_optimiser, make_schedule
 from fixify.training.options import FinetuneOptions
@@ -170,6 +171,26 @@ def compute(
     return Features(torch.cat(inputs), torch.cat(targets), torch.cat(taught) if taught else None)
 
 
+def joined(part: Features) -> Features:
+    """The features of all images, in order, of which each process has every so manieth."""
+    parts = distributed.gathered(part)
+    if len(parts) == 1:
+        return part
+
+    def woven(pieces: list[Tensor]) -> Tensor:
+        whole = pieces[0].new_empty(sum(map(len, pieces)), *pieces[0].shape[1:])
+        for first, piece in enumerate(pieces):
+            whole[first :: len(pieces)] = piece
+        return whole
+
+    taught = [each.taught for each in parts if each.taught is not None]
+    return Features(
+        woven([each.inputs for each in parts]),
+        woven([each.targets for each in parts]),
+        woven(taught) if taught else None,
+    )
+
+
 def train_tail(
     model: nn.Module,
     divided: Divided,
@@ -199,7 +220,7 @@ def train_tail(
         TrainingError: a loss is not finite.
     """
     epochs, count = options.last_block_epochs, len(features.targets)
-    size = min(options.batch_size, count)
+    size = min(options.batch_size * distributed.count(), count)
     steps = count // size
     options = options.replace(
         epochs=epochs, warmup_epochs=min(options.warmup_epochs, 0.5), max_drop=None, original_top1=None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from fixify.data.seeding import derive_seed, seeded_torch
 from fixify.errors import TrainingError
 from fixify.evaluation import autocast
 from fixify.heads import FixedClassifier
+from fixify.training import distributed
 from fixify.training.distillation import distillation_loss
 from fixify.training.engine import Engine
 from fixify.training.events import Listener, Step, Warned
@@ -75,21 +77,24 @@ def train_epoch(
     if _validation_is_due(engine, progress) and validate():  # a stop request had come in its way
         return True
     pending = _Pending(engine, progress, on_event, already=progress.seconds)
-    counted = False
+    counted = 0  # batches of the group that were not skipped
     for images, targets in engine.loader:
         # The last group of an epoch may be smaller; its mean is over its own batches.
         group_start = progress.batch - progress.batch % options.grad_accum
         group_size = min(options.grad_accum, batches - group_start)
         last_of_group = progress.batch == group_start + group_size - 1
-        found = _forward_backward(engine, progress, images, targets, group_size, on_event)
+        with _together(engine, last=last_of_group):
+            found = _forward_backward(engine, progress, images, targets, group_size, on_event)
         progress.batch += 1
         if found is not None:
             pending.add(*found, len(images))
-            counted = True
+            counted += 1
         if last_of_group:
-            _update(engine, progress, on_event, apply=counted)
-            counted = False
-        to_stop = stop.requested and last_of_group
+            # Several processes leave out a whole group: gradients are only summed in its last backward pass.
+            apply = counted > 0 if engine.parallel is None else counted == group_size
+            _update(engine, progress, on_event, apply=apply)
+            counted = 0
+        to_stop = last_of_group and stop.requested()
         to_log = last_of_group and is_logged(progress.updates)
         if progress.batch == batches or pending.due or to_log or to_stop:
             pending.read()
@@ -133,20 +138,28 @@ def _forward_backward(
         targets = taught.argmax(dim=-1)
     # Losses are looked at before they do harm only if a run may go on after one: that makes an accelerator wait.
     buffers = Buffers(engine.model) if options.nan_skip else None
-    seed = derive_seed(options.seed, progress.epoch, _DROPOUT, progress.batch)
+    # Of each process another: what is dropped of one image must not be dropped of the others' images too.
+    seed = derive_seed(options.seed, progress.epoch, _DROPOUT, progress.batch, distributed.rank())
+    forward = engine.model if engine.parallel is None else engine.parallel
     with seeded_torch(seed, engine.device):
         with autocast(engine.device, options.amp):
-            logits, auxiliary = _outputs(engine.model(images))
+            logits, auxiliary = _outputs(forward(images))
             loss = training_loss(logits, targets, taught, options)
             for other in auxiliary:
                 loss = loss + _AUXILIARY_WEIGHT * training_loss(other, targets, taught, options)
-        if buffers is not None and not math.isfinite(float(loss.detach())):
-            buffers.restore()
-            _skip(engine, progress, f"The loss is {float(loss.detach())}", progress.batch, on_event)
-            return None
+        if buffers is not None:
+            found = float(distributed.sum_(loss.detach().clone())) / distributed.count()
+            if not math.isfinite(found):
+                buffers.restore()
+                _skip(engine, progress, f"The loss is {found}", progress.batch, on_event)
+                return None
         engine.scaler.scale(loss / group_size).backward()
     labels = targets if targets.ndim == 1 else targets.argmax(dim=-1)
     return loss.detach(), (logits.detach().argmax(dim=-1) == labels).sum()
+
+
+def _together(engine: Engine, *, last: bool) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if engine.parallel is None else engine.parallel.accumulating(last=last)
 
 
 def training_loss(logits: Tensor, targets: Tensor, taught: Tensor | None, options: FinetuneOptions) -> Tensor:
@@ -186,6 +199,8 @@ def _outputs(outputs: Any) -> tuple[Tensor, list[Tensor]]:
 def _update(engine: Engine, progress: Progress, on_event: Listener, *, apply: bool) -> None:
     """Make one update of the gradients, or, if not `apply`, only go on in the schedule."""
     options = engine.options
+    if apply and engine.parallel is not None:
+        engine.parallel.before_update()
     if apply and options.clip_grad is not None:
         engine.scaler.unscale_(engine.optimiser)
         clip_gradients(engine.model, options)
@@ -200,6 +215,8 @@ def _update(engine: Engine, progress: Progress, on_event: Listener, *, apply: bo
     engine.optimiser.zero_grad(set_to_none=True)
     progress.updates += 1
     engine.schedule.step_update(progress.updates)
+    if engine.parallel is not None:
+        engine.parallel.after_update()
     if apply and engine.ema is not None:
         engine.ema.update(engine.model, step=progress.updates)
 
@@ -250,18 +267,19 @@ class _Pending:
         if not self.entries:
             return
         progress = self.progress
-        losses = torch.stack([loss.double() if loss.device.type != "mps" else loss for loss, *_ in self.entries])
-        rights = torch.stack([right for _, right, *_ in self.entries])
+        rows = torch.stack([torch.stack([loss.float(), right.float()]) for loss, right, *_ in self.entries])
+        rows = (rows.cpu() if rows.device.type == "mps" else rows).double()  # MPS has no float64
+        sizes = rows.new_tensor([[images] for *_, images, _ in self.entries])
+        sums = distributed.sum_(torch.cat([rows[:, :1] * sizes, rows[:, 1:], sizes], dim=1))
         sums_before = (progress.loss_sum, progress.images)
-        for entry, loss, right in zip(self.entries, losses.tolist(), rights.tolist(), strict=True):
-            *_, images, batch = entry
+        for (*_, batch), (loss, right, images) in zip(self.entries, sums.tolist(), strict=True):
             if not math.isfinite(loss):
-                raise _not_finite(self.engine, progress, f"The loss is {loss}", batch)
-            progress.loss_sum += loss * images
+                raise _not_finite(self.engine, progress, f"The loss is {loss / images}", batch)
+            progress.loss_sum += loss
             progress.right += int(right)
-            progress.images += images
-            progress.window_loss += loss * images
-            progress.window_images += images
+            progress.images += int(images)
+            progress.window_loss += loss
+            progress.window_images += int(images)
         self.entries.clear()
         recent_images = progress.images - sums_before[1]
         elapsed = time.perf_counter() - self.started

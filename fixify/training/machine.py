@@ -11,6 +11,7 @@ import torch
 import torchvision
 
 from fixify import __version__
+from fixify.training import distributed
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
@@ -23,6 +24,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "timm": timm.__version__,
         "numpy": np.__version__,
         "device": _name(device),
+        "processes": distributed.count(),
     }
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from fixify.errors import UsageError
 from fixify.heads import FixedClassifier
 from fixify.training.options import FinetuneOptions
+from fixify.training.shards import clip_shards_
 
 
 def parameter_groups(
@@ -89,6 +90,9 @@ def clip_gradients(model: nn.Module, options: FinetuneOptions) -> None:
     step of a fixed head's scale to a share of the scale, which is what `head_lr_scale` is there to avoid.
     """
     if options.clip_grad is None:
+        return
+    if options.shard:
+        clip_shards_(model, options.clip_grad)
         return
     spared = _parameters_of_heads(model) if options.clip_mode == "agc" else set()
     dispatch_clip_grad(

@@ -13,12 +13,13 @@ from timm.optim import list_optimizers
 from fixify.data import Augmentation, default_workers
 from fixify.errors import UsageError
 from fixify.evaluation import resolve_device
+from fixify.training import distributed
 from fixify.validation import Conflict, did_you_mean, explain, mistakes, refuse
 
 MACHINE = ("workers", "device", "save_minutes")
 """Options that suit a machine and do not change the result."""
 
-PATIENCE = ("nan_skip",)
+PATIENCE = ("nan_skip", "max_unreadable")
 """Options that say what a run puts up with; a run that was stopped may go on with others."""
 
 
@@ -27,7 +28,7 @@ class FinetuneOptions(BaseModel):
 
     Attributes:
         epochs: Passes over the training images; 0 only with `last_block_epochs`, to train nothing but the last blocks.
-        batch_size: Images a step.
+        batch_size: Images a step of each process, as in timm: with 2 processes and 32 twice as many go into a step.
         lr: Peak learning rate.
         opt: timm's name of the optimiser; "sgd" has Nesterov momentum.
         momentum: For optimisers that have one.
@@ -51,12 +52,19 @@ class FinetuneOptions(BaseModel):
         channels_last: Memory format; often faster on CUDA.
         compile: torch.compile the model, whole; a model that cannot be is an error.
         grad_checkpointing: Keep fewer activations for the backward pass, and compute them again; for timm's models.
+        sync_bn: Batch norms whose batch is that of all processes; does nothing in one.
+        dist_bn: What becomes of the running statistics that the batch norms of several processes have, after each
+            update: "reduce" averages them, "broadcast" takes the first process's, "none" leaves each its own, with
+            which it then validates, and the first process's are saved.
+        shard: Spread weights, gradients and the optimiser's state over the processes (FSDP2).
         img_size: Side of the images that the model gets; None is the checkpoint's.
         crop_pct: Share of the resized image that the center crop keeps in validation; None is the checkpoint's.
         max_drop: Stop as soon as validation top-1 is at most this many points below the original's; None trains all
             epochs. The schedule stays that of all epochs.
         nan_skip: Leave out at most so many steps of the whole run whose loss (or, except with fp16, gradient) is not
             finite; the next one stops the run. With 0 the first does, and an accelerator need not wait for each loss.
+        max_unreadable: Share of the images (of training and of validation) that may be unreadable. In training the next
+            image takes the place of such a one, in validation it is left out. Beyond this share the run stops.
         original_top1: The original's top-1 on the validation data, percent, if it is known; else the original itself
             has to be given.
         val_every: Validate after so many updates too, not only after each epoch.
@@ -65,6 +73,7 @@ class FinetuneOptions(BaseModel):
         unlabelled: Learn from the teacher alone; labels are not used, and need not exist.
         last_block_epochs: First train only the last blocks, for so many passes over features that are computed once,
             without augmentation, for as many images as fit into 2 GiB; 0 does not.
+        class_order, input_key, target_key: How labels are read; see `fixify.data.DataOptions`.
         seed: Fixes order, augmentation and dropout.
         workers: Loader processes; None fits the machine.
         device: "auto", or torch's name of a device.
@@ -98,6 +107,7 @@ class FinetuneOptions(BaseModel):
     clip_grad: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     nan_skip: int = Field(default=0, ge=0)
+    max_unreadable: float = Field(default=0.01, ge=0, le=1)
     max_drop: float | None = Field(default=None, ge=0, lt=100)
     original_top1: float | None = Field(default=None, gt=0, le=100)
     val_every: int | None = Field(default=None, ge=1)
@@ -105,10 +115,16 @@ class FinetuneOptions(BaseModel):
     distill_weight: float = Field(default=0.5, gt=0, le=1)
     distill_temperature: float = Field(default=4.0, gt=0, allow_inf_nan=False)
     unlabelled: bool = False
+    class_order: Literal["natural", "lexical"] | None = None
+    input_key: str | None = None
+    target_key: str | None = None
     amp: Literal["none", "bf16", "fp16"] = "none"
     channels_last: bool = False
     compile: bool = False
     grad_checkpointing: bool = False
+    sync_bn: bool = False
+    dist_bn: Literal["reduce", "broadcast", "none"] = "reduce"
+    shard: bool = False
     img_size: int | None = Field(default=None, ge=1)
     crop_pct: float | None = Field(default=None, gt=0, le=1)
     seed: int = Field(default=0, ge=0)
@@ -208,6 +224,18 @@ class FinetuneOptions(BaseModel):
     def resolved_device(self) -> torch.device:
         """The device; raises UsageError if it is not on this machine."""
         return resolve_device(self.device)
+
+    def for_this_process(self) -> FinetuneOptions:
+        """These options with the device of this process of those that torchrun started, and its share of the workers.
+
+        Raises:
+            UsageError: there is no device for each of them.
+        """
+        if distributed.launched() == 1:
+            return self
+        device = distributed.device_for(self.device)
+        workers = default_workers(torch.device(device)) // distributed.local_count()
+        return self.replace(device=device, workers=workers if self.workers is None else self.workers)
 
     def resolved_workers(self) -> int:
         """Loader processes."""

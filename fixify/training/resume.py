@@ -19,8 +19,10 @@ from torch import nn
 
 from fixify.errors import TrainingError
 from fixify.evaluation import Metrics
+from fixify.training import distributed
 from fixify.training.events import EpochRecord
 from fixify.training.options import PATIENCE, FinetuneOptions
+from fixify.training.shards import load_whole, whole_moments, whole_weights
 from fixify.training.state import PREVIOUS_STATE_FILE, STATE_FILE, read_sealed, write_sealed
 from fixify.training.steps import StepRecord
 
@@ -42,6 +44,7 @@ class Progress:
         original: Metrics of the model whose accuracy is the goal, if it was evaluated.
         before: Metrics of the model as it came.
         history: One record a validation.
+        unreadable: What was wrong with the images that could not be read, of "train" and "val".
         steps: The thin log of steps.
         window_loss, window_images: Sums since the last record of it.
     """
@@ -58,6 +61,7 @@ class Progress:
     original: Metrics | None = None
     before: Metrics | None = None
     history: list[EpochRecord] = field(default_factory=list)
+    unreadable: dict[str, list[str]] = field(default_factory=dict)
     steps: list[StepRecord] = field(default_factory=list)
     window_loss: float = 0.0
     window_images: int = 0
@@ -87,6 +91,27 @@ class Trained:
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: nn.Module | None
+    sharded: bool = False
+
+    def state(self) -> dict[str, Any]:
+        """All of it, on the device; of shards gathered on the first process's CPU, for which all have to call this."""
+        return {
+            "model": whole_weights(self.model) if self.sharded else self.model.state_dict(),
+            "optimiser": whole_moments(self.model, self.optimiser) if self.sharded else self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Put back what `state` gave; raises RuntimeError, ValueError or KeyError if it does not fit."""
+        if self.sharded:
+            load_whole(self.model, self.optimiser, state["model"], state["optimiser"])
+        else:
+            self.model.load_state_dict(state["model"])
+            self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
 
 
 def write_state(
@@ -112,16 +137,13 @@ def write_state(
     """
     state = {
         "version": _VERSION,
-        "model": trained.model.state_dict(),
-        "optimiser": trained.optimiser.state_dict(),
-        "scaler": trained.scaler.state_dict(),
-        "ema": None if trained.ema is None else trained.ema.state_dict(),
+        **trained.state(),
         "progress": asdict(progress),
         "recipe": options.recipe(),
         "facts": facts,
         "machine": machine,
     }
-    write_sealed(folder, state)
+    distributed.by_first(lambda: write_sealed(folder, state))
 
 
 @dataclass(frozen=True)
@@ -171,13 +193,11 @@ def read_state(stored: Stored, trained: Trained, options: FinetuneOptions, facts
     _compare_images(folder, state["facts"], facts)
     _compare(folder, "facts", state["facts"], facts)
     # An option that is younger than the state had its default's effect.
-    _compare(folder, "options", {**options.defaults(), **state["recipe"]}, options.recipe(), but=PATIENCE)
+    recipe = {**options.defaults(), **state["recipe"]}
+    _compare_batches(folder, recipe["batch_size"], state.get("machine", {}).get("processes", 1), options.batch_size)
+    _compare(folder, "options", recipe, options.recipe(), but=(*PATIENCE, "batch_size"))
     try:
-        trained.model.load_state_dict(state["model"])
-        trained.optimiser.load_state_dict(state["optimiser"])
-        trained.scaler.load_state_dict(state["scaler"])
-        if trained.ema is not None:
-            trained.ema.load_state_dict(state["ema"])
+        trained.load(state)
     except (RuntimeError, ValueError, KeyError) as error:
         raise TrainingError(f"{path} does not fit this model: {str(error).splitlines()[0]}") from error
     progress = Progress(**state["progress"])
@@ -189,12 +209,35 @@ def read_state(stored: Stored, trained: Trained, options: FinetuneOptions, facts
     return progress
 
 
+def _compare_batches(folder: Path, size_then: int, processes_then: int, size: int) -> None:
+    """Other processes may go on if their batches together are as large: order and augmentation are of those."""
+    together, processes = size_then * processes_then, distributed.count()
+    if size * processes == together:
+        return
+    fits = together % processes == 0
+    raise TrainingError(
+        f"The run in {folder} was started with {_batches(processes_then, size_then)}, and this would be "
+        f"{_batches(processes, size)}.",
+        hint=f"Resume with --batch-size {together // processes}."
+        if fits
+        else f"Resume with {processes_then} processes, or another number that divides {together}.",
+    )
+
+
+def _batches(processes: int, size: int) -> str:
+    return f"{size} images a step" if processes == 1 else f"{processes} x {size} images a step"
+
+
 def _compare_images(folder: Path, stored: dict[str, Any], given: dict[str, Any]) -> None:
     for split, which in (("train", "training"), ("val", "validation")):
         if stored.get(f"{split}_listing") == given.get(f"{split}_listing"):
             continue
         was, now = stored[f"{split}_images"], given[f"{split}_images"]
-        how = f"there were {was:,} and are {now:,}" if was != now else f"{now:,} as before, of other names or sizes"
+        how = (
+            f"there were {was:,} and are {now:,}"
+            if was != now
+            else f"{now:,} as before, of other names, sizes or labels"
+        )
         raise TrainingError(
             f"The {which} images are not those that the run in {folder} was started with: {how}.",
             hint="Bring the data back to what it was, or start another run with -o.",

@@ -13,6 +13,7 @@ from torch import nn
 from fixify.data import OpenedData, listing_digest
 from fixify.errors import TrainingError
 from fixify.evaluation import Metrics
+from fixify.training import distributed
 from fixify.training.distillation import Teacher
 from fixify.training.engine import make_engine
 from fixify.training.events import (
@@ -35,6 +36,7 @@ from fixify.training.model_facts import model_facts
 from fixify.training.options import FinetuneOptions
 from fixify.training.others import OtherModel, check_others
 from fixify.training.stages import Stages
+from fixify.training.unreadable import teller
 from fixify.training.validation import Validation
 
 
@@ -147,7 +149,7 @@ class _Run:
         stop: StopRequest,
     ) -> None:
         self.options, self.stop = options, stop
-        self.on_event: Listener = on_event if on_event is not None else _silent
+        self.on_event: Listener = on_event if on_event is not None and distributed.is_first() else _silent
         self.original, self.teacher = original, teacher
         self.preprocessing, self.train_data = preprocessing, train
         self.facts = {
@@ -166,19 +168,27 @@ class _Run:
         if not val.labelled:
             self.facts["val_labels"] = "the teacher's answers"
         self.engine = make_engine(model, train, preprocessing, options)
+        self.engine.loader.unreadable.on_found = teller("training", self.on_event)
         self.validation = Validation(val, preprocessing, options, self.engine.device, stop, self.on_event)
         self.stages = Stages(self.engine, train, preprocessing, self.on_event, self._look_at_stop)
-        self.keeper = Keeper(self.engine, out, save, self.facts, self.on_event)
+        self.keeper = Keeper(
+            self.engine,
+            out,
+            save,
+            self.facts,
+            self.on_event,
+            {"train": self.engine.loader.unreadable, "val": self.validation.unreadable},
+        )
 
     def prepare(self, *, resume: bool, force: bool, command: str | None) -> None:
         """Bring the model to where training begins or goes on."""
         keeper = self.keeper
-        if resume and stored_nothing(keeper.out):
+        if resume and distributed.by_first(lambda: stored_nothing(keeper.out)):
             self.on_event(Warned(f"The run in {keeper.out} ended before it had stored anything; it begins anew."))
             resume, force = False, True
         if not resume:
-            claim_folder(keeper.out, force=force)
-            write_run(keeper.out, self.options, self.facts, self._started(command))
+            started = self._started(command)
+            distributed.by_first(lambda: self._begin(started, force=force))
             self._announce(resumed=False)
             self._open_validation()
             self._measure_original()
@@ -192,7 +202,8 @@ class _Run:
             self._announce(resumed=True)
             self._open_validation()
         else:
-            write_run(keeper.out, self.options, self.facts, self._started(command))
+            started = self._started(command)
+            distributed.by_first(lambda: write_run(keeper.out, self.options, self.facts, started))
             if keeper.is_enough(as_calibrated.top1):
                 keeper.record(as_calibrated, self.validation.confusions(), fraction=0.0, seconds=as_calibrated.seconds)
             else:
@@ -206,6 +217,10 @@ class _Run:
                 amp=self.options.amp,
                 channels_last=self.options.channels_last,
             )
+
+    def _begin(self, started: dict[str, Any], *, force: bool) -> None:
+        claim_folder(self.keeper.out, force=force)
+        write_run(self.keeper.out, self.options, self.facts, started)
 
     def train(self) -> FinetuneResult:
         """Train to the end, or until it is good enough."""
@@ -261,6 +276,7 @@ class _Run:
                 train=self.train_data.description,
                 val=self.validation.data.description + self._whose_labels(),
                 device=str(self.engine.device),
+                processes=distributed.count(),
                 workers=self.options.resolved_workers(),
                 parameters=sum(count for count, _ in parameters),
                 trainable=sum(count for count, learns in parameters if learns),
@@ -276,6 +292,7 @@ class _Run:
         progress = self.keeper.progress
         measured = {"before": progress.before, "original_metrics": progress.original}
         return {
+            **distributed.account(),
             **({} if command is None else {"command": command}),
             "device": str(self.engine.device),
             "machine": machine_facts(self.engine.device),
@@ -296,7 +313,7 @@ class _Run:
             self.on_event(OriginalEvaluated(self.original.name, self.keeper.progress.original))
 
     def _look_at_stop(self) -> None:
-        if self.stop.requested:
+        if self.stop.requested():
             raise Stopped
 
 

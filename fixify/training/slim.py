@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,16 @@ from torch import nn
 
 from fixify._io import sha256_of
 from fixify.checkpoint import is_slim, load, read_info, save
-from fixify.data import check_classes, open_train_val, open_unlabelled, override
+from fixify.data import DataOptions, match_classes, open_train_val, open_unlabelled, override
 from fixify.errors import FormatError, UsageError
 from fixify.evaluation import check_input_size
+from fixify.training import distributed
 from fixify.training.events import Listener
 from fixify.training.files import BEST_FILE, LAST_FILE
 from fixify.training.logging import stored_options
 from fixify.training.options import FinetuneOptions
 from fixify.training.others import open_other
+from fixify.training.restarting import goes_on
 from fixify.training.run import FinetuneResult, finetune
 
 
@@ -31,13 +34,14 @@ def run_finetune(
     resume: bool = False,
     force: bool = False,
     download: bool = False,
+    class_map: Path | str | None = None,
     command: str | None = None,
     on_event: Listener | None = None,
 ) -> FinetuneResult:
-    """Finetune a slim checkpoint.
+    """Finetune a slim checkpoint; in every process that torchrun started, if it did.
 
-    The data is checked against the checkpoint (class count; class names and their order, where the checkpoint has
-    them), the checkpoint is validated as it came, then trained and validated after each epoch.
+    The data gets the labels that the checkpoint means, by the names of the classes where it has them (see
+    `fixify.data.match_classes`); the checkpoint is validated as it came, then trained and validated after each epoch.
 
     Args:
         slim_path: The checkpoint; it is not changed.
@@ -51,6 +55,7 @@ def run_finetune(
         resume: Continue the run in `out_dir`.
         force: Replace the run in `out_dir`.
         download: Whether `torch/...` data may be downloaded.
+        class_map: A file that says which class of the data has which label; see `fixify.data.DataOptions`.
         command: What was typed to start the run; recorded.
         on_event: Told what happens.
 
@@ -58,6 +63,7 @@ def run_finetune(
         FormatError, CodebookMismatchError: the checkpoint cannot be loaded.
         SourceError, ArchitectureError, NoClassifierError: `against` or `distill` cannot be opened.
         DataError: the data is missing, not laid out as expected, or not the checkpoint's.
+        ConnectionLost: another process ended.
         TrainingError, OutputExistsError, OutputError: see `fixify.training.finetune`.
         UsageError: the checkpoint would be overwritten, or `img_size` does not fit the model.
     """
@@ -66,16 +72,56 @@ def run_finetune(
         raise UsageError(f"The run in {out} would overwrite {source}.", hint="Choose another folder with -o.")
     if options is None:
         options = stored_options(out) if resume else FinetuneOptions()
+    options = options.for_this_process()
+    with distributed.process_group(options.resolved_device()):
+        return _finetune(
+            source,
+            data_name,
+            out,
+            options,
+            against=against,
+            distill=distill,
+            resume=resume or goes_on(out),
+            force=force,
+            download=download,
+            class_map=class_map,
+            command=command,
+            on_event=on_event,
+        )
+
+
+def _finetune(
+    source: Path,
+    data_name: str,
+    out: Path,
+    options: FinetuneOptions,
+    *,
+    against: Path | str | None,
+    distill: Path | str | None,
+    resume: bool,
+    force: bool,
+    download: bool,
+    class_map: Path | str | None,
+    command: str | None,
+    on_event: Listener | None,
+) -> FinetuneResult:
     if source.is_file() and not is_slim(source):
         raise FormatError(f"{source} is not a slim checkpoint.", hint=f"Make one first: fixify convert {source}")
     info = read_info(source)
-    stored_names = (info.training or {}).get("class_names") or info.labels
+    stored = (info.training or {}).get("class_names"), info.labels
+    stored_names = stored[0] or stored[1]
+    reading = DataOptions(options.class_order, class_map, options.input_key, options.target_key)
     if options.unlabelled:
         names = stored_names or [str(label) for label in range(info.num_classes)]
-        train, val = open_unlabelled(data_name, names, seed=options.seed, download=download)
+        train, val = open_unlabelled(data_name, names, seed=options.seed, download=download, options=reading)
+        val = match_classes(val, info.num_classes, *stored, subset=True).data
+        train = replace(train, class_names=val.class_names)
     else:
-        train, val = open_train_val(data_name, download=download)
-    check_classes(val if options.unlabelled else train, info.num_classes, stored_names)
+        train, val = open_train_val(data_name, download=download, options=reading)
+        # What is noted of the labels is said of the training images alone.
+        matched = match_classes(val, info.num_classes, *stored, subset=True).data
+        val = replace(matched, description=val.description)
+        train = match_classes(train, info.num_classes, *stored).data
     model = load(source)
     preprocessing = override(info.preprocessing, img_size=options.img_size, crop_pct=options.crop_pct)
     if options.img_size is not None:
@@ -89,6 +135,8 @@ def run_finetune(
         save(trained, path, force=True, training=record)
 
     facts = {"checkpoint": source.name, "checkpoint_sha256": sha256_of(source), "class_names": stored_names}
+    if class_map is not None:
+        facts["class_map"] = {"name": Path(class_map).name, "sha256": sha256_of(Path(class_map))}
     teacher = None if distill is None else open_other(distill, val, options)
     original = None if against is None else open_other(against, val, options)
     if original is None and options.max_drop is not None and options.original_top1 is None:

@@ -1,7 +1,8 @@
 """What may come before training the whole network: calibrating its heads, and training only its last blocks.
 
 Both look at some training images, as in validation. Neither stores anything on its way: a run that is stopped in one
-begins it anew, and exactly so.
+begins it anew, and exactly so. Several processes read the images for the last blocks together; the rest each does,
+and the first one's result is taken.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from typing import Any
 
 from torch import Tensor
 
-from fixify.data import ImageLoader, OpenedData, Subset, make_loader
+from fixify.data import ImageLoader, OpenedData, Share, Subset, make_loader
 from fixify.data.seeding import permutation
+from fixify.errors import DataError
+from fixify.training import distributed
 from fixify.training.calibration import calibrate_heads_, uncalibrated_heads
 from fixify.training.engine import Engine
 from fixify.training.events import Calibrated, Evaluating, LastBlockEpoch, Listener
-from fixify.training.last_block import compute, divide, most_images, train_tail
+from fixify.training.last_block import compute, divide, joined, most_images, train_tail
 from fixify.training.loop import training_loss
+from fixify.training.replicas import make_alike
 
 _CALIBRATION, _LAST_BLOCK = 4, 8  # random streams beside those of fixify.data.loader and fixify.training.loop
 
@@ -52,23 +56,31 @@ class Stages:
         if not uncalibrated_heads(engine.model):
             return False
         with self._some_images(_CALIBRATION, engine.options.calibration_images) as loader:
-            self.on_event(Calibrated(calibrate_heads_(engine.model, self._watched(loader), device=engine.device)))
+            images = calibrate_heads_(engine.model, self._watched(loader), device=engine.device)
+        make_alike(engine.model)
+        self.on_event(Calibrated(images))
         return True
 
     def train_last_block(self) -> None:
         """Train the last blocks for `options.last_block_epochs`."""
         engine, options = self.engine, self.engine.options
         with self._some_images(_LAST_BLOCK, 2) as loader:
-            few = next(iter(loader))[0].to(engine.device)
+            few = next((images for images, _ in loader), None)
+        if few is None:
+            raise DataError("The first images that were drawn cannot be read.", hint="See the warnings above.")
+        few = few.to(engine.device)
         divided = divide(engine.model, few)
         count = min(len(self.data), most_images(divided, few))
 
         def tell(images: int) -> None:
-            self.on_event(Evaluating("features", images, count))
+            self.on_event(Evaluating("features", min(images * distributed.count(), count), count))
             self.look_at_stop()
 
-        with self._some_images(_LAST_BLOCK, count) as loader:
-            features = compute(divided, loader, engine.teacher, device=engine.device, amp=options.amp, on_batch=tell)
+        with self._some_images(_LAST_BLOCK, count, distributed.share()) as loader:
+            part = compute(divided, loader, engine.teacher, device=engine.device, amp=options.amp, on_batch=tell)
+            for _ in range(len(loader) - loader.own_batches):
+                self.look_at_stop()
+        features = joined(part)
         train_tail(
             engine.model,
             divided,
@@ -80,6 +92,7 @@ class Stages:
             on_epoch=lambda epoch, loss: self.on_event(LastBlockEpoch(epoch, options.last_block_epochs, count, loss)),
             on_step=self.look_at_stop,
         )
+        make_alike(engine.model)
         if engine.ema is not None:
             engine.ema.set(engine.model)
 
@@ -89,7 +102,7 @@ class Stages:
             yield batch
 
     @contextmanager
-    def _some_images(self, stream: int, count: int) -> Iterator[ImageLoader]:
+    def _some_images(self, stream: int, count: int, share: Share | None = None) -> Iterator[ImageLoader]:
         options = self.engine.options
         order = permutation(options.seed, 0, stream, count=len(self.data))
         picked = replace(self.data, images=Subset(self.data.images, order[:count].tolist()))
@@ -100,6 +113,8 @@ class Stages:
             batch_size=options.batch_size,
             workers=options.resolved_workers() if stream == _LAST_BLOCK else 0,
             device=self.engine.device,
+            unreadable=self.engine.loader.unreadable,
+            share=share,
         )
         try:
             yield loader

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,18 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from fixify.confusions import Answers, Confusions
-from fixify.data import ImageLoader, OpenedData, make_loader
-from fixify.evaluation import Metrics, evaluate
+from fixify.confusions import Answers, Confusions, confusions
+from fixify.data import ImageLoader, OpenedData, UnreadableImages, make_loader
+from fixify.evaluation import Metrics, add_up
+from fixify.training import distributed
 from fixify.training.distillation import answered
 from fixify.training.events import Evaluating, Listener, Phase
 from fixify.training.interrupt import Stopped, StopRequest
 from fixify.training.options import FinetuneOptions
 from fixify.training.others import OtherModel
+from fixify.training.unreadable import teller
 
 
 class Validation:
     """Measures models on one data set; raises `Stopped` between batches when asked to stop.
+
+    Several processes measure a model together, each on its share of the images, and all get the metrics of the whole:
+    what is added up are sums over images, and no image is in two shares.
 
     Args:
         data: The images.
@@ -29,6 +35,9 @@ class Validation:
         device: Where the models are.
         stop: Looked at after every batch.
         on_event: Told how far it is.
+
+    Attributes:
+        unreadable: Images that are left out of every measurement.
     """
 
     def __init__(
@@ -44,10 +53,12 @@ class Validation:
         self.stop, self.on_event = stop, on_event
         self._loader: ImageLoader | None = None
         self._answers = Answers()
+        self.unreadable = UnreadableImages(len(data), options.max_unreadable, teller("validation", on_event))
 
     def label_with(self, teacher: OtherModel) -> None:
         """Make the teacher's answers the labels; to be called before anything is measured."""
-        with self._loader_for(teacher) as loader:
+        # None may be left out: the answers are the images' in order.
+        with self._loader_for(teacher, UnreadableImages(len(self.data))) as loader:
             self.data = answered(
                 self.data,
                 teacher,
@@ -55,6 +66,7 @@ class Validation:
                 device=self.device,
                 amp=self.options.amp,
                 on_batch=lambda images: self._tell("teacher", images),
+                on_end=lambda: self._keep_step(loader),
             )
 
     def measure(self, model: nn.Module, phase: Phase) -> Metrics:
@@ -66,7 +78,8 @@ class Validation:
 
     def confusions(self) -> Confusions:
         """What the model that was measured last answered to each class."""
-        return self._answers.confusions()
+        pairs = torch.cat(distributed.gathered(self._answers.pairs()), dim=1)
+        return confusions(pairs.numpy(), self.data.num_classes)
 
     def measure_other(self, other: OtherModel, phase: Phase) -> Metrics:
         """Metrics of another model, which is on the CPU afterwards."""
@@ -82,7 +95,8 @@ class Validation:
             self._loader.close()
 
     def _measure(self, model: nn.Module, phase: Phase, loader: ImageLoader, answers: Answers | None = None) -> Metrics:
-        return evaluate(
+        started = time.perf_counter()
+        sums = add_up(
             model,
             loader,
             device=self.device,
@@ -91,13 +105,30 @@ class Validation:
             on_batch=lambda images: self._tell(phase, images),
             answers=answers,
         )
+        self._keep_step(loader, model if self.options.shard else None)
+        distributed.sum_(sums.totals)
+        return sums.metrics(time.perf_counter() - started)
+
+    def _keep_step(self, loader: ImageLoader, sharded: nn.Module | None = None) -> None:
+        """Take part in what the processes do with each batch, when others have one more: of a sharded model each of
+        them has a part.
+        """
+        for _ in range(len(loader) - loader.own_batches):
+            if sharded is not None:
+                nothing = torch.zeros(1, *self.preprocessing["input_size"]), torch.zeros(1, dtype=torch.int64)
+                add_up(sharded, [nothing], device=self.device, amp=self.options.amp)
+            self._look_at_stop()
 
     def _tell(self, phase: Phase, images: int) -> None:
-        self.on_event(Evaluating(phase, images, len(self.data)))
-        if self.stop.requested:
+        total = len(self.data)
+        self.on_event(Evaluating(phase, min(images * distributed.count(), total), total))
+        self._look_at_stop()
+
+    def _look_at_stop(self) -> None:
+        if self.stop.requested():
             raise Stopped
 
-    def _make_loader(self, preprocessing: dict[str, Any]) -> ImageLoader:
+    def _make_loader(self, preprocessing: dict[str, Any], unreadable: UnreadableImages | None = None) -> ImageLoader:
         return make_loader(
             self.data,
             preprocessing,
@@ -105,11 +136,13 @@ class Validation:
             batch_size=self.options.batch_size,
             workers=self.options.resolved_workers(),
             device=self.device,
+            unreadable=self.unreadable if unreadable is None else unreadable,
+            share=distributed.share(),
         )
 
     @contextmanager
-    def _loader_for(self, other: OtherModel) -> Iterator[ImageLoader]:
-        loader = self._make_loader(other.preprocessing)
+    def _loader_for(self, other: OtherModel, unreadable: UnreadableImages | None = None) -> Iterator[ImageLoader]:
+        loader = self._make_loader(other.preprocessing, unreadable)
         try:
             yield loader
         finally:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import pickle
+import runpy
+import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,13 @@ from fixify.retrofit import fix_classifier_
 from fixify.training import FinetuneOptions, finetune
 
 NUM_CLASSES = 4
+PREPROCESSING = {
+    "input_size": (1, 16, 16),
+    "mean": (0.4,),
+    "std": (0.25,),
+    "interpolation": "bilinear",
+    "crop_pct": 1.0,
+}
 
 
 def _stripes(num_images: int, seed: int, split: str) -> OpenedData:
@@ -40,24 +52,25 @@ def stripes() -> tuple[OpenedData, OpenedData]:
 
 @pytest.fixture(scope="session")
 def preprocessing() -> dict[str, Any]:
-    return {"input_size": (1, 16, 16), "mean": (0.4,), "std": (0.25,), "interpolation": "bilinear", "crop_pct": 1.0}
+    return PREPROCESSING
 
 
 class Small(nn.Module):
-    """Two convolutions with batch norm, average pooling, dropout, a classifier."""
+    """Two convolutions with batch norm (or group norm), average pooling, dropout, a classifier."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, batch_norm: bool = True, dropout: float = 0.2) -> None:
         super().__init__()
+        norm = nn.BatchNorm2d if batch_norm else partial(nn.GroupNorm, 4)
         self.body = nn.Sequential(
             nn.Conv2d(1, 8, 3, stride=2, bias=False),
-            nn.BatchNorm2d(8),
+            norm(8),
             nn.ReLU(),
             nn.Conv2d(8, 16, 3, stride=2),
-            nn.BatchNorm2d(16),
+            norm(16),
             nn.ReLU(),
             nn.AdaptiveAvgPool2d((2, 1)),
             nn.Flatten(),
-            nn.Dropout(0.2),
+            nn.Dropout(dropout),
         )
         self.fc = nn.Linear(32, NUM_CLASSES)
 
@@ -66,29 +79,29 @@ class Small(nn.Module):
         return logits
 
 
+def make_model(*, fixed: bool = True, standardize: bool = True, **given: Any) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Small(**given)
+    if fixed:
+        fix_classifier_(model, HeadSpec("hadamard", 32, NUM_CLASSES, standardize=standardize))
+    return model
+
+
 @pytest.fixture(scope="session")
 def new_model() -> Callable[..., nn.Module]:
     """Makes that network, always with the same weights."""
+    return make_model
 
-    def make(*, fixed: bool = True, standardize: bool = True) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = Small()
-        if fixed:
-            fix_classifier_(model, HeadSpec("hadamard", 32, NUM_CLASSES, standardize=standardize))
-        return model
 
-    return make
+def save_weights_(model: nn.Module, path: Path, record: dict[str, Any]) -> None:
+    torch.save({"weights": model.state_dict(), "record": record}, path)
 
 
 @pytest.fixture(scope="session")
 def save_weights() -> Callable[[nn.Module, Path, dict[str, Any]], None]:
     """Stands for `fixify.checkpoint.save` where the model is no slim checkpoint."""
-
-    def save(model: nn.Module, path: Path, record: dict[str, Any]) -> None:
-        torch.save({"weights": model.state_dict(), "record": record}, path)
-
-    return save
+    return save_weights_
 
 
 class Runs:
@@ -108,3 +121,51 @@ class Runs:
 def run(new_model: Any, stripes: Any, preprocessing: Any, save_weights: Any) -> Runs:
     """Starts a run in a folder: run(out, options, model=None, **what `finetune` takes)."""
     return Runs(new_model, stripes, preprocessing, save_weights)
+
+
+class Several:
+    """Runs of the tiny network in several processes, which one process that has imported torch forks."""
+
+    def __init__(self) -> None:
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["torch", "timm", "fixify.training", "numpy", "pytest"])
+
+    def __call__(
+        self, out: Path, processes: int, *, val_images: int = 20, model: Any = None, given: Any = None, **options: Any
+    ) -> list[dict[str, Any]]:
+        """Each process's answer: what came of the run, the events that it was told, its weights."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        started = []
+        for rank in range(processes):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            arguments = {
+                "environment": {
+                    **{name: str(value) for name, value in place.items()},
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                },
+                "options": {"workers": 0, "device": "cpu", **options},
+                "model": model or {},
+                "val_images": val_images,
+                "given": given or {},
+                "out": str(out),
+                "answer": str(out.with_suffix(f".{rank}")),
+            }
+            worker = str(Path(__file__).with_name("several.py"))
+            process = self.context.Process(
+                target=runpy.run_path, args=(worker, {"ARGUMENTS": arguments}, "__main__"), daemon=True
+            )
+            process.start()
+            started.append((process, Path(arguments["answer"])))
+        for process, _ in started:
+            process.join(120)
+            assert process.exitcode == 0
+        return [pickle.loads(answer.read_bytes()) for _, answer in started]
+
+
+@pytest.fixture(scope="session")
+def several() -> Several:
+    """Starts a run in several processes: several(out, processes, **options)."""
+    return Several()

@@ -163,7 +163,7 @@ class TestResume:
             run(whole, EVERYTHING, resume=True, train=fewer)
         other = OpenedData(Subset(train.images, list(range(1, 45))), train.class_names, "", "", train.name, "train")
         other.images.indices[-1] = 0
-        with pytest.raises(TrainingError, match="44 as before, of other names or sizes"):
+        with pytest.raises(TrainingError, match="44 as before, of other names, sizes or labels"):
             run(whole, EVERYTHING, resume=True, train=other)
 
     def test_an_option_that_the_state_is_too_old_to_know_had_its_defaults_effect(
@@ -488,7 +488,7 @@ def test_stopping_before_training_leaves_nothing_to_resume(run: Run, tmp_path: P
 def test_other_versions_are_told_on_resuming(run: Run, tmp_path: Path) -> None:
     run(tmp_path, PLAIN)
     state = load(tmp_path / "state.pt")
-    assert set(state["machine"]) == {"fixify", "python", "torch", "torchvision", "timm", "numpy", "device"}
+    assert set(state["machine"]) == {"fixify", "python", "torch", "torchvision", "timm", "numpy", "device", "processes"}
     assert json.loads((tmp_path / "run.json").read_text())["machine"] == state["machine"]
     state["machine"]["torch"] = "0.1"
     write_sealed(tmp_path, state)
