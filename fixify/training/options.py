@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,6 +15,9 @@ from fixify.errors import UsageError
 from fixify.evaluation import resolve_device
 from fixify.training import distributed
 from fixify.validation import Conflict, did_you_mean, explain, mistakes, refuse
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MACHINE = ("workers", "device", "save_minutes")
 """Options that suit a machine and do not change the result."""
@@ -86,6 +89,7 @@ class FinetuneOptions(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    section: ClassVar[str] = "finetune"
 
     epochs: int = Field(default=5, ge=0)
     batch_size: int = Field(default=64, ge=1)
@@ -150,7 +154,7 @@ class FinetuneOptions(BaseModel):
     smoothing: float = Field(default=0.0, ge=0, lt=1)
 
     @classmethod
-    def create(cls, **given: Any) -> FinetuneOptions:
+    def create(cls, **given: Any) -> Self:
         """Options with these values and the defaults.
 
         Raises:
@@ -160,9 +164,9 @@ class FinetuneOptions(BaseModel):
             return cls(**given)
         except ValidationError as error:
             problems = mistakes(cls.model_validate, given)
-            raise UsageError("\n".join(_sentence(problem) for problem in problems)) from error
+            raise UsageError("\n".join(_sentence(problem, cls.model_fields) for problem in problems)) from error
 
-    def replace(self, **given: Any) -> FinetuneOptions:
+    def replace(self, **given: Any) -> Self:
         """These options with some changed; raises like `create`."""
         return self.create(**{**self.model_dump(), **given})
 
@@ -225,7 +229,7 @@ class FinetuneOptions(BaseModel):
         """The device; raises UsageError if it is not on this machine."""
         return resolve_device(self.device)
 
-    def for_this_process(self) -> FinetuneOptions:
+    def for_this_process(self) -> Self:
         """These options with the device of this process of those that torchrun started, and its share of the workers.
 
         Raises:
@@ -252,8 +256,8 @@ class FinetuneOptions(BaseModel):
         return self.model_dump(mode="json", exclude=set(MACHINE))
 
 
-def _sentence(problem: Any) -> str:
+def _sentence(problem: Any, known: Iterable[str]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"There is no option {name!r}{did_you_mean(name, FinetuneOptions.model_fields)}"
+        return f"There is no option {name!r}{did_you_mean(name, known)}"
     return f"{name}: {explain(problem)}." if name else f"{explain(problem)}."

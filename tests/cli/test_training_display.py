@@ -24,6 +24,7 @@ STARTED = RunStarted(
     val="10,000 images of 1,000 classes from val/",
     device="cpu",
     workers=2,
+    processes=1,
     parameters=1000,
     trainable=1000,
     frozen=(),

@@ -254,9 +254,9 @@ class TestResume:
         self.same_as(whole, tmp_path)
 
     def test_options_are_stored(self, whole: Path, tmp_path: Path) -> None:
-        assert stored_options(whole).recipe() == EVERYTHING.recipe()
+        assert stored_options(whole, FinetuneOptions).recipe() == EVERYTHING.recipe()
         with pytest.raises(TrainingError, match="no run to resume"):
-            stored_options(tmp_path)
+            stored_options(tmp_path, FinetuneOptions)
 
 
 class TestRun:
