@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from numpy.typing import ArrayLike
 
@@ -43,7 +43,8 @@ class HeadSpec:
         seed: Seed of everything random in the codebook, 0 <= seed < 2^64.
         normalize: Per-sample L2 norm of the features (paper, equation 1).
         bias: Learned bias of each class.
-        standardize: Features are first centered and divided by their deviation (running statistics, stored).
+        standardize: Features are first centered and divided by their deviation (running statistics, stored). "center":
+            they are only centered.
         fixed_scale: The scale alpha is a buffer instead of a parameter.
         matched: The code index of each class is stored (`codes`); otherwise it follows from the class number.
         blocks: Sign-flipped Hadamard blocks in the code space; None: as few as the classes need.
@@ -64,7 +65,7 @@ class HeadSpec:
     seed: int = 0
     normalize: bool = True
     bias: bool = True
-    standardize: bool = False
+    standardize: bool | Literal["center"] = False
     fixed_scale: bool = False
     matched: bool = False
     blocks: int | None = None
@@ -104,7 +105,9 @@ class HeadSpec:
             )
         if self.kind not in KINDS:
             raise HeadSpecError(f"Unknown kind of head {self.kind!r}; known: {', '.join(KINDS)}.{_nearest(self.kind)}")
-        for name in ("normalize", "bias", "standardize", "fixed_scale", "matched", "gains"):
+        if self.standardize != "center" and type(self.standardize) is not bool:
+            raise HeadSpecError(f'standardize must be true, false or "center", got {self.standardize!r}.')
+        for name in ("normalize", "bias", "fixed_scale", "matched", "gains"):
             if type(getattr(self, name)) is not bool:
                 raise HeadSpecError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         if self.construction is not None and type(self.construction) is not str:
