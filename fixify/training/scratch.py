@@ -154,7 +154,10 @@ def run_train(
             suffix=network.suffix,
             resume=resume or goes_on(out),
             force=force,
-            facts={} if class_map is None else {"class_map": class_map_facts(class_map)},
+            facts={
+                "architecture": network.architecture.spelled,
+                **({} if class_map is None else {"class_map": class_map_facts(class_map)}),
+            },
             original=None if against is None else open_other(against, val, options),
             teacher=None if distill is None else open_other(distill, val, options),
             command=command,
