@@ -60,11 +60,14 @@ def finetune(
     loss: Annotated[
         str | None, _option("cross-entropy or the paper's cosine (section 2.2). Default: cross-entropy.")
     ] = None,
-    sched: Annotated[str | None, _option("cosine, linear, step or constant. Default: cosine.")] = None,
+    sched: Annotated[str | None, _option("cosine, linear, step, multistep or constant. Default: cosine.")] = None,
     warmup_epochs: Annotated[float | None, _option("Epochs of rising rate. Default: 0.1.")] = None,
     min_lr: Annotated[float | None, _option("Rate at the end. Default: 0.0.")] = None,
     decay_epochs: Annotated[float | None, _option("Epochs between decays (step). Default: 30.0.")] = None,
-    decay_rate: Annotated[float | None, _option("Factor of a decay (step). Default: 0.1.")] = None,
+    decay_milestones: Annotated[
+        list[float] | None, _option("Epoch after which the rate decays (multistep); may be given again.")
+    ] = None,
+    decay_rate: Annotated[float | None, _option("Factor of a decay (step, multistep). Default: 0.1.")] = None,
     head_lr_scale: Annotated[float | None, _option("Rate multiple of the head's scale, bias. Default: 30.0.")] = None,
     ema_decay: Annotated[float | None, _option("Average the weights with this decay, and keep that.")] = None,
     grad_accum: Annotated[int | None, _option("Steps that make one update. Default: 1.")] = None,
@@ -84,6 +87,9 @@ def finetune(
         tuple[float, float] | None, _option("Area of the random crop. Default: 0.5 1.0.", panel=_AUGMENTATION)
     ] = None,
     ratio: Annotated[tuple[float, float] | None, _option("Its aspect ratio, two numbers.", panel=_AUGMENTATION)] = None,
+    crop_padding: Annotated[
+        int | None, _option("Instead: pad so many pixels, crop at random. For small images.", panel=_AUGMENTATION)
+    ] = None,
     hflip: Annotated[float | None, _option("Share mirrored. Default: 0.5.", panel=_AUGMENTATION)] = None,
     vflip: Annotated[float | None, _option("Share upside down. Default: 0.0.", panel=_AUGMENTATION)] = None,
     color_jitter: Annotated[float | None, _option("Colour jitter. Default: 0.0.", panel=_AUGMENTATION)] = None,
@@ -170,7 +176,7 @@ def finetune(
     given = {
         name: value
         for name, value in context.params.items()
-        if name in FinetuneOptions.model_fields and value is not None
+        if name in FinetuneOptions.model_fields and value not in (None, ())
     }
     for name in ("distill_weight", "distill_temperature"):
         if name in given and distill is None:

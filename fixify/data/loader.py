@@ -14,8 +14,10 @@ from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torchvision import transforms
 
 from fixify.data.opened import ImageSource, OpenedData
 from fixify.data.preprocessing import channels_of, normalization
@@ -39,11 +41,18 @@ _ORDER, _IMAGES, _BATCHES, _ERASING = 0, 1, 2, 9
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training images go through; names and defaults are timm's (`timm.data.create_transform`, `Mixup`)."""
+    """What training images go through; names and defaults are timm's (`timm.data.create_transform`, `Mixup`).
+
+    Attributes:
+        crop_padding: Not timm's: instead of a random resized crop, the usual one of small images (He et al. 2016,
+            section 4.2: 4). The image, whole, gets so many pixels of the mean colour at each side, and a random crop of
+            its size is taken; `scale`, `ratio` and `interpolation` then mean nothing.
+    """
 
     no_aug: bool = False
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_padding: int | None = None
     hflip: float = 0.5
     vflip: float = 0.0
     color_jitter: float = 0.4
@@ -140,6 +149,8 @@ def make_loader(
             auto_augment=augmentation.auto_augment,
             interpolation=augmentation.interpolation,
         )
+        if augmentation.crop_padding is not None and not augmentation.no_aug:
+            transform.transforms[0] = _padded_crop(augmentation.crop_padding, preprocessing)
     else:
         transform = create_transform(
             **common,
@@ -164,6 +175,21 @@ def make_loader(
     normalize = {"mean": mean, "std": std, "channels": channels, "device": device}
     unreadable = unreadable if unreadable is not None else UnreadableImages(len(opened))
     return ImageLoader(loader, keys, unreadable=unreadable, normalize=normalize, erase=erase, mix=mix, device=device)
+
+
+def _padded_crop(padding: int, preprocessing: Mapping[str, Any]) -> Callable[[Image.Image], Image.Image]:
+    """The image, of which the shorter side is brought to the input's, shifted by at most so many pixels."""
+    size = tuple(preprocessing["input_size"])[1:]
+    mean, _ = normalization(preprocessing)
+    # Zero once the mean is subtracted, as where such crops come from: there padding came after it.
+    fill = tuple(round(255 * value) for value in mean)
+    crop: Callable[[Image.Image], Image.Image] = transforms.Compose(
+        [
+            transforms.Resize(min(size), str_to_interp_mode(preprocessing.get("interpolation", "bilinear"))),
+            transforms.RandomCrop(size, padding, fill=fill if len(fill) > 1 else fill[0]),
+        ]
+    )
+    return crop
 
 
 class ImageLoader:

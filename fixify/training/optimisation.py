@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import MultiStepLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import dispatch_clip_grad
 from torch import nn
@@ -128,6 +128,21 @@ def make_schedule(optimiser: torch.optim.Optimizer, options: FinetuneOptions, up
 
     It holds no state: the rate is a function of the number of updates, so resuming needs nothing else.
     """
+    warmup = math.ceil(options.warmup_epochs * updates_per_epoch)
+    schedule: Scheduler
+    if options.sched == "multistep":
+        schedule = MultiStepLRScheduler(
+            optimiser,
+            # timm decays one update before a milestone (its own docstring says so); 82 epochs are all of 82 here.
+            decay_t=[round(epochs * updates_per_epoch) + 1 for epochs in options.decay_milestones],
+            decay_rate=options.decay_rate,
+            warmup_t=warmup,
+            warmup_lr_init=options.warmup_lr,
+            warmup_prefix=False,
+            t_in_epochs=False,
+        )
+        schedule.step_update(0)
+        return schedule
     decays: dict[str, dict[str, Any]] = {
         "cosine": {"sched": "cosine"},
         "linear": {"sched": "poly", "decay_rate": 1.0},
@@ -138,7 +153,7 @@ def make_schedule(optimiser: torch.optim.Optimizer, options: FinetuneOptions, up
         optimiser,
         **decays[options.sched],
         num_epochs=max(options.epochs, 1),  # none is trained with 0, but timm divides by it
-        warmup_epochs=math.ceil(options.warmup_epochs * updates_per_epoch) / updates_per_epoch,
+        warmup_epochs=warmup / updates_per_epoch,
         warmup_lr=options.warmup_lr,
         min_lr=options.min_lr,
         step_on_epochs=False,

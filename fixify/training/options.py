@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -45,7 +45,8 @@ class FinetuneOptions(BaseModel):
         warmup_lr: Rate of the first step.
         min_lr: Rate at the end (cosine, linear).
         decay_epochs: Epochs between two decays (step).
-        decay_rate: Factor of each (step).
+        decay_milestones: Epochs after which the rate decays (multistep), rising: 30, 60 and 80 of 90, say.
+        decay_rate: Factor of each decay (step, multistep).
         head_lr_scale: The fixed head's scale and bias learn at this multiple of the rate. The scale needs it: it has to
             grow several times over, and one step moves it no further than any weight.
         ema_decay: Decay of an exponential moving average of the weights, which is then what is evaluated and saved.
@@ -103,11 +104,12 @@ class FinetuneOptions(BaseModel):
     weight_decay: float = Field(default=1e-4, ge=0, allow_inf_nan=False)
     decay_alpha: bool = False
     loss: Literal["cross-entropy", "cosine"] = "cross-entropy"
-    sched: Literal["cosine", "linear", "step", "constant"] = "cosine"
+    sched: Literal["cosine", "linear", "step", "multistep", "constant"] = "cosine"
     warmup_epochs: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     warmup_lr: float = Field(default=1e-5, ge=0, allow_inf_nan=False)
     min_lr: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     decay_epochs: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    decay_milestones: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
     decay_rate: float = Field(default=0.1, gt=0, le=1)
     head_lr_scale: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
@@ -146,6 +148,7 @@ class FinetuneOptions(BaseModel):
     no_aug: bool = False
     scale: tuple[float, float] = (0.5, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_padding: int | None = Field(default=None, ge=1)
     hflip: float = Field(default=0.5, ge=0, le=1)
     vflip: float = Field(default=0.0, ge=0, le=1)
     color_jitter: float = Field(default=0.0, ge=0)
@@ -211,6 +214,16 @@ class FinetuneOptions(BaseModel):
             )
         if self.min_lr > self.lr:
             yield Conflict(("min_lr", "lr"), f"min_lr ({self.min_lr:g}) must not be above lr ({self.lr:g})")
+        if self.sched == "multistep" and not self.decay_milestones:
+            yield Conflict(
+                ("sched", "decay_milestones"),
+                "sched multistep needs decay_milestones: the epochs after which the rate decays",
+            )
+        if list(self.decay_milestones) != sorted(set(self.decay_milestones)):
+            yield Conflict(
+                ("decay_milestones",),
+                f"decay_milestones must rise, not be {' '.join(f'{epoch:g}' for epoch in self.decay_milestones)}",
+            )
         if self.original_top1 is not None and self.max_drop is None:
             yield Conflict(
                 ("original_top1", "max_drop"),

@@ -246,7 +246,7 @@ def test_the_help_says_the_real_defaults() -> None:
         found = re.search(r"Default: ([\w. -]+?)( \(.*\))?\.?$", text)
         value = getattr(defaults, name)
         if found is None or value is None:
-            assert value is None or isinstance(value, bool) or name == "ratio", name
+            assert value is None or isinstance(value, bool) or value == () or name == "ratio", name
             continue
         plain = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         assert found[1] == plain, name

@@ -106,6 +106,37 @@ class TestTraining:
         assert torch.allclose(targets.sum(dim=1), torch.ones(4))
         assert targets.min() >= 0.1 / 4 - 1e-6
 
+    def test_a_padded_crop_shifts_whole_images_within_the_mean(self) -> None:
+        pixels = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
+        data = OpenedData(ArrayImages(pixels, np.arange(24)), tuple("abcdefghijklmnopqrstuvwx"), "", "", "x", "train")
+        augmentation = Augmentation(crop_padding=4, hflip=0, color_jitter=0)
+
+        def loader(**given: Any) -> Any:
+            return make_loader(data, RGB, training=True, batch_size=6, augmentation=augmentation, **given)
+
+        mean, std = (np.array(RGB[name], np.float32)[:, None, None] for name in ("mean", "std"))
+        padded = np.full((24, 3, 24, 24), np.round(255 * mean), np.float32)
+        padded[:, :, 4:-4, 4:-4] = pixels.transpose(0, 3, 1, 2)
+        first, places = epoch(loader()), set()
+        for image, label in ((image, label) for batch in first for image, label in zip(*batch, strict=True)):
+            seen = np.round(255 * (image.numpy() * std + mean))
+            windows = np.lib.stride_tricks.sliding_window_view(padded[int(label)], (16, 16), axis=(1, 2))
+            (place,) = np.argwhere((windows == seen[:, None, None]).all(axis=(0, 3, 4)))
+            places.add(tuple(place.tolist()))
+        assert len(places) > 12  # of 81
+        assert not equal(first, epoch(loader(), 1))
+        process = loader(workers=1)
+        assert equal(first, epoch(process))
+        process.close()
+
+    @pytest.mark.parametrize("size", [(28, 28), (40, 20)])
+    def test_a_padded_crop_fits_images_of_other_sizes(self, size: tuple[int, int]) -> None:
+        data = OpenedData(
+            ArrayImages(np.zeros((4, *size), np.uint8), np.arange(4)), tuple("abcd"), "", "", "x", "train"
+        )
+        made = make_loader(data, GRAY, training=True, batch_size=4, augmentation=Augmentation(crop_padding=2))
+        assert [images.shape for images, _ in epoch(made)] == [(4, 1, 16, 16)]
+
     def test_erasing_erases(self, digits: OpenedData) -> None:
         plain = Augmentation(no_aug=True)
         erased = Augmentation(no_aug=True, reprob=1.0, remode="const")

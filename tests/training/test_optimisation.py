@@ -137,6 +137,21 @@ class TestSchedule:
         assert step == pytest.approx([1.0] * 4 + [0.1] * 4)
         assert rates(FinetuneOptions.create(sched="constant", **plain), 2) == [1.0] * 8
 
+    def test_milestones_are_epochs_after_which_the_rate_decays(self) -> None:
+        plain = {"epochs": 4, "lr": 1.0, "warmup_epochs": 0.0, "sched": "multistep"}
+        found = rates(FinetuneOptions.create(decay_milestones=(1, 2.5), **plain), 4)
+        assert found == pytest.approx([1.0] * 4 + [0.1] * 6 + [0.01] * 6)
+        warm = FinetuneOptions.create(**{**plain, "warmup_epochs": 0.5, "warmup_lr": 0.0}, decay_milestones=(1,))
+        assert rates(warm, 4) == pytest.approx([0, 0.5, 1.0, 1.0] + [0.1] * 12)
+        # He et al. (2016): 64,000 updates of 128 images, decays after 32,000 and 48,000, to the next whole epoch.
+        he = FinetuneOptions.create(**{**plain, "epochs": 164, "lr": 0.1}, decay_milestones=(82, 123))
+        found = rates(he, 390)
+        assert [update for update in range(1, len(found)) if found[update] < found[update - 1]] == [31_980, 47_970]
+        with pytest.raises(UsageError, match="needs decay_milestones"):
+            FinetuneOptions.create(sched="multistep")
+        with pytest.raises(UsageError, match="must rise, not be 3 2"):
+            FinetuneOptions.create(sched="multistep", decay_milestones=(3, 2))
+
     def test_part_of_a_short_epoch_is_at_least_one_step(self) -> None:
         found = rates(FinetuneOptions.create(epochs=2, lr=1.0, warmup_epochs=0.1, warmup_lr=0.0), 3)
         assert found[0] == 0 and found[1] > 0.9
