@@ -176,7 +176,7 @@ def _architecture(options: TrainOptions) -> Architecture:
         )
     extra: dict[str, Any] = {}
     if options.in_chans is not None:
-        if found.library == "timm":
+        if found.library != "torchvision":
             extra["in_chans"] = options.in_chans
         elif options.in_chans != 3:
             raise UsageError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,11 +13,30 @@ from safetensors.torch import load_file
 import fixify
 from fixify.checkpoint import read_info
 from fixify.conversion import Conversion
+from fixify.counts import count_parameters
+from fixify.data import OpenedData
+from fixify.data.idx import ArrayImages
 from fixify.errors import FixifyError, UsageError
 from fixify.recipes import RecipeError, find_recipe, list_recipes, read_recipe, shipped
-from fixify.training import LAST_FILE, FinetuneOptions, run_finetune
+from fixify.training import LAST_FILE, FinetuneOptions, finetune, run_finetune
+from fixify.training.scratch import new_network
 
 NAMES = shipped.recipe_names()
+RETROFITS = [name for name in NAMES if read_recipe(name).convert is not None]
+FROM_SCRATCH = [name for name in NAMES if read_recipe(name).train is not None]
+QUICK = ("digits-resnet20", "fashion-mnist-resnet20", "paper-resnet56-cifar10")  # a second each
+# Table 1 of the paper, its section 4.2, and what trains on a CPU: classes; parameters, learned and fixed.
+COUNTS = {
+    "digits-resnet20": (10, 272_186, 271_547),
+    "fashion-mnist-resnet20": (10, 272_186, 271_547),
+    "paper-densenet100-cifar100": (100, 800_032, 765_833),
+    "paper-densenet169-imagenet": (1000, 14_149_480, 12_485_481),
+    "paper-mobilenet050-imagenet": (1000, 1_331_592, 819_593),
+    "paper-resnet18-050-imagenet": (1000, 3_055_880, 2_799_881),
+    "paper-resnet50-imagenet": (1000, 25_557_032, 23_509_033),
+    "paper-resnet56-cifar10": (10, 855_770, 855_131),
+    "paper-shufflenet-imagenet": (1000, 1_826_554, 866_555),
+}
 SHORT = {"epochs": 1, "warmup_epochs": 0, "batch_size": 8, "grad_accum": 1, "img_size": 32, "crop_pct": 1.0}
 
 
@@ -33,7 +53,7 @@ def test_each_is_valid_and_says_how_to_run_it(name: str) -> None:
     text = find_recipe(name).read_text()
     header = [line for line in text.splitlines() if line.startswith("#")]
     for command in recipe.sections:
-        assert any(re.search(rf"fixify {command} .*(--recipe )?{name}\b", line) for line in header)
+        assert any(re.search(rf"fixify {command} (.*--recipe )?{name}\b", line) for line in header)
     assert text.isascii() and max(map(len, text.splitlines())) <= 120
 
 
@@ -52,7 +72,7 @@ def test_each_says_what_to_expect_or_that_it_was_not_run(name: str) -> None:
         assert [what for what, pattern in WANTED.items() if not re.search(pattern, expect)] == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RETROFITS)
 def test_each_does_a_real_step(name: str, tiny: Path, tmp_path: Path) -> None:
     slim = _convert(name, tiny, tmp_path / "a.fixed.safetensors").path
     options = read_recipe(name).finetune
@@ -73,6 +93,44 @@ def test_each_does_a_real_step(name: str, tiny: Path, tmp_path: Path) -> None:
     run_finetune(slim, str(tiny / "data"), tmp_path / "again", again)
     repeated = load_file(tmp_path / "again" / LAST_FILE)
     assert all(torch.equal(repeated[key], after[key]) for key in after)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FROM_SCRATCH]
+)
+def test_each_from_scratch_does_a_real_step(name: str, tmp_path: Path) -> None:
+    """On synthetic images of the right shape, as many classes as the data has, and its own optimiser and crops."""
+    options = read_recipe(name).train
+    assert options is not None and options.head == "auto"
+    classes, learned, fixed = COUNTS[name]
+    names = [f"class {number}" for number in range(classes)]
+    network = new_network(options, names)
+    assert count_parameters(new_network(options.replace(head="learned"), names).model) == learned
+    assert count_parameters(network.model) == fixed
+    channels, *size = network.preprocessing["input_size"]
+    shape = (4, *size) if channels == 1 else (4, *size, channels)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    images = [
+        OpenedData(ArrayImages(pixels, np.arange(4)), tuple(names), "", split, "synthetic", split)
+        for split in ("train", "val")
+    ]
+    before = {key: tensor.clone() for key, tensor in network.model.state_dict().items()}
+    short = options.replace(epochs=1, batch_size=4, workers=0, device="cpu")
+    (record,) = finetune(
+        network.model, *images, network.preprocessing, short, tmp_path / "run", save=lambda *_: None
+    ).history
+    assert record.step == 1 and record.lr == options.lr and record.train_loss is not None
+    moved = {key for key, tensor in network.model.state_dict().items() if not torch.equal(before[key], tensor)}
+    (head,) = (key.removesuffix(".scale") for key in before if key.endswith(".scale"))
+    assert {f"{head}.scale", f"{head}.bias", next(iter(before))} <= moved
+
+
+def test_those_of_the_paper_are_all_there() -> None:
+    assert set(COUNTS) == set(FROM_SCRATCH)
+    for name in FROM_SCRATCH:
+        options = read_recipe(name).train
+        assert options is not None and options.decay_alpha
+        assert (options.head_lr_scale, options.head_standardize) == (1, False)
 
 
 def test_the_plain_one_spells_the_defaults_out(tiny: Path, tmp_path: Path) -> None:
