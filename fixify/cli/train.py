@@ -25,6 +25,19 @@ def train(
         typer.Option("-o", "--out", help="Folder of the run. Default: named after the recipe.", show_default=False),
     ] = None,
     set_: Set = None,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Train with the fixed head and with a learned one: OUT/fixed, OUT/learned, and figures."
+        ),
+    ] = False,
+    compare_scales: Annotated[
+        str | None,
+        typer.Option(
+            help="With --compare: a run more for each value, at which alpha is held; the paper's are 0.1,1,10.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder, exactly.")] = False,
     download: Annotated[bool, typer.Option("--download", help="Download torch/... data that is not here.")] = False,
     save_minutes: Annotated[
@@ -59,10 +72,16 @@ def train(
 
     Every option is the recipe's; --set train.lr=0.2 changes one, --set train.head=learned the head. The recipe.yaml
     that every run leaves in its folder repeats it, also one of `fixify finetune`.
+
+    With --compare the runs have one seed and one budget and differ in the head alone. Beside their folders it leaves
+    report.html and the paper's figures: alpha by step, and the errors of learned, fixed and held scales.
     """
     from fixify.cli.command_line import as_typed
+    from fixify.cli.comparing import compare as compare_heads
+    from fixify.cli.comparing import scales_of
     from fixify.cli.recipe_defaults import run_defaults
     from fixify.cli.training_result import report_run
+    from fixify.errors import UsageError
     from fixify.recipes.reading import read_recipe
     from fixify.recipes.running import run_recipe, run_section
     from fixify.recipes.schema import SECTIONS
@@ -72,24 +91,34 @@ def train(
     chosen = read_recipe(recipe, set_ or [])
     section = run_section(chosen)
     folder = _folder(recipe) if out is None else out
+    machine = {
+        name: value
+        for name, value in (("save_minutes", save_minutes), ("workers", workers), ("device", device))
+        if value is not None
+    }
+    given: dict[str, Any] = {
+        "data": data,
+        "resume": resume,
+        "force": force,
+        "download": download,
+        "class_map": class_map,
+        "command": as_typed(),
+    }
+    trackers = [*(track or []), *(["tensorboard"] if tensorboard else [])]
+    if compare:
+        if section != "train":
+            raise UsageError(
+                f"--compare trains from scratch, and {recipe} has no train: section.", hint="Leave out --compare."
+            )
+        with watching(output, trackers) as tell:
+            compare_heads(output, chosen, folder, scales_of(compare_scales), machine, tell=tell, **given)
+        return
+    if compare_scales is not None:
+        raise UsageError("--compare-scales is for a comparison.", hint="Add --compare.")
     stored: Any = stored_options(folder, SECTIONS[section]) if resume else None  # type: ignore[type-var]
-    machine = {"save_minutes": save_minutes, "workers": workers, "device": device}
-    options = run_defaults(output, chosen, section, stored).replace(
-        **{name: value for name, value in machine.items() if value is not None}
-    )
-    with watching(output, [*(track or []), *(["tensorboard"] if tensorboard else [])]) as tell:
-        result = run_recipe(
-            chosen,
-            folder,
-            options,
-            data=data,
-            resume=resume,
-            force=force,
-            download=download,
-            class_map=class_map,
-            command=as_typed(),
-            on_event=tell,
-        )
+    options = run_defaults(output, chosen, section, stored).replace(**machine)
+    with watching(output, trackers) as tell:
+        result = run_recipe(chosen, folder, options, on_event=tell, **given)
     report_run(output, result, options, data if data is not None else str(chosen.data))
 
 

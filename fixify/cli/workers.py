@@ -25,9 +25,14 @@ def is_worker() -> bool:
     return "LOCAL_RANK" in os.environ and "MASTER_ADDR" in os.environ
 
 
+def is_first() -> bool:
+    """Whether this process is to print and write what is for all of them; true without torchrun."""
+    return not is_worker() or int(os.environ.get("RANK", "0")) == 0
+
+
 def silence_all_but_first() -> None:
     """What every process would print is printed by the first."""
-    if is_worker() and int(os.environ.get("RANK", "0")) > 0:
+    if not is_first():
         _silenced[:] = [(sys.stdout, sys.stderr)]
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
 

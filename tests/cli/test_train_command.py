@@ -39,6 +39,46 @@ def test_train_resume_eval_convert_and_repeat(run: Run, digits: Path, tmp_path: 
     assert metrics[0]["val_loss"] == metrics[1]["val_loss"]
 
 
+def test_learned_against_fixed(run: Run, digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"data": str(digits), "train": TRAIN}))
+    command = ("train", "mine.yaml", "--compare", "--compare-scales", "1", *HERE)
+    code, out, err = run(*command, "--json")
+    assert code == 0, err
+    said = json.loads(out)
+    learned, fixed, held = said["runs"]
+    assert [row["name"] for row in said["runs"]] == ["learned", "fixed", "scale-1"]
+    assert learned["parameters"] - fixed["parameters"] == learned["classifier_parameters"] - 11
+    assert held["parameters"] == fixed["parameters"] - 1 and held["scale"] == 1
+    assert held["difference"] == held["top1"] - learned["top1"]
+    assert all(Path(path).is_file() for path in (said["page"], *said["figures"])) and len(said["figures"]) == 3
+    assert "fixed, 1 of 3 runs" in err and "epoch 1/1" in err
+    assert "scale-1" in Path("mine/report.html").read_text()
+    options = [json.loads(Path("mine", name, "run.json").read_text())["options"] for name in ("learned", "fixed")]
+    assert {key for key in options[0] if options[0][key] != options[1][key]} == {"head"}
+
+    code, _, err = run(*command)
+    assert code == 1 and "There is a run in mine/fixed already" in err
+    code, out, err = run(*command, "--resume", "--set", "train.head=orthogonal")
+    assert code == 1 and "head was 'auto' and is 'orthogonal'" in err
+    code, out, err = run(*command, "--resume")
+    assert code == 0, err
+    assert "difference" in out and max(map(len, out.splitlines())) <= 80
+    assert "epoch 1/1" not in err  # nothing was trained again
+
+
+def test_mistakes_of_a_comparison(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"data": "d", "train": TRAIN}))
+    (tmp_path / "tune.yaml").write_text(yaml.safe_dump({"data": "d", "checkpoint": "c", "finetune": {}}))
+    for arguments, words in (
+        (("mine.yaml", "--compare-scales", "1"), "Add --compare."),
+        (("mine.yaml", "--compare", "--compare-scales", "1,ten"), "takes numbers with commas between them"),
+        (("mine.yaml", "--compare", "--set", "train.head=learned"), "has to be a fixed one"),
+        (("tune.yaml", "--compare"), "has no train: section"),
+    ):
+        code, _, err = run("train", *arguments)
+        assert code == 2 and words in err, err
+
+
 def test_mistakes_are_one_line(run: Run, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"train": TRAIN}))
     code, _, err = run("train", "mine.yaml")
