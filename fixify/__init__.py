@@ -10,7 +10,9 @@ from a few bytes (Hoffer, Hubara & Soudry, "Fix your classifier", ICLR 2018).
     fixify.fix_classifier_(timm_model, "hadamard")         # surgery in place, to train as you like
     fixify.report("resnet50").removable                    # 2_048_000 weights that a fixed head makes superfluous
 
-The names below are imported when they are first used, so that `import fixify` needs neither torch nor timm.
+The names below are imported when they are first used, so that `import fixify` needs neither torch nor timm. So timm
+knows the paper's own networks (`timm.create_model("resnet56_cifar")`) once `fixify.zoo` is imported, by yourself or by
+any use of an architecture.
 """
 
 from __future__ import annotations

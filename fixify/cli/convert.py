@@ -52,8 +52,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="DATA",
-            help="A folder of images like those the model is for (no labels needed), or a data name: set center and "
-            "spread of the features, and fit codes, scale and bias to the original's answers.",
+            help="A folder of images like those the model is for (no labels needed), or a data name, as for finetune: "
+            "set center and spread of the features, and fit codes, scale and bias to the original's answers.",
             show_default=False,
         ),
     ] = None,

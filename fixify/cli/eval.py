@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fixify.cli.options import Arch, Device, Ema, Json
+from fixify.cli.options import Arch, ClassMap, ClassOrder, Data, Device, Ema, InputKey, Json, TargetKey
 from fixify.cli.output import Output
 
 if TYPE_CHECKING:
+    from fixify.data import Matched
     from fixify.opening import OpenModel
 
 
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A slim or ordinary checkpoint, or a model name.")],
-    data: Annotated[str, typer.Option(help="A folder with val/ (and train/), or a name: imagenet, fashion-mnist ...")],
+    data: Data,
     against: Annotated[
         str | None, typer.Option(help="Another checkpoint: compare, and say how often they agree.", show_default=False)
     ] = None,
@@ -36,17 +37,23 @@ def evaluate(
         ),
     ] = None,
     download: Annotated[bool, typer.Option("--download", help="Download torch/... data that is not here.")] = False,
+    class_map: ClassMap = None,
+    class_order: ClassOrder = None,
+    input_key: InputKey = None,
+    target_key: TargetKey = None,
     arch: Arch = None,
     ema: Ema = False,
     as_json: Json = False,
 ) -> None:
     """Measure top-1, top-5, loss and calibration error on a data set, and compare two checkpoints.
 
+    Labels go by the names of the classes: a checkpoint that has names can be measured on some of its classes, and one
+    for ImageNet on folders named by synset.
     With --against the agreement is counted too: over all images, and over those on which OTHER is more than 50 % sure.
     """
     from fixify.cli.asking import with_architecture
-    from fixify.data import check_classes, default_workers, make_loader, open_data, override
-    from fixify.errors import UsageError
+    from fixify.data import DataOptions, default_workers, make_loader, match_classes, open_data, override
+    from fixify.errors import DataError, UsageError
     from fixify.evaluation import Agreement, Metrics, check_input_size, compare, resolve_device
     from fixify.evaluation import evaluate as measure
     from fixify.opening import open_model
@@ -58,22 +65,24 @@ def evaluate(
     if amp not in ("none", "bf16", "fp16"):
         raise UsageError(f"--amp is none, bf16 or fp16, not {amp!r}.")
     where = resolve_device(device)
-    opened = open_data(data, split=split, download=download)  # type: ignore[arg-type]
-    output.say(f"data: {opened.description}")
+    if class_order not in (None, "natural", "lexical"):
+        raise UsageError(f"--class-order is natural or lexical, not {class_order!r}.")
+    reading = DataOptions(class_order, class_map, input_key, target_key)  # type: ignore[arg-type]
+    opened = open_data(data, split=split, download=download, options=reading)  # type: ignore[arg-type]
 
-    def prepare(ref: str) -> tuple[OpenModel, dict[str, Any]]:
+    def prepare(ref: str) -> tuple[OpenModel, Matched, dict[str, Any]]:
         model = with_architecture(lambda known: open_model(ref, arch=known, ema=ema), arch, output)
         training = (model.slim.training if model.slim is not None else None) or {}
-        check_classes(opened, model.num_classes, training.get("class_names") or model.labels)
+        matched = match_classes(opened, model.num_classes, training.get("class_names"), model.labels, subset=True)
         preprocessing = override(model.preprocessing, img_size=img_size, crop_pct=crop_pct)
         if img_size is not None:
             check_input_size(model.model, preprocessing["input_size"])
         model.model.to(where)
-        return model, preprocessing
+        return model, matched, preprocessing
 
     def loader(preprocessing: dict[str, Any]) -> Any:
         return make_loader(
-            opened,
+            matched.data,
             preprocessing,
             training=False,
             batch_size=batch_size,
@@ -81,8 +90,15 @@ def evaluate(
             device=where,
         )
 
-    model, preprocessing = prepare(checkpoint)
-    other, other_preprocessing = (None, None) if against is None else prepare(against)
+    model, matched, preprocessing = prepare(checkpoint)
+    output.say(f"data: {matched.data.description}")
+    other, other_matched, other_preprocessing = (None, None, None) if against is None else prepare(against)
+    if other is not None and other_matched is not None and other_matched.label_of != matched.label_of:
+        raise DataError(
+            f"{model.name} and {other.name} have their classes in different orders, so that their answers cannot be "
+            f"compared: {matched.data.class_names[:3]} ... and {other_matched.data.class_names[:3]} ...",
+            hint="Evaluate them one by one; each gets its own labels.",
+        )
     found: list[tuple[str, Metrics]]
     agreement: Agreement | None = None
     with output.progress("evaluating", total=len(opened)) as advance:

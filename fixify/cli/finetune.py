@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fixify.cli.options import Force, Json, Recipe, Set
+from fixify.cli.options import ClassMap, ClassOrder, Data, Force, InputKey, Json, Recipe, Set, TargetKey
 from fixify.cli.output import Output
 from fixify.cli.watching import TensorBoard, Track, watching
 from fixify.cli.workers import is_worker
@@ -26,7 +26,7 @@ def _option(
 
 def finetune(
     context: typer.Context,
-    data: Annotated[str, typer.Option(help="A folder with train/ and val/, or a name: imagenet, fashion-mnist ...")],
+    data: Data,
     slim: Annotated[
         Path | None, typer.Argument(help="A slim checkpoint. Default: the one in this folder.", show_default=False)
     ] = None,
@@ -67,6 +67,9 @@ def finetune(
     layer_decay: Annotated[float | None, _option("Each layer's rate, as a multiple of that of the one above.")] = None,
     freeze: Annotated[int | None, _option("So many first stages do not learn. Default: 0.")] = None,
     nan_skip: Annotated[int | None, _option("Skip at most so many steps that are not finite. Default: 0.")] = None,
+    max_unreadable: Annotated[
+        float | None, _option("Share of the images that may be unreadable. Default: 0.01.")
+    ] = None,
     seed: Annotated[int | None, _option("Fixes order, augmentation, dropout. Default: 0.")] = None,
     img_size: Annotated[int | None, _option("Side of the images. Default: the checkpoint's.")] = None,
     crop_pct: Annotated[float | None, _option("Center crop in validation. Default: the checkpoint's.")] = None,
@@ -126,6 +129,10 @@ def finetune(
         int | None, _option("Loader processes. Default: fits the machine.", "-j", "--workers", panel=_MACHINE)
     ] = None,
     device: Annotated[str | None, _option("cpu, cuda, mps ... Default: auto.", panel=_MACHINE)] = None,
+    class_map: ClassMap = None,
+    class_order: ClassOrder = None,
+    input_key: InputKey = None,
+    target_key: TargetKey = None,
     track: Track = None,
     tensorboard: TensorBoard = False,
     force: Force = False,
@@ -134,7 +141,8 @@ def finetune(
     """Train a slim checkpoint, so that the network fits its fixed classifier.
 
     Leaves best.fixed.safetensors and last.fixed.safetensors in the folder of the run, with metrics.jsonl, timm's
-    summary.csv, and the state that --resume continues from. The data's classes have to be the checkpoint's.
+    summary.csv, and the state that --resume continues from. The data's classes have to be the checkpoint's; labels go
+    by their names, where it has them.
     With --max-drop 0.5 --against ORIGINAL --val-every 100 it trains no longer than it has to.
     """
     from fixify.cli.command_line import as_typed
@@ -175,6 +183,7 @@ def finetune(
             resume=resume,
             force=force,
             download=download,
+            class_map=class_map,
             command=as_typed(),
             on_event=tell,
         )

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+DATA_PANEL = "Labels of the data"
+
 
 def _complete_recipe(incomplete: str) -> list[str]:
     from fixify.recipes.shipped import recipe_names
@@ -26,6 +28,46 @@ Arch = Annotated[
     str | None,
     typer.Option(
         help="Architecture, e.g. resnet50, timm/resnet50, torchvision/resnet50. Default: found out.", show_default=False
+    ),
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="A folder with train/ and val/, or a name: imagenet, cifar10, cifar100, fashion-mnist, torch/NAME, "
+        "hfds/NAME (Hugging Face), wds/FOLDER (webdataset)."
+    ),
+]
+ClassMap = Annotated[
+    Path | None,
+    typer.Option(
+        help="A file that says which class has which label: names in order, or name and label (text, TSV, JSON, YAML).",
+        rich_help_panel=DATA_PANEL,
+        show_default=False,
+    ),
+]
+ClassOrder = Annotated[
+    str | None,
+    typer.Option(
+        help="How class folders are sorted: natural (timm) or lexical (torchvision). Default: natural, and by name "
+        "where the checkpoint has class names.",
+        rich_help_panel=DATA_PANEL,
+        show_default=False,
+    ),
+]
+InputKey = Annotated[
+    str | None,
+    typer.Option(
+        help="Of hfds/... the column of images, of wds/... their endings (jpg;png).",
+        rich_help_panel=DATA_PANEL,
+        show_default=False,
+    ),
+]
+TargetKey = Annotated[
+    str | None,
+    typer.Option(
+        help="Of hfds/... the column of labels, of wds/... their field in the JSON files.",
+        rich_help_panel=DATA_PANEL,
+        show_default=False,
     ),
 ]
 Recipe = Annotated[

@@ -19,7 +19,11 @@ def report(
         ),
     ] = None,
     all_models: Annotated[
-        bool, typer.Option("--all", help="Every architecture of timm and torchvision: what can be converted.")
+        bool,
+        typer.Option("--all", help="Every architecture of timm, torchvision and the paper: what can be converted."),
+    ] = False,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The networks of Hoffer et al. (2018): their figures beside ours.")
     ] = False,
     arch: Arch = None,
     out: Out = None,
@@ -40,10 +44,9 @@ def report(
     from fixify.reporting.tables import models_table, savings_table
 
     output = Output(as_json=as_json)
-    if all_models:
-        if models:
-            raise UsageError(f"--all counts every architecture; it goes without {models[0]!r}.")
-        _report_all(output)
+    if all_models or paper:
+        _refuse_besides(all_models, paper, models or [], arch, out)
+        (_report_all if all_models else _report_paper)(output)
         return
     if runs := _runs_among(models or []):
         _report_runs(runs, models or [], out, output, force=force)
@@ -60,6 +63,24 @@ def report(
     if len(rows) == 1:
         tables.append(savings_table(rows[0].savings))
     output.result({"models": [row.to_dict() for row in rows]}, *tables)
+
+
+def _refuse_besides(all_models: bool, paper: bool, models: list[str], arch: str | None, out: Path | None) -> None:
+    """--all and --paper say all that there is to count."""
+    from fixify.errors import UsageError
+
+    what = "--all counts every architecture" if all_models else "--paper counts the networks of the paper"
+    others = ["--paper"] * (all_models and paper) + models[:1] + ["--arch"] * bool(arch) + ["-o"] * (out is not None)
+    if others:
+        raise UsageError(f"{what}; it goes without {others[0]}.", hint="Count them one after the other.")
+
+
+def _report_paper(output: Output) -> None:
+    from fixify.reporting.paper import paper
+    from fixify.reporting.paper_tables import paper_tables
+
+    found = paper()
+    output.result(found.to_dict(), *paper_tables(found))
 
 
 def _runs_among(names: list[str]) -> list[Path]:

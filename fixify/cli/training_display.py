@@ -123,6 +123,7 @@ class TrainingDisplay:
         loss = "" if record.train_loss is None else f"loss {record.train_loss:.4f}, "
         self._say(
             f"{where}: {loss}validation top-1 {record.val_top1:.2f} %, loss {record.val_loss:.4f}"
+            + _left_out(record)
             + (" (best)" if event.is_best else "")
         )
 
@@ -133,6 +134,7 @@ class TrainingDisplay:
         self._say(
             f"epoch {record.epoch + 1}/{self._epochs}: {loss}validation top-1 {record.val_top1:.2f} %, "
             f"loss {record.val_loss:.4f}, {record.images_per_second:.0f} images/s"
+            + _left_out(record)
             + (" (best)" if event.is_best else "")
         )
 
@@ -140,3 +142,7 @@ class TrainingDisplay:
         if event.is_best:
             self._best = event.record
         return event.record
+
+
+def _left_out(record: EpochRecord) -> str:
+    return f" ({record.val_unreadable:,} unreadable images left out)" if record.val_unreadable else ""

@@ -9,6 +9,7 @@ import os
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
 from fixify.errors import FixifyError
 
@@ -16,6 +17,7 @@ OUTCOME = "FIXIFY_OUTCOME"
 """Names the file in which `fixify finetune --nproc-per-node` learns from its workers which exit code an error has."""
 
 _PATIENCE = timedelta(seconds=5)
+_silenced: list[tuple[TextIO, TextIO]] = []
 
 
 def is_worker() -> bool:
@@ -26,12 +28,14 @@ def is_worker() -> bool:
 def silence_all_but_first() -> None:
     """What every process would print is printed by the first."""
     if is_worker() and int(os.environ.get("RANK", "0")) > 0:
+        _silenced[:] = [(sys.stdout, sys.stderr)]
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
 
 
 def speak() -> None:
     """Undo that, for what only this process knows."""
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    if _silenced:
+        sys.stdout, sys.stderr = _silenced.pop()
 
 
 def leave_if_told() -> None:

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from fixify.data.classes import natural_order
-from fixify.data.opened import OpenedData, Split
+from fixify.data.classes import in_order, natural_order
+from fixify.data.decoding import decode
+from fixify.data.opened import ClassOrder, OpenedData, Split
 from fixify.errors import DataError
 
 SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {
@@ -19,7 +20,6 @@ SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {
     "val": ("val", "valid", "validation", "eval", "test"),
     "test": ("test",),
 }
-_COMPARED_FILES = 200
 
 
 class FolderImages:
@@ -39,15 +39,7 @@ class FolderImages:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         path = self.path(index)
-        try:
-            with Image.open(path) as image:
-                image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            # Pillow's decoders raise SyntaxError and ValueError for files that are damaged inside.
-            reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-            raise DataError(
-                f"Cannot read the image {path}: {reason}.", hint="Replace the file or move it out of the data folder."
-            ) from error
+        image = decode(path, path, hint="Replace the file or move it out of the data folder.")
         return image, int(self.labels[index])
 
     def listing(self) -> Iterator[bytes]:
@@ -66,23 +58,28 @@ def find_split(root: Path, split: Split) -> Path | None:
     return next((root / name for name in SPLIT_FOLDERS[split] if (root / name).is_dir()), None)
 
 
-def open_folder(root: Path, split: Split, *, name: str | None = None) -> OpenedData:
+def open_folder(
+    root: Path, split: Split, *, name: str | None = None, class_order: ClassOrder | None = None
+) -> OpenedData:
     """Open one split of a folder that has train/ and val/ (or validation/, test/) with one folder a class.
 
     A class is a folder directly below the split, with every image at any depth below it. Labels follow the natural
-    order of the *training* folder's class names (timm's order) whichever split is opened, so that a class without
-    validation images cannot shift the labels behind it.
+    order of the *training* folder's class names (timm's order; or their lexical one) whichever split is opened, so that
+    a class without validation images cannot shift the labels behind it. A folder that is not split, but holds class
+    folders itself, does for images to evaluate on.
 
     Raises:
         DataError: no such split, loose images, an empty class folder, or a class that training does not have.
     """
     root = root.expanduser()
     folder = find_split(root, split)
+    if folder is None and split != "train" and _is_unsplit(root):
+        folder = root
     if folder is None:
         raise DataError(missing_split(root, split), hint=_LAYOUT)
     train = find_split(root, "train")
-    class_names = class_folders(train if train is not None else folder)
-    own_names = class_names if folder == train else class_folders(folder)
+    class_names = in_order(class_folders(train if train is not None else folder), class_order)
+    own_names = class_folders(folder)
     unknown = [own for own in own_names if own not in set(class_names)]
     if unknown and train is not None:
         raise DataError(
@@ -101,37 +98,18 @@ def open_folder(root: Path, split: Split, *, name: str | None = None) -> OpenedD
         description=description,
         name=name if name is not None else root.resolve().name,
         split=split,
+        order=class_order or "natural",
+        assumed=class_order is None,
     )
 
 
-def check_separate(train: OpenedData, val: OpenedData) -> None:
-    """Refuse a validation split that is the training split: the same folder, links to it, or a copy of it.
-
-    Looks at up to 200 files spread over the validation split, by device and inode, then by content.
-
-    Raises:
-        DataError: they are the same.
-    """
-    if not (isinstance(train.images, FolderImages) and isinstance(val.images, FolderImages)):
-        return
-    train_root, val_root = train.images.root.resolve(), val.images.root.resolve()
-    same = f"The validation split {val.location} is the training split {train.location}"
-    hint = "Accuracy measured there would mean nothing. Hold some images of every class out into val/."
-    if train_root == val_root or train_root in val_root.parents or val_root in train_root.parents:
-        raise DataError(f"{same} (the same folder).", hint=hint)
-    picked = np.unique(np.linspace(0, len(val) - 1, num=min(len(val), _COMPARED_FILES)).astype(int))
-    copies = 0
-    for index in picked:
-        theirs = val.images.path(int(index))
-        ours = train.images.root / os.fsdecode(val.images.paths[index])
-        if theirs.resolve().is_relative_to(train_root):
-            raise DataError(f"{same}: {theirs} is a link into it.", hint=hint)
-        if ours.exists():
-            if ours.samefile(theirs):
-                raise DataError(f"{same}: {theirs} and {ours} are one file.", hint=hint)
-            copies += ours.stat().st_size == theirs.stat().st_size and ours.read_bytes() == theirs.read_bytes()
-    if copies == len(picked):
-        raise DataError(f"{same}: every file compared ({copies}) is a copy.", hint=hint)
+def _is_unsplit(root: Path) -> bool:
+    """Whether the folder holds class folders, and none that is a split."""
+    if any((root / name).is_dir() for names in SPLIT_FOLDERS.values() for name in names):
+        return False
+    entries = [entry for entry in root.iterdir() if not entry.name.startswith(".")] if root.is_dir() else []
+    folders = [entry for entry in entries if entry.is_dir()]
+    return bool(folders) and all(any(_is_image(file.name) for file in folder.iterdir()) for folder in folders)
 
 
 _LAYOUT = (

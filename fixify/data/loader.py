@@ -27,9 +27,12 @@ from fixify.data.seeding import (
     seed_globals,
     seeded_globals,
 )
+from fixify.data.unreadable import Unreadable, UnreadableImages
 from fixify.errors import DataError
 
 Batch = tuple[Tensor, Tensor]
+_Items = tuple[list[tuple[Tensor, int]], list[Unreadable]]
+_TRIES = 50  # images that are tried for one place of a training batch, as in timm
 # Separate the random streams that belong to one (seed, epoch).
 _ORDER, _IMAGES, _BATCHES, _ERASING = 0, 1, 2, 9
 
@@ -84,6 +87,7 @@ def make_loader(
     device: torch.device | None = None,
     seed: int = 0,
     augmentation: Augmentation | None = None,
+    unreadable: UnreadableImages | None = None,
     share: Share | None = None,
 ) -> ImageLoader:
     """Batches of images and labels for a model.
@@ -98,6 +102,9 @@ def make_loader(
         device: Where the batches are to be used. On CUDA they are put there ahead of time (timm's prefetcher).
         seed: Fixes order, augmentation and mixing together with the epoch.
         augmentation: Only for training; None is `Augmentation()`.
+        unreadable: Where images that cannot be read are counted; None allows none. In training the next image of the
+            data that can be read takes the place of such a one (as in timm), so that batches keep their size; otherwise
+            it is left out.
         share: Of which process. In training k processes with batches of B images see the images, augmented, mixed and
             erased, that one with batches of kB would see. Otherwise each image is in the share of one process, and
             a share may be empty.
@@ -107,7 +114,7 @@ def make_loader(
         labels are float32 [B, num_classes].
 
     Raises:
-        DataError: preprocessing that no image can be brought to; while iterating: an image that cannot be read.
+        DataError: preprocessing that no image can be brought to; while iterating: too many unreadable images.
     """
     device = device if device is not None else torch.device("cpu")
     channels = channels_of(preprocessing)
@@ -155,7 +162,8 @@ def make_loader(
     )
     erase, mix = _batch_stage(augmentation, opened.num_classes, device) if training else (None, None)
     prefetcher = {"mean": mean, "std": std, "channels": channels, "device": device} if prefetch else None
-    return ImageLoader(loader, keys, prefetcher=prefetcher, erase=erase, mix=mix, device=device)
+    unreadable = unreadable if unreadable is not None else UnreadableImages(len(opened))
+    return ImageLoader(loader, keys, unreadable=unreadable, prefetcher=prefetcher, erase=erase, mix=mix, device=device)
 
 
 class ImageLoader:
@@ -166,6 +174,7 @@ class ImageLoader:
         loader: Any,
         keys: _Keys,
         *,
+        unreadable: UnreadableImages,
         prefetcher: dict[str, Any] | None,
         erase: Callable[[Tensor], Tensor] | None,
         mix: Callable[[Tensor, Tensor], Batch] | None,
@@ -173,6 +182,8 @@ class ImageLoader:
     ) -> None:
         self._loader = loader
         self._keys = keys
+        self.unreadable = unreadable
+        self._empty = 0
         self._prefetcher = prefetcher
         self._erase = erase
         self._mix = mix
@@ -189,8 +200,10 @@ class ImageLoader:
 
     @property
     def own_batches(self) -> int:
-        """Batches of this process in a whole epoch: in validation as many as others have, or one less."""
-        return self._keys.own_batches
+        """Batches of this process in a whole epoch: in validation as many as others have, or one less; without those
+        of which the last iteration could read no image.
+        """
+        return self._keys.own_batches - self._empty
 
     @property
     def num_images(self) -> int:
@@ -212,8 +225,12 @@ class ImageLoader:
             number += 1
 
     def _batches(self) -> Iterator[Batch]:
-        raw = _raising(self._loader)
+        self._empty = 0
+        raw = _Readable(self._loader, self.unreadable, self._count_empty)
         return iter(raw) if self._prefetcher is None else iter(PrefetchLoader(raw, **self._prefetcher))
+
+    def _count_empty(self) -> None:
+        self._empty += 1
 
     def close(self) -> None:
         """Stop the worker processes. The loader can be iterated again afterwards."""
@@ -221,14 +238,6 @@ class ImageLoader:
         if iterator is not None:
             iterator._shutdown_workers()
             self._loader._iterator = None
-
-
-@dataclass(frozen=True)
-class _Unreadable:
-    """An image that failed. It travels as a value: an exception would arrive from a worker as a traceback."""
-
-    message: str
-    hint: str | None
 
 
 class _Keys(Sampler[list[tuple[int, int]]]):
@@ -309,22 +318,30 @@ class _Transformed(Dataset[Any]):
         self.transform = transform
         self.random = random
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int] | _Unreadable]:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> _Items:
         # A worker process has global generators of its own; this one's have to come out unchanged.
         borrowed = self.random and get_worker_info() is None
+        samples, failures = list[tuple[Tensor, int]](), list[Unreadable]()
         with kept_globals() if borrowed else nullcontext():
-            return [self._item(index, seed) for index, seed in keys]
+            for index, seed in keys:
+                loaded = self._load(index, failures)
+                if loaded is not None:
+                    if self.random:
+                        seed_globals(seed)
+                    image, label = loaded
+                    samples.append((self.transform(image), label))
+        return samples, failures
 
-    def _item(self, index: int, seed: int) -> tuple[Tensor, int] | _Unreadable:
-        try:
-            image, label = self.images.load(index)
-            if image.mode != self.mode:
-                image = image.convert(self.mode)
-        except DataError as error:
-            return _Unreadable(error.message, error.hint)
-        if self.random:
-            seed_globals(seed)
-        return self.transform(image), label
+    def _load(self, index: int, failures: list[Unreadable]) -> tuple[Image.Image, int] | None:
+        """An image, or in training the one that takes its place."""
+        for place in range(index, index + (_TRIES if self.random else 1)):
+            place %= len(self.images)
+            try:
+                image, label = self.images.load(place)
+                return (image if image.mode == self.mode else image.convert(self.mode)), label
+            except DataError as error:
+                failures.append(Unreadable(error.message, error.hint))
+        return None
 
 
 def _ignore_interrupt(_worker: int) -> None:
@@ -334,25 +351,33 @@ def _ignore_interrupt(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _collate(items: list[tuple[Tensor, int] | _Unreadable]) -> Any:
-    return next((item for item in items if isinstance(item, _Unreadable)), None) or default_collate(items)
+def _collate(items: Any) -> tuple[list[Tensor], list[Unreadable]]:
+    samples, failures = items  # what `_Transformed` makes of a batch
+    return (default_collate(samples) if samples else []), failures
 
 
-class _raising:
-    """A loader whose unreadable images are raised here, in the caller's process."""
+class _Readable:
+    """The batches of a loader. What could not be read is counted, and raised, in the caller's process."""
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Any, unreadable: UnreadableImages, on_empty: Callable[[], object]) -> None:
         self.loader = loader
+        self.unreadable = unreadable
+        self.on_empty = on_empty
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            for batch in self.loader:
-                if isinstance(batch, _Unreadable):
-                    raise DataError(batch.message, hint=batch.hint)
-                yield batch[0], batch[1]
+            for batch, failures in self.loader:
+                for failure in failures:
+                    self.unreadable.add(failure)
+                if len(failures) >= _TRIES and self.loader.dataset.random:
+                    self._refuse_a_gap(batch, failures)
+                if batch:
+                    yield batch[0], batch[1]
+                else:
+                    self.on_empty()
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -360,6 +385,13 @@ class _raising:
                 f"A loader process ended unexpectedly: {str(error).splitlines()[0]}",
                 hint="Often memory: try --workers 0 or a smaller --batch-size.",
             ) from error
+
+    def _refuse_a_gap(self, batch: list[Tensor], failures: list[Unreadable]) -> None:
+        if not batch or len(batch[0]) < self.loader.batch_sampler.batch_size:
+            raise DataError(
+                f"{_TRIES} images one after another cannot be read. The last one: {failures[-1].message}",
+                hint=failures[-1].hint,
+            )
 
 
 def _batch_stage(

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 Split = Literal["train", "val", "test"]
+ClassOrder = Literal["natural", "lexical"]
 
 
 class ImageSource(Protocol):
@@ -45,6 +47,9 @@ class OpenedData:
         name: The data name without any path of this machine, as a checkpoint may record it.
         split: What was asked for.
         labelled: False where the labels mean nothing.
+        order: Where the order of the classes comes from: the data set itself ("own"), a class map ("map"), or their
+            folders' names, sorted.
+        assumed: Nobody asked for that order.
     """
 
     images: ImageSource
@@ -54,6 +59,8 @@ class OpenedData:
     name: str
     split: Split
     labelled: bool = True
+    order: ClassOrder | Literal["own", "map"] = "own"
+    assumed: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -79,3 +86,27 @@ class Subset:
     def listing(self) -> Iterator[bytes]:
         yield from self.images.listing()
         yield hashlib.sha256(np.array(self.indices, dtype="<i8").tobytes()).digest()
+
+
+class Relabelled:
+    """The images of a source under other labels.
+
+    Args:
+        images: The source.
+        labels: New label of each of the source's labels.
+    """
+
+    def __init__(self, images: ImageSource, labels: NDArray[np.int64]) -> None:
+        self.images = images
+        self.label_of = labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        image, label = self.images.load(index)
+        return image, int(self.label_of[label])
+
+    def listing(self) -> Iterator[bytes]:
+        yield from self.images.listing()
+        yield hashlib.sha256(self.label_of.astype("<i8").tobytes()).digest()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from timm.data import create_dataset
 
@@ -25,6 +26,10 @@ class TorchImages:
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        return np.asarray(self.dataset.targets, dtype=np.int64)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         image, label = self.dataset[index]

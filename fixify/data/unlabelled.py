@@ -8,7 +8,6 @@ from pathlib import Path
 
 from fixify.data.folder import (
     FolderImages,
-    check_separate,
     class_folders,
     find_split,
     images_below,
@@ -16,9 +15,11 @@ from fixify.data.folder import (
     scan,
 )
 from fixify.data.idx import has_idx_files
-from fixify.data.names import DATA_NAMES, open_data
+from fixify.data.names import DATA_NAMES, find_folder, open_data, open_train_val
 from fixify.data.opened import OpenedData, Subset
+from fixify.data.options import DataOptions
 from fixify.data.seeding import permutation
+from fixify.data.separate import check_separate
 from fixify.errors import DataError
 
 _HELD_OUT, _MOST_HELD_OUT = 0.1, 5000
@@ -26,7 +27,12 @@ _HOLD_OUT, _DRAW = 5, 6  # random streams beside those of fixify.data.loader and
 
 
 def open_unlabelled(
-    name: str, class_names: Sequence[str], *, seed: int = 0, download: bool = False
+    name: str,
+    class_names: Sequence[str],
+    *,
+    seed: int = 0,
+    download: bool = False,
+    options: DataOptions | None = None,
 ) -> tuple[OpenedData, OpenedData]:
     """Open training images whose labels, if there are any, will not be used, and images to validate on.
 
@@ -38,6 +44,7 @@ def open_unlabelled(
         class_names: Names of the checkpoint's classes in label order.
         seed: Chooses the images that are held out.
         download: Whether `torch/...` names may be downloaded.
+        options: How the labels of validation images are read, where there are some.
 
     Returns:
         Training and validation data; `labelled` says which has labels that mean something.
@@ -45,9 +52,9 @@ def open_unlabelled(
     Raises:
         DataError: no such data, no images, or validation images that are the training images.
     """
-    root = Path(name).expanduser()
+    root = find_folder(name)
     if name in DATA_NAMES or not root.is_dir() or has_idx_files(root, "train"):
-        return open_data(name, split="train", download=download), open_data(name, split="val", download=download)
+        return open_train_val(name, download=download, options=options)
     folder, val_folder = find_split(root, "train"), find_split(root, "val")
     if folder is None and val_folder is not None:
         raise DataError(
@@ -75,9 +82,9 @@ def draw_images(name: str, *, count: int, seed: int = 0) -> OpenedData:
     Raises:
         DataError: no such data, or no images.
     """
-    root = Path(name).expanduser()
+    root = find_folder(name)
     if name in DATA_NAMES or not root.is_dir() or has_idx_files(root, "train"):
-        data = open_data(name, split="train")
+        data = open_data(name, split="train", options=DataOptions(need_labels=False))
     else:
         data = _without_labels(find_split(root, "train") or root, root, ())
     order = permutation(seed, 0, _DRAW, count=len(data))[:count]

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fixify.errors import SourceError
 
 _MAX_BYTES = 64 << 20
@@ -30,12 +32,55 @@ def imagenet_labels(num_classes: int) -> list[str] | None:
 def read_class_map(path: Path) -> list[str]:
     """Read class names from a file.
 
-    One name a line; "name index" or "index name" a line, separated by blanks, a tab, a comma or a colon; a JSON
-    list of names; or a JSON object, index -> name (or [..., name], as Keras writes it) or name -> index.
+    One name a line; "name index" or "index name" a line, separated by blanks, a tab, a comma or a colon; a JSON or YAML
+    (.yaml, .yml) list of names; or such an object, index -> name (or [..., name], as Keras writes it) or name -> index.
 
     Raises:
         SourceError: it cannot be read, or its indices are not 0..C-1, each once.
     """
+    value = _read(path)
+    if isinstance(value, list):
+        return _indexed(value, _LAST_NUMBER) or _indexed(value, _FIRST_NUMBER) or value
+    labels = _by_index(value)
+    if labels is None:
+        raise _no_names(path)
+    return labels
+
+
+def read_class_indices(path: Path) -> dict[str, int]:
+    """Read which class has which index from a file as for `read_class_map`.
+
+    Indices may be missing (a part of a larger label set) and, where they stand behind names, be given to several
+    classes, in JSON, YAML and lines of a name, a tab and an index.
+
+    Raises:
+        SourceError: it cannot be read, or a class has two indices.
+    """
+    value = _read(path)
+    if isinstance(value, list):
+        pairs = [line.split("\t") for line in value]
+        if all(len(pair) == 2 and _is_index(pair[1].strip()) for pair in pairs):
+            found = [(pair[0].strip(), int(pair[1])) for pair in pairs]
+        else:
+            names = _indexed(value, _LAST_NUMBER) or _indexed(value, _FIRST_NUMBER) or value
+            found = [(name, index) for index, name in enumerate(names)]
+    elif all(_is_index(index) and not isinstance(index, str) for index in value.values()):
+        found = [(str(name), index) for name, index in value.items()]
+    elif all(map(_is_index, value)) and all(isinstance(name, str) for name in value.values()):
+        found = [(name, int(index)) for index, name in value.items()]
+    else:
+        raise _no_names(path)
+    indices = dict(found)
+    if len(indices) != len(found):
+        name = next(name for name, index in found if indices[name] != index or found.count((name, index)) > 1)
+        raise SourceError(f"{path} gives the class {name!r} two indices.")
+    return indices
+
+
+def _read(path: Path) -> list[str] | dict[Any, Any]:
+    """The lines of a text, or what its JSON or YAML says: a list of text or an object."""
+    if path.suffix == ".pkl":
+        raise SourceError(f"{path} is a pickle, which can run code when it is read.", hint="Write it as JSON or text.")
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise SourceError(f"{path} is too large for a list of class names.", hint="Give one name a line.")
@@ -44,12 +89,14 @@ def read_class_map(path: Path) -> list[str]:
         raise SourceError(f"The class names in {path} cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not a list of class names: it is no UTF-8 text.") from error
+    if path.suffix in (".yaml", ".yml"):
+        return _checked(path, _from_yaml(path, text))
     if text.lstrip().startswith(("[", "{")):
-        return _from_json(path, text)
+        return _checked(path, _from_json(path, text))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise SourceError(f"{path} holds no class names.", hint="Give one name a line, in the order of the classes.")
-    return _indexed(lines, _LAST_NUMBER) or _indexed(lines, _FIRST_NUMBER) or lines
+    return lines
 
 
 def read_labels(path: Path | str, num_classes: int) -> list[str]:
@@ -96,28 +143,46 @@ def _indexed(lines: list[str], pattern: re.Pattern[str]) -> list[str] | None:
     return [by_index[index] for index in range(len(lines))]
 
 
-def _from_json(path: Path, text: str) -> list[str]:
+def _from_json(path: Path, text: str) -> Any:
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"The class names in {path} are not valid JSON: {error}.") from error
+
+
+def _from_yaml(path: Path, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SourceError(f"The class names in {path} are not valid YAML: {' '.join(str(error).split())}.") from error
+
+
+def _checked(path: Path, value: Any) -> list[str] | dict[Any, Any]:
     if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
         return value
     if isinstance(value, dict) and value:
-        if all(isinstance(index, int) and not isinstance(index, bool) for index in value.values()):
-            value = {index: name for name, index in value.items()}
-        labels = _by_index(
-            {index: name[-1] if isinstance(name, list) and name else name for index, name in value.items()}
-        )
-        if labels is not None:
-            return labels
-    raise SourceError(
-        f"The JSON in {path} is no list of class names.",
+        return {key: name[-1] if isinstance(name, list) and name else name for key, name in value.items()}
+    raise _no_names(path)
+
+
+def _no_names(path: Path) -> SourceError:
+    return SourceError(
+        f"The JSON in {path} is no list of class names."
+        if path.suffix not in (".yaml", ".yml")
+        else f"The YAML in {path} is no list of class names.",
         hint='It may be ["cat", "dog"], {"0": "cat", "1": "dog"} or {"cat": 0, "dog": 1}.',
     )
 
 
+def _is_index(value: object) -> bool:
+    if isinstance(value, str):
+        return value.isascii() and value.isdigit() and len(value) < 8
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10_000_000
+
+
 def _by_index(names: dict[Any, Any]) -> list[str] | None:
+    if all(isinstance(index, int) and not isinstance(index, bool) for index in names.values()):
+        names = {index: name for name, index in names.items()}
     try:
         by_index = {int(index): name for index, name in names.items()}
     except (TypeError, ValueError):

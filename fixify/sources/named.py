@@ -38,6 +38,11 @@ def open_named(architecture: Architecture, *, ema: bool = False, meta: bool = Fa
     """
     if architecture.library == "torchvision":
         return _open_torchvision(architecture, ema=ema, meta=meta)
+    if architecture.library == "fixify":
+        raise SourceError(
+            f"No pretrained weights of {architecture.ref} are published.",
+            hint="Train it (fixify recipes ls), or give a checkpoint of your own.",
+        )
     return _open_timm(architecture, ema=ema, meta=meta)
 
 

@@ -121,7 +121,7 @@ def _model_name(text: str) -> Architecture:
 
 def _looks_like_path(text: str) -> bool:
     separators = {"/", os.sep} & set(text)
-    return text.endswith(SUFFIXES) or (bool(separators) and not text.startswith(("timm/", "torchvision/")))
+    return text.endswith(SUFFIXES) or (bool(separators) and not text.startswith(("timm/", "torchvision/", "fixify/")))
 
 
 def _no_such_file(text: str, path: Path) -> SourceError:

@@ -12,7 +12,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fixify.data import ImageLoader, OpenedData, make_loader
+from fixify.data import ImageLoader, OpenedData, UnreadableImages, make_loader
 from fixify.training import distributed
 from fixify.training.checkpointing import check_checkpointing, checkpoint_activations_
 from fixify.training.compiling import compile_, compiling
@@ -134,6 +134,7 @@ def make_engine(model: nn.Module, train: OpenedData, preprocessing: dict[str, An
         batch_size=options.batch_size,
         workers=options.resolved_workers(),
         device=device,
+        unreadable=UnreadableImages(len(train), options.max_unreadable),
         share=distributed.share(),
     )
     optimiser = make_optimiser(model, options)

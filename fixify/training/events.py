@@ -140,6 +140,8 @@ class EpochRecord:
         images_per_second: Training throughput, loading included.
         seconds: Training since the epoch began, and this validation.
         fraction: Part of the epoch that was done, 1 at its end.
+        unreadable: Training images that could not be read and were replaced, since the start of the run.
+        val_unreadable: Validation images that could not be read, and that the metrics leave out.
         gradient_bytes: Gradients that each process gave into sums over all of them, bytes an update; counted where they
             are sent (paper, section 4.1). None in one process, before training, and with shards.
         statistics_bytes: The same of running statistics: of batch norms, and 2N + 1 numbers of a fixed head.
@@ -158,6 +160,8 @@ class EpochRecord:
     images_per_second: float
     seconds: float
     fraction: float = 1.0
+    unreadable: int = 0
+    val_unreadable: int = 0
     gradient_bytes: float | None = None
     statistics_bytes: float | None = None
 

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from fixify.confusions import Confusions
+from fixify.data import Unreadable, UnreadableImages
 from fixify.evaluation import Metrics
 from fixify.training import distributed
 from fixify.training.engine import Engine
 from fixify.training.events import EpochEnded, EpochRecord, Listener, Validated, Warned
 from fixify.training.files import BEST_FILE, LAST_FILE, tidy
 from fixify.training.finite import check_weights
-from fixify.training.logging import write_confusions, write_logs
+from fixify.training.logging import write_confusions, write_logs, write_unreadable
 from fixify.training.loop import head_scale
 from fixify.training.machine import changed, machine_facts
 from fixify.training.resume import Progress, Stored, Trained, newest_state, read_state, write_state
@@ -37,12 +38,22 @@ class Keeper:
         save: Writes a checkpoint.
         facts: What the run is of; in every file, and compared on resuming.
         on_event: Told of every validation.
+        unreadable: Images that cannot be read, of "train" and "val"; counted and listed.
     """
 
-    def __init__(self, engine: Engine, out: Path, save: SaveModel, facts: dict[str, Any], on_event: Listener) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        out: Path,
+        save: SaveModel,
+        facts: dict[str, Any],
+        on_event: Listener,
+        unreadable: dict[str, UnreadableImages],
+    ) -> None:
         self.engine, self.options = engine, engine.options
         self.out, self.save, self.facts, self.on_event = out, save, facts, on_event
         self.progress = Progress()
+        self.unreadable = unreadable
         self.has_state = False
         self.written = time.monotonic()
         self.machine = machine_facts(engine.device)
@@ -52,6 +63,8 @@ class Keeper:
         home = self.engine.device if distributed.count() == 1 else torch.device("cpu")
         stored = distributed.by_first(lambda: newest_state(self.out, home))
         self.progress = read_state(stored, self._trained(), self.options, self.facts)
+        for split, messages in self.progress.unreadable.items():
+            self.unreadable[split].messages.update(dict.fromkeys(messages))
         self.has_state = True
         distributed.by_first(lambda: tidy(self.out))
         if (difference := changed(stored.content.get("machine", {}), self.machine)) is not None:
@@ -75,9 +88,18 @@ class Keeper:
             OutputError: the disk is full.
         """
         check_weights(self.engine.model, self.progress.updates)
+        self._count_unreadable()
         write_state(self.out, self._trained(), self.progress, self.options, self.facts, self.machine)
         self.has_state = True
         self.written = time.monotonic()
+
+    def _count_unreadable(self) -> None:
+        """Tell all processes what each could not read."""
+        for split, images in self.unreadable.items():
+            for messages in distributed.gathered(list(images.messages)):
+                for message in messages:
+                    images.add(Unreadable(message))
+            self.progress.unreadable[split] = list(images.messages)
 
     def state_is_due(self) -> bool:
         """Whether the last state is older than `options.save_minutes`, by the first process's clock."""
@@ -87,8 +109,13 @@ class Keeper:
         return distributed.largest(int(due and distributed.is_first())) == (1,)
 
     def write_logs(self) -> None:
-        """Write metrics.jsonl, summary.csv and steps.jsonl."""
-        distributed.by_first(lambda: write_logs(self.out, self.progress.history, self.progress.steps))
+        """Write metrics.jsonl, summary.csv and steps.jsonl; unreadable.txt if there is anything to list."""
+        distributed.by_first(self._write_logs)
+
+    def _write_logs(self) -> None:
+        write_logs(self.out, self.progress.history, self.progress.steps)
+        if any(self.progress.unreadable.values()):
+            write_unreadable(self.out, self.progress.unreadable)
 
     def record(self, metrics: Metrics, confusions: Confusions, *, fraction: float, seconds: float) -> None:
         """Add a validation to the history and write everything.
@@ -100,6 +127,7 @@ class Keeper:
         """
         progress, evaluated, parallel = self.progress, self.engine.evaluated, self.engine.parallel
         gradient_bytes, statistics_bytes = (None, None) if parallel is None else parallel.bytes_an_update()
+        self._count_unreadable()
         record = EpochRecord(
             epoch=progress.epoch,
             step=progress.updates,
@@ -114,6 +142,8 @@ class Keeper:
             images_per_second=progress.images / max(progress.seconds, 1e-9),
             seconds=seconds,
             fraction=fraction,
+            unreadable=len(self.unreadable["train"]),
+            val_unreadable=len(self.unreadable["val"]),
             gradient_bytes=gradient_bytes,
             statistics_bytes=statistics_bytes,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from fixify.errors import TrainingError
 from fixify.training.events import EpochRecord
 from fixify.training.options import FinetuneOptions
 from fixify.training.steps import StepRecord
+from fixify.training.unreadable import UNREADABLE_FILE
 
 RUN_FILE, RECIPE_FILE, METRICS_FILE, SUMMARY_FILE = "run.json", "recipe.yaml", "metrics.jsonl", "summary.csv"
 STEPS_FILE, CONFUSIONS_FILE = "steps.jsonl", "confusions.json"
-LOG_FILES = (RUN_FILE, RECIPE_FILE, METRICS_FILE, SUMMARY_FILE, STEPS_FILE, CONFUSIONS_FILE)
+LOG_FILES = (RUN_FILE, RECIPE_FILE, METRICS_FILE, SUMMARY_FILE, STEPS_FILE, CONFUSIONS_FILE, UNREADABLE_FILE)
 
 _RECIPE_HEADER = f"""\
 # Every option of the run in this folder. Written by fixify {__version__}, torch {torch.__version__},
@@ -43,6 +44,16 @@ def write_logs(folder: Path, history: Sequence[EpochRecord], steps: Sequence[Ste
     write_atomic(folder / METRICS_FILE, _lines(history))
     write_atomic(folder / SUMMARY_FILE, _summary(history))
     write_atomic(folder / STEPS_FILE, _lines(steps))
+
+
+def write_unreadable(folder: Path, messages: Mapping[str, Sequence[str]]) -> None:
+    """Write what is wrong with which images of each split, one a line.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    lines = "".join(f"{split}: {message}\n" for split, found in messages.items() for message in found)
+    write_atomic(folder / UNREADABLE_FILE, lines)
 
 
 def write_confusions(folder: Path, step: int, found: Confusions) -> None:

@@ -19,7 +19,7 @@ from fixify.validation import Conflict, did_you_mean, explain, mistakes, refuse
 MACHINE = ("workers", "device", "save_minutes")
 """Options that suit a machine and do not change the result."""
 
-PATIENCE = ("nan_skip",)
+PATIENCE = ("nan_skip", "max_unreadable")
 """Options that say what a run puts up with; a run that was stopped may go on with others."""
 
 
@@ -63,6 +63,8 @@ class FinetuneOptions(BaseModel):
             epochs. The schedule stays that of all epochs.
         nan_skip: Leave out at most so many steps of the whole run whose loss (or, except with fp16, gradient) is not
             finite; the next one stops the run. With 0 the first does, and an accelerator need not wait for each loss.
+        max_unreadable: Share of the images (of training and of validation) that may be unreadable. In training the next
+            image takes the place of such a one, in validation it is left out. Beyond this share the run stops.
         original_top1: The original's top-1 on the validation data, percent, if it is known; else the original itself
             has to be given.
         val_every: Validate after so many updates too, not only after each epoch.
@@ -71,6 +73,7 @@ class FinetuneOptions(BaseModel):
         unlabelled: Learn from the teacher alone; labels are not used, and need not exist.
         last_block_epochs: First train only the last blocks, for so many passes over features that are computed once,
             without augmentation, for as many images as fit into 2 GiB; 0 does not.
+        class_order, input_key, target_key: How labels are read; see `fixify.data.DataOptions`.
         seed: Fixes order, augmentation and dropout.
         workers: Loader processes; None fits the machine.
         device: "auto", or torch's name of a device.
@@ -104,6 +107,7 @@ class FinetuneOptions(BaseModel):
     clip_grad: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     nan_skip: int = Field(default=0, ge=0)
+    max_unreadable: float = Field(default=0.01, ge=0, le=1)
     max_drop: float | None = Field(default=None, ge=0, lt=100)
     original_top1: float | None = Field(default=None, gt=0, le=100)
     val_every: int | None = Field(default=None, ge=1)
@@ -111,6 +115,9 @@ class FinetuneOptions(BaseModel):
     distill_weight: float = Field(default=0.5, gt=0, le=1)
     distill_temperature: float = Field(default=4.0, gt=0, allow_inf_nan=False)
     unlabelled: bool = False
+    class_order: Literal["natural", "lexical"] | None = None
+    input_key: str | None = None
+    target_key: str | None = None
     amp: Literal["none", "bf16", "fp16"] = "none"
     channels_last: bool = False
     compile: bool = False

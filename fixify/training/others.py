@@ -91,7 +91,7 @@ def open_other(ref: str | Path, data: OpenedData, options: FinetuneOptions) -> O
             f"{opened.name} has {opened.num_classes} classes, and the checkpoint that is trained {data.num_classes}.",
             hint="Use the checkpoint that was converted, or another one of the same classes.",
         )
-    check_classes(data, opened.num_classes, training.get("class_names") or opened.labels)
+    check_classes(data, opened.num_classes, training.get("class_names"), opened.labels)
     preprocessing = override(opened.preprocessing, img_size=options.img_size, crop_pct=options.crop_pct)
     if options.img_size is not None:
         check_input_size(opened.model, preprocessing["input_size"])

@@ -44,6 +44,7 @@ class Progress:
         original: Metrics of the model whose accuracy is the goal, if it was evaluated.
         before: Metrics of the model as it came.
         history: One record a validation.
+        unreadable: What was wrong with the images that could not be read, of "train" and "val".
         steps: The thin log of steps.
         window_loss, window_images: Sums since the last record of it.
     """
@@ -60,6 +61,7 @@ class Progress:
     original: Metrics | None = None
     before: Metrics | None = None
     history: list[EpochRecord] = field(default_factory=list)
+    unreadable: dict[str, list[str]] = field(default_factory=dict)
     steps: list[StepRecord] = field(default_factory=list)
     window_loss: float = 0.0
     window_images: int = 0
@@ -231,7 +233,11 @@ def _compare_images(folder: Path, stored: dict[str, Any], given: dict[str, Any])
         if stored.get(f"{split}_listing") == given.get(f"{split}_listing"):
             continue
         was, now = stored[f"{split}_images"], given[f"{split}_images"]
-        how = f"there were {was:,} and are {now:,}" if was != now else f"{now:,} as before, of other names or sizes"
+        how = (
+            f"there were {was:,} and are {now:,}"
+            if was != now
+            else f"{now:,} as before, of other names, sizes or labels"
+        )
         raise TrainingError(
             f"The {which} images are not those that the run in {folder} was started with: {how}.",
             hint="Bring the data back to what it was, or start another run with -o.",

@@ -36,6 +36,7 @@ from fixify.training.model_facts import model_facts
 from fixify.training.options import FinetuneOptions
 from fixify.training.others import OtherModel, check_others
 from fixify.training.stages import Stages
+from fixify.training.unreadable import teller
 from fixify.training.validation import Validation
 
 
@@ -167,9 +168,17 @@ class _Run:
         if not val.labelled:
             self.facts["val_labels"] = "the teacher's answers"
         self.engine = make_engine(model, train, preprocessing, options)
+        self.engine.loader.unreadable.on_found = teller("training", self.on_event)
         self.validation = Validation(val, preprocessing, options, self.engine.device, stop, self.on_event)
         self.stages = Stages(self.engine, train, preprocessing, self.on_event, self._look_at_stop)
-        self.keeper = Keeper(self.engine, out, save, self.facts, self.on_event)
+        self.keeper = Keeper(
+            self.engine,
+            out,
+            save,
+            self.facts,
+            self.on_event,
+            {"train": self.engine.loader.unreadable, "val": self.validation.unreadable},
+        )
 
     def prepare(self, *, resume: bool, force: bool, command: str | None) -> None:
         """Bring the model to where training begins or goes on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from fixify._io import sha256_of
 from fixify.checkpoint import is_slim, load, read_info, save
-from fixify.data import check_classes, open_train_val, open_unlabelled, override
+from fixify.data import DataOptions, match_classes, open_train_val, open_unlabelled, override
 from fixify.errors import FormatError, UsageError
 from fixify.evaluation import check_input_size
 from fixify.training import distributed
@@ -33,13 +34,14 @@ def run_finetune(
     resume: bool = False,
     force: bool = False,
     download: bool = False,
+    class_map: Path | str | None = None,
     command: str | None = None,
     on_event: Listener | None = None,
 ) -> FinetuneResult:
     """Finetune a slim checkpoint; in every process that torchrun started, if it did.
 
-    The data is checked against the checkpoint (class count; class names and their order, where the checkpoint has
-    them), the checkpoint is validated as it came, then trained and validated after each epoch.
+    The data gets the labels that the checkpoint means, by the names of the classes where it has them (see
+    `fixify.data.match_classes`); the checkpoint is validated as it came, then trained and validated after each epoch.
 
     Args:
         slim_path: The checkpoint; it is not changed.
@@ -53,6 +55,7 @@ def run_finetune(
         resume: Continue the run in `out_dir`.
         force: Replace the run in `out_dir`.
         download: Whether `torch/...` data may be downloaded.
+        class_map: A file that says which class of the data has which label; see `fixify.data.DataOptions`.
         command: What was typed to start the run; recorded.
         on_event: Told what happens.
 
@@ -84,6 +87,7 @@ def run_finetune(
             resume=resume or again,
             force=force,
             download=download,
+            class_map=class_map,
             command=command,
             on_event=on_event,
         )
@@ -100,19 +104,27 @@ def _finetune(
     resume: bool,
     force: bool,
     download: bool,
+    class_map: Path | str | None,
     command: str | None,
     on_event: Listener | None,
 ) -> FinetuneResult:
     if source.is_file() and not is_slim(source):
         raise FormatError(f"{source} is not a slim checkpoint.", hint=f"Make one first: fixify convert {source}")
     info = read_info(source)
-    stored_names = (info.training or {}).get("class_names") or info.labels
+    stored = (info.training or {}).get("class_names"), info.labels
+    stored_names = stored[0] or stored[1]
+    reading = DataOptions(options.class_order, class_map, options.input_key, options.target_key)
     if options.unlabelled:
         names = stored_names or [str(label) for label in range(info.num_classes)]
-        train, val = open_unlabelled(data_name, names, seed=options.seed, download=download)
+        train, val = open_unlabelled(data_name, names, seed=options.seed, download=download, options=reading)
+        val = match_classes(val, info.num_classes, *stored, subset=True).data
+        train = replace(train, class_names=val.class_names)
     else:
-        train, val = open_train_val(data_name, download=download)
-    check_classes(val if options.unlabelled else train, info.num_classes, stored_names)
+        train, val = open_train_val(data_name, download=download, options=reading)
+        # What is noted of the labels is said of the training images alone.
+        matched = match_classes(val, info.num_classes, *stored, subset=True).data
+        val = replace(matched, description=val.description)
+        train = match_classes(train, info.num_classes, *stored).data
     model = load(source)
     preprocessing = override(info.preprocessing, img_size=options.img_size, crop_pct=options.crop_pct)
     if options.img_size is not None:
@@ -126,6 +138,8 @@ def _finetune(
         save(trained, path, force=True, training=record)
 
     facts = {"checkpoint": source.name, "checkpoint_sha256": sha256_of(source), "class_names": stored_names}
+    if class_map is not None:
+        facts["class_map"] = {"name": Path(class_map).name, "sha256": sha256_of(Path(class_map))}
     teacher = None if distill is None else open_other(distill, val, options)
     original = None if against is None else open_other(against, val, options)
     if original is None and options.max_drop is not None and options.original_top1 is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fixify.data import ImageLoader, OpenedData, Share, Subset, make_loader
 from fixify.data.seeding import permutation
+from fixify.errors import DataError
 from fixify.training import distributed
 from fixify.training.calibration import calibrate_heads_, uncalibrated_heads
 from fixify.training.engine import Engine
@@ -64,7 +65,10 @@ class Stages:
         """Train the last blocks for `options.last_block_epochs`."""
         engine, options = self.engine, self.engine.options
         with self._some_images(_LAST_BLOCK, 2) as loader:
-            few = next(iter(loader))[0].to(engine.device)
+            few = next((images for images, _ in loader), None)
+        if few is None:
+            raise DataError("The first images that were drawn cannot be read.", hint="See the warnings above.")
+        few = few.to(engine.device)
         divided = divide(engine.model, few)
         count = min(len(self.data), most_images(divided, few))
 
@@ -109,6 +113,7 @@ class Stages:
             batch_size=options.batch_size,
             workers=options.resolved_workers() if stream == _LAST_BLOCK else 0,
             device=self.engine.device,
+            unreadable=self.engine.loader.unreadable,
             share=share,
         )
         try:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fixify.confusions import Answers, Confusions, confusions
-from fixify.data import ImageLoader, OpenedData, make_loader
+from fixify.data import ImageLoader, OpenedData, UnreadableImages, make_loader
 from fixify.evaluation import Metrics, add_up
 from fixify.training import distributed
 from fixify.training.distillation import answered
@@ -19,6 +19,7 @@ from fixify.training.events import Evaluating, Listener, Phase
 from fixify.training.interrupt import Stopped, StopRequest
 from fixify.training.options import FinetuneOptions
 from fixify.training.others import OtherModel
+from fixify.training.unreadable import teller
 
 
 class Validation:
@@ -34,6 +35,9 @@ class Validation:
         device: Where the models are.
         stop: Looked at after every batch.
         on_event: Told how far it is.
+
+    Attributes:
+        unreadable: Images that are left out of every measurement.
     """
 
     def __init__(
@@ -49,10 +53,12 @@ class Validation:
         self.stop, self.on_event = stop, on_event
         self._loader: ImageLoader | None = None
         self._answers = Answers()
+        self.unreadable = UnreadableImages(len(data), options.max_unreadable, teller("validation", on_event))
 
     def label_with(self, teacher: OtherModel) -> None:
         """Make the teacher's answers the labels; to be called before anything is measured."""
-        with self._loader_for(teacher) as loader:
+        # None may be left out: the answers are the images' in order.
+        with self._loader_for(teacher, UnreadableImages(len(self.data))) as loader:
             self.data = answered(
                 self.data,
                 teacher,
@@ -122,7 +128,7 @@ class Validation:
         if self.stop.requested():
             raise Stopped
 
-    def _make_loader(self, preprocessing: dict[str, Any]) -> ImageLoader:
+    def _make_loader(self, preprocessing: dict[str, Any], unreadable: UnreadableImages | None = None) -> ImageLoader:
         return make_loader(
             self.data,
             preprocessing,
@@ -130,12 +136,13 @@ class Validation:
             batch_size=self.options.batch_size,
             workers=self.options.resolved_workers(),
             device=self.device,
+            unreadable=self.unreadable if unreadable is None else unreadable,
             share=distributed.share(),
         )
 
     @contextmanager
-    def _loader_for(self, other: OtherModel) -> Iterator[ImageLoader]:
-        loader = self._make_loader(other.preprocessing)
+    def _loader_for(self, other: OtherModel, unreadable: UnreadableImages | None = None) -> Iterator[ImageLoader]:
+        loader = self._make_loader(other.preprocessing, unreadable)
         try:
             yield loader
         finally:

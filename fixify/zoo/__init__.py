@@ -1,4 +1,7 @@
-"""The architectures that fixify knows, timm's and torchvision's: by name, by classifier, and by a file's shapes."""
+"""The architectures that fixify knows, timm's, torchvision's and the paper's: by name, classifier, and a file's shapes.
+
+Importing this package registers the paper's own networks with timm (see `fixify.zoo.networks`).
+"""
 
 from fixify.zoo.architectures import (
     Architecture,

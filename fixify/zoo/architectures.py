@@ -18,10 +18,12 @@ from timm.data import resolve_data_config
 from timm.models import get_deprecated_models, get_pretrained_cfg, split_model_name_tag
 from torch import nn
 
+from fixify import __version__
 from fixify.errors import ArchitectureError
 from fixify.zoo.meta import build_blank, build_on_meta
+from fixify.zoo.networks import NETWORKS
 
-LIBRARIES = ("timm", "torchvision")
+LIBRARIES = ("timm", "torchvision", "fixify")
 
 # Arguments that would make a builder read weights or configuration from somewhere, or that `build` sets itself.
 # An `Architecture` can come out of a file, so they are refused rather than passed on.
@@ -49,7 +51,7 @@ class Architecture:
     """A network that a library can build: which library, under which name, with which arguments.
 
     Attributes:
-        library: "timm" or "torchvision".
+        library: "timm", "torchvision" or "fixify" (the paper's own networks, built by way of timm).
         name: The library's name for it, without tag.
         kwargs: Arguments of the builder besides the number of classes (`in_chans`, `img_size`, ...), JSON-safe.
         tag: Which pretrained weights: timm's tag ("a1_in1k") or the member of torchvision's weights enum
@@ -98,7 +100,7 @@ class Architecture:
 def list_architectures(library: str | None = None) -> list[str]:
     """All image classification architectures that the installed libraries can build, as "library/name"."""
     if library not in (None, *LIBRARIES):
-        raise ArchitectureError(f"Unknown library {library!r}; fixify knows {' and '.join(LIBRARIES)}.")
+        raise ArchitectureError(f"Unknown library {library!r}; known: {', '.join(LIBRARIES)}.")
     return [f"{lib}/{name}" for lib in LIBRARIES if library in (None, lib) for name in _names(lib)]
 
 
@@ -108,7 +110,7 @@ def parse_architecture(text: str, **kwargs: Any) -> Architecture:
     Args:
         text: "resnet50", "resnet50.a1_in1k", "timm/resnet50", "torchvision/resnet50",
             "torchvision/resnet50.IMAGENET1K_V2", "ResNet50_Weights.IMAGENET1K_V2". A name without library is timm's if
-            timm has it, else torchvision's.
+            timm has it, else torchvision's, else fixify's own ("resnet56_cifar").
             Arguments may follow: "vit_base_patch16_224,img_size=384,in_chans=1".
         kwargs: More arguments for the builder; None values are dropped.
 
@@ -121,11 +123,13 @@ def parse_architecture(text: str, **kwargs: Any) -> Architecture:
     prefix, slash, rest = _of_weights(spelled).partition("/")
     if slash and prefix not in LIBRARIES:
         raise ArchitectureError(
-            f"Unknown library {prefix!r} in {text!r}; fixify knows {' and '.join(LIBRARIES)}.",
+            f"Unknown library {prefix!r} in {text!r}; known: {', '.join(LIBRARIES)}.",
             hint=f"Type timm/{rest} or torchvision/{rest}.",
         )
     name, tag = split_model_name_tag(rest if slash else spelled)
     kwargs = _checked_kwargs(text, kwargs)
+    if prefix == "timm" and slash and name in NETWORKS:
+        prefix = "fixify"  # whoever registered it with timm may well call it timm's
     libraries = (prefix,) if slash else LIBRARIES
     if "timm" in libraries and name in get_deprecated_models():
         current = get_deprecated_models()[name]
@@ -162,7 +166,7 @@ def build(
     """
     if pretrained:
         _checked_tag(arch.library, arch.name, arch.tag)
-    if arch.library == "timm":
+    if arch.library != "torchvision":
         constructor = _timm_constructor(arch, num_classes, pretrained)
     else:
         constructor = _torchvision_constructor(arch, num_classes, pretrained)
@@ -219,13 +223,16 @@ def preprocessing(arch: Architecture, cfg: Mapping[str, Any] | None = None) -> d
 
 def library_versions() -> dict[str, str]:
     """The installed versions, without the part that tells a build ("+cu130")."""
-    return {lib.__name__: str(lib.__version__).partition("+")[0] for lib in (timm, torchvision)}
+    versions = {"timm": timm.__version__, "torchvision": torchvision.__version__, "fixify": __version__}
+    return {library: str(version).partition("+")[0] for library, version in versions.items()}
 
 
 @cache
 def _names(library: str) -> tuple[str, ...]:
-    if library == "timm":
-        return tuple(timm.list_models())
+    if library == "fixify":
+        return NETWORKS
+    if library == "timm":  # where ours are registered too
+        return tuple(name for name in timm.list_models() if name not in NETWORKS)
     return tuple(torchvision.models.list_models(module=torchvision.models))
 
 
@@ -310,6 +317,8 @@ def _of_weights(text: str) -> str:
 
 
 def _tags(library: str, name: str) -> list[str]:
+    if library == "fixify":
+        return []
     if library == "timm":
         return [split_model_name_tag(full)[1] for full in timm.list_models(f"{name}.*", include_tags=True)]
     return [member.name for member in torchvision.models.get_model_weights(name)]

@@ -108,7 +108,7 @@ def identify(shapes: Mapping[str, Sequence[int]], *, on_progress: Progress | Non
     if found is None:
         _refuse_headless(state, entries)
         raise ArchitectureError(
-            f"No architecture of timm or torchvision has these {len(state.ordered)} tensors.",
+            f"No architecture of timm, torchvision or the paper has these {len(state.ordered)} tensors.",
             hint="If it is one that was changed, or half of one, say which: --arch NAME.",
         )
     return found

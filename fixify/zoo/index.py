@@ -1,4 +1,5 @@
-"""The index of signatures that ships with fixify: every architecture of timm and torchvision that takes classes.
+"""The index of signatures that ships with fixify: every architecture of timm and torchvision that takes classes,
+and the paper's own.
 
 Rebuilt by `python -m fixify.zoo.index`, which takes some minutes. The same libraries give the same entries; versions of
 a library that gave the same ones before stay known.
@@ -68,7 +69,12 @@ class Index:
     entries: tuple[Entry, ...]
 
     def is_stale(self, library: str) -> bool:
-        """Whether the library that is installed may build other architectures than those that were indexed."""
+        """Whether the library that is installed may build other architectures than those that were indexed.
+
+        Never of fixify's own networks: the index ships with them.
+        """
+        if library not in _SOURCES:
+            return False
         if library_versions()[library] in self.versions.get(library, ()):
             return False
         return source_digest(library) not in self.sources.get(library, ())
@@ -144,7 +150,7 @@ def build_index(refs: Iterable[str], on_progress: Callable[[int], object] | None
         for entry in group:
             kept[id(entry)] |= apart
     return Index(
-        versions={library: [version] for library, version in library_versions().items()},
+        versions={library: [library_versions()[library]] for library in _SOURCES},
         sources={library: [source_digest(library)] for library in _SOURCES},
         entries=tuple(
             Entry(e.architecture, e.signature, {k: v for k, v in sorted(e.traits.items()) if k in kept[id(e)]})

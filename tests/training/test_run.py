@@ -163,7 +163,7 @@ class TestResume:
             run(whole, EVERYTHING, resume=True, train=fewer)
         other = OpenedData(Subset(train.images, list(range(1, 45))), train.class_names, "", "", train.name, "train")
         other.images.indices[-1] = 0
-        with pytest.raises(TrainingError, match="44 as before, of other names or sizes"):
+        with pytest.raises(TrainingError, match="44 as before, of other names, sizes or labels"):
             run(whole, EVERYTHING, resume=True, train=other)
 
     def test_an_option_that_the_state_is_too_old_to_know_had_its_defaults_effect(

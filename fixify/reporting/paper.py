@@ -1,0 +1,213 @@
+"""The figures of Hoffer, Hubara & Soudry, "Fix your classifier" (ICLR 2018), beside those counted here.
+
+Nothing of ours is stored: every network is built on the meta device and counted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from fixify.counts import classifier_weights, count_parameters
+from fixify.zoo.architectures import build, parse_architecture
+from fixify.zoo.classifiers import find_classifiers
+from fixify.zoo.meta import build_on_meta
+
+NOT_RUN = "not run here"
+_GRADIENT_BYTES = 4  # float32
+
+WIKITEXT2_WORDS = 33_278
+LSTM_WIDTH = 512
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A network of the paper as it is built here.
+
+    Attributes:
+        name: The paper's, shortened.
+        built: How it is built: an architecture's name, or "torch".
+        data: What it is trained on.
+        num_features: N.
+        num_classes: C.
+        parameters: All learned ones, with a learned classifier.
+        fixed_weights: Those that become fixed: the classifier's weights, without the bias (in the language model the
+            embedding's too).
+    """
+
+    name: str
+    built: str
+    data: str
+    num_features: int
+    num_classes: int
+    parameters: int
+    fixed_weights: int
+
+    @property
+    def share(self) -> float:
+        """Fixed weights, percent of all parameters."""
+        return 100 * self.fixed_weights / self.parameters
+
+    @property
+    def learned_left(self) -> int:
+        """Parameters that are still learned: backbone, bias, and the one scale."""
+        return self.parameters - self.fixed_weights + 1
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of gradients, float32, that every update sends between processes with a learned classifier."""
+        return _GRADIENT_BYTES * self.parameters
+
+    @property
+    def gradient_bytes_saved(self) -> int:
+        """How many of them a fixed classifier does not send (section 4.1)."""
+        return _GRADIENT_BYTES * (self.parameters - self.learned_left)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {
+            "share": self.share,
+            "learned_left": self.learned_left,
+            "gradient_bytes": self.gradient_bytes,
+            "gradient_bytes_saved": self.gradient_bytes_saved,
+        }
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A row as it is printed in the paper; numbers that are compared as text keep their digits.
+
+    Attributes:
+        parameters: "# Params".
+        share: "% Fixed params", without the sign.
+        learned, fixed: Validation accuracy in percent (Table 1), or perplexity (Table 2).
+    """
+
+    parameters: int
+    share: str
+    learned: str
+    fixed: str
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """One row of Table 1 or 2, or a case of section 4 that has no printed figures."""
+
+    counted: Counted
+    printed: Printed | None
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "counted": self.counted.to_dict(),
+            "paper": None if self.printed is None else asdict(self.printed),
+            "ours": NOT_RUN,
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class Paper:
+    """All of it: Table 1 (image classification), Table 2 (language model), section 4.1 (JFT-300M), 4.2 (C > N)."""
+
+    table1: tuple[PaperRow, ...]
+    table2: tuple[PaperRow, ...]
+    section4: tuple[PaperRow, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: [row.to_dict() for row in getattr(self, name)] for name in ("table1", "table2", "section4")}
+
+
+def paper() -> Paper:
+    """Build and count every network of the paper; takes some seconds."""
+    image_rows = (
+        ("ResNet-56", "resnet56_cifar", "CIFAR-10", Printed(855_770, "0.07", "93.03", "93.14")),
+        ("DenseNet-BC", "densenet100_bc_cifar", "CIFAR-100", Printed(800_032, "4.2", "77.73", "77.67")),
+        ("ResNet-50", "resnet50", "ImageNet", Printed(25_557_032, "8.01", "75.3", "75.3")),
+        ("DenseNet-169", "densenet169", "ImageNet", Printed(14_149_480, "11.76", "76.2", "76")),
+        ("ShuffleNet", "shufflenet_v1_g3", "ImageNet", Printed(1_826_555, "52.56", "65.9", "65.4")),
+    )
+    return Paper(
+        table1=tuple(_row(_image_network(name, built, data), printed) for name, built, data, printed in image_rows),
+        table2=(_row(_language_model(), Printed(38_312_446, "88.94", "74.1", "81.2")),),
+        section4=(
+            _jft(),
+            _row(_image_network("MobileNet 0.5", "mobilenet_v1_050", "ImageNet"), None),
+            _row(_image_network("ResNet, N=256", "resnet18_050", "ImageNet"), None, _WHICH_RESNET),
+        ),
+    )
+
+
+_WHICH_RESNET = "the paper does not say which reduced ResNet it took; this is ResNet-18 with half its channels"
+
+
+def lstm_language_model(num_words: int, width: int, num_layers: int = 2) -> nn.ModuleDict:
+    """The parts of section 3.3's model that have parameters: embedding, LSTM, and a classifier with its own weights.
+
+    "2-layers of LSTM and embedding + hidden size of 512": the printed total is that of torch's LSTM (two bias vectors
+    in each layer) and of an untied embedding and classifier, the classifier with a bias.
+    """
+    return nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(num_words, width),
+            "lstm": nn.LSTM(width, width, num_layers),
+            "classifier": nn.Linear(width, num_words),
+        }
+    )
+
+
+def _language_model() -> Counted:
+    model = build_on_meta(lambda: lstm_language_model(WIKITEXT2_WORDS, LSTM_WIDTH))
+    shared = sum(model.get_parameter(f"{name}.weight").numel() for name in ("embedding", "classifier"))
+    size = count_parameters(model)
+    return Counted("2-layer LSTM", "torch", "WikiText-2", LSTM_WIDTH, WIKITEXT2_WORDS, size, shared)
+
+
+def _image_network(name: str, built: str, data: str, num_classes: int | None = None) -> Counted:
+    architecture = parse_architecture(built)
+    model = build(architecture, num_classes=num_classes, meta=True)
+    (site,) = find_classifiers(model, architecture)
+    return Counted(
+        name, built, data, site.num_features, site.num_classes, count_parameters(model), classifier_weights(site)
+    )
+
+
+def _jft() -> PaperRow:
+    """Section 4.1: ResNet-50 on JFT-300M, whose 18,291 classes are those of Sun et al. (2017)."""
+    counted = _image_network("ResNet-50", "resnet50", "JFT-300M", 18_291)
+    holds = counted.fixed_weights > 36e6 and counted.share > 60
+    said = (
+        f'the paper: "over 36M parameters", "over 60%" of the model in the classifier; counted: '
+        f"{counted.fixed_weights:,} weights, {counted.share:.1f} %"
+    )
+    return PaperRow(counted, None, (said if holds else f"{said}: the paper's statement does not hold",))
+
+
+def _row(counted: Counted, printed: Printed | None, *notes: str) -> PaperRow:
+    if printed is not None:
+        notes += (*_count_notes(counted, printed.parameters), *_share_notes(counted, printed.share))
+    return PaperRow(counted, printed, notes)
+
+
+def _count_notes(counted: Counted, printed: int) -> tuple[str, ...]:
+    difference = printed - counted.parameters
+    if difference == 0:
+        return ()
+    if counted.built == "shufflenet_v1_g3" and difference == 1:
+        return (
+            "the paper counts 1 more. All tensors of a ShuffleNet are of even size, so its odd total has a single "
+            "number beside them: the scale of the fixed classifier, it seems. As published the network has 1,865,728 "
+            "parameters; biases and widths are those that give the printed number (fixify/zoo/networks)",
+        )
+    return (f"the paper counts {abs(difference):,} {'more' if difference > 0 else 'fewer'}; why is not known",)
+
+
+def _share_notes(counted: Counted, printed: str) -> tuple[str, ...]:
+    digits = len(printed.partition(".")[2])
+    if f"{counted.share:.{digits}f}" == printed:
+        return ()
+    if math.floor(counted.share * 10**digits) == round(float(printed) * 10**digits):
+        return (f"the share is {counted.share:.2f} %; the paper's {printed} % is cut off, not rounded",)
+    return (f"the share is {counted.share:.2f} %, the paper's {printed} %; why is not known",)

@@ -1,0 +1,95 @@
+"""fixify.reporting.paper: the paper's figures beside those counted."""
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from fixify.cli.app import app
+from fixify.reporting import paper as module
+from fixify.reporting.paper import NOT_RUN, Counted, Printed, lstm_language_model, paper
+from fixify.reporting.paper_tables import paper_tables
+
+
+@pytest.fixture(scope="module")
+def found() -> module.Paper:
+    return paper()
+
+
+def test_counts_are_the_printed_ones_or_the_difference_is_explained(found: module.Paper) -> None:
+    rows = {row.counted.name: row for row in (*found.table1, *found.table2)}
+    assert len(rows) == 6
+    for name, row in rows.items():
+        assert row.printed is not None
+        assert row.counted.parameters == row.printed.parameters - (name == "ShuffleNet")
+        assert abs(row.counted.share - float(row.printed.share)) < 0.1
+        assert not any("why is not known" in note for note in row.notes)
+    noted = {name: "".join(row.notes) for name, row in rows.items() if row.notes}
+    assert set(noted) == {"DenseNet-BC", "ShuffleNet"}
+    assert "4.27 %" in noted["DenseNet-BC"] and "cut off" in noted["DenseNet-BC"]
+    assert "1 more" in noted["ShuffleNet"] and "scale" in noted["ShuffleNet"]
+
+
+def test_other_counts_would_be_said() -> None:
+    counted = Counted("Net", "net", "data", 10, 100, 50_000, 1_000)
+    note, share = module._row(counted, Printed(49_000, "7.1", "1", "1")).notes
+    assert "1,000 fewer" in note and "not known" in note
+    assert "2.00 %, the paper's 7.1 %; why is not known" in share
+
+
+def test_section_4(found: module.Paper) -> None:
+    jft, mobilenet, resnet = found.section4
+    assert (jft.counted.num_features, jft.counted.num_classes) == (2048, 18_291)
+    assert jft.counted.fixed_weights == 2048 * 18_291 > 36e6
+    assert jft.counted.share > 60
+    assert "does not hold" not in jft.notes[0]
+    assert (mobilenet.counted.num_features, resnet.counted.num_features) == (512, 256)
+
+
+def test_language_model_is_that_of_the_printed_count() -> None:
+    """Real tensors here, small: what is counted on the meta device is what a model of these parts has."""
+    words, width = 50, 8
+    model = lstm_language_model(words, width)
+    layer = 4 * width * (width + width) + 8 * width
+    expected = 2 * words * width + words + 2 * layer
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+    hidden, _ = model["lstm"](model["embedding"](torch.tensor([[1], [2]])))
+    assert model["classifier"](hidden).shape == (2, 1, words)
+
+
+def test_gradients(found: module.Paper) -> None:
+    for row in (*found.table1, *found.table2, *found.section4):
+        counted = row.counted
+        assert counted.gradient_bytes == 4 * counted.parameters
+        assert counted.gradient_bytes - counted.gradient_bytes_saved == 4 * counted.learned_left
+    shufflenet = found.table1[-1].counted
+    assert shufflenet.gradient_bytes_saved == 4 * (960 * 1000 - 1)
+
+
+def test_tables_fit_80_columns(found: module.Paper) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    for table in paper_tables(found):
+        console.print(table)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    for number in ("855,770", "1,826,555", "38,312,446", "60,986,291", "93.14", "61.42 %"):
+        assert number in text
+    assert "…" not in text and text.count(NOT_RUN) == 6
+
+
+def test_command() -> None:
+    done = CliRunner().invoke(app, ["report", "--paper", "--json"])
+    assert done.exit_code == 0, done.output
+    data = json.loads(done.stdout)
+    assert [row["counted"]["parameters"] for row in data["table1"]][:2] == [855_770, 800_032]
+    assert data["table2"][0]["paper"]["fixed"] == "81.2" and data["table2"][0]["ours"] == NOT_RUN
+
+
+@pytest.mark.parametrize("others", [["resnet18"], ["--all"], ["--arch", "resnet18"], ["-o", "page.html"]])
+def test_it_goes_alone(others: list[str]) -> None:
+    done = CliRunner().invoke(app, ["report", "--paper", *others])
+    assert done.exit_code != 0
+    assert "goes without" in str(done.exception)
