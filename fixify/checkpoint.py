@@ -248,13 +248,13 @@ def write_slim(path: Path, tensors: Mapping[str, torch.Tensor], info: SlimInfo, 
     }
     with atomic_path(path) as temporary:
         try:
-            save_file(_storable(tensors), temporary, metadata=metadata)
+            save_file(storable(tensors), temporary, metadata=metadata)
         except SafetensorError as error:  # what safetensors makes of a full disk
             raise OutputError(f"Cannot write {path}: {error}.", hint="Nothing was changed.") from error
     return path
 
 
-def _storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Detached, on the CPU, contiguous, and tied weights copied (safetensors refuses tensors that share memory)."""
     seen: set[int] = set()
     stored = {}

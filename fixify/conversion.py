@@ -53,6 +53,7 @@ def convert(
     bits_per_class: int | None = None,
     match: bool = True,
     scale: float | None = None,
+    fixed_scale: bool = False,
     bias: bool = True,
     standardize: bool = True,
     dtype: str | None = None,
@@ -81,8 +82,10 @@ def convert(
             keep the old bias. Costs 1 to 4 bytes a class; without it codes go to classes in order, as in the paper.
             A `binary` head is always taken from the old classifier.
         scale: Initial value of alpha; default: where softmax reaches 0.95 at cosine 1.
+        fixed_scale: Alpha is not learned afterwards but stays as it is (paper, section 3.1 and figure 3: 1 or 10).
         bias: Keep a learned bias, one number a class (paper, section 2.2).
-        standardize: Standardise each feature by its running mean and deviation before normalising.
+        standardize: Standardise each feature by its running mean and deviation before normalising; a binary head, if
+            calibrated, only centers them.
         dtype: "float32", "float16" or "bfloat16": store the backbone in this type.
         labels: A file of class names or "imagenet" (see `fixify.sources.read_labels`); default: the source's.
         ema: Take the averaged weights of a training checkpoint.
@@ -141,12 +144,17 @@ def convert(
                 seed=seed,
                 bias=bias,
                 standardize=standardize,
+                fixed_scale=fixed_scale,
                 bits_per_class=(bits_per_class or site.num_features) if kind == "binary" else None,
                 gains=kind == "binary",
             )
-            if kind == "binary" and (observed is None or site.path not in observed.features):
-                # Without statistics the old logits are nearest when the features are left as they are.
-                spec = replace(spec, standardize=False, normalize=False)
+            if kind == "binary":
+                # Without statistics the old logits are nearest when the features are left as they are. With some, a
+                # deviation of few scenes would blow up the features that they happen not to use.
+                calibrated = observed is not None and site.path in observed.features
+                spec = replace(
+                    spec, standardize="center" if standardize and calibrated else False, normalize=calibrated
+                )
             if kind == "binary" or (match and num_classes is None and kind == "hadamard"):
                 fixed, note = _taken_head(spec, site, original.tensors, scale, observed)
                 notes.append(note)

@@ -184,7 +184,7 @@ def _spec_for(site: ClassifierSite, kind: str, seed: int, options: Mapping[str, 
         kind, _ = choose_kind(site.num_features, site.num_classes)
     defaults: dict[str, Any] = {"bias": site.has_bias}
     if kind == "binary":
-        defaults |= {"gains": True, "normalize": has_features, "standardize": has_features}
+        defaults |= {"gains": True, "normalize": has_features, "standardize": "center" if has_features else False}
         options = {key: value for key, value in options.items() if (key, value) != ("bits_per_class", None)}
         defaults["bits_per_class"] = site.num_features
     return HeadSpec(

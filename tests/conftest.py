@@ -12,6 +12,9 @@ import timm
 import torch
 from PIL import Image
 
+from fixify.demo.classes import TRAIN_FACES, VAL_FACES
+from fixify.demo.glyphs import distort, draw, generator
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
@@ -52,6 +55,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         model = timm.create_model("test_efficientnet", num_classes=4)
     torch.save({"arch": "test_efficientnet", "state_dict": model.state_dict()}, folder / "learned.pth")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images, not to be changed: the ten digits in four typefaces, 240 in train/, 60 of a fifth in val/."""
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    for split, faces, variants in (("train", TRAIN_FACES[:4], 6), ("val", VAL_FACES[:1], 6)):
+        for face in faces:
+            drawn = draw(face, [ord(digit) for digit in "0123456789"])
+            for variant in range(variants):
+                images = distort(drawn, generator(1, *f"{split}/{face}/{variant}".encode()))
+                for digit, image in enumerate(images):
+                    path = folder / split / str(digit)
+                    path.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(image).save(path / f"{face}-{variant}.png")
     return folder
 
 

@@ -25,6 +25,7 @@ LAYERS = (
     "retrofit",
     "counts",
     "checkpoint",
+    "ordinary",
     "originals",
     "opening",
     "verification",

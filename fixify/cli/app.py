@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from fixify import __version__
-from fixify.cli import convert, demo, eval, finetune, identify, inspect, plan, predict, recipes, report, verify
+from fixify.cli import convert, demo, eval, finetune, identify, inspect, plan, predict, recipes, report, train, verify
 from fixify.cli.output import fail
 from fixify.cli.workers import leave_if_told, may_tell, silence_all_but_first, speak
 from fixify.errors import FixifyError
@@ -30,6 +30,7 @@ app = typer.Typer(
 
 app.command("convert")(convert.convert)
 app.command("finetune")(finetune.finetune)
+app.command("train")(train.train)
 app.command("eval")(eval.evaluate)
 app.command("predict")(predict.predict)
 app.command("report")(report.report)
@@ -57,7 +58,7 @@ def _root(
 
 
 def main() -> None:
-    """Run the program. Exit codes: 0 done, 1 failed, 2 bad usage, 3 a check did not hold, 130 interrupted."""
+    """Run the program. Exit codes: 0 done, 1 failed, 2 bad usage, 3 a check did not hold, 130 or 143 interrupted."""
     leave_if_told()
     silence_all_but_first()
     try:

@@ -54,6 +54,12 @@ def finetune(
     opt: Annotated[str | None, _option("timm's name of the optimiser. Default: sgd (Nesterov).")] = None,
     momentum: Annotated[float | None, _option("Momentum. Default: 0.9.")] = None,
     weight_decay: Annotated[float | None, _option("Weight decay of matrices. Default: 0.0001.")] = None,
+    decay_alpha: Annotated[
+        bool | None, _option("Decay the head's scale by it too, as in the paper.", "--decay-alpha")
+    ] = None,
+    loss: Annotated[
+        str | None, _option("cross-entropy or the paper's cosine (section 2.2). Default: cross-entropy.")
+    ] = None,
     sched: Annotated[str | None, _option("cosine, linear, step or constant. Default: cosine.")] = None,
     warmup_epochs: Annotated[float | None, _option("Epochs of rising rate. Default: 0.1.")] = None,
     min_lr: Annotated[float | None, _option("Rate at the end. Default: 0.0.")] = None,
@@ -125,6 +131,9 @@ def finetune(
     shard: Annotated[
         bool | None, _option("Spread the model over the processes (FSDP2).", "--shard", panel=_MACHINE)
     ] = None,
+    save_minutes: Annotated[
+        float | None, _option("Write the state so often, not only after validations. Default: 10.0.", panel=_MACHINE)
+    ] = None,
     workers: Annotated[
         int | None, _option("Loader processes. Default: fits the machine.", "-j", "--workers", panel=_MACHINE)
     ] = None,
@@ -149,8 +158,8 @@ def finetune(
     from fixify.cli.launching import launch
     from fixify.cli.recipe_defaults import chosen_recipe, finetune_defaults
     from fixify.cli.slim import the_slim_file_here
-    from fixify.errors import CheckFailed, UsageError
-    from fixify.reporting.metrics_tables import finetune_table
+    from fixify.cli.training_result import report_run
+    from fixify.errors import UsageError
     from fixify.training import FinetuneOptions, run_finetune, stored_options
 
     output = Output(as_json=as_json)
@@ -166,7 +175,9 @@ def finetune(
     for name in ("distill_weight", "distill_temperature"):
         if name in given and distill is None:
             raise UsageError(f"--{name.replace('_', '-')} needs a teacher.", hint="Add --distill ORIGINAL.")
-    start = finetune_defaults(output, chosen_recipe(recipe, set_ or []), stored_options(folder) if resume else None)
+    start = finetune_defaults(
+        output, chosen_recipe(recipe, set_ or []), stored_options(folder, FinetuneOptions) if resume else None
+    )
     options = start.replace(**given)
     if max_restarts is not None and nproc_per_node is None:
         raise UsageError("--max-restarts is for several processes.", hint="Add --nproc-per-node N.")
@@ -187,25 +198,4 @@ def finetune(
             command=as_typed(),
             on_event=tell,
         )
-    output.result(
-        {
-            "best": str(result.best_path),
-            "last": str(result.last_path),
-            "before": result.before.to_dict(),
-            "after": result.after.to_dict(),
-            "original_top1": result.original_top1,
-            "reached": result.reached,
-            "history": [record.to_dict() for record in result.history],
-        },
-        finetune_table(result),
-    )
-    if options.max_drop is not None:
-        goal = f"within {options.max_drop:g} points of the original's {result.original_top1:.2f} %"
-        if not result.reached:
-            raise CheckFailed(
-                f"After {options.epochs} epochs the best top-1 is {result.after.val_top1:.2f} %, not {goal}.",
-                hint=f"It is kept in {result.best_path}. Try more --epochs, or a larger --max-drop.",
-            )
-        steps = f"after {result.after.step:,} steps" if result.after.step else "before training"
-        output.say(f"stopped {steps}: validation top-1 {result.after.val_top1:.2f} % is {goal}")
-    output.next_step(f"fixify eval {result.best_path} --data {data}", "measure it again, or any other checkpoint")
+    report_run(output, result, options, data)

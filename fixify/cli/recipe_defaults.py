@@ -39,18 +39,27 @@ def convert_options(context: typer.Context, recipe: Recipe | None) -> dict[str, 
 def finetune_defaults(output: Output, recipe: Recipe | None, stored: FinetuneOptions | None) -> FinetuneOptions:
     """What `fixify finetune` starts from, before the options on its command line.
 
+    Args and errors: see `run_defaults`; without a recipe it is what is stored, or the library's defaults.
+    """
+    if recipe is None:
+        return stored if stored is not None else FinetuneOptions()
+    return run_defaults(output, recipe, "finetune", stored)
+
+
+def run_defaults(output: Output, recipe: Recipe, section: str, stored: FinetuneOptions | None) -> FinetuneOptions:
+    """What a run starts from, before the options on the command line.
+
     Args:
         output: Told if a run that is resumed does not follow its recipe any more.
-        recipe: The recipe, if there is one.
+        recipe: The recipe.
+        section: "finetune" or "train".
         stored: The options of the run that is resumed. They win over the recipe, which may have been edited since, but
             not over `--set`: there resuming refuses, and names the difference.
 
     Raises:
-        UsageError: the recipe is not for finetuning.
+        UsageError: the recipe has no such section.
     """
-    if recipe is None:
-        return stored if stored is not None else FinetuneOptions()
-    wanted: FinetuneOptions = section_of(recipe, "finetune")
+    wanted: FinetuneOptions = section_of(recipe, section)
     if stored is None:
         return wanted
     explicit = {option: getattr(wanted, option) for _, option in recipe.overridden}

@@ -58,7 +58,7 @@ class TrainingDisplay:
             self.output.say(f"original: {event.name}, top-1 {event.metrics.top1:.2f} %, loss {event.metrics.loss:.4f}")
         elif isinstance(event, training.Evaluated):
             metrics = event.metrics
-            self.output.say(f"as converted: top-1 {metrics.top1:.2f} %, loss {metrics.loss:.4f}")
+            self.output.say(f"before training: top-1 {metrics.top1:.2f} %, loss {metrics.loss:.4f}")
         elif isinstance(event, training.Calibrated):
             self.output.say(f"feature statistics taken from {event.images} training images")
         elif isinstance(event, training.LastBlockEpoch):

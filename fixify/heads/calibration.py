@@ -21,8 +21,11 @@ from fixify.errors import HeadSpecError
 from fixify.heads.module import FixedClassifier
 from fixify.heads.statistics import exact, floored
 
-_SHRINKAGE = 0.1
-"""Share of the covariance that is replaced by its mean variance: of fewer samples than features it is singular."""
+_SHRINKAGE = 0.4
+"""Share of the covariance that is replaced by its mean variance: of fewer samples than features it is singular, and of
+few scenes it holds directions for empty that other images use. Measured as agreement of one sign a weight: on other
+typefaces, 2,965 kanji, N = 256, with 2,048 samples, 0.1: 98.2, 0.4: 98.4, 0.7: 98.2, 0.95: 96.9 %; with 200: 97.6, 98,
+97.8, 96.7; EfficientNet-Lite0, N = 1280, 216 crops of nine photographs, on crops of others: 63.8, 72.8, 75.6, 72.4."""
 _ROWS_AT_ONCE = 1024
 _CHECKED = 4
 """The last fourth of the samples checks whether fitting helps those that it was not fitted to."""
@@ -66,19 +69,19 @@ class Fit:
 
 
 @torch.no_grad()
-def feature_statistics(features: Tensor, *, standardize: bool = True) -> FeatureStatistics:
+def feature_statistics(features: Tensor, *, standardize: bool | str = True) -> FeatureStatistics:
     """Center, spread and covariance of some features, accumulated in float64.
 
     Args:
         features: [S, N], S samples.
-        standardize: Whether the head standardises.
+        standardize: Whether and how the head standardises, as in its spec.
 
     Raises:
         HeadSpecError: No samples, or they are not finite.
     """
     n = features.shape[-1]
     mean, deviation, _ = exact([features], n)
-    spread = floored(deviation.float()) if standardize else torch.ones(n)
+    spread = floored(deviation.float()) if standardize is True else torch.ones(n)
     covariance = torch.zeros((n, n), dtype=torch.float64)
     for rows in features.split(_ROWS_AT_ONCE):
         centered = (rows.double() - mean) / spread

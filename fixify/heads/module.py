@@ -47,16 +47,18 @@ class FixedClassifier(nn.Module):
     numbers, before each product, and all have those of one process with the whole batch.
 
     Learned: `scale` [] (unless `spec.fixed_scale`) and `bias` [C] (if `spec.bias`). Buffers that are saved: `center`
-    and `spread` [N] and `num_batches_tracked` [] (if `spec.standardize`), `codes` (code indices [C] if `spec.matched`,
-    packed signs uint8 [C, ceil(d / 8)] if binary), `gains` uint8 [C] (if `spec.gains`): lengths of the codes in steps
-    of 1/255.
+    and `num_batches_tracked` [] (if `spec.standardize`), `spread` [N] (unless that is "center"), `codes` (code indices
+    [C] if `spec.matched`, packed signs uint8 [C, ceil(d / 8)] if binary), `gains` uint8 [C] (if `spec.gains`): lengths
+    of the codes in steps of 1/255.
 
     Args:
         spec: The head spec; resolved and verified here.
         codes: Code index of each class, integers [C], for a matched head; packed signs for a binary one. May be left
             out and loaded with `load_state_dict`, which verifies them against the spec's digest.
         gains: Lengths of the codes, uint8 [C], if the spec has them; default: all 255, that is length 1.
-        scale: Initial scale; None: `initial_scale(num_classes)`.
+        scale: Initial scale; None: `initial_scale(num_classes)`, over sqrt(N) if features are not normalised: then
+            they are taken to have norm sqrt(N), as the +-1 activations of a binarised network, where that constant goes
+            into the scale and there is no need of a per-sample norm (paper, section 4.3).
         channel_dim: -1 for features [..., N]; 1 for feature maps [B, N, ...], as after a 1x1 convolution.
 
     Raises:
@@ -95,7 +97,8 @@ class FixedClassifier(nn.Module):
         self.in_features = spec.num_features
         self.out_features = spec.num_classes
         self.channel_dim = channel_dim
-        self.starting_scale = initial_scale(spec.num_classes) if scale is None else float(scale)
+        constant_norm = 1.0 if spec.normalize else math.sqrt(spec.num_features)
+        self.starting_scale = initial_scale(spec.num_classes) / constant_norm if scale is None else float(scale)
 
         def new(*shape: int) -> Tensor:
             return torch.empty(shape, device=device, dtype=dtype)
@@ -106,7 +109,7 @@ class FixedClassifier(nn.Module):
             self.scale = nn.Parameter(new())
         self.register_parameter("bias", nn.Parameter(new(spec.num_classes)) if spec.bias else None)
         self.register_buffer("center", new(spec.num_features) if spec.standardize else None)
-        self.register_buffer("spread", new(spec.num_features) if spec.standardize else None)
+        self.register_buffer("spread", new(spec.num_features) if spec.standardize is True else None)
         count = torch.zeros((), dtype=torch.int64, device=device) if spec.standardize else None
         self.register_buffer("num_batches_tracked", count)
         self.register_buffer("codes", None)
@@ -140,10 +143,11 @@ class FixedClassifier(nn.Module):
 
     def reset_statistics(self) -> None:
         """Forget the running statistics: center 0, spread 1."""
-        if self.center is not None and self.spread is not None and self.num_batches_tracked is not None:
+        if self.center is not None and self.num_batches_tracked is not None:
             self.center.zero_()
-            self.spread.fill_(1.0)
             self.num_batches_tracked.zero_()
+        if self.spread is not None:
+            self.spread.fill_(1.0)
 
     def calibrate_(self, batches: Iterable[Tensor]) -> FixedClassifier:
         """Set center and spread to the exact mean and deviation of some features (no labels needed).
@@ -154,11 +158,12 @@ class FixedClassifier(nn.Module):
         Raises:
             HeadSpecError: The head has no statistics (`standardize`), or the features do not fit.
         """
-        if self.center is None or self.spread is None or self.num_batches_tracked is None:
+        if self.center is None or self.num_batches_tracked is None:
             raise HeadSpecError("This head does not standardise its features; there is nothing to calibrate.")
         center, spread, count = exact((self._channels_last(batch) for batch in batches), self.in_features)
         self.center.copy_(center)
-        self.spread.copy_(spread)
+        if self.spread is not None:
+            self.spread.copy_(spread)
         # However they were cut into batches: the first batch of a training must not outweigh them.
         self.num_batches_tracked.fill_(max(count, round(1 / MOMENTUM)))
         return self
@@ -182,12 +187,14 @@ class FixedClassifier(nn.Module):
         """
         x = self._channels_last(x)
         z = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of half-precision features overflow
-        if self.center is not None and self.spread is not None and self.num_batches_tracked is not None:
+        if self.center is not None and self.num_batches_tracked is not None:
             if self.training:
                 update_running_(
                     self.center, self.spread, self.num_batches_tracked, z.detach(), synchronized=self.synchronized
                 )
-            z = (z - self.center) / floored(self.spread)
+            z = z - self.center
+            if self.spread is not None:
+                z = z / floored(self.spread)
         if self.spec.normalize:
             z = F.normalize(z, dim=-1, eps=_NORM_EPSILON)
         logits = self.product((z * (self.scale * self.product.prescale)).to(x.dtype))
@@ -201,6 +208,8 @@ class FixedClassifier(nn.Module):
         parts = [f"{self.spec.kind}", f"in_features={self.in_features}", f"out_features={self.out_features}"]
         parts += [f"bias={self.bias is not None}"]
         parts += [name for name in ("standardize", "fixed_scale", "matched", "gains") if getattr(self.spec, name)]
+        if self.spec.standardize == "center":
+            parts[parts.index("standardize")] = "standardize='center'"
         if self.spec.bits_per_class is not None:
             parts.append(f"bits_per_class={self.spec.bits_per_class}")
         if not self.spec.normalize:
@@ -238,11 +247,23 @@ class FixedClassifier(nn.Module):
                 found.append(f"{prefix}gains must lie in 1 .. {GAIN_STEPS}: a code of length 0 cannot tell its class.")
         return found
 
+    def _from_published_code(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """The scale of the paper's published code: [1], of codes of norm sqrt(N), and not stored where it is fixed."""
+        key = f"{prefix}scale"
+        stored = state_dict.get(key)
+        if stored is not None and stored.shape == (1,):
+            return {**state_dict, key: stored[0] * math.sqrt(self.in_features)}
+        if stored is None and self.spec.fixed_scale:
+            return {**state_dict, key: self.scale}
+        return state_dict
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         problems = self._stored_problems(state_dict, prefix)
         if problems:
             args[-1].extend(problems)  # the errors that load_state_dict raises together
             return
+        if self.spec.truncated:
+            state_dict = self._from_published_code(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.scale.is_meta:
             return

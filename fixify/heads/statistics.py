@@ -25,7 +25,7 @@ def floored(spread: Tensor) -> Tensor:
 
 @torch.no_grad()
 def update_running_(
-    center: Tensor, spread: Tensor, num_batches: Tensor, features: Tensor, *, synchronized: bool = False
+    center: Tensor, spread: Tensor | None, num_batches: Tensor, features: Tensor, *, synchronized: bool = False
 ) -> None:
     """One step of the exponentially weighted mean and deviation, in place.
 
@@ -33,7 +33,7 @@ def update_running_(
     mean moves by counts as variance, so that batches of one sample are right too. An empty batch changes nothing.
 
     Args:
-        center, spread: Running mean and deviation, [N].
+        center, spread: Running mean and deviation, [N]; the deviation may be left out.
         num_batches: Batches seen, int64 [].
         features: [..., N], float32 or float64.
         synchronized: The batch is that of all processes of the default group. Each calls this with its part; one may be
@@ -49,10 +49,11 @@ def update_running_(
         variance = (features - mean).square().mean(dim=0)
         shift = mean - center
     weight = (1.0 / (num_batches + 1).to(features.dtype)).clamp_min(MOMENTUM)
-    old_share = torch.where(num_batches == 0, torch.zeros_like(weight), 1.0 - weight)
-    new_variance = old_share * (spread.to(features.dtype).square() + weight * shift.square()) + weight * variance
+    if spread is not None:
+        old_share = torch.where(num_batches == 0, torch.zeros_like(weight), 1.0 - weight)
+        new_variance = old_share * (spread.to(features.dtype).square() + weight * shift.square()) + weight * variance
+        spread.copy_(new_variance.sqrt())
     center.copy_(center + weight * shift)
-    spread.copy_(new_variance.sqrt())
     num_batches.add_(1)
 
 

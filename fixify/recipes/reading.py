@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fixify.errors import UsageError
 from fixify.recipes.parsing import Parsed, parse, read_text
 from fixify.recipes.problems import Place, Problem, RecipeError
-from fixify.recipes.schema import SECTIONS, check
+from fixify.recipes.schema import ENTRIES, SECTIONS, check
 from fixify.recipes.shipped import find_recipe
-from fixify.training import FinetuneOptions
+from fixify.training import FinetuneOptions, TrainOptions
 from fixify.validation import did_you_mean
 
 
@@ -26,6 +26,13 @@ class Recipe:
         expect: What to expect of it.
         convert: Keyword arguments of `fixify.convert`, those that the recipe gives; None without such a section.
         finetune: Options of `fixify.training.run_finetune`; None without such a section.
+        train: Options of `fixify.training.run_train`; None without such a section.
+        data: Data name; None if the recipe names none, as for the following.
+        class_map: Which class has which label.
+        checkpoint: The slim checkpoint to finetune.
+        against: The original, whose top-1 is measured.
+        distill: The teacher.
+        recorded: SHA-256 of the inputs of the run that wrote the recipe, by `fixify.training.recipe_file.RECORDED`.
         overridden: What overrides gave, for example ("finetune", "lr").
     """
 
@@ -34,7 +41,14 @@ class Recipe:
     expect: str
     convert: dict[str, Any] | None
     finetune: FinetuneOptions | None
+    train: TrainOptions | None
     overridden: tuple[tuple[str, str], ...]
+    data: str | None = None
+    class_map: str | None = None
+    checkpoint: str | None = None
+    against: str | None = None
+    distill: str | None = None
+    recorded: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sections(self) -> tuple[str, ...]:
@@ -68,7 +82,10 @@ def read_recipe(source: str | Path | None, overrides: Sequence[str] = ()) -> Rec
         expect=checked.expect.strip(),  # type: ignore[attr-defined]
         convert=None if convert is None else convert.model_dump(exclude_unset=True),
         finetune=checked.finetune,  # type: ignore[attr-defined]
+        train=checked.train,  # type: ignore[attr-defined]
         overridden=overridden,
+        **{name: getattr(checked, name) for name in ENTRIES},
+        recorded=checked.recorded.model_dump(exclude_none=True),  # type: ignore[attr-defined]
     )
 
 
@@ -115,6 +132,11 @@ def _forget(parsed: Parsed, section: str, option: str) -> None:
         parsed.values[section].pop(option, None)
 
 
+def how_to_use(name: str, section: str) -> str:
+    """The command that a section of a recipe is for."""
+    return f"fixify train {name}" if section == "train" else f"fixify {section} --recipe {name}"
+
+
 def section_of(recipe: Recipe, section: str) -> Any:
     """The section that a command needs.
 
@@ -129,6 +151,6 @@ def section_of(recipe: Recipe, section: str) -> Any:
         has = " and ".join(f"{name}:" for name in recipe.sections)
         raise UsageError(
             f"The recipe {recipe.name} has no {section}: section, only {has}.",
-            hint=f"Use it with: fixify {recipe.sections[0]} --recipe {recipe.name}",
+            hint=f"Use it with: {how_to_use(recipe.name, recipe.sections[0])}",
         )
     return found

@@ -1,5 +1,6 @@
 """What a recipe may say. Each section has one definition, elsewhere: `convert` is the signature of `fixify.convert`,
-`finetune` is `fixify.training.FinetuneOptions`. An option that is added there is an option here."""
+`finetune` is `fixify.training.FinetuneOptions`, `train` is `fixify.training.TrainOptions`. An option that is added
+there is an option here. Beside the sections a recipe may say what it is about: data, files, and what they were."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from fixify.heads.spec import KINDS
 from fixify.recipes.parsing import Parsed, dotted
 from fixify.recipes.parsing import Path as ValuePath
 from fixify.recipes.problems import Place, Problem
-from fixify.training import FinetuneOptions
+from fixify.training import FinetuneOptions, TrainOptions
 from fixify.validation import did_you_mean, explain, mistakes, refuse, shown
 
 # What belongs to one conversion and not to a recipe: the files. (Nor do callbacks, `on_...`.)
@@ -78,13 +79,34 @@ def _as_text(hint: Any) -> Any:
 
 ConvertOptions = _convert_options()
 
-SECTIONS: dict[str, type[BaseModel]] = {"convert": ConvertOptions, "finetune": FinetuneOptions}
+SECTIONS: dict[str, type[BaseModel]] = {"convert": ConvertOptions, "finetune": FinetuneOptions, "train": TrainOptions}
+
+
+class Recorded(BaseModel):
+    """SHA-256 of what a run had, which repeating it has to find again; see `fixify.training.recipe_file`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    checkpoint_sha256: str | None = None
+    train_listing: str | None = None
+    val_listing: str | None = None
+
+
+# What a recipe is about: names and files, as on the command line.
+ENTRIES = ("data", "class_map", "checkpoint", "against", "distill")
 
 
 def _recipe_model() -> type[BaseModel]:
     sections: dict[str, Any] = {name: (options | None, None) for name, options in SECTIONS.items()}
+    entries: dict[str, Any] = dict.fromkeys(ENTRIES, (str | None, None))
     return create_model(
-        "RecipeFile", __config__=ConfigDict(extra="forbid"), description=(str, ""), expect=(str, ""), **sections
+        "RecipeFile",
+        __config__=ConfigDict(extra="forbid"),
+        description=(str, ""),
+        expect=(str, ""),
+        recorded=(Recorded, Recorded()),
+        **entries,
+        **sections,
     )
 
 
@@ -127,6 +149,8 @@ def _tell(parsed: Parsed, path: ValuePath, problem: Any) -> None:
     name = str(path[-1]) if path else ""
     if problem["type"] == "extra_forbidden":
         parsed.refuse(path, _unknown(name, path))
+    elif problem["type"] == "missing" and isinstance(problem["loc"][-1], str):
+        parsed.refuse(path, f"needs {problem['loc'][-1]}: what that is has no default.")
     elif problem["type"] in ("model_type", "model_attributes_type"):
         parsed.refuse(path, f"must be a section, `option: value` lines below it, not {shown(problem['input'])}.")
     else:
@@ -148,7 +172,7 @@ def _unknown(name: str, path: ValuePath) -> str:
         if elsewhere:
             return f"belongs into a section: {' or '.join(f'{section}.{name}' for section in elsewhere)}."
         return "is not a section or entry of a recipe" + did_you_mean(name, _RecipeFile.model_fields)
-    own = SECTIONS[str(path[0])].model_fields
+    own = SECTIONS[str(path[0])].model_fields if path[0] in SECTIONS else Recorded.model_fields
     guess = did_you_mean(name, own)
     if elsewhere and guess == ".":
         guess = f"; {elsewhere[0]}.{name} is."

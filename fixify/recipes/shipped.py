@@ -12,6 +12,7 @@ from fixify.errors import FixifyError, UsageError
 from fixify.recipes.parsing import parse, read_text
 from fixify.recipes.problems import Place, Problem, RecipeError
 
+SECTION_NAMES = ("convert", "finetune", "train")  # those of fixify.recipes.schema, which is not light
 _SUFFIXES = (".yaml", ".yml")
 _PACKAGE = Path(__file__).parents[1]
 
@@ -81,7 +82,7 @@ def _read_all() -> Iterator[ShippedRecipe]:
             raise RecipeError(str(path), parsed.problems or [Problem(Place(1), "It has no sections.")])
         values = parsed.values
         texts = {key: " ".join(str(values.get(key, "")).split()) for key in ("description", "expect")}
-        yield ShippedRecipe(name, path, **texts, sections=tuple(key for key in values if key not in texts))
+        yield ShippedRecipe(name, path, **texts, sections=tuple(key for key in values if key in SECTION_NAMES))
 
 
 def find_recipe(name: str | Path) -> Path:

@@ -37,7 +37,7 @@ def finetune_table(result: FinetuneResult) -> Table:
     made = new_table("", ">top-1 %", ">top-5 %", ">loss", ">ECE %", title=str(result.best_path))
     if result.original_top1 is not None:
         made.add_row("original", f"{result.original_top1:.2f}")
-    made.add_row("as converted", *_numbers(result.before))
+    made.add_row("before training", *_numbers(result.before))
     after = result.after
     best = (after.val_top1, after.val_top5, after.val_loss, after.val_ece)
     made.add_row(f"after {round(after.epochs, 2):g} epochs", *_formatted(*best))

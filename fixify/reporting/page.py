@@ -70,7 +70,7 @@ def _accuracy(runs: Sequence[RunReport]) -> Chart | None:
     highest = max((record.val_top1 for run in runs for record in run.history), default=0.0)
     for number, run in enumerate(runs):
         points = [(record.epochs, record.val_top1) for record in run.history]
-        if run.before is not None:
+        if run.before is not None and points:
             # A start at chance level would flatten everything that matters.
             if run.before.top1 >= lowest - 2 * max(highest - lowest, 5.0):
                 points.insert(0, (0.0, run.before.top1))

@@ -71,7 +71,9 @@ def facts_of_training(tree: object) -> Facts:
 
 
 def facts_of_metadata(metadata: Mapping[str, str]) -> Facts:
-    """Facts from the metadata of a safetensors file, as people write them there: `architecture`, `num_classes`."""
+    """Facts from the metadata of a safetensors file: `architecture` and `num_classes`, as people write them there, and
+    what fixify writes (`fixify.ordinary`).
+    """
     name = metadata.get("architecture") or metadata.get("arch") or metadata.get("model_name")
     architecture = known_architecture(name) if name else None
     digits = metadata.get("num_classes", "")
@@ -79,6 +81,14 @@ def facts_of_metadata(metadata: Mapping[str, str]) -> Facts:
     return Facts(
         architecture=architecture,
         num_classes=_positive(int(digits)) if digits.isascii() and digits.isdigit() and len(digits) < 8 else None,
+        architecture_kwargs={
+            key: value
+            for key, value in items_of(_json(metadata.get("model_args", "")))
+            if isinstance(key, str) and _is_plain(value)
+        },
+        pretrained_cfg=_data_options(
+            {str(key): value for key, value in items_of(_json(metadata.get("pretrained_cfg", "")))}
+        ),
         labels=_json_labels(labels) if labels else None,
     )
 
@@ -167,7 +177,11 @@ def _data_options(given: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _json_labels(text: str) -> list[str] | None:
+    return labels_of_config(_json(text), None)
+
+
+def _json(text: str) -> Any:
     try:
-        return labels_of_config(json.loads(text), None)
+        return json.loads(text)
     except (ValueError, RecursionError):
         return None

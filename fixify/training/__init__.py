@@ -23,7 +23,9 @@ from fixify.training.logging import stored_options
 from fixify.training.options import FinetuneOptions
 from fixify.training.others import OtherModel
 from fixify.training.run import FinetuneResult, finetune
+from fixify.training.scratch import run_train
 from fixify.training.slim import run_finetune
+from fixify.training.train_options import TrainOptions
 
 __all__ = [
     "BEST_FILE",
@@ -44,10 +46,12 @@ __all__ = [
     "RunStarted",
     "SaveModel",
     "Step",
+    "TrainOptions",
     "TrainingInterrupted",
     "Validated",
     "Warned",
     "finetune",
     "run_finetune",
+    "run_train",
     "stored_options",
 ]

@@ -9,7 +9,8 @@ from fixify.training.logging import LOG_FILES, METRICS_FILE, RUN_FILE
 from fixify.training.state import PREVIOUS_STATE_FILE, STATE_FILE
 
 BEST_FILE, LAST_FILE = "best.fixed.safetensors", "last.fixed.safetensors"
-_FILES = (BEST_FILE, LAST_FILE, STATE_FILE, PREVIOUS_STATE_FILE, *LOG_FILES)
+_CHECKPOINTS = (BEST_FILE, LAST_FILE, "best.safetensors", "last.safetensors")
+_FILES = (*_CHECKPOINTS, STATE_FILE, PREVIOUS_STATE_FILE, *LOG_FILES)
 
 
 def claim_folder(out: Path, *, force: bool) -> None:

@@ -17,7 +17,7 @@ from fixify.evaluation import Metrics
 from fixify.training import distributed
 from fixify.training.engine import Engine
 from fixify.training.events import EpochEnded, EpochRecord, Listener, Validated, Warned
-from fixify.training.files import BEST_FILE, LAST_FILE, tidy
+from fixify.training.files import tidy
 from fixify.training.finite import check_weights
 from fixify.training.logging import write_confusions, write_logs, write_unreadable
 from fixify.training.loop import head_scale
@@ -37,6 +37,7 @@ class Keeper:
         engine: What is trained.
         out: Folder of the run.
         save: Writes a checkpoint.
+        suffix: Of its file.
         facts: What the run is of; in every file, and compared on resuming.
         on_event: Told of every validation.
         unreadable: Images that cannot be read, of "train" and "val"; counted and listed.
@@ -47,12 +48,14 @@ class Keeper:
         engine: Engine,
         out: Path,
         save: SaveModel,
+        suffix: str,
         facts: dict[str, Any],
         on_event: Listener,
         unreadable: dict[str, UnreadableImages],
     ) -> None:
         self.engine, self.options = engine, engine.options
         self.out, self.save, self.facts, self.on_event = out, save, facts, on_event
+        self.best_path, self.last_path = out / f"best{suffix}", out / f"last{suffix}"
         self.progress = Progress()
         self.unreadable = unreadable
         self.has_state = False
@@ -168,9 +171,9 @@ class Keeper:
         self.on_event(EpochEnded(record, is_best) if fraction == 1 else Validated(record, is_best))
 
     def _save(self, trained: nn.Module, record: EpochRecord, *, is_best: bool) -> None:
-        self.save(trained, self.out / LAST_FILE, self._training_record(record))
+        self.save(trained, self.last_path, self._training_record(record))
         if is_best:
-            self.save(trained, self.out / BEST_FILE, self._training_record(record))
+            self.save(trained, self.best_path, self._training_record(record))
 
     def original_top1(self) -> float | None:
         """The original's top-1, percent, given or measured."""

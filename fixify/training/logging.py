@@ -9,11 +9,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import timm
-import torch
-import yaml
+from typing import Any, TypeVar
 
 from fixify import __version__
 from fixify._io import write_atomic
@@ -21,6 +17,7 @@ from fixify.confusions import Confusions
 from fixify.errors import TrainingError
 from fixify.training.events import EpochRecord
 from fixify.training.options import FinetuneOptions
+from fixify.training.recipe_file import recipe_text
 from fixify.training.steps import StepRecord
 from fixify.training.unreadable import UNREADABLE_FILE
 
@@ -28,11 +25,7 @@ RUN_FILE, RECIPE_FILE, METRICS_FILE, SUMMARY_FILE = "run.json", "recipe.yaml", "
 STEPS_FILE, CONFUSIONS_FILE = "steps.jsonl", "confusions.json"
 LOG_FILES = (RUN_FILE, RECIPE_FILE, METRICS_FILE, SUMMARY_FILE, STEPS_FILE, CONFUSIONS_FILE, UNREADABLE_FILE)
 
-_RECIPE_HEADER = f"""\
-# Every option of the run in this folder. Written by fixify {__version__}, torch {torch.__version__},
-# timm {timm.__version__}. To repeat it:
-#   fixify finetune SLIM --data DATA --recipe {RECIPE_FILE}
-"""
+Options = TypeVar("Options", bound=FinetuneOptions)
 
 
 def write_logs(folder: Path, history: Sequence[EpochRecord], steps: Sequence[StepRecord]) -> None:
@@ -65,7 +58,13 @@ def write_confusions(folder: Path, step: int, found: Confusions) -> None:
     write_atomic(folder / CONFUSIONS_FILE, json.dumps({"step": step, **found.to_dict()}) + "\n")
 
 
-def write_run(folder: Path, options: FinetuneOptions, facts: dict[str, Any], started: dict[str, Any]) -> None:
+def write_run(
+    folder: Path,
+    options: FinetuneOptions,
+    facts: dict[str, Any],
+    started: dict[str, Any],
+    entries: Mapping[str, Any],
+) -> None:
     """Write what the run is of and how it is done.
 
     Args:
@@ -73,19 +72,17 @@ def write_run(folder: Path, options: FinetuneOptions, facts: dict[str, Any], sta
         options: How.
         facts: What the run is of; compared when it is resumed.
         started: What else was known when it started, and is not compared: the command, the model, metrics before.
+        entries: See `fixify.training.recipe_file.recipe_text`.
 
     Raises:
         OutputError: it cannot be written.
     """
     content = {"fixify": __version__, **facts, **started, "options": options.recipe()}
     write_atomic(folder / RUN_FILE, json.dumps(content, indent=2) + "\n")
-    what = " on ".join(str(facts[key]) for key in ("checkpoint", "data") if key in facts)
-    recipe = {"description": f"A finetuning run of {what}.", "finetune": options.recipe()}
-    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
-    write_atomic(folder / RECIPE_FILE, _RECIPE_HEADER + text)
+    write_atomic(folder / RECIPE_FILE, recipe_text(options, facts, entries))
 
 
-def stored_options(folder: Path) -> FinetuneOptions:
+def stored_options(folder: Path, kind: type[Options]) -> Options:
     """The options that the run in `folder` was started with.
 
     Raises:
@@ -96,7 +93,7 @@ def stored_options(folder: Path) -> FinetuneOptions:
         stored = json.loads(path.read_text())["options"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"There is no run to resume in {folder}: {RUN_FILE} is missing or damaged.") from error
-    return FinetuneOptions.create(**stored)
+    return kind.create(**stored)
 
 
 def _lines(records: Sequence[EpochRecord] | Sequence[StepRecord]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,6 +15,9 @@ from fixify.errors import UsageError
 from fixify.evaluation import resolve_device
 from fixify.training import distributed
 from fixify.validation import Conflict, did_you_mean, explain, mistakes, refuse
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MACHINE = ("workers", "device", "save_minutes")
 """Options that suit a machine and do not change the result."""
@@ -33,6 +36,10 @@ class FinetuneOptions(BaseModel):
         opt: timm's name of the optimiser; "sgd" has Nesterov momentum.
         momentum: For optimisers that have one.
         weight_decay: Not applied to vectors: biases, normalisation layers, and a fixed head's scale and bias.
+        decay_alpha: Decay a fixed head's scale alpha by `weight_decay` too, as in all of the paper's experiments
+            (section 3.1: "regularized with the same weight decay coefficient used on original classifier").
+        loss: "cross-entropy", or the paper's "cosine" (section 2.2, `fixify.training.cosine`), for a fixed head whose
+            scale is a fixed 1 and that has no bias. The validation loss stays cross-entropy.
         sched: How the rate falls after warming up, updated every step.
         warmup_epochs: Epochs (or a part of one) during which the rate rises linearly from `warmup_lr`.
         warmup_lr: Rate of the first step.
@@ -86,6 +93,7 @@ class FinetuneOptions(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    section: ClassVar[str] = "finetune"
 
     epochs: int = Field(default=5, ge=0)
     batch_size: int = Field(default=64, ge=1)
@@ -93,6 +101,8 @@ class FinetuneOptions(BaseModel):
     opt: str = "sgd"
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=1e-4, ge=0, allow_inf_nan=False)
+    decay_alpha: bool = False
+    loss: Literal["cross-entropy", "cosine"] = "cross-entropy"
     sched: Literal["cosine", "linear", "step", "constant"] = "cosine"
     warmup_epochs: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     warmup_lr: float = Field(default=1e-5, ge=0, allow_inf_nan=False)
@@ -150,7 +160,7 @@ class FinetuneOptions(BaseModel):
     smoothing: float = Field(default=0.0, ge=0, lt=1)
 
     @classmethod
-    def create(cls, **given: Any) -> FinetuneOptions:
+    def create(cls, **given: Any) -> Self:
         """Options with these values and the defaults.
 
         Raises:
@@ -160,9 +170,9 @@ class FinetuneOptions(BaseModel):
             return cls(**given)
         except ValidationError as error:
             problems = mistakes(cls.model_validate, given)
-            raise UsageError("\n".join(_sentence(problem) for problem in problems)) from error
+            raise UsageError("\n".join(_sentence(problem, cls.model_fields) for problem in problems)) from error
 
-    def replace(self, **given: Any) -> FinetuneOptions:
+    def replace(self, **given: Any) -> Self:
         """These options with some changed; raises like `create`."""
         return self.create(**{**self.model_dump(), **given})
 
@@ -211,6 +221,8 @@ class FinetuneOptions(BaseModel):
                 ("clip_mode", "clip_grad"),
                 f"clip_mode {self.clip_mode} does nothing without clip_grad; give clip_grad as well",
             )
+        if self.loss == "cosine" and self.smoothing > 0:
+            yield Conflict(("loss", "smoothing"), "smoothing belongs to the cross-entropy; the cosine loss has none")
         if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
             yield Conflict(
                 ("batch_size", "mixup", "cutmix"),
@@ -225,7 +237,7 @@ class FinetuneOptions(BaseModel):
         """The device; raises UsageError if it is not on this machine."""
         return resolve_device(self.device)
 
-    def for_this_process(self) -> FinetuneOptions:
+    def for_this_process(self) -> Self:
         """These options with the device of this process of those that torchrun started, and its share of the workers.
 
         Raises:
@@ -252,8 +264,8 @@ class FinetuneOptions(BaseModel):
         return self.model_dump(mode="json", exclude=set(MACHINE))
 
 
-def _sentence(problem: Any) -> str:
+def _sentence(problem: Any, known: Iterable[str]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"There is no option {name!r}{did_you_mean(name, FinetuneOptions.model_fields)}"
+        return f"There is no option {name!r}{did_you_mean(name, known)}"
     return f"{name}: {explain(problem)}." if name else f"{explain(problem)}."

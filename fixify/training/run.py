@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from fixify.checkpoint import SUFFIX
 from fixify.data import OpenedData, listing_digest
 from fixify.errors import TrainingError
 from fixify.evaluation import Metrics
@@ -26,7 +28,7 @@ from fixify.training.events import (
     RunStarted,
     Warned,
 )
-from fixify.training.files import BEST_FILE, LAST_FILE, claim_folder, stored_nothing
+from fixify.training.files import claim_folder, stored_nothing
 from fixify.training.interrupt import Stopped, StopRequest, TrainingInterrupted, stop_on_signals
 from fixify.training.keeping import Keeper, SaveModel
 from fixify.training.logging import write_run
@@ -35,6 +37,7 @@ from fixify.training.machine import machine_facts
 from fixify.training.model_facts import model_facts
 from fixify.training.options import FinetuneOptions
 from fixify.training.others import OtherModel, check_others
+from fixify.training.recipe_file import check_recorded
 from fixify.training.stages import Stages
 from fixify.training.unreadable import teller
 from fixify.training.validation import Validation
@@ -77,6 +80,9 @@ def finetune(
     original: OtherModel | None = None,
     teacher: OtherModel | None = None,
     command: str | None = None,
+    suffix: str = SUFFIX,
+    entries: Mapping[str, Any] | None = None,
+    recorded: Mapping[str, str] | None = None,
     on_event: Listener | None = None,
 ) -> FinetuneResult:
     """Train a classifier and keep its best and last state in `out`.
@@ -98,6 +104,9 @@ def finetune(
         teacher: What the model learns from, beside the labels (`options.distill_weight`) or, with
             `options.unlabelled`, alone. If `val` is not labelled, its answers are what validation compares with.
         command: What was typed to start the run; recorded.
+        suffix: Of the checkpoints: best and last with another suffix, where `save` writes other files.
+        entries: Names and files as they were given (data, checkpoint, against, distill), for recipe.yaml.
+        recorded: What a recipe recorded of its inputs (`fixify.training.recipe_file.RECORDED`), to be the same.
         on_event: Told what happens.
 
     Raises:
@@ -110,8 +119,12 @@ def finetune(
     """
     check_others(options, preprocessing, (train, val), original, teacher)
     with stop_on_signals() as stop:
-        run = _Run(model, train, val, preprocessing, options, out, save, facts or {}, original, teacher, on_event, stop)
+        run = _Run(
+            model, train, val, preprocessing, options, out, save, suffix, facts or {}, original, teacher, on_event, stop
+        )
+        run.entries = entries or {}
         try:
+            check_recorded(recorded or {}, run.facts)
             run.prepare(resume=resume, force=force, command=command)
             return run.train()
         except Stopped:
@@ -142,12 +155,14 @@ class _Run:
         options: FinetuneOptions,
         out: Path,
         save: SaveModel,
+        suffix: str,
         facts: dict[str, Any],
         original: OtherModel | None,
         teacher: OtherModel | None,
         on_event: Listener | None,
         stop: StopRequest,
     ) -> None:
+        self.entries: Mapping[str, Any] = {}
         self.options, self.stop = options, stop
         self.on_event: Listener = on_event if on_event is not None and distributed.is_first() else _silent
         self.original, self.teacher = original, teacher
@@ -175,6 +190,7 @@ class _Run:
             self.engine,
             out,
             save,
+            suffix,
             self.facts,
             self.on_event,
             {"train": self.engine.loader.unreadable, "val": self.validation.unreadable},
@@ -203,7 +219,7 @@ class _Run:
             self._open_validation()
         else:
             started = self._started(command)
-            distributed.by_first(lambda: write_run(keeper.out, self.options, self.facts, started))
+            distributed.by_first(lambda: write_run(keeper.out, self.options, self.facts, started, self.entries))
             if keeper.is_enough(as_calibrated.top1):
                 keeper.record(as_calibrated, self.validation.confusions(), fraction=0.0, seconds=as_calibrated.seconds)
             else:
@@ -220,7 +236,7 @@ class _Run:
 
     def _begin(self, started: dict[str, Any], *, force: bool) -> None:
         claim_folder(self.keeper.out, force=force)
-        write_run(self.keeper.out, self.options, self.facts, started)
+        write_run(self.keeper.out, self.options, self.facts, started, self.entries)
 
     def train(self) -> FinetuneResult:
         """Train to the end, or until it is good enough."""
@@ -242,8 +258,8 @@ class _Run:
         if best is None or before is None:
             raise TrainingError(f"The state in {keeper.out} has no epochs.")
         return FinetuneResult(
-            best_path=keeper.out / BEST_FILE,
-            last_path=keeper.out / LAST_FILE,
+            best_path=keeper.best_path,
+            last_path=keeper.last_path,
             before=before,
             after=best,
             history=tuple(keeper.progress.history),
@@ -290,13 +306,14 @@ class _Run:
 
     def _started(self, command: str | None) -> dict[str, Any]:
         progress = self.keeper.progress
+        named = {key: self.facts[key] for key in ("architecture",) if key in self.facts}
         measured = {"before": progress.before, "original_metrics": progress.original}
         return {
             **distributed.account(),
             **({} if command is None else {"command": command}),
             "device": str(self.engine.device),
             "machine": machine_facts(self.engine.device),
-            "model": model_facts(self.engine.model),
+            "model": {**model_facts(self.engine.model), **named},
             **{name: metrics.to_dict() for name, metrics in measured.items() if metrics is not None},
         }
 

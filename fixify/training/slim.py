@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def run_finetune(
     download: bool = False,
     class_map: Path | str | None = None,
     command: str | None = None,
+    recorded: Mapping[str, str] | None = None,
     on_event: Listener | None = None,
 ) -> FinetuneResult:
     """Finetune a slim checkpoint; in every process that torchrun started, if it did.
@@ -57,6 +59,7 @@ def run_finetune(
         download: Whether `torch/...` data may be downloaded.
         class_map: A file that says which class of the data has which label; see `fixify.data.DataOptions`.
         command: What was typed to start the run; recorded.
+        recorded: See `fixify.training.finetune`.
         on_event: Told what happens.
 
     Raises:
@@ -71,7 +74,7 @@ def run_finetune(
     if source.resolve() in {(out / name).resolve() for name in (BEST_FILE, LAST_FILE)}:
         raise UsageError(f"The run in {out} would overwrite {source}.", hint="Choose another folder with -o.")
     if options is None:
-        options = stored_options(out) if resume else FinetuneOptions()
+        options = stored_options(out, FinetuneOptions) if resume else FinetuneOptions()
     options = options.for_this_process()
     with distributed.process_group(options.resolved_device()):
         again = goes_on(out)
@@ -89,6 +92,7 @@ def run_finetune(
             download=download,
             class_map=class_map,
             command=command,
+            recorded=recorded,
             on_event=on_event,
         )
 
@@ -106,6 +110,7 @@ def _finetune(
     download: bool,
     class_map: Path | str | None,
     command: str | None,
+    recorded: Mapping[str, str] | None,
     on_event: Listener | None,
 ) -> FinetuneResult:
     if source.is_file() and not is_slim(source):
@@ -139,7 +144,7 @@ def _finetune(
 
     facts = {"checkpoint": source.name, "checkpoint_sha256": sha256_of(source), "class_names": stored_names}
     if class_map is not None:
-        facts["class_map"] = {"name": Path(class_map).name, "sha256": sha256_of(Path(class_map))}
+        facts["class_map"] = class_map_facts(class_map)
     teacher = None if distill is None else open_other(distill, val, options)
     original = None if against is None else open_other(against, val, options)
     if original is None and options.max_drop is not None and options.original_top1 is None:
@@ -158,5 +163,18 @@ def _finetune(
         original=original,
         teacher=teacher,
         command=command,
+        entries={
+            "checkpoint": source,
+            "data": data_name,
+            "against": against,
+            "distill": distill,
+            "class_map": class_map,
+        },
+        recorded=recorded,
         on_event=on_event,
     )
+
+
+def class_map_facts(class_map: Path | str) -> dict[str, str]:
+    """What a run records of its class map."""
+    return {"name": Path(class_map).name, "sha256": sha256_of(Path(class_map))}

@@ -6,10 +6,13 @@
 For each seed a small network of timm's (N = 256: test_efficientnet, N = 1024: mobilenetv3_small_050) is trained with a
 learned classifier. Every row then starts from that network: statistics and codes from 2,048 training images without
 their labels, the classifier replaced, accuracy measured; and, unless the row is one-shot, the same steps, images and
-optimiser for all (not the same rate: see NEAR and FAR),
-measured after 10 %, 25 % and 100 % of them. Rows "from scratch" get the budget of both trainings in
-one. Accuracy is top-1 on held-out typefaces (Fashion-MNIST: its test images). A row's result is written when it is
-there, and a row that is in --out already is not run again.
+optimiser for all, measured after 10 %, 25 % and 100 % of them. Rows "from scratch" get the budget of both trainings in
+one. Accuracy is top-1 on held-out typefaces (Fashion-MNIST: test images).
+
+Every trained row has its own learning rate, found by the same search: with the first seed, 0.002 and 0.006 are tried,
+then further factors of 3 in the direction of the better until one is worse. What decides is the accuracy at the end on
+images that are neither trained on nor reported: every third of those held out. Every trial is in --out, with what it
+had there (`tuned_on`). A trial that is there already is not run again.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fixify.data import open_train_val
-from fixify.heads import FixedClassifier, HeadSpec, encode, match
-from fixify.heads.calibration import feature_statistics, fit_
+from fixify.heads import FixedClassifier, HeadSpec
+from fixify.heads.replacement import replacement
 from fixify.training import FinetuneOptions
 from fixify.training.optimisation import parameter_groups
 
@@ -39,14 +42,14 @@ ARCHITECTURES = {256: "test_efficientnet", 1024: "mobilenetv3_small_050"}
 CALIBRATION_IMAGES = 2048
 BATCH = 256
 TEMPERATURE = 4.0
-NEAR, FAR = 2e-3, 1e-2
-"""AdamW's learning rates: for rows that were expected to start near the original's accuracy, and for those that
-have to find it again. Chosen on seed 0 by the validation images, with the head's rate (x 1 to 30) moved at the
-same time. All that was tried: binary 64 at 0.002, 0.005, 0.01: 91.9, 95.1, 96.1 %; matched at 0.002, 0.005,
-0.01, 0.02: 44.5, 55.0, 62.8, 66.4; binary 256 at 0.002, 0.005: 98.2, 98.3; the control at 0.002: 98.9. SVD and
-integers were tried at no other rate, so rows after training are not tuned alike.
-"""
+FIRST_RATES, RATE_FACTOR = (2e-3, 6e-3), 3.0
+BASE_RATE = 1e-2
+"""AdamW's; of the networks that all rows start from, and of rows from scratch."""
+TRAINED_BITS, TRAINED_RANKS = (24, 64, 88), (2, 6, 16)
+"""Of the compressed classifiers, those that are trained as well: about 4, 9 to 12 and 33 bytes a class."""
 MARKS = (0.1, 0.25, 1.0)
+SCRATCH = {"from scratch, learned": None, "from scratch, fixed + centered": True}
+"""Whether the fixed head standardises; None: the learned one."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Task:
 
     train: Tensor
     train_labels: Tensor
+    tune: Tensor
+    tune_labels: Tensor
     val: Tensor
     val_labels: Tensor
     num_classes: int
@@ -77,12 +82,16 @@ def read_task(name: str, cache: Path) -> Task:
         train, val = (opened.images for opened in open_train_val(name))
         images = [F.pad(torch.from_numpy(split.pixels.copy()), (2, 2, 2, 2)) for split in (train, val)]
         labels = [torch.from_numpy(split.labels) for split in (train, val)]
-        return Task(images[0], labels[0], images[1], labels[1], 10, 700, 234)
+        return _task(images[0], labels[0], images[1], labels[1], 10, 700, 234)
     train, train_labels, val, val_labels = (torch.from_numpy(array) for array in kanji.load(cache))
-    if name == "kanji":
-        return Task(train, train_labels, val, val_labels, 2965, 972, 324)
-    kept, val_kept = train_labels < 200, val_labels < 200
-    return Task(train[kept], train_labels[kept], val[val_kept], val_labels[val_kept], 200, 350, 175)
+    classes, base_steps, steps = (2965, 972, 324) if name == "kanji" else (200, 350, 175)
+    kept, held_out = train_labels < classes, val_labels < classes
+    return _task(train[kept], train_labels[kept], val[held_out], val_labels[held_out], classes, base_steps, steps)
+
+
+def _task(train: Tensor, train_labels: Tensor, held_out: Tensor, labels: Tensor, *sizes: int) -> Task:
+    tune = torch.arange(len(held_out)) % 3 == 0
+    return Task(train, train_labels, held_out[tune], labels[tune], held_out[~tune], labels[~tune], *sizes)
 
 
 def to_input(images: Tensor) -> Tensor:
@@ -96,12 +105,11 @@ def new_model(task: Task, num_features: int, seed: int) -> nn.Module:
 
 
 @torch.inference_mode()
-def top1(model: nn.Module, task: Task) -> float:
+def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     model.eval()
-    right = 0
-    for images, labels in zip(task.val.split(512), task.val_labels.split(512), strict=True):
-        right += int((model(to_input(images)).argmax(dim=1) == labels).sum())
-    return 100 * right / len(task.val)
+    parts = zip(images.split(512), labels.split(512), strict=True)
+    right = sum(int((model(to_input(part)).argmax(dim=1) == wanted).sum()) for part, wanted in parts)
+    return 100 * right / len(images)
 
 
 def train(
@@ -142,7 +150,7 @@ def train(
         loss.backward()
         optimiser.step()
         if step in marks:
-            seen.append(top1(model, task))
+            seen.append(top1(model, task.val, task.val_labels))
     return seen
 
 
@@ -155,41 +163,20 @@ def old_classifier(model: nn.Module, task: Task, seed: int) -> Old:
     return Old(layer.weight.detach().clone(), layer.bias.detach().clone(), torch.cat(parts))
 
 
-def fitted(old: Old, head: FixedClassifier) -> nn.Module:
-    """A standardising head with its statistics, scale and bias from the calibration features."""
-    if head.center is not None:
-        head.calibrate_([old.features])
-    fit_(head, old.features, old.weight, old.bias)
-    return head
-
-
-def in_order(old: Old, *, standardize: bool) -> nn.Module:
+def in_order(old: Old) -> nn.Module:
     """Codes in class order, as in the paper; nothing of the old classifier is used."""
-    head = FixedClassifier(HeadSpec("hadamard", old.weight.shape[1], old.weight.shape[0], standardize=standardize))
-    return head.calibrate_([old.features]) if standardize else head
+    return FixedClassifier(HeadSpec("hadamard", old.weight.shape[1], old.weight.shape[0]))
 
 
-def matched(old: Old, *, standardize: bool = True) -> nn.Module:
-    c, n = old.weight.shape
-    if not standardize:
-        found = match(old.weight)
-        head = FixedClassifier(
-            HeadSpec("hadamard", n, c, matched=True, blocks=found.blocks), codes=torch.from_numpy(found.codes)
-        )
-        head.bias.data.copy_(old.bias)
-        return head
-    known = feature_statistics(old.features)
-    found = match(old.weight * known.spread, feature_covariance=known.covariance)
-    spec = HeadSpec("hadamard", n, c, matched=True, blocks=found.blocks, standardize=True)
-    return fitted(old, FixedClassifier(spec, codes=torch.from_numpy(found.codes)))
+def matched(old: Old, *, calibrated: bool) -> nn.Module:
+    spec = HeadSpec("hadamard", old.weight.shape[1], old.weight.shape[0], standardize=calibrated)
+    return replacement(spec, old.weight, old.bias, features=old.features if calibrated else None).head
 
 
 def binary(old: Old, bits: int) -> nn.Module:
     c, n = old.weight.shape
-    known = feature_statistics(old.features)
-    spec = HeadSpec("binary", n, c, bits_per_class=bits, gains=True, standardize=True)
-    found = encode(spec, old.weight * known.spread, feature_moment=known.covariance)
-    return fitted(old, FixedClassifier(spec, codes=torch.from_numpy(found.codes), gains=torch.from_numpy(found.gains)))
+    spec = HeadSpec("binary", n, c, bits_per_class=bits, gains=True, standardize="center")
+    return replacement(spec, old.weight, old.bias, features=old.features).head
 
 
 def frozen(old: Old, weight: Tensor) -> nn.Module:
@@ -216,13 +203,14 @@ def low_rank(old: Old, rank: int) -> nn.Module:
 class Row:
     """How the classifier is made (None: the learned one stays), what it stores a class, how it is trained.
 
-    lr: None: not at all. distilled: the original teaches beside the labels.
+    head_lr_scale: None: not at all. rate_of: the row whose learning rate it takes; its own search, if None. distilled:
+    the original teaches beside the labels.
     """
 
     make: Callable[[Old], nn.Module] | None
     bytes_a_class: float
-    lr: float | None = None
-    head_lr_scale: float = 10.0
+    head_lr_scale: float | None = None
+    rate_of: str | None = None
     distilled: bool = False
 
 
@@ -230,84 +218,140 @@ def rows(task: Task, num_features: int) -> dict[str, Row]:
     c, n = task.num_classes, num_features
     index = 4.0 if c > n else 2.0
     made = {
-        "learned, continued (control)": Row(None, 4.0 * n, NEAR),
-        "fixed, in order (paper)": Row(partial(in_order, standardize=False), 0.0, FAR, 30.0),
-        "fixed, in order + centered": Row(partial(in_order, standardize=True), 0.0, FAR, 30.0),
-        "fixed, matched": Row(partial(matched, standardize=False), index, FAR, 30.0),
-        "fixed, matched + centered": Row(matched, index, FAR, 30.0),
-        f"binary {n}": Row(partial(binary, bits=n), n / 8 + 1, NEAR),
+        "learned, continued (control)": Row(None, 4.0 * n, 10.0),
+        "fixed, in order (paper)": Row(in_order, 0.0, 30.0),
+        "fixed, matched": Row(partial(matched, calibrated=False), index, 30.0),
+        "fixed, matched + centered": Row(partial(matched, calibrated=True), index, 30.0),
+        f"binary {n}": Row(partial(binary, bits=n), n / 8 + 1, 10.0),
     }
-    for bits in (16, 24, 32, 48, 64, 88, 128, 192):
+    for bits in (16, 24, 32, 48, 64, 88, 128, 192, 256):
         if bits < n and 2**bits >= c:
             make, size = partial(binary, bits=bits), bits / 8 + 1
-            made[f"binary {bits}"] = Row(make, size, FAR if bits in (24, 64, 88) else None)
+            made[f"binary {bits}"] = Row(make, size, 10.0 if bits in TRAINED_BITS else None)
             if bits == 88:
-                made["binary 88, distilled"] = Row(make, size, FAR, distilled=True)
+                made["binary 88, distilled"] = Row(make, size, 10.0, rate_of="binary 88", distilled=True)
     for bits in (8, 4, 3, 2):
-        made[f"int{bits}"] = Row(partial(rounded, bits=bits), n * bits / 8 + 2, NEAR if bits == 4 else None)
-    for rank in (2, 4, 6, 8, 12, 16, 32):
+        rate_of = "learned, continued (control)" if bits == 8 else None
+        trained = 10.0 if bits in (8, 4) else None
+        made[f"int{bits}"] = Row(partial(rounded, bits=bits), n * bits / 8 + 2, trained, rate_of)
+    for rank in (2, 4, 6, 8, 12, 16, 32, 64):
         if rank < min(n, c):
             size = 2.0 * rank * (c + n) / c
-            made[f"SVD {rank}"] = Row(partial(low_rank, rank=rank), size, NEAR if rank == 16 else None)
+            made[f"SVD {rank}"] = Row(partial(low_rank, rank=rank), size, 10.0 if rank in TRAINED_RANKS else None)
     return made
 
 
-def one_seed(data: str, task: Task, num_features: int, seed: int, arguments: argparse.Namespace) -> None:
-    done = {(r["row"], r["seed"]) for r in read(arguments.out)} if arguments.out.exists() else set()
+class Bench:
+    """One data set and width; results go to a file, trial by trial."""
 
-    def record(row: str, size: float | None, values: list[float]) -> None:
-        entry = {"data": data, "num_features": num_features, "seed": seed, "row": row, "bytes": size, "top1": values}
-        with arguments.out.open("a") as file:
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.task = read_task(arguments.data, arguments.cache)
+        self.num_features = arguments.num_features
+        self.known = read(arguments.out) if arguments.out.exists() else []
+
+    def find(self, row: str, seed: int, lr: float | None) -> dict | None:
+        return next((e for e in self.known if (e["row"], e["seed"], e["lr"]) == (row, seed, lr)), None)
+
+    def record(self, row: str, seed: int, lr: float | None, size: float, top1: list[float], tuned_on: float) -> dict:
+        entry = {"data": self.arguments.data, "num_features": self.num_features, "seed": seed, "row": row}
+        entry |= {"bytes": size, "lr": lr, "top1": top1, "tuned_on": tuned_on}
+        self.known.append(entry)
+        with self.arguments.out.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         print(json.dumps(entry), flush=True)
+        return entry
 
-    arguments.cache.mkdir(parents=True, exist_ok=True)
-    path = arguments.cache / f"{data}-{num_features}-{seed}.pth"
-    if not path.exists():
-        model = new_model(task, num_features, seed)
-        train(model, task, task.base_steps, seed, lr=FAR, head_lr_scale=1.0)
-        torch.save(model.state_dict(), path)
-
-    def trained() -> nn.Module:
-        model = new_model(task, num_features, seed)
+    def base(self, seed: int) -> nn.Module:
+        """The network that every row starts from, trained once."""
+        path = self.arguments.cache / f"{self.arguments.data}-{self.num_features}-{seed}.pth"
+        model = new_model(self.task, self.num_features, seed)
+        if not path.exists():
+            train(model, self.task, self.task.base_steps, seed, lr=BASE_RATE, head_lr_scale=1.0)
+            torch.save(model.state_dict(), path)
         model.load_state_dict(torch.load(path))
         return model.eval()
 
-    old = old_classifier(trained(), task, seed)
-    for name, row in rows(task, num_features).items():
-        if (name, seed) in done or (arguments.rows and name not in arguments.rows):
-            continue
-        model = trained()
+    def trial(self, name: str, row: Row, seed: int, lr: float | None, old: Old) -> dict:
+        known = self.find(name, seed, lr)
+        if known is not None:
+            return known
+        task, model = self.task, self.base(seed)
         if row.make is not None:
             model.classifier = row.make(old)
-        values = [top1(model, task)]
-        if row.lr is not None and not arguments.one_shot:
-            teacher = trained() if row.distilled else None
-            values += train(model, task, task.steps, seed, lr=row.lr, head_lr_scale=row.head_lr_scale, teacher=teacher)
-        record(name, row.bytes_a_class, values)
-    for name, standardize in (("from scratch, learned", None), ("from scratch, fixed + centered", True)):
-        if (name, seed) in done or arguments.one_shot or (arguments.rows and name not in arguments.rows):
-            continue
-        model = new_model(task, num_features, seed)
-        if standardize:
+        values = [top1(model, task.val, task.val_labels)]
+        if lr is not None and row.head_lr_scale is not None:
+            teacher = self.base(seed) if row.distilled else None
+            values += train(model, task, task.steps, seed, lr=lr, head_lr_scale=row.head_lr_scale, teacher=teacher)
+        return self.record(name, seed, lr, row.bytes_a_class, values, top1(model, task.tune, task.tune_labels))
+
+    def search(self, name: str, row: Row, seed: int, old: Old) -> float:
+        """The best rate: the one before which and after which both are worse."""
+
+        def tuned_on(lr: float) -> float:
+            return self.trial(name, row, seed, lr, old)["tuned_on"]
+
+        low, high = FIRST_RATES
+        factor = RATE_FACTOR if tuned_on(high) > tuned_on(low) else 1 / RATE_FACTOR
+        best = high if factor > 1 else low
+        while tuned_on(beyond := float(f"{best * factor:.1g}")) > tuned_on(best):
+            best = beyond
+        return best
+
+    def scratch(self, name: str, seed: int, standardize: bool | None) -> None:
+        task = self.task
+        if self.find(name, seed, BASE_RATE) is not None:
+            return
+        model = new_model(task, self.num_features, seed)
+        if standardize is not None:
             model.classifier = FixedClassifier(
-                HeadSpec("hadamard", num_features, task.num_classes, standardize=standardize)
+                HeadSpec("hadamard", self.num_features, task.num_classes, standardize=standardize)
             )
-        values = train(model, task, task.base_steps + task.steps, seed, lr=FAR, head_lr_scale=1.0)
-        record(name, 0.0 if standardize else 4.0 * num_features, [values[-1]])
+        values = train(model, task, task.base_steps + task.steps, seed, lr=BASE_RATE, head_lr_scale=1.0)
+        size = 4.0 * self.num_features if standardize is None else 0.0
+        self.record(name, seed, BASE_RATE, size, [values[-1]], top1(model, task.tune, task.tune_labels))
+
+    def run(self) -> None:
+        arguments = self.arguments
+        arguments.cache.mkdir(parents=True, exist_ok=True)
+        rates: dict[str, float] = {}
+        for seed in arguments.seeds:
+            old = old_classifier(self.base(seed), self.task, seed)
+            for name, row in rows(self.task, self.num_features).items():
+                if arguments.rows and name not in arguments.rows:
+                    continue
+                if row.head_lr_scale is None or arguments.one_shot:
+                    self.trial(name, row, seed, None, old)
+                    continue
+                if name not in rates:
+                    rates[name] = rates[row.rate_of] if row.rate_of else self.search(name, row, seed, old)
+                self.trial(name, row, seed, rates[name], old)
+            for name, standardize in SCRATCH.items():
+                if not arguments.one_shot and (not arguments.rows or name in arguments.rows):
+                    self.scratch(name, seed, standardize)
 
 
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def print_table(path: Path) -> None:
-    """Mean over seeds (lowest to highest)."""
+def chosen(entries: list[dict]) -> dict[str, list[dict]]:
+    """By row: its entries at the rate that was best on the images to tune on."""
     grouped: dict[str, list[dict]] = {}
-    for entry in read(path):
+    for entry in entries:
         grouped.setdefault(entry["row"], []).append(entry)
+    for row, trials in grouped.items():
+        first = [trial for trial in trials if trial["seed"] == trials[0]["seed"]]
+        lr = max(first, key=lambda trial: trial["tuned_on"])["lr"]
+        grouped[row] = [trial for trial in trials if trial["lr"] == lr]
+    return grouped
+
+
+def print_table(path: Path) -> None:
+    """Mean over seeds (lowest to highest), each row at the rate that its search chose."""
+    grouped = chosen(read(path))
     columns = ("no training", "10 %", "25 %", "100 % of the budget")
-    print(f"| classifier | bytes a class | {' | '.join(columns)} | seeds |\n|{'---|' * 7}")
+    print(f"| classifier | bytes a class | {' | '.join(columns)} | rate | seeds |\n|{'---|' * 8}")
     for row, entries in grouped.items():
         scratch = row.startswith("from scratch")
         cells = []
@@ -316,7 +360,9 @@ def print_table(path: Path) -> None:
             values = [entry["top1"][at] for entry in entries if 0 <= at < len(entry["top1"])]
             spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "")
-        print(f"| {row} | {entries[0]['bytes']:.1f} | {' | '.join(cells)} | {len(entries)} |")
+        print(
+            f"| {row} | {entries[0]['bytes']:.1f} | {' | '.join(cells)} | {entries[0]['lr'] or ''} | {len(entries)} |"
+        )
 
 
 def main() -> None:
@@ -335,9 +381,7 @@ def main() -> None:
         print_table(arguments.table)
         return
     torch.set_num_threads(arguments.threads)
-    task = read_task(arguments.data, arguments.cache)
-    for seed in arguments.seeds:
-        one_seed(arguments.data, task, arguments.num_features, seed, arguments)
+    Bench(arguments).run()
 
 
 if __name__ == "__main__":

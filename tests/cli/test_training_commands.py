@@ -67,11 +67,19 @@ def test_finetune_then_eval(run: Run, stripes: Path, tmp_path: Path) -> None:
     assert measured["top1"] == said["after"]["val_top1"]
     assert measured["num_images"] == 20
 
+    code, out, err = run("report", "net-finetuned")
+    assert code == 0 and "page: net-finetuned/report.html" in err
+    page = json.loads(run("report", "net-finetuned", "--json")[1])
+    assert page["runs"][0]["best"] == said["after"]
+    assert page["runs"][0]["command"].startswith(f"fixify finetune --data {data} --epochs 2 --img-size 32")
+    code, _, err = run("finetune", slim, "--data", data, "--track", "tensorbord")
+    assert code == 2 and "did you mean 'tensorboard'" in err
+
     # Done already; and again only when told to.
     assert "--force" in run("finetune", slim, "--data", data, *QUICK)[2]
     code, out, err = run("finetune", slim, "--data", data, "--resume")
     assert code == 0, err
-    assert "as converted" in out and "after" in out
+    assert "before training" in out and "after" in out
     code, _, err = run("finetune", slim, "--data", data, "--resume", "--lr", 0.7)
     assert code == 1 and "lr was 0.05 and is 0.7" in err
 
@@ -209,7 +217,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(stripes: Path, tmp_path: Path) -> No
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers as well
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 128 + signal.SIGINT
     assert "Stopped in epoch " in err and "--resume" in err
     assert "Traceback" not in err
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
@@ -235,7 +243,7 @@ def test_the_help_says_the_real_defaults() -> None:
             }
             continue
         text = get_args(hints[name])[1].help
-        found = re.search(r"Default: ([\w. ]+?)( \(.*\))?\.?$", text)
+        found = re.search(r"Default: ([\w. -]+?)( \(.*\))?\.?$", text)
         value = getattr(defaults, name)
         if found is None or value is None:
             assert value is None or isinstance(value, bool) or name == "ratio", name

@@ -195,7 +195,7 @@ class TestEvaluation:
             crop_pct=RGB["crop_pct"],
             crop_mode=RGB["crop_mode"],
             num_workers=0,
-            use_prefetcher=False,
+            device=torch.device("cpu"),
             persistent_workers=False,
         )
         ours = make_loader(open_data(str(root), split="val"), RGB, training=False, batch_size=4)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torchvision.datasets
 
-from fixify.data import DATA_NAMES, open_data
+from fixify.data import DATA_NAMES, DataOptions, draw_images, open_data
 from fixify.errors import DataError
 
 
@@ -65,3 +65,34 @@ def test_a_failed_download_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", fail)
     with pytest.raises(DataError, match="Cannot download torch/cifar10 to data: no route to host"):
         open_data("torch/cifar10", split="train", download=True)
+
+
+def test_a_folder_by_its_name_in_the_data_folders(
+    make_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = make_folder()
+    monkeypatch.setenv("FIXIFY_DATA", str(folder.parent))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert open_data(folder.name, split="train").num_classes == 3
+    assert len(draw_images(folder.name, count=4)) == 4
+
+
+def test_a_folder_that_is_not_split_does_to_evaluate_on(make_folder: Callable[..., Path]) -> None:
+    folder = make_folder() / "val"
+    opened = open_data(str(folder), split="val")
+    assert (opened.class_names, len(opened)) == (("ant", "bee", "cat"), 9)
+    with pytest.raises(DataError, match="has no training split"):
+        open_data(str(folder), split="train")
+    # But not one that has another split.
+    for missing, wanted in (("train", "train"), ("val", "val")):
+        other = folder.parent / missing
+        hidden = other.rename(other.with_name(f"old-{missing}"))
+        with pytest.raises(DataError, match="has no"):
+            open_data(str(folder.parent), split=wanted)  # type: ignore[arg-type]
+        hidden.rename(other)
+
+
+def test_options_that_do_not_concern_the_data_are_refused(make_folder: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match=r"are for hfds/\.\.\. and wds/\.\.\. data"):
+        open_data(str(make_folder()), split="val", options=DataOptions(target_key="label"))

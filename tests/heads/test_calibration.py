@@ -49,7 +49,7 @@ def test_statistics_are_those_of_the_standardised_features() -> None:
     np.testing.assert_allclose(found.center.numpy(), x.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(found.spread.numpy(), deviation, rtol=1e-6)
     covariance = np.cov((x / deviation).T, bias=True)
-    expected = 0.9 * covariance + 0.1 * np.trace(covariance) / N * np.eye(N)
+    expected = 0.6 * covariance + 0.4 * np.trace(covariance) / N * np.eye(N)
     np.testing.assert_allclose(found.covariance.numpy(), expected, atol=1e-6)
 
 
@@ -57,8 +57,11 @@ def test_without_standardising_the_covariance_is_that_of_the_features() -> None:
     features = _features()
     found = feature_statistics(features, standardize=False)
     assert not found.center.any() and (found.spread == 1).all()
+    centered = feature_statistics(features, standardize="center")
+    torch.testing.assert_close(centered.center, features.mean(dim=0))
+    assert torch.equal(centered.spread, found.spread) and torch.equal(centered.covariance, found.covariance)
     off_diagonal = ~torch.eye(N, dtype=torch.bool)
-    expected = 0.9 * torch.cov(features.double().T, correction=0)
+    expected = 0.6 * torch.cov(features.double().T, correction=0)
     torch.testing.assert_close(found.covariance[off_diagonal], expected[off_diagonal])
 
 

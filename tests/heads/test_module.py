@@ -28,7 +28,9 @@ def reference(head, x):
     """The formula, with the whole codebook, in float64."""
     x = x.double()
     if head.center is not None:
-        x = (x - head.center.double()) / head.spread.double()
+        x = x - head.center.double()
+    if head.spread is not None:
+        x = x / head.spread.double()
     if head.spec.normalize:
         x = x / x.norm(dim=-1, keepdim=True)
     logits = head.scale.double() * x @ head.codebook().double().T
@@ -43,6 +45,7 @@ def reference(head, x):
         MATCHED,
         HeadSpec("hadamard", 256, 100, normalize=False, bias=False),
         HeadSpec("hadamard", 256, 100, standardize=True, fixed_scale=True),
+        HeadSpec("hadamard", 256, 100, standardize="center"),
         HeadSpec("orthogonal", 386, 100),
         HeadSpec("orthogonal", 64, 300, standardize=True),
         HeadSpec("simplex", 64, 65),
@@ -274,6 +277,20 @@ def test_calibration_is_exact_over_batches():
         make(DENSE).calibrate_([x])
 
 
+def test_a_head_that_only_centers_has_no_deviations():
+    head = make(HeadSpec("hadamard", 64, 10, standardize="center"))
+    x = features(500, 64) * torch.linspace(0.1, 3, 64) + torch.linspace(-5, 5, 64)
+    head(x)
+    torch.testing.assert_close(head.center, x.mean(0))
+    head(x - 1)
+    torch.testing.assert_close(head.center, x.mean(0) - 0.5)
+    assert head.spread is None and set(head.state_dict()) == {"scale", "bias", "center", "num_batches_tracked"}
+    torch.testing.assert_close(head.calibrate_(x.split(7)).center, x.mean(0), rtol=1e-5, atol=1e-5)
+    assert "standardize='center'" in repr(head)
+    head.reset_statistics()
+    assert not head.center.any() and head.num_batches_tracked == 0
+
+
 def test_a_dead_feature_does_not_drown_the_others():
     head = make(HeadSpec("hadamard", 64, 10, standardize=True)).eval()
     x = features(1000, 64)
@@ -345,3 +362,13 @@ def test_both_paths_give_the_same_head(monkeypatch):
         heads.append(make(MATCHED).eval())
     assert (heads[0].product.table is None) != (heads[1].product.table is None)
     torch.testing.assert_close(heads[0](x), heads[1](x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [64, 100, 512])
+def test_binarised_features_need_no_norm(n: int) -> None:
+    """Section 4.3: features of +-1 have norm sqrt(N), which the scale takes in."""
+    x = torch.randn(5, n).sign()
+    learned = FixedClassifier(HeadSpec("hadamard", n, 40))
+    absorbed = FixedClassifier(HeadSpec("hadamard", n, 40, normalize=False))
+    torch.testing.assert_close(absorbed.scale * n**0.5, learned.scale)
+    torch.testing.assert_close(absorbed(x), learned(x))

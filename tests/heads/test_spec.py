@@ -18,6 +18,7 @@ VALID = {"kind": "hadamard", "num_features": 64, "num_classes": 10}
         HeadSpec("hadamard", 1280, 1000, seed=2**64 - 1, standardize=True),
         HeadSpec("orthogonal", 386, 1000, bias=False, fixed_scale=True),
         HeadSpec("simplex", 64, 65, normalize=False),
+        HeadSpec("simplex", 64, 65, standardize="center"),
     ],
 )
 def test_json_round_trip(spec):

@@ -1,0 +1,101 @@
+"""`fixify train RECIPE`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fixify.cli.options import ClassMap, Force, Json, RecipeName, Set
+from fixify.cli.output import Output
+from fixify.cli.watching import TensorBoard, Track, watching
+
+_MACHINE = "Machine"
+
+
+def train(
+    recipe: RecipeName,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A folder with train/ and val/, or a name. Default: the recipe's.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="Folder of the run. Default: named after the recipe.", show_default=False),
+    ] = None,
+    set_: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder, exactly.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Download torch/... data that is not here.")] = False,
+    save_minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Write the state so often, not only after validations. Default: 10.0.",
+            rich_help_panel=_MACHINE,
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "-j",
+            "--workers",
+            help="Loader processes. Default: fits the machine.",
+            rich_help_panel=_MACHINE,
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, mps ... Default: auto.", rich_help_panel=_MACHINE, show_default=False),
+    ] = None,
+    class_map: ClassMap = None,
+    track: Track = None,
+    tensorboard: TensorBoard = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Train as a recipe says: a network from scratch, with its own classifier or a fixed one.
+
+    Every option is the recipe's; --set train.lr=0.2 changes one, --set train.head=learned the head. The recipe.yaml
+    that every run leaves in its folder repeats it, also one of `fixify finetune`.
+    """
+    from fixify.cli.command_line import as_typed
+    from fixify.cli.recipe_defaults import run_defaults
+    from fixify.cli.training_result import report_run
+    from fixify.recipes.reading import read_recipe
+    from fixify.recipes.running import run_recipe, run_section
+    from fixify.recipes.schema import SECTIONS
+    from fixify.training import stored_options
+
+    output = Output(as_json=as_json)
+    chosen = read_recipe(recipe, set_ or [])
+    section = run_section(chosen)
+    folder = _folder(recipe) if out is None else out
+    stored: Any = stored_options(folder, SECTIONS[section]) if resume else None  # type: ignore[type-var]
+    machine = {"save_minutes": save_minutes, "workers": workers, "device": device}
+    options = run_defaults(output, chosen, section, stored).replace(
+        **{name: value for name, value in machine.items() if value is not None}
+    )
+    with watching(output, [*(track or []), *(["tensorboard"] if tensorboard else [])]) as tell:
+        result = run_recipe(
+            chosen,
+            folder,
+            options,
+            data=data,
+            resume=resume,
+            force=force,
+            download=download,
+            class_map=class_map,
+            command=as_typed(),
+            on_event=tell,
+        )
+    report_run(output, result, options, data if data is not None else str(chosen.data))
+
+
+def _folder(recipe: str) -> Path:
+    """`resnet56` for the recipe of that name, or for resnet56.yaml; `run-again` for run/recipe.yaml."""
+    path = Path(recipe)
+    if path.name == "recipe.yaml":
+        return Path(f"{path.resolve().parent.name}-again")
+    return Path(path.stem if path.suffix in (".yaml", ".yml") else path.name)

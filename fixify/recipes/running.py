@@ -1,0 +1,95 @@
+"""From a recipe to a run: `fixify train RECIPE`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fixify.errors import UsageError
+from fixify.recipes.reading import Recipe, section_of
+from fixify.training import FinetuneOptions, FinetuneResult, Listener, TrainOptions, run_finetune, run_train
+
+
+def run_section(recipe: Recipe) -> str:
+    """The section that `run_recipe` follows: "train" if the recipe has it, else "finetune".
+
+    Raises:
+        UsageError: it has neither, or an override is about another section.
+    """
+    section = "finetune" if recipe.train is None and recipe.finetune is not None else "train"
+    section_of(recipe, section)
+    return section
+
+
+def run_recipe(
+    recipe: Recipe,
+    out: Path | str,
+    options: FinetuneOptions | None = None,
+    *,
+    data: str | None = None,
+    resume: bool = False,
+    force: bool = False,
+    download: bool = False,
+    class_map: Path | str | None = None,
+    command: str | None = None,
+    on_event: Listener | None = None,
+) -> FinetuneResult:
+    """Train as a recipe says: from scratch, or, if it has a `finetune` section and names a checkpoint, that.
+
+    Args:
+        recipe: See `fixify.recipes.read_recipe`. If a run wrote it, its inputs have to be what they were.
+        out: Folder of the run.
+        options: Instead of the recipe's, for example `recipe.train.replace(head="learned")`.
+        data: Instead of the recipe's data; it may then be any.
+        resume: Continue the run in `out`.
+        force: Replace the run in `out`.
+        download: Whether `torch/...` data may be downloaded.
+        class_map: Instead of the recipe's.
+        command: What was typed, for the record.
+        on_event: Told what happens.
+
+    Raises:
+        UsageError: the recipe names no data, or no checkpoint to finetune.
+        FixifyError: see `fixify.training.run_train` and `fixify.training.run_finetune`.
+    """
+    section = run_section(recipe)
+    if options is None:
+        options = section_of(recipe, section)
+    name = data if data is not None else recipe.data
+    if name is None:
+        raise UsageError(f"The recipe {recipe.name} names no data.", hint="Add --data DATA, or a line `data: DATA`.")
+    recorded = {key: was for key, was in recipe.recorded.items() if data is None or not key.endswith("_listing")}
+    if isinstance(options, TrainOptions):
+        return run_train(
+            name,
+            out,
+            options,
+            against=recipe.against,
+            distill=recipe.distill,
+            resume=resume,
+            force=force,
+            download=download,
+            class_map=recipe.class_map if class_map is None else class_map,
+            command=command,
+            recorded=recorded,
+            on_event=on_event,
+        )
+    if recipe.checkpoint is None:
+        raise UsageError(
+            f"The recipe {recipe.name} names no checkpoint to finetune.",
+            hint=f"Say which: fixify finetune SLIM --data {name} --recipe {recipe.name}",
+        )
+    return run_finetune(
+        recipe.checkpoint,
+        name,
+        out,
+        options,
+        against=recipe.against,
+        distill=recipe.distill,
+        resume=resume,
+        force=force,
+        download=download,
+        class_map=recipe.class_map if class_map is None else class_map,
+        command=command,
+        recorded=recorded,
+        on_event=on_event,
+    )
