@@ -53,6 +53,7 @@ def convert(
     bits_per_class: int | None = None,
     match: bool = True,
     scale: float | None = None,
+    fixed_scale: bool = False,
     bias: bool = True,
     standardize: bool = True,
     dtype: str | None = None,
@@ -81,6 +82,7 @@ def convert(
             keep the old bias. Costs 1 to 4 bytes a class; without it codes go to classes in order, as in the paper.
             A `binary` head is always taken from the old classifier.
         scale: Initial value of alpha; default: where softmax reaches 0.95 at cosine 1.
+        fixed_scale: Alpha is not learned afterwards but stays as it is (paper, section 3.1 and figure 3: 1 or 10).
         bias: Keep a learned bias, one number a class (paper, section 2.2).
         standardize: Standardise each feature by its running mean and deviation before normalising; a binary head, if
             calibrated, only centers them.
@@ -142,6 +144,7 @@ def convert(
                 seed=seed,
                 bias=bias,
                 standardize=standardize,
+                fixed_scale=fixed_scale,
                 bits_per_class=(bits_per_class or site.num_features) if kind == "binary" else None,
                 gains=kind == "binary",
             )

@@ -14,6 +14,7 @@ from fixify.conversion import convert
 from fixify.errors import HeadSpecError, UsageError
 from fixify.originals import read_original
 from fixify.verification import verify
+from fixify.zoo import build, parse_architecture
 
 WIDE = "vit_tiny_patch16_224,embed_dim=386,num_heads=2,depth=1,img_size=32"
 
@@ -132,3 +133,17 @@ def test_refusals_name_the_head(tmp_path: Path) -> None:
     source = _save(tmp_path / "model.pth", "crossvit_9_240", num_classes=12)
     with pytest.raises(HeadSpecError, match=r"^head\.0: bits_per_class must be .* 128 features, got 200"):
         convert(source, tmp_path / "out.fixed.safetensors", head="binary", bits_per_class=200)
+
+
+def test_fixed_scale(tmp_path: Path) -> None:
+    """As in the paper's figure 3: alpha stays where it was put, and is no parameter."""
+    source = tmp_path / "model.pth"
+    torch.save(build(parse_architecture("resnet20_cifar"), num_classes=12).state_dict(), source)
+    out = tmp_path / "ten.fixed.safetensors"
+    done = convert(source, out, scale=10.0, fixed_scale=True, bias=False)
+    model = load(out)
+    head = model.get_classifier()
+    assert head.spec.fixed_scale and float(head.scale) == 10.0
+    assert list(head.parameters()) == []
+    assert done.info.heads[0].spec.fixed_scale
+    assert done.savings.parameters_after == sum(parameter.numel() for parameter in model.parameters())

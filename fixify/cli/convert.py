@@ -37,6 +37,9 @@ def convert(
     scale: Annotated[
         float | None, typer.Option(min=0, help="Initial scale alpha. Default: softmax reaches 0.95 at cosine 1.")
     ] = None,
+    fixed_scale: Annotated[
+        bool, typer.Option("--fixed-scale", help="Alpha stays at --scale and is not learned (paper, figure 3).")
+    ] = False,
     bias: Annotated[bool, typer.Option("--bias/--no-bias", help="Keep one learned bias a class.")] = True,
     standardize: Annotated[
         bool, typer.Option("--standardize/--no-standardize", help="Standardise each feature before normalising.")

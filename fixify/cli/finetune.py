@@ -54,6 +54,12 @@ def finetune(
     opt: Annotated[str | None, _option("timm's name of the optimiser. Default: sgd (Nesterov).")] = None,
     momentum: Annotated[float | None, _option("Momentum. Default: 0.9.")] = None,
     weight_decay: Annotated[float | None, _option("Weight decay of matrices. Default: 0.0001.")] = None,
+    decay_alpha: Annotated[
+        bool | None, _option("Decay the head's scale by it too, as in the paper.", "--decay-alpha")
+    ] = None,
+    loss: Annotated[
+        str | None, _option("cross-entropy or the paper's cosine (section 2.2). Default: cross-entropy.")
+    ] = None,
     sched: Annotated[str | None, _option("cosine, linear, step or constant. Default: cosine.")] = None,
     warmup_epochs: Annotated[float | None, _option("Epochs of rising rate. Default: 0.1.")] = None,
     min_lr: Annotated[float | None, _option("Rate at the end. Default: 0.0.")] = None,

@@ -19,6 +19,7 @@ from fixify.errors import HeadSpecError
 from fixify.heads import binary, dense, random
 from fixify.heads.blocks import block_bits, construction_of
 from fixify.heads.matrices import Construction, rows
+from fixify.heads.truncated import packed_truncated_rows
 
 if TYPE_CHECKING:
     from fixify.heads.spec import HeadSpec
@@ -61,6 +62,11 @@ def packed_codes(spec: HeadSpec, codes: np.ndarray) -> Iterator[np.ndarray]:
         of the last byte 0.
     """
     n = spec.num_features
+    if spec.truncated:
+        step = max(1, _CHUNK_BYTES // max(n, len(codes)))
+        for start in range(0, len(codes), step):
+            yield packed_truncated_rows(n, codes[start : start + step])
+        return
     used_rows, row = np.unique(codes % n, return_inverse=True)
     used_blocks, block = np.unique(codes // (2 * n), return_inverse=True)
     row_bits = _packed_rows(construction_of(spec), used_rows, n)
@@ -132,6 +138,8 @@ def checked_codes(spec: HeadSpec, codes: ArrayLike | None) -> np.ndarray:
     if not spec.matched:
         if codes is not None:
             raise HeadSpecError("This head spec is not matched, so its codes are not stored; none can be given.")
+        if spec.truncated:
+            return np.arange(spec.num_classes, dtype=np.int64)
         return default_codes(spec.num_features, spec.num_classes)
     if codes is None:
         raise HeadSpecError("A matched head needs its stored code indices; none were given.")

@@ -56,7 +56,9 @@ class FixedClassifier(nn.Module):
         codes: Code index of each class, integers [C], for a matched head; packed signs for a binary one. May be left
             out and loaded with `load_state_dict`, which verifies them against the spec's digest.
         gains: Lengths of the codes, uint8 [C], if the spec has them; default: all 255, that is length 1.
-        scale: Initial scale; None: `initial_scale(num_classes)`.
+        scale: Initial scale; None: `initial_scale(num_classes)`, over sqrt(N) if features are not normalised: then
+            they are taken to have norm sqrt(N), as the +-1 activations of a binarised network, where that constant goes
+            into the scale and there is no need of a per-sample norm (paper, section 4.3).
         channel_dim: -1 for features [..., N]; 1 for feature maps [B, N, ...], as after a 1x1 convolution.
 
     Raises:
@@ -95,7 +97,8 @@ class FixedClassifier(nn.Module):
         self.in_features = spec.num_features
         self.out_features = spec.num_classes
         self.channel_dim = channel_dim
-        self.starting_scale = initial_scale(spec.num_classes) if scale is None else float(scale)
+        constant_norm = 1.0 if spec.normalize else math.sqrt(spec.num_features)
+        self.starting_scale = initial_scale(spec.num_classes) / constant_norm if scale is None else float(scale)
 
         def new(*shape: int) -> Tensor:
             return torch.empty(shape, device=device, dtype=dtype)
@@ -244,11 +247,23 @@ class FixedClassifier(nn.Module):
                 found.append(f"{prefix}gains must lie in 1 .. {GAIN_STEPS}: a code of length 0 cannot tell its class.")
         return found
 
+    def _from_published_code(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """The scale of the paper's published code: [1], of codes of norm sqrt(N), and not stored where it is fixed."""
+        key = f"{prefix}scale"
+        stored = state_dict.get(key)
+        if stored is not None and stored.shape == (1,):
+            return {**state_dict, key: stored[0] * math.sqrt(self.in_features)}
+        if stored is None and self.spec.fixed_scale:
+            return {**state_dict, key: self.scale}
+        return state_dict
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         problems = self._stored_problems(state_dict, prefix)
         if problems:
             args[-1].extend(problems)  # the errors that load_state_dict raises together
             return
+        if self.spec.truncated:
+            state_dict = self._from_published_code(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.scale.is_meta:
             return

@@ -17,6 +17,7 @@ from fixify.heads.blocks import construction_of
 from fixify.heads.codebooks import fingerprint, min_blocks
 from fixify.heads.kerdock import has_kerdock_set
 from fixify.heads.matrices import MAX_ORDER, format_construction, is_constructible
+from fixify.heads.truncated import TRUNCATED, refuse_duplicate_rows
 
 KINDS = ("hadamard", "orthogonal", "simplex", "binary")
 VERSION = 1
@@ -51,7 +52,7 @@ class HeadSpec:
         gains: The length of every class's code is stored too, in one byte (`gains`); otherwise all have length 1.
         version: Version of this record.
         construction: How the Hadamard matrix is built, for example "sylvester-64*paley1-20"; None: filled in by
-            `resolve`.
+            `resolve`. "truncated-sylvester": the codes of the paper's published code (`fixify.heads.truncated`).
         digest: Fingerprint of the codebook ("sha256:..." or "sketch:..."); None: filled in by `resolve`.
 
     Raises:
@@ -126,14 +127,23 @@ class HeadSpec:
                 continue
             if type(value) is not int or not low <= value <= high:
                 raise HeadSpecError(f"{name} must be an integer from {low} to {high}, got {value!r}.")
-        limit = MAX_SIGNS if self.kind in ("hadamard", "binary") else MAX_DENSE_NUMBERS
+        signs = self.kind in ("hadamard", "binary") and not self.truncated
+        limit = MAX_SIGNS if signs else MAX_DENSE_NUMBERS
         if self.num_features * self.num_classes > limit:
             raise HeadSpecError(
                 f"A {self.kind} codebook of {self.num_classes} classes by {self.num_features} features is beyond the "
                 f"limit of {limit} entries."
             )
 
+    def _check_truncated(self) -> None:
+        refuse_duplicate_rows(self.num_features, self.num_classes)
+        if self.matched or self.blocks is not None:
+            raise HeadSpecError(f"A {TRUNCATED} head has its codes in class order: neither matched nor blocks.")
+
     def _check_hadamard(self) -> None:
+        if self.truncated:
+            self._check_truncated()
+            return
         construction_of(self)  # raises if there is no such matrix
         if self.num_features < 64 and self.num_classes > 2**self.num_features:
             raise HeadSpecError(
@@ -174,6 +184,11 @@ class HeadSpec:
         return self.matched or self.kind == "binary"
 
     @property
+    def truncated(self) -> bool:
+        """Whether its codes are rows of a larger matrix that are cut to N columns, as in the paper's published code."""
+        return self.kind == "hadamard" and self.construction == TRUNCATED
+
+    @property
     def needs_matrix(self) -> bool:
         """Whether features are multiplied with a Hadamard matrix: as codes, or to rotate before signs are taken.
 
@@ -196,9 +211,9 @@ class HeadSpec:
             HeadSpecError: Two classes have the same code, or `codes` does not fit.
         """
         spec = self
-        if self.needs_matrix:
+        if self.needs_matrix and not self.truncated:
             spec = dataclasses.replace(spec, construction=format_construction(construction_of(self)))
-        if self.kind == "hadamard":
+        if self.kind == "hadamard" and not self.truncated:
             spec = dataclasses.replace(spec, blocks=self.blocks or min_blocks(self.num_features, self.num_classes))
         if spec.stores_codes and codes is None:
             return spec

@@ -131,6 +131,8 @@ class CodeProduct(nn.Module):
 
     def _hadamard_tables(self, unit: np.float32) -> dict[str, np.ndarray]:
         spec, n = self.spec, self.spec.num_features
+        if spec.truncated:
+            return {"table": sign_codes(spec) * unit}
         codes = checked_codes(spec, self.codes)
         blocks, block = np.unique(codes // (2 * n), return_inverse=True)
         left, right = factor_tables(construction_of(spec))

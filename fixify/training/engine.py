@@ -16,6 +16,7 @@ from fixify.data import ImageLoader, OpenedData, UnreadableImages, make_loader
 from fixify.training import distributed
 from fixify.training.checkpointing import check_checkpointing, checkpoint_activations_
 from fixify.training.compiling import compile_, compiling
+from fixify.training.cosine import check_cosine_heads
 from fixify.training.distillation import Teacher
 from fixify.training.freezing import Frozen, freeze_
 from fixify.training.optimisation import make_optimiser, make_schedule
@@ -114,6 +115,8 @@ def make_engine(model: nn.Module, train: OpenedData, preprocessing: dict[str, An
     device = options.resolved_device()
     if options.grad_checkpointing:
         check_checkpointing(model)
+    if options.loss == "cosine":
+        check_cosine_heads(model)
     if options.sync_bn and distributed.count() > 1:
         model = synchronize_batch_norm(model, device)
     frozen = freeze_(model, options.freeze)

@@ -17,6 +17,7 @@ from fixify.errors import TrainingError
 from fixify.evaluation import autocast
 from fixify.heads import FixedClassifier
 from fixify.training import distributed
+from fixify.training.cosine import cosine_loss
 from fixify.training.distillation import distillation_loss
 from fixify.training.engine import Engine
 from fixify.training.events import Listener, Step, Warned
@@ -163,20 +164,23 @@ def _together(engine: Engine, *, last: bool) -> contextlib.AbstractContextManage
 
 
 def training_loss(logits: Tensor, targets: Tensor, taught: Tensor | None, options: FinetuneOptions) -> Tensor:
-    """What is minimised: cross-entropy with the labels, and what the teacher would rather see.
+    """What is minimised: cross-entropy with the labels (or the cosine loss), and what the teacher would rather see.
 
     Args:
         logits: [B, C].
         targets: Labels int64 [B], or distributions [B, C].
         taught: The teacher's logits, float32 [B, C], if there is one.
-        options: Its weight and temperature, and label smoothing.
+        options: Which loss, the teacher's weight and temperature, and label smoothing.
     """
     logits = logits.float()
     if taught is not None and options.unlabelled:
         return distillation_loss(logits, taught, options.distill_temperature)
-    # Mixed targets are distributions that include the smoothing already.
-    smoothing = options.smoothing if targets.ndim == 1 else 0.0
-    loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+    if options.loss == "cosine":
+        loss = cosine_loss(logits, targets)
+    else:
+        # Mixed targets are distributions that include the smoothing already.
+        smoothing = options.smoothing if targets.ndim == 1 else 0.0
+        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
     if taught is None:
         return loss
     share = options.distill_weight

@@ -26,7 +26,8 @@ def parameter_groups(
     each layer.
 
     Not decayed are vectors and scalars, biases, and what the model's `no_weight_decay()` names (timm's rule). The
-    scale of a fixed head must not be decayed: it sets the temperature of the softmax, and has nothing to regularise.
+    scale of a fixed head is not decayed either, since it only sets the temperature of the softmax, unless
+    `options.decay_alpha` wants the paper's way.
 
     Args:
         model: All of it: names and layers are those in here.
@@ -41,12 +42,15 @@ def parameter_groups(
     no_weight_decay: Any = getattr(model, "no_weight_decay", tuple)
     patterns = no_weight_decay()
     layer_scales = _layer_scales(model, options)
-    decayed, plain, head = range(3)
+    scales = {id(head.scale) for head in _heads(model)} if options.decay_alpha else set()
+    decayed, plain, head, alpha = range(4)
     groups: dict[tuple[int, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or (wanted is not None and id(parameter) not in wanted):
             continue
-        if id(parameter) in heads:
+        if id(parameter) in scales:
+            kind = alpha
+        elif id(parameter) in heads:
             kind = head
         elif parameter.ndim <= 1 or name.endswith(".bias") or any(fnmatch.fnmatch(name, p) for p in patterns):
             kind = plain
@@ -56,17 +60,20 @@ def parameter_groups(
     return [
         {
             "params": groups[kind, scale],
-            "weight_decay": options.weight_decay if kind == decayed else 0.0,
+            "weight_decay": options.weight_decay if kind in (decayed, alpha) else 0.0,
             # timm's schedules multiply the rate of a group by its lr_scale.
-            "lr_scale": scale * options.head_lr_scale if kind == head else scale,
+            "lr_scale": scale * options.head_lr_scale if kind in (head, alpha) else scale,
         }
         for kind, scale in sorted(groups)
     ]
 
 
 def _parameters_of_heads(model: nn.Module) -> set[int]:
-    heads = [module for module in model.modules() if isinstance(module, FixedClassifier)]
-    return {id(parameter) for head in heads for parameter in head.parameters()}
+    return {id(parameter) for head in _heads(model) for parameter in head.parameters()}
+
+
+def _heads(model: nn.Module) -> list[FixedClassifier]:
+    return [module for module in model.modules() if isinstance(module, FixedClassifier)]
 
 
 def _layer_scales(model: nn.Module, options: FinetuneOptions) -> dict[int, float]:

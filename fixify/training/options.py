@@ -36,6 +36,10 @@ class FinetuneOptions(BaseModel):
         opt: timm's name of the optimiser; "sgd" has Nesterov momentum.
         momentum: For optimisers that have one.
         weight_decay: Not applied to vectors: biases, normalisation layers, and a fixed head's scale and bias.
+        decay_alpha: Decay a fixed head's scale alpha by `weight_decay` too, as in all of the paper's experiments
+            (section 3.1: "regularized with the same weight decay coefficient used on original classifier").
+        loss: "cross-entropy", or the paper's "cosine" (section 2.2, `fixify.training.cosine`), for a fixed head whose
+            scale is a fixed 1 and that has no bias. The validation loss stays cross-entropy.
         sched: How the rate falls after warming up, updated every step.
         warmup_epochs: Epochs (or a part of one) during which the rate rises linearly from `warmup_lr`.
         warmup_lr: Rate of the first step.
@@ -97,6 +101,8 @@ class FinetuneOptions(BaseModel):
     opt: str = "sgd"
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=1e-4, ge=0, allow_inf_nan=False)
+    decay_alpha: bool = False
+    loss: Literal["cross-entropy", "cosine"] = "cross-entropy"
     sched: Literal["cosine", "linear", "step", "constant"] = "cosine"
     warmup_epochs: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     warmup_lr: float = Field(default=1e-5, ge=0, allow_inf_nan=False)
@@ -215,6 +221,8 @@ class FinetuneOptions(BaseModel):
                 ("clip_mode", "clip_grad"),
                 f"clip_mode {self.clip_mode} does nothing without clip_grad; give clip_grad as well",
             )
+        if self.loss == "cosine" and self.smoothing > 0:
+            yield Conflict(("loss", "smoothing"), "smoothing belongs to the cross-entropy; the cosine loss has none")
         if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
             yield Conflict(
                 ("batch_size", "mixup", "cutmix"),

@@ -306,13 +306,14 @@ class _Run:
 
     def _started(self, command: str | None) -> dict[str, Any]:
         progress = self.keeper.progress
+        named = {key: self.facts[key] for key in ("architecture",) if key in self.facts}
         measured = {"before": progress.before, "original_metrics": progress.original}
         return {
             **distributed.account(),
             **({} if command is None else {"command": command}),
             "device": str(self.engine.device),
             "machine": machine_facts(self.engine.device),
-            "model": model_facts(self.engine.model),
+            "model": {**model_facts(self.engine.model), **named},
             **{name: metrics.to_dict() for name, metrics in measured.items() if metrics is not None},
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from fixify.checkpoint import SUFFIX as FIXED_SUFFIX
 from fixify.checkpoint import SlimInfo, save
 from fixify.counts import Savings, classifier_weights, count_bytes, count_parameters
-from fixify.data import DataOptions, check_classes, open_train_val, override
+from fixify.data import DataOptions, match_classes, open_train_val, override
 from fixify.data.preprocessing import channels_of
 from fixify.data.seeding import derive_seed, seeded_globals
 from fixify.errors import UsageError
@@ -138,7 +138,9 @@ def run_train(
     with distributed.process_group(options.resolved_device()):
         reading = DataOptions(options.class_order, class_map, options.input_key, options.target_key)
         train, val = open_train_val(data_name, download=download, options=reading)
-        check_classes(val, train.num_classes, list(train.class_names))
+        # Validation images need not be of every class; of labels that are numbers it then knows fewer.
+        matched = match_classes(val, train.num_classes, train.class_names, subset=True).data
+        val = replace(matched, description=val.description)
         class_names = list(train.class_names)
         network = new_network(options, class_names)
         return finetune(
@@ -152,7 +154,10 @@ def run_train(
             suffix=network.suffix,
             resume=resume or goes_on(out),
             force=force,
-            facts={} if class_map is None else {"class_map": class_map_facts(class_map)},
+            facts={
+                "architecture": network.architecture.spelled,
+                **({} if class_map is None else {"class_map": class_map_facts(class_map)}),
+            },
             original=None if against is None else open_other(against, val, options),
             teacher=None if distill is None else open_other(distill, val, options),
             command=command,

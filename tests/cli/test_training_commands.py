@@ -67,6 +67,14 @@ def test_finetune_then_eval(run: Run, stripes: Path, tmp_path: Path) -> None:
     assert measured["top1"] == said["after"]["val_top1"]
     assert measured["num_images"] == 20
 
+    code, out, err = run("report", "net-finetuned")
+    assert code == 0 and "page: net-finetuned/report.html" in err
+    page = json.loads(run("report", "net-finetuned", "--json")[1])
+    assert page["runs"][0]["best"] == said["after"]
+    assert page["runs"][0]["command"].startswith(f"fixify finetune --data {data} --epochs 2 --img-size 32")
+    code, _, err = run("finetune", slim, "--data", data, "--track", "tensorbord")
+    assert code == 2 and "did you mean 'tensorboard'" in err
+
     # Done already; and again only when told to.
     assert "--force" in run("finetune", slim, "--data", data, *QUICK)[2]
     code, out, err = run("finetune", slim, "--data", data, "--resume")

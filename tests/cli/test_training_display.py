@@ -154,7 +154,7 @@ def test_elsewhere_a_line_every_half_minute(capsys: pytest.CaptureFixture[str]) 
         display(EpochEnded(RECORD, is_best=True))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("training data: 40,960 images")
-    assert lines[2] == "as converted: top-1 1.00 %, loss 7.0000"
+    assert lines[2] == "before training: top-1 1.00 %, loss 7.0000"
     during = [line for line in lines if ", batch " in line]
     assert [line.split(":")[0] for line in during] == [f"epoch 2/5, batch {batch}/640" for batch in (30, 60, 90)]
     assert during[0] == (

@@ -129,3 +129,8 @@ def test_partly_different_names_are_refused_and_named() -> None:
 
 def test_names_of_another_vocabulary_cannot_be_compared() -> None:
     check_classes(opened("n01440764", "n01443537"), 2, ["tench", "goldfish"])
+
+
+def test_validation_labels_that_are_numbers_may_lack_the_last_class() -> None:
+    matched = match_classes(opened("0", "1"), 3, ("0", "1", "2"), subset=True)
+    assert not matched.moved and matched.data.num_classes == 3

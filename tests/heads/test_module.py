@@ -362,3 +362,13 @@ def test_both_paths_give_the_same_head(monkeypatch):
         heads.append(make(MATCHED).eval())
     assert (heads[0].product.table is None) != (heads[1].product.table is None)
     torch.testing.assert_close(heads[0](x), heads[1](x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [64, 100, 512])
+def test_binarised_features_need_no_norm(n: int) -> None:
+    """Section 4.3: features of +-1 have norm sqrt(N), which the scale takes in."""
+    x = torch.randn(5, n).sign()
+    learned = FixedClassifier(HeadSpec("hadamard", n, 40))
+    absorbed = FixedClassifier(HeadSpec("hadamard", n, 40, normalize=False))
+    torch.testing.assert_close(absorbed.scale * n**0.5, learned.scale)
+    torch.testing.assert_close(absorbed(x), learned(x))

@@ -53,7 +53,7 @@ def write_folder(
     before = Metrics(50.0 if fixed else 88.0, 80.0, 2.0, 5.0, 600, 1.0).to_dict()
     command = "fixify finetune net.fixed.safetensors --data 'my data' --epochs 3"
     write_run(
-        folder, options, facts, {"command": command, "model": model, "before": before, "device": "cpu", **started}
+        folder, options, facts, {"command": command, "model": model, "before": before, "device": "cpu", **started}, {}
     )
     history, steps = [], []
     for epoch in range(epochs if done is None else done):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import re
 import xml.etree.ElementTree as ElementTree
@@ -29,7 +30,10 @@ def test_it_loads_nothing_and_escapes_names(two_runs: Path) -> None:
     assert not re.search(r"""(src|href)=["'](?!data:,)""", page)
     assert "url(" not in page and "@import" not in page and "http:" not in page and "https:" not in page
     assert "Written 2026-01-02 03:04 UTC by fixify" in page
-    assert "fixify finetune net.fixed.safetensors --data &#39;my data&#39; --epochs 3" in page
+    command = re.search(r"<pre.*?><code>(.*?)</code>", page)
+    assert command is not None
+    plain = html.unescape(re.sub(r"<[^>]*>", "", command[1]))
+    assert plain == "fixify finetune net.fixed.safetensors --data 'my data' --epochs 3"
     for drawing in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         ElementTree.fromstring(drawing)  # noqa: S314, ours
 

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from fixify.data import OpenedData, Subset, make_loader
 from fixify.data.idx import ArrayImages
-from fixify.errors import DataError, OutputError, OutputExistsError, TrainingError
+from fixify.errors import DataError, OutputExistsError, TrainingError
 from fixify.evaluation import evaluate
 from fixify.heads import FixedClassifier
 from fixify.training import (
@@ -455,24 +454,6 @@ class TestSteps:
             run(tmp_path, PLAIN, model)
 
 
-def test_a_full_disk_is_one_sentence_and_keeps_the_state_before(run: Run, tmp_path: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill(event: Event) -> None:
-        if isinstance(event, EpochEnded):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
-
-    try:
-        with pytest.raises(OutputError, match=r"Cannot write .*state\.pt: writing its 0\.0 MB failed\.") as caught:
-            run(tmp_path, PLAIN, on_event=fill, save=lambda _model, _path, _record: None)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "make room" in str(caught.value)
-    assert load(tmp_path / "state.pt")["progress"]["epoch"] == 1
-    assert not list(tmp_path.glob(".*.tmp"))
-    assert len(run(tmp_path, PLAIN, resume=True).history) == 2
-
-
 def test_stopping_before_training_leaves_nothing_to_resume(run: Run, tmp_path: Path) -> None:
     def interrupt(event: Event) -> None:
         if type(event).__name__ == "Evaluating":
@@ -483,6 +464,21 @@ def test_stopping_before_training_leaves_nothing_to_resume(run: Run, tmp_path: P
         run(tmp_path, PLAIN, on_event=interrupt)
     assert signal.getsignal(signal.SIGINT) is handler
     assert not (tmp_path / "state.pt").exists()
+
+
+def test_a_signal_while_calibrating_stops_there_and_resuming_begins_anew(run: Run, whole: Path, tmp_path: Path) -> None:
+    events = list[Event]()
+
+    def interrupt(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Evaluated):  # what comes next is calibrating
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(TrainingInterrupted, match="before training began") as caught:
+        run(tmp_path, EVERYTHING, on_event=interrupt)
+    assert caught.value.exit_code == 143 and not any(isinstance(event, Calibrated) for event in events)
+    run(tmp_path, EVERYTHING, resume=True)
+    assert differences(load(whole / "state.pt"), load(tmp_path / "state.pt")) == []
 
 
 def test_other_versions_are_told_on_resuming(run: Run, tmp_path: Path) -> None:

@@ -86,6 +86,8 @@ def test_a_fixed_head_leaves_slim_checkpoints(fixed: Path, digits: Path) -> None
 
 def test_a_learned_head_leaves_checkpoints_that_say_what_they_are(learned: Path, digits: Path, tmp_path: Path) -> None:
     assert not list(learned.glob("*.fixed.safetensors"))
+    model = json.loads((learned / "run.json").read_text())["model"]
+    assert (model["architecture"], model["head"]) == ("timm/test_resnet,in_chans=1", "learned")
     opened = open_model(learned / "last.safetensors")
     assert opened.architecture.spelled == "timm/test_resnet,in_chans=1"
     assert (opened.num_classes, opened.labels) == (10, DIGITS)
