@@ -243,7 +243,7 @@ def test_the_help_says_the_real_defaults() -> None:
             }
             continue
         text = get_args(hints[name])[1].help
-        found = re.search(r"Default: ([\w. ]+?)( \(.*\))?\.?$", text)
+        found = re.search(r"Default: ([\w. -]+?)( \(.*\))?\.?$", text)
         value = getattr(defaults, name)
         if found is None or value is None:
             assert value is None or isinstance(value, bool) or name == "ratio", name
