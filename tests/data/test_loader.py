@@ -167,8 +167,6 @@ class TestEvaluation:
         assert [len(labels) for _, labels in batches] == [4, 4, 4, 4, 4, 2]
         assert torch.cat([labels for _, labels in batches]).tolist() == [i % 4 for i in range(22)]
 
-    @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm leaves its files to the collector
-    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     @pytest.mark.parametrize(("count", "size"), [(3, 4), (5, 4), (30, 8)])
     def test_every_image_is_in_one_share_and_no_process_has_more_than_one_batch_more(
         self, digits: OpenedData, count: int, size: int
@@ -183,6 +181,8 @@ class TestEvaluation:
         ((images, _),) = epoch(make_loader(digits, GRAY, training=False, batch_size=22))
         assert sorted(seen) == sorted(float(image.sum()) for image in images)
 
+    @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm leaves its files to the collector
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     def test_images_are_timms(self, make_folder: Callable[..., Path]) -> None:
         root = make_folder()
         theirs = create_loader(
