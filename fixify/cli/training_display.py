@@ -145,4 +145,4 @@ class TrainingDisplay:
 
 
 def _left_out(record: EpochRecord) -> str:
-    return f" ({record.val_unreadable:,} unreadable images left out)" if record.val_unreadable else ""
+    return f" ({record.val_unreadable:,} unreadable left out)" if record.val_unreadable else ""

@@ -6,6 +6,7 @@ Imports no torch: it is asked by every command.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -54,6 +55,8 @@ def may_tell(error: FixifyError) -> bool:
     """Whether this process is to print an error: not if another one has, or if it is that another one ended."""
     if not is_worker():
         return True
+    # As soon as one process has ended torchrun ends the others: not in the middle of telling why.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     outcome = os.environ.get(OUTCOME)
     if outcome is None:
         return _is_first_to_tell()

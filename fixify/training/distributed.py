@@ -128,7 +128,10 @@ def process_group(device: torch.device) -> Iterator[None]:
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
     with _translated():
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        store, own_rank, size = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        # torchrun's store outlives its workers: after a restart the addresses of those that ended would still be there.
+        attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=attempt, rank=own_rank, world_size=size, timeout=_PATIENCE)
         yield
         # Not after an error: the others may be waiting for this process, which would then wait for them.
         dist.barrier()

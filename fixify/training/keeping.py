@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,8 +64,7 @@ class Keeper:
 
     def read_state(self) -> None:
         """Continue where the newest whole state in the folder is; raises `TrainingError` if there is none that fits."""
-        home = self.engine.device if distributed.count() == 1 else torch.device("cpu")
-        stored = distributed.by_first(lambda: newest_state(self.out, home))
+        stored = self._newest_state()
         self.progress = read_state(stored, self._trained(), self.options, self.facts)
         for split, messages in self.progress.unreadable.items():
             self.unreadable[split].messages.update(dict.fromkeys(messages))
@@ -75,6 +75,13 @@ class Keeper:
         if stored.damaged is not None:
             distributed.by_first(lambda: self._promote(stored))
         self.engine.schedule.step_update(self.progress.updates)
+
+    def _newest_state(self) -> Stored:
+        """The first process reads it: the folder need not be where the others are."""
+        if distributed.count() == 1:
+            return newest_state(self.out, self.engine.device)
+        path, packed, damaged = distributed.by_first(lambda: newest_state(self.out, torch.device("cpu")).packed())
+        return Stored(path, torch.load(io.BytesIO(packed), weights_only=True), damaged)
 
     def _promote(self, stored: Stored) -> None:
         """Make the previous state the newest: else the next one would push the good one out."""

@@ -15,12 +15,13 @@ def goes_on(out: Path) -> bool:
 
     Another run in the folder is as it would be without the restart: refused, or replaced.
     """
-    return distributed.by_first(lambda: is_restart() and _launch_of(out) == distributed.launch())
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return distributed.by_first(lambda: again and _launch_of(out) == distributed.launch())
 
 
-def is_restart() -> bool:
-    """Whether torchrun has started these processes before."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarts() -> str:
+    """The restarts so far and the most that there may be, "1 of 3"."""
+    return f"{os.environ['TORCHELASTIC_RESTART_COUNT']} of {os.environ['TORCHELASTIC_MAX_RESTARTS']}"
 
 
 def _launch_of(out: Path) -> str | None:

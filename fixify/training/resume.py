@@ -9,6 +9,7 @@ be resumed after any update, by another number of loader processes, and whatever
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -159,6 +160,12 @@ class Stored:
     path: Path
     content: dict[str, Any]
     damaged: Path | None
+
+    def packed(self) -> tuple[Path, bytes, Path | None]:
+        """The same, to be sent: pickling would not know unsigned 16 bit codes again."""
+        buffer = io.BytesIO()
+        torch.save(self.content, buffer)
+        return self.path, buffer.getvalue(), self.damaged
 
 
 def newest_state(folder: Path, device: torch.device) -> Stored:

@@ -15,12 +15,12 @@ from fixify.data import DataOptions, match_classes, open_train_val, open_unlabel
 from fixify.errors import FormatError, UsageError
 from fixify.evaluation import check_input_size
 from fixify.training import distributed
-from fixify.training.events import Listener
+from fixify.training.events import Listener, Warned
 from fixify.training.files import BEST_FILE, LAST_FILE
 from fixify.training.logging import stored_options
 from fixify.training.options import FinetuneOptions
 from fixify.training.others import open_other
-from fixify.training.restarting import goes_on
+from fixify.training.restarting import goes_on, restarts
 from fixify.training.run import FinetuneResult, finetune
 
 
@@ -77,6 +77,9 @@ def run_finetune(
         options = stored_options(out, FinetuneOptions) if resume else FinetuneOptions()
     options = options.for_this_process()
     with distributed.process_group(options.resolved_device()):
+        again = goes_on(out)
+        if again and on_event is not None:
+            on_event(Warned(f"A process was lost; all were started again ({restarts()} times)."))
         return _finetune(
             source,
             data_name,
@@ -84,7 +87,7 @@ def run_finetune(
             options,
             against=against,
             distill=distill,
-            resume=resume or goes_on(out),
+            resume=resume or again,
             force=force,
             download=download,
             class_map=class_map,

@@ -15,7 +15,7 @@ class TrainOptions(FinetuneOptions):
     """Options of training from scratch: what to build, and all of `FinetuneOptions`.
 
     The defaults are those of an ordinary ImageNet training where finetuning has milder ones: 90 epochs, batches of 256,
-    rate 0.1, timm's crops and colour jitter, and a head whose scale learns at the rate of the weights.
+    rate 0.1, timm's crops and colour jitter. In the paper the scale learns at the rate of the weights: head_lr_scale 1.
 
     Attributes:
         model: An architecture of timm or torchvision, as everywhere in fixify: "resnet18", "torchvision/resnet18".
@@ -51,7 +51,6 @@ class TrainOptions(FinetuneOptions):
     epochs: int = Field(default=90, ge=0)
     batch_size: int = Field(default=256, ge=1)
     lr: float = Field(default=0.1, gt=0, allow_inf_nan=False)
-    head_lr_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     scale: tuple[float, float] = (0.08, 1.0)
     color_jitter: float = Field(default=0.4, ge=0)
 

@@ -6,7 +6,6 @@ python tests/benchmarks/plot_dial.py tests/benchmarks/results/kanji-256.jsonl te
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -15,6 +14,7 @@ import matplotlib
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
+from retrofit import chosen, read
 
 FAMILIES = {
     "binary": ("signs (fixify --bits-per-class)", "#1769aa", "o"),
@@ -26,15 +26,10 @@ FAMILIES = {
 
 def points(path: Path, column: int) -> dict[str, list[tuple[float, float]]]:
     """By family: (bytes a class, mean top-1) of every row that has the column (0: no training, -1: whole budget)."""
-    grouped: dict[str, list[dict]] = defaultdict(list)
-    for line in path.read_text().splitlines():
-        entry = json.loads(line)
-        if column == 0 or len(entry["top1"]) > 1:
-            grouped[entry["row"]].append(entry)
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for row, entries in grouped.items():
-        family = next((name for name in FAMILIES if row.startswith(name)), None)
-        if family:
+    for row, entries in chosen(read(path)).items():
+        family = next((name for name in FAMILIES if row.startswith(name) and not row.endswith("distilled")), None)
+        if family and (column == 0 or len(entries[0]["top1"]) > 1):
             mean = statistics.mean(entry["top1"][column] for entry in entries)
             found[family].append((entries[0]["bytes"], mean))
     return {family: sorted(values) for family, values in found.items()}
@@ -47,11 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, constrained_layout=True)
-    control = [
-        json.loads(line)["top1"]
-        for line in arguments.results.read_text().splitlines()
-        if json.loads(line)["row"].startswith("learned, continued")
-    ]
+    control = [entry["top1"] for entry in chosen(read(arguments.results))["learned, continued (control)"]]
     for axis, column, title in ((axes[0], 0, "no training"), (axes[1], -1, "after the whole budget")):
         for family, values in points(arguments.results, column).items():
             label, colour, marker = FAMILIES[family]

@@ -154,6 +154,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu,
         "cores_used": len(os.sched_getaffinity(0)),
+        "load_average": [round(load, 1) for load in os.getloadavg()],  # of the whole machine; above its cores is noise
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

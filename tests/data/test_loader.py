@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from timm.data import create_dataset, create_loader
 from timm.data.loader import PrefetchLoader
 
-from fixify.data import Augmentation, OpenedData, make_loader, open_data
+from fixify.data import Augmentation, OpenedData, Share, make_loader, open_data
 from fixify.data.idx import ArrayImages
 from fixify.errors import DataError
 
@@ -68,6 +69,31 @@ class TestTraining:
         loader = self.loader(digits, workers=workers)
         assert equal(epoch(loader, 3)[2:], epoch(loader, 3, first_batch=2))
         loader.close()
+
+    @pytest.mark.parametrize(("count", "size"), [(2, 4), (4, 2), (2, 3)])
+    def test_shares_are_the_batches_of_one_process(self, digits: OpenedData, count: int, size: int) -> None:
+        """Augmented, erased and mixed alike, in another order; a batch of odd size is not mixed."""
+        augmentation = EVERYTHING if size % 2 == 0 else replace(EVERYTHING, mixup=0.0, cutmix=0.0)
+        whole = epoch(self.loader(digits, batch_size=count * size, augmentation=augmentation), 1, 1)
+        loaders = [
+            self.loader(digits, batch_size=size, augmentation=augmentation, share=Share(rank, count))
+            for rank in range(count)
+        ]
+        shares = [epoch(loader, 1, 1) for loader in loaders]
+        assert {loader.num_images for loader in loaders} == {22 - 22 % (count * size)}
+        for images, targets, *parts in zip(*zip(*whole, strict=True), *shares, strict=True):
+            left = [
+                image.numpy().tobytes() + target.numpy().tobytes()
+                for image, target in zip(images, targets, strict=True)
+            ]
+            for own_images, own_targets in parts:
+                for image, target in zip(own_images, own_targets, strict=True):
+                    left.remove(image.numpy().tobytes() + target.numpy().tobytes())
+            assert left == []
+
+    def test_too_few_images_for_so_many_processes(self, digits: OpenedData) -> None:
+        with pytest.raises(DataError, match="22 images are too few for a batch of 23 processes"):
+            self.loader(digits, share=Share(0, 23))
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_the_callers_random_state_is_untouched(self, digits: OpenedData, workers: int) -> None:
@@ -171,6 +197,20 @@ class TestEvaluation:
         batches = epoch(make_loader(digits, GRAY, training=False, batch_size=4))
         assert [len(labels) for _, labels in batches] == [4, 4, 4, 4, 4, 2]
         assert torch.cat([labels for _, labels in batches]).tolist() == [i % 4 for i in range(22)]
+
+    @pytest.mark.parametrize(("count", "size"), [(3, 4), (5, 4), (30, 8)])
+    def test_every_image_is_in_one_share_and_no_process_has_more_than_one_batch_more(
+        self, digits: OpenedData, count: int, size: int
+    ) -> None:
+        seen: list[float] = []
+        for rank in range(count):
+            loader = make_loader(digits, GRAY, training=False, batch_size=size, share=Share(rank, count))
+            batches = epoch(loader)
+            assert len(batches) == loader.own_batches
+            assert len(loader) - 1 <= len(batches) <= len(loader)
+            seen += [float(image.sum()) for images, _ in batches for image in images]
+        ((images, _),) = epoch(make_loader(digits, GRAY, training=False, batch_size=22))
+        assert sorted(seen) == sorted(float(image.sum()) for image in images)
 
     @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm leaves its files to the collector
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

