@@ -11,7 +11,7 @@ from fixify.recipes.reading import Recipe
 from fixify.recipes.running import run_recipe
 from fixify.training import FinetuneResult, TrainOptions
 from fixify.training.logging import RUN_FILE
-from fixify.training.restarting import is_restart
+from fixify.training.restarting import goes_on
 
 FIXED, LEARNED = "fixed", "learned"
 
@@ -67,9 +67,10 @@ def compare_recipe(
     """
     folders = {name: Path(out) / name for name in runs}
     begun = {name for name, folder in folders.items() if (folder / RUN_FILE).exists()}
-    if begun and not (resume or force or is_restart()):
+    others = {name for name in begun if not goes_on(folders[name])}
+    if others and not (resume or force):
         raise OutputExistsError(
-            f"There is a run in {folders[min(begun)]} already.",
+            f"There is a run in {folders[min(others)]} already.",
             hint="Go on with --resume, choose another folder with -o, or replace it with --force.",
         )
     results = {}
