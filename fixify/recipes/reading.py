@@ -32,7 +32,8 @@ class Recipe:
         checkpoint: The slim checkpoint to finetune.
         against: The original, whose top-1 is measured.
         distill: The teacher.
-        recorded: SHA-256 of the inputs of the run that wrote the recipe, by `fixify.training.recipe_file.RECORDED`.
+        recorded: What the run that wrote the recipe had: SHA-256 of its inputs, images a step; see
+            `fixify.training.recipe_file`.
         overridden: What overrides gave, for example ("finetune", "lr").
     """
 
@@ -48,7 +49,7 @@ class Recipe:
     checkpoint: str | None = None
     against: str | None = None
     distill: str | None = None
-    recorded: Mapping[str, str] = field(default_factory=dict)
+    recorded: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def sections(self) -> tuple[str, ...]:

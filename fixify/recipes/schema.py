@@ -83,13 +83,14 @@ SECTIONS: dict[str, type[BaseModel]] = {"convert": ConvertOptions, "finetune": F
 
 
 class Recorded(BaseModel):
-    """SHA-256 of what a run had, which repeating it has to find again; see `fixify.training.recipe_file`."""
+    """What a run had, which repeating it has to find again; see `fixify.training.recipe_file`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     checkpoint_sha256: str | None = None
     train_listing: str | None = None
     val_listing: str | None = None
+    images_a_step: int | None = Field(default=None, ge=1)
 
 
 # What a recipe is about: names and files, as on the command line.

@@ -12,10 +12,13 @@ import yaml
 
 from fixify import __version__
 from fixify.errors import TrainingError
+from fixify.training import distributed
 from fixify.training.options import FinetuneOptions
 
 RECORDED = ("checkpoint_sha256", "train_listing", "val_listing")
 """What a recipe records of its inputs: SHA-256 of the source checkpoint, and of the lists of images."""
+IMAGES_A_STEP = "images_a_step"
+"""It also records the images that all processes together had in a step: one process alone would train otherwise."""
 
 _INPUTS = {
     "checkpoint_sha256": "The checkpoint is",
@@ -44,21 +47,35 @@ def recipe_text(options: FinetuneOptions, facts: Mapping[str, Any], entries: Map
     recipe = {
         "description": f"{kind} {what}.",
         **{key: _found(value) for key, value in entries.items() if value is not None},
-        "recorded": {key: facts[key] for key in RECORDED if key in facts},
+        "recorded": {
+            **{key: facts[key] for key in RECORDED if key in facts},
+            IMAGES_A_STEP: options.batch_size * distributed.count(),
+        },
         options.section: options.recipe(),
     }
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
     return _HEADER + text
 
 
-def check_recorded(recorded: Mapping[str, str], facts: Mapping[str, Any]) -> None:
-    """Refuse to repeat a run on other inputs than it had.
+def check_recorded(recorded: Mapping[str, Any], facts: Mapping[str, Any], options: FinetuneOptions) -> None:
+    """Refuse to repeat a run on other inputs than it had, or with other batches.
 
     Raises:
-        TrainingError: the checkpoint or the images have changed since the recipe was written.
+        TrainingError: the checkpoint or the images have changed since the recipe was written, or the processes together
+            have another number of images in a step.
     """
-    for key, was in recorded.items():
-        if facts.get(key) != was:
+    processes, together = distributed.count(), recorded.get(IMAGES_A_STEP)
+    if together not in (None, options.batch_size * processes):
+        fits = together % processes == 0
+        raise TrainingError(
+            f"The run that wrote this recipe had {together} images in a step, and this would have "
+            f"{options.batch_size * processes} ({processes} x {options.batch_size}), so it would not repeat the run.",
+            hint=(f"Add --set {options.section}.batch_size={together // processes}, or start" if fits else "Start")
+            + f" as many processes with torchrun; or drop `recorded.{IMAGES_A_STEP}` from the recipe.",
+        )
+    for key in RECORDED:
+        was = recorded.get(key)
+        if was is not None and facts.get(key) != was:
             raise TrainingError(
                 f"{_INPUTS[key]} not what this recipe recorded, so it would not repeat the run (SHA-256 {was[:12]}... "
                 f"then, {str(facts.get(key))[:12]}... now).",

@@ -82,7 +82,7 @@ def finetune(
     command: str | None = None,
     suffix: str = SUFFIX,
     entries: Mapping[str, Any] | None = None,
-    recorded: Mapping[str, str] | None = None,
+    recorded: Mapping[str, Any] | None = None,
     on_event: Listener | None = None,
 ) -> FinetuneResult:
     """Train a classifier and keep its best and last state in `out`.
@@ -124,7 +124,7 @@ def finetune(
         )
         run.entries = entries or {}
         try:
-            check_recorded(recorded or {}, run.facts)
+            check_recorded(recorded or {}, run.facts, options)
             run.prepare(resume=resume, force=force, command=command)
             return run.train()
         except Stopped:

@@ -99,7 +99,7 @@ def run_train(
     download: bool = False,
     class_map: Path | str | None = None,
     command: str | None = None,
-    recorded: Mapping[str, str] | None = None,
+    recorded: Mapping[str, Any] | None = None,
     on_event: Listener | None = None,
 ) -> FinetuneResult:
     """Train a network from scratch; in every process that torchrun started, if it did.

@@ -37,7 +37,7 @@ def run_finetune(
     download: bool = False,
     class_map: Path | str | None = None,
     command: str | None = None,
-    recorded: Mapping[str, str] | None = None,
+    recorded: Mapping[str, Any] | None = None,
     on_event: Listener | None = None,
 ) -> FinetuneResult:
     """Finetune a slim checkpoint; in every process that torchrun started, if it did.
@@ -110,7 +110,7 @@ def _finetune(
     download: bool,
     class_map: Path | str | None,
     command: str | None,
-    recorded: Mapping[str, str] | None,
+    recorded: Mapping[str, Any] | None,
     on_event: Listener | None,
 ) -> FinetuneResult:
     if source.is_file() and not is_slim(source):

@@ -44,7 +44,7 @@ def test_a_recipe_trains_from_scratch_and_what_it_leaves_repeats_it(digits: Path
     assert recipe.sections == ("train",) and recipe.train is not None and recipe.train.lr == 0.03
     first = run_recipe(recipe, tmp_path / "first", recipe.train.replace(**MACHINE))
     left = read_recipe(tmp_path / "first" / "recipe.yaml")
-    assert left.data == str(data) and set(left.recorded) == {"train_listing", "val_listing"}
+    assert left.data == str(data) and set(left.recorded) == {"train_listing", "val_listing", "images_a_step"}
     assert left.train is not None and left.train.recipe() == recipe.train.recipe()
     again = run_recipe(left, tmp_path / "again", left.train.replace(**MACHINE))
     assert same(first.last_path, again.last_path)
@@ -68,6 +68,10 @@ def test_the_recipe_of_a_finetuning_run_repeats_it(digits: Path, tiny: Path, tmp
     assert recipe.finetune is not None
     again = run_recipe(recipe, tmp_path / "again", recipe.finetune.replace(**MACHINE))
     assert same(first.last_path, again.last_path)
+    half = recipe.finetune.replace(**MACHINE, batch_size=recipe.finetune.batch_size // 2)
+    with pytest.raises(TrainingError, match="images in a step") as caught:
+        run_recipe(recipe, tmp_path / "half", half)
+    assert f"--set finetune.batch_size={recipe.finetune.batch_size}" in str(caught.value.hint)
     fixify.convert(tiny / "learned.pth", slim, num_classes=10, seed=1, head="orthogonal", force=True)
     with pytest.raises(TrainingError, match="The checkpoint is not what this recipe recorded"):
         run_recipe(recipe, tmp_path / "changed", recipe.finetune.replace(**MACHINE))
