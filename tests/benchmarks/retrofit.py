@@ -13,6 +13,8 @@ Every trained row has its own learning rate, found by the same search: with the 
 then further factors of 3 in the direction of the better until one is worse. What decides is the accuracy at the end on
 images that are neither trained on nor reported: every third of those held out. Every trial is in --out, with what it
 had there (`tuned_on`). A trial that is there already is not run again.
+
+Not reported for N = 1024 yet: in these steps and at 32 pixels its network reads only 1.4 % of the kanji.
 """
 
 from __future__ import annotations
