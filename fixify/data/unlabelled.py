@@ -23,7 +23,7 @@ from fixify.data.separate import check_separate
 from fixify.errors import DataError
 
 _HELD_OUT, _MOST_HELD_OUT = 0.1, 5000
-_HOLD_OUT, _DRAW = 5, 6  # random streams beside those of fixify.data.loader and fixify.training
+_HOLD_OUT, _DRAW = 5, 6  # random streams beside those of fixify.data.order and fixify.training
 
 
 def open_unlabelled(

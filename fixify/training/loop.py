@@ -32,7 +32,7 @@ from fixify.training.steps import is_logged
 # noticed a little later, but named with its own step.
 _READ_EVERY = 20
 _AUXILIARY_WEIGHT = 0.3  # Szegedy et al., "Going deeper with convolutions", section 5
-_DROPOUT = 3  # random stream beside those of fixify.data.loader
+_DROPOUT = 3  # random stream beside those of fixify.data.order
 
 
 class Keeping(Protocol):

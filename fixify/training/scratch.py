@@ -33,7 +33,7 @@ from fixify.training.train_options import TrainOptions
 from fixify.zoo.architectures import Architecture, build, parse_architecture, preprocessing
 from fixify.zoo.classifiers import find_classifiers
 
-_INIT = 9  # random stream beside those of fixify.data.loader and the other modules here
+_INIT = 9  # random stream beside those of fixify.data.order and the other modules here
 
 
 @dataclass(frozen=True)

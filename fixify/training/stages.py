@@ -25,7 +25,7 @@ from fixify.training.last_block import compute, divide, joined, most_images, tra
 from fixify.training.loop import training_loss
 from fixify.training.replicas import make_alike
 
-_CALIBRATION, _LAST_BLOCK = 4, 8  # random streams beside those of fixify.data.loader and fixify.training.loop
+_CALIBRATION, _LAST_BLOCK = 4, 8  # random streams beside those of fixify.data.order and fixify.training.loop
 
 
 class Stages:
