@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fixify.errors import UsageError
 from fixify.recipes.reading import Recipe, section_of
@@ -58,38 +59,22 @@ def run_recipe(
     if name is None:
         raise UsageError(f"The recipe {recipe.name} names no data.", hint="Add --data DATA, or a line `data: DATA`.")
     recorded = {key: was for key, was in recipe.recorded.items() if data is None or not key.endswith("_listing")}
+    given: dict[str, Any] = {
+        "against": recipe.against,
+        "distill": recipe.distill,
+        "resume": resume,
+        "force": force,
+        "download": download,
+        "class_map": recipe.class_map if class_map is None else class_map,
+        "command": command,
+        "recorded": recorded,
+        "on_event": on_event,
+    }
     if isinstance(options, TrainOptions):
-        return run_train(
-            name,
-            out,
-            options,
-            against=recipe.against,
-            distill=recipe.distill,
-            resume=resume,
-            force=force,
-            download=download,
-            class_map=recipe.class_map if class_map is None else class_map,
-            command=command,
-            recorded=recorded,
-            on_event=on_event,
-        )
+        return run_train(name, out, options, **given)
     if recipe.checkpoint is None:
         raise UsageError(
             f"The recipe {recipe.name} names no checkpoint to finetune.",
             hint=f"Say which: fixify finetune SLIM --data {name} --recipe {recipe.name}",
         )
-    return run_finetune(
-        recipe.checkpoint,
-        name,
-        out,
-        options,
-        against=recipe.against,
-        distill=recipe.distill,
-        resume=resume,
-        force=force,
-        download=download,
-        class_map=recipe.class_map if class_map is None else class_map,
-        command=command,
-        recorded=recorded,
-        on_event=on_event,
-    )
+    return run_finetune(recipe.checkpoint, name, out, options, **given)

@@ -21,12 +21,11 @@ from fixify.errors import UsageError
 from fixify.evaluation import check_input_size
 from fixify.ordinary import SUFFIX, save_ordinary
 from fixify.retrofit import HeadRecord, fix_classifier_
-from fixify.training import distributed
 from fixify.training.events import Listener
 from fixify.training.keeping import SaveModel
 from fixify.training.logging import stored_options
 from fixify.training.others import open_other
-from fixify.training.restarting import goes_on
+from fixify.training.restarting import joined
 from fixify.training.run import FinetuneResult, finetune
 from fixify.training.slim import class_map_facts
 from fixify.training.train_options import TrainOptions
@@ -135,7 +134,7 @@ def run_train(
     if options.unlabelled:
         raise UsageError("unlabelled is for finetuning: from scratch, images need labels.")
     options = options.for_this_process()
-    with distributed.process_group(options.resolved_device()):
+    with joined(options, out, on_event) as again:
         reading = DataOptions(options.class_order, class_map, options.input_key, options.target_key)
         train, val = open_train_val(data_name, download=download, options=reading)
         # Validation images need not be of every class; of labels that are numbers it then knows fewer.
@@ -152,7 +151,7 @@ def run_train(
             out,
             save=_saver(network, class_names),
             suffix=network.suffix,
-            resume=resume or goes_on(out),
+            resume=resume or again,
             force=force,
             facts={
                 "architecture": network.architecture.spelled,

@@ -14,13 +14,12 @@ from fixify.checkpoint import is_slim, load, read_info, save
 from fixify.data import DataOptions, match_classes, open_train_val, open_unlabelled, override
 from fixify.errors import FormatError, UsageError
 from fixify.evaluation import check_input_size
-from fixify.training import distributed
-from fixify.training.events import Listener, Warned
+from fixify.training.events import Listener
 from fixify.training.files import BEST_FILE, LAST_FILE
 from fixify.training.logging import stored_options
 from fixify.training.options import FinetuneOptions
 from fixify.training.others import open_other
-from fixify.training.restarting import goes_on, restarts
+from fixify.training.restarting import joined
 from fixify.training.run import FinetuneResult, finetune
 
 
@@ -76,103 +75,67 @@ def run_finetune(
     if options is None:
         options = stored_options(out, FinetuneOptions) if resume else FinetuneOptions()
     options = options.for_this_process()
-    with distributed.process_group(options.resolved_device()):
-        again = goes_on(out)
-        if again and on_event is not None:
-            on_event(Warned(f"A process was lost; all were started again ({restarts()} times)."))
-        return _finetune(
-            source,
-            data_name,
-            out,
+    with joined(options, out, on_event) as again:
+        if source.is_file() and not is_slim(source):
+            raise FormatError(f"{source} is not a slim checkpoint.", hint=f"Make one first: fixify convert {source}")
+        info = read_info(source)
+        stored = (info.training or {}).get("class_names"), info.labels
+        stored_names = stored[0] or stored[1]
+        reading = DataOptions(options.class_order, class_map, options.input_key, options.target_key)
+        if options.unlabelled:
+            names = stored_names or [str(label) for label in range(info.num_classes)]
+            train, val = open_unlabelled(data_name, names, seed=options.seed, download=download, options=reading)
+            val = match_classes(val, info.num_classes, *stored, subset=True).data
+            train = replace(train, class_names=val.class_names)
+        else:
+            train, val = open_train_val(data_name, download=download, options=reading)
+            # What is noted of the labels is said of the training images alone.
+            matched = match_classes(val, info.num_classes, *stored, subset=True).data
+            val = replace(matched, description=val.description)
+            train = match_classes(train, info.num_classes, *stored).data
+        model = load(source)
+        preprocessing = override(info.preprocessing, img_size=options.img_size, crop_pct=options.crop_pct)
+        if options.img_size is not None:
+            check_input_size(model, preprocessing["input_size"])
+        if val.labelled:
+            stored_names = list(val.class_names)
+        labels = stored_names if info.labels is None else info.labels
+        model.fixify_info = info.model_copy(update={"labels": labels, "preprocessing": preprocessing})  # type: ignore[assignment]
+
+        def save_model(trained: nn.Module, path: Path, record: dict[str, Any]) -> None:
+            save(trained, path, force=True, training=record)
+
+        facts = {"checkpoint": source.name, "checkpoint_sha256": sha256_of(source), "class_names": stored_names}
+        if class_map is not None:
+            facts["class_map"] = class_map_facts(class_map)
+        teacher = None if distill is None else open_other(distill, val, options)
+        original = None if against is None else open_other(against, val, options)
+        if original is None and options.max_drop is not None and options.original_top1 is None:
+            original = teacher
+        return finetune(
+            model,
+            train,
+            val,
+            preprocessing,
             options,
-            against=against,
-            distill=distill,
+            out,
+            save=save_model,
             resume=resume or again,
             force=force,
-            download=download,
-            class_map=class_map,
+            facts=facts,
+            original=original,
+            teacher=teacher,
             command=command,
+            entries={
+                "checkpoint": source,
+                "data": data_name,
+                "against": against,
+                "distill": distill,
+                "class_map": class_map,
+            },
             recorded=recorded,
             on_event=on_event,
         )
-
-
-def _finetune(
-    source: Path,
-    data_name: str,
-    out: Path,
-    options: FinetuneOptions,
-    *,
-    against: Path | str | None,
-    distill: Path | str | None,
-    resume: bool,
-    force: bool,
-    download: bool,
-    class_map: Path | str | None,
-    command: str | None,
-    recorded: Mapping[str, Any] | None,
-    on_event: Listener | None,
-) -> FinetuneResult:
-    if source.is_file() and not is_slim(source):
-        raise FormatError(f"{source} is not a slim checkpoint.", hint=f"Make one first: fixify convert {source}")
-    info = read_info(source)
-    stored = (info.training or {}).get("class_names"), info.labels
-    stored_names = stored[0] or stored[1]
-    reading = DataOptions(options.class_order, class_map, options.input_key, options.target_key)
-    if options.unlabelled:
-        names = stored_names or [str(label) for label in range(info.num_classes)]
-        train, val = open_unlabelled(data_name, names, seed=options.seed, download=download, options=reading)
-        val = match_classes(val, info.num_classes, *stored, subset=True).data
-        train = replace(train, class_names=val.class_names)
-    else:
-        train, val = open_train_val(data_name, download=download, options=reading)
-        # What is noted of the labels is said of the training images alone.
-        matched = match_classes(val, info.num_classes, *stored, subset=True).data
-        val = replace(matched, description=val.description)
-        train = match_classes(train, info.num_classes, *stored).data
-    model = load(source)
-    preprocessing = override(info.preprocessing, img_size=options.img_size, crop_pct=options.crop_pct)
-    if options.img_size is not None:
-        check_input_size(model, preprocessing["input_size"])
-    if val.labelled:
-        stored_names = list(val.class_names)
-    labels = stored_names if info.labels is None else info.labels
-    model.fixify_info = info.model_copy(update={"labels": labels, "preprocessing": preprocessing})  # type: ignore[assignment]
-
-    def save_model(trained: nn.Module, path: Path, record: dict[str, Any]) -> None:
-        save(trained, path, force=True, training=record)
-
-    facts = {"checkpoint": source.name, "checkpoint_sha256": sha256_of(source), "class_names": stored_names}
-    if class_map is not None:
-        facts["class_map"] = class_map_facts(class_map)
-    teacher = None if distill is None else open_other(distill, val, options)
-    original = None if against is None else open_other(against, val, options)
-    if original is None and options.max_drop is not None and options.original_top1 is None:
-        original = teacher
-    return finetune(
-        model,
-        train,
-        val,
-        preprocessing,
-        options,
-        out,
-        save=save_model,
-        resume=resume,
-        force=force,
-        facts=facts,
-        original=original,
-        teacher=teacher,
-        command=command,
-        entries={
-            "checkpoint": source,
-            "data": data_name,
-            "against": against,
-            "distill": distill,
-            "class_map": class_map,
-        },
-        recorded=recorded,
-        on_event=on_event,
-    )
 
 
 def class_map_facts(class_map: Path | str) -> dict[str, str]:

@@ -10,16 +10,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
-import timm
 import torch
-from PIL import Image
-
-import fixify
 
 pytestmark = pytest.mark.slow
 FIXIFY = ["-m", "fixify"]
@@ -29,24 +24,8 @@ QUICK = ("--img-size", "32", "--crop-pct", "1", "--workers", "0", "--device", "c
 
 
 @pytest.fixture(scope="module")
-def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with train/ (40 images) and val/ (9) of 4 classes, and a slim checkpoint of a network for them."""
-    folder = tmp_path_factory.mktemp("stripes")
-    rng = np.random.default_rng(0)
-    for split, images in (("train", 40), ("val", 9)):
-        for number in range(images):
-            label = number % 4
-            pixels = rng.integers(0, 120, (32, 32), dtype=np.uint8)
-            pixels[8 * label : 8 * label + 8] += 100
-            path = folder / "data" / split / f"stripe{label}" / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = timm.create_model("test_efficientnet", in_chans=1, num_classes=4)
-    torch.save({"arch": "test_efficientnet", "state_dict": model.state_dict()}, folder / "learned.pth")
-    fixify.convert(folder / "learned.pth", folder / "net.fixed.safetensors")
-    return folder
+def stripes(make_stripes: Callable[[int, int], Path]) -> Path:
+    return make_stripes(40, 9)
 
 
 class Started:

@@ -14,13 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 
-import fixify
 from fixify.cli.finetune import finetune
 
 Run = Callable[..., tuple[int, str, str]]
@@ -28,24 +25,8 @@ QUICK = ("--img-size", 32, "--crop-pct", 1.0, "--no-aug", "--workers", 0, "--dev
 
 
 @pytest.fixture(scope="module")
-def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with train/ (40 images) and val/ (20) of 4 classes, and two checkpoints of a network for them."""
-    folder = tmp_path_factory.mktemp("stripes")
-    rng = np.random.default_rng(0)
-    for split, images in (("train", 10), ("val", 5)):
-        for label in range(4):
-            for number in range(images):
-                pixels = rng.integers(0, 120, (32, 32), dtype=np.uint8)
-                pixels[8 * label : 8 * label + 8] += 100
-                path = folder / "data" / split / f"stripe{label}" / f"{number}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(path)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = timm.create_model("test_efficientnet", in_chans=1, num_classes=4)
-    torch.save({"arch": "test_efficientnet", "state_dict": model.state_dict()}, folder / "learned.pth")
-    fixify.convert(folder / "learned.pth", folder / "net.fixed.safetensors")
-    return folder
+def stripes(make_stripes: Callable[[int, int], Path]) -> Path:
+    return make_stripes(40, 20)
 
 
 def test_finetune_then_eval(run: Run, stripes: Path, tmp_path: Path) -> None:
