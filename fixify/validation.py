@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
+
+from fixify.errors import UsageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _CONFLICTS = "conflicts"
 
@@ -157,3 +162,42 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'epochs'?`, or a full stop if nothing is near."""
     near = difflib.get_close_matches(name[:60], list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else "."
+
+
+class CheckedOptions(BaseModel):
+    """Options that are checked when they are made, and explain every mistake at once."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def create(cls, **given: Any) -> Self:
+        """Options with these values and the defaults.
+
+        Raises:
+            UsageError: unknown names (the nearest is named) and values out of range, all of them at once.
+        """
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            problems = mistakes(cls.model_validate, given)
+            raise UsageError("\n".join(_sentence(problem, cls.model_fields) for problem in problems)) from error
+
+    def replace(self, **given: Any) -> Self:
+        """These options with some changed; raises like `create`."""
+        return self.create(**{**self.model_dump(), **given})
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> CheckedOptions:
+        refuse(self._conflicts())
+        return self
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        """What does not go together."""
+        yield from ()
+
+
+def _sentence(problem: Any, known: Iterable[str]) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"There is no option {name!r}{did_you_mean(name, known)}"
+    return f"{name}: {explain(problem)}." if name else f"{explain(problem)}."

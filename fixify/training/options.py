@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator
 from timm.optim import list_optimizers
 
 from fixify.data import Augmentation, default_workers
-from fixify.errors import UsageError
 from fixify.evaluation import resolve_device
 from fixify.training import distributed
-from fixify.validation import Conflict, did_you_mean, explain, mistakes, refuse
+from fixify.validation import CheckedOptions, Conflict
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,7 +25,7 @@ PATIENCE = ("nan_skip", "max_unreadable")
 """Options that say what a run puts up with; a run that was stopped may go on with others."""
 
 
-class FinetuneOptions(BaseModel):
+class FinetuneOptions(CheckedOptions):
     """Options of a finetuning run. Build it with `FinetuneOptions.create`, which explains every mistake at once.
 
     Attributes:
@@ -93,7 +92,6 @@ class FinetuneOptions(BaseModel):
     in the few of a retrofit, crops down to 8 % of the image and colour jitter cost accuracy.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     section: ClassVar[str] = "finetune"
 
     epochs: int = Field(default=5, ge=0)
@@ -162,23 +160,6 @@ class FinetuneOptions(BaseModel):
     mixup_switch_prob: float = Field(default=0.5, ge=0, le=1)
     smoothing: float = Field(default=0.0, ge=0, lt=1)
 
-    @classmethod
-    def create(cls, **given: Any) -> Self:
-        """Options with these values and the defaults.
-
-        Raises:
-            UsageError: unknown names (the nearest is named) and values out of range, all of them at once.
-        """
-        try:
-            return cls(**given)
-        except ValidationError as error:
-            problems = mistakes(cls.model_validate, given)
-            raise UsageError("\n".join(_sentence(problem, cls.model_fields) for problem in problems)) from error
-
-    def replace(self, **given: Any) -> Self:
-        """These options with some changed; raises like `create`."""
-        return self.create(**{**self.model_dump(), **given})
-
     @field_validator("opt")
     @classmethod
     def _known_optimiser(cls, opt: str) -> str:
@@ -195,11 +176,6 @@ class FinetuneOptions(BaseModel):
         if not 0 < value[0] <= value[1] < float("inf"):
             raise ValueError(f"must be two positive numbers, the smaller first, not {value[0]:g} {value[1]:g}")
         return value
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> FinetuneOptions:
-        refuse(self._conflicts())
-        return self
 
     def _conflicts(self) -> Iterator[Conflict]:
         if self.epochs == 0 and self.last_block_epochs == 0:
@@ -275,10 +251,3 @@ class FinetuneOptions(BaseModel):
     def recipe(self) -> dict[str, Any]:
         """What determines the result, JSON-safe: everything except `MACHINE`."""
         return self.model_dump(mode="json", exclude=set(MACHINE))
-
-
-def _sentence(problem: Any, known: Iterable[str]) -> str:
-    name = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"There is no option {name!r}{did_you_mean(name, known)}"
-    return f"{name}: {explain(problem)}." if name else f"{explain(problem)}."

@@ -1,0 +1,107 @@
+"""From options and a text to a language model, and what it costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fixify.data.seeding import derive_seed, seeded_globals
+from fixify.language.corpus import Corpus
+from fixify.language.network import LanguageModel, WordClassifier
+from fixify.language.options import LanguageOptions
+from fixify.language.vectors import Kind, word_vectors
+
+_WEIGHTS = 1
+"""Random stream of the initial weights, beside that of `fixify.language.loop`."""
+_INIT = 0.1
+"""Learned embeddings and classifiers start uniform within this, as in Merity et al.'s code (2017)."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a language model has, as Table 2 of the paper counts it.
+
+    Attributes:
+        parameters: Of the model with an embedding and a classifier that are both learned ("# Params").
+        fixed: Weights of the two that are not learned here; of tied ones those that are there once instead of twice.
+        learned: What is learned here.
+    """
+
+    parameters: int
+    fixed: int
+    learned: int
+
+    @property
+    def share(self) -> float:
+        """Percent of the parameters that are not learned ("% Fixed params")."""
+        return 100 * self.fixed / self.parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "share": self.share}
+
+
+def build_model(options: LanguageOptions, corpus: Corpus) -> LanguageModel:
+    """A language model with its initial weights: of one seed the same LSTM, whatever stands for the words.
+
+    Raises:
+        FixifyError: see `fixify.language.vectors.word_vectors`.
+    """
+    vectors = None
+    if not options.is_learned:
+        vectors = word_vectors(cast(Kind, options.words), corpus, options.num_features, seed=options.seed)
+    model = assemble(options, len(corpus.words), vectors)
+    # Every row starts from how frequent the words are; what it has to learn is the context.
+    with torch.no_grad():
+        model.classifier.bias.copy_((corpus.counts / corpus.counts.sum()).log())  # type: ignore[operator, union-attr]
+    return model
+
+
+def assemble(options: LanguageOptions, num_words: int, vectors: Tensor | None) -> LanguageModel:
+    """One whose bias is zero, with given vectors of unit length [C, N] unless words are learned."""
+    width = options.num_features
+    with seeded_globals(derive_seed(options.seed, _WEIGHTS), torch.device("cpu")):
+        layers = [nn.LSTM(width, width) for _ in range(options.num_layers)]
+        if vectors is None:
+            embedding, classifier = _learned(num_words, options)
+        else:
+            embedding, classifier = _fixed(vectors, options)
+    scale = 1.0 if vectors is None else options.embedding_scale
+    return LanguageModel(embedding, layers, classifier, embedding_scale=scale, dropouts=options.dropouts())
+
+
+def _learned(num_words: int, options: LanguageOptions) -> tuple[nn.Embedding, nn.Module]:
+    embedding = nn.Embedding(num_words, options.num_features)
+    classifier = nn.Linear(options.num_features, num_words)
+    if options.words == "tied":
+        classifier.weight = embedding.weight
+    for weight in (embedding.weight, classifier.weight):
+        nn.init.uniform_(weight, -_INIT, _INIT)
+    nn.init.zeros_(classifier.bias)
+    return embedding, classifier
+
+
+def _fixed(vectors: Tensor, options: LanguageOptions) -> tuple[nn.Embedding, nn.Module]:
+    if options.head_signs:
+        vectors = torch.where(vectors < 0, -1.0, 1.0) / math.sqrt(vectors.shape[1])
+    embedding = nn.Embedding.from_pretrained(vectors)
+    return embedding, WordClassifier(
+        embedding.weight,
+        normalize=options.head_normalize,
+        word_gain=options.head_word_gain,
+        rank=options.head_rank,
+        scale=options.head_scale,
+        fixed_scale=options.head_fixed_scale,
+    )
+
+
+def size_of(model: LanguageModel, options: LanguageOptions) -> Size:
+    """What is learned, and what would be with learned words."""
+    words = model.embedding.weight.numel()
+    lstm = sum(parameter.numel() for parameter in model.layers.parameters())
+    learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    fixed = {"learned": 0, "tied": words}.get(options.words, 2 * words)
+    return Size(lstm + 2 * words + model.num_words, fixed, learned)

@@ -1,0 +1,168 @@
+"""The language model of section 3.3: an LSTM between an embedding and a classifier of words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fixify.heads import initial_scale
+
+State = list[tuple[Tensor, Tensor]]
+
+class Dropouts(NamedTuple):
+    """Merity et al. (2017), sections 3 and 4.2 to 4.4; each the share that is dropped.
+
+    Attributes:
+        words: Whole words of the embedding, for a batch.
+        inputs, hidden, output: Features of the LSTM's inputs, between its layers, and of its output; of each sequence
+            the same ones at every step.
+        weights: Hidden-to-hidden weights of the LSTM (DropConnect).
+    """
+
+    words: float = 0.0
+    inputs: float = 0.0
+    hidden: float = 0.0
+    output: float = 0.0
+    weights: float = 0.0
+
+
+class Output(NamedTuple):
+    """What the model makes of a batch, T steps of B sequences.
+
+    Attributes:
+        features: After dropout, [T, B, N]; what the classifier sees.
+        raw: Before it, [T, B, N].
+        state: Of each layer, to go on with.
+    """
+
+    features: Tensor
+    raw: Tensor
+    state: State
+
+
+class WordClassifier(nn.Module):
+    """A fixed classifier of given vectors: `logits = scale * normalize(x) @ Q.T + bias` (paper, section 2.2).
+
+    Learned: `scale` [] (unless it is fixed), `bias` [C], `word_gain` [C], `down` [rank, N] and `up` [C, rank].
+
+    Args:
+        codes: Q, the words' vectors, unit length, [C, N], not learned; kept, not copied: the embedding has the same.
+        normalize: Divide features by their norm, as in the paper. Without it the norm says how sure the model is of
+            this word, which one scale for all words cannot.
+        word_gain: Learn a factor for each word's vector.
+        rank: Of a learned correction of Q, `up @ down`; 0: none.
+        scale: Initial alpha; None: `initial_scale` of C if normalised, else 1.
+        fixed_scale: Alpha is not learned.
+    """
+
+    def __init__(
+        self,
+        codes: nn.Parameter,
+        *,
+        normalize: bool = True,
+        word_gain: bool = False,
+        rank: int = 0,
+        scale: float | None = None,
+        fixed_scale: bool = False,
+    ) -> None:
+        super().__init__()
+        num_words, width = codes.shape
+        self.codes, self.normalize = codes, normalize
+        if scale is None:
+            scale = initial_scale(num_words) if normalize else 1.0
+        self.scale = nn.Parameter(torch.tensor(scale), requires_grad=not fixed_scale)
+        self.bias = nn.Parameter(torch.zeros(num_words))
+        self.word_gain = nn.Parameter(torch.ones(num_words)) if word_gain else None
+        self.down = nn.Parameter(torch.randn(rank, width) / math.sqrt(width)) if rank else None
+        self.up = nn.Parameter(torch.zeros(num_words, rank)) if rank else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [..., N] to logits [..., C]."""
+        if self.normalize:
+            x = F.normalize(x, dim=-1)
+        x = x * self.scale
+        logits = F.linear(x, self.codes, None if self.word_gain is not None else self.bias)
+        if self.word_gain is not None:
+            logits = torch.addcmul(self.bias, logits, self.word_gain)
+        if self.down is not None and self.up is not None:
+            logits = logits + F.linear(F.linear(x, self.down), self.up)
+        return logits
+
+
+class LanguageModel(nn.Module):
+    """`classifier(lstm(embedding(words)))`: logits of the next word at each step.
+
+    Args:
+        embedding: Words to features [..., N].
+        layers: Of the LSTM, all N wide.
+        classifier: Features [..., N] to logits [..., C].
+        embedding_scale: Factor of the embedding.
+        dropouts: While training.
+    """
+
+    def __init__(
+        self,
+        embedding: nn.Embedding,
+        layers: Iterable[nn.LSTM],
+        classifier: nn.Module,
+        *,
+        embedding_scale: float = 1.0,
+        dropouts: Dropouts | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_words, self.num_features = embedding.num_embeddings, embedding.embedding_dim
+        self.embedding, self.embedding_scale = embedding, embedding_scale
+        self.layers = nn.ModuleList(layers)
+        self.classifier = classifier
+        self.dropouts = dropouts or Dropouts()
+
+    def start(self, batch_size: int) -> State:
+        """The state before any text: zeros."""
+        zeros = self.embedding.weight.new_zeros(1, batch_size, self.num_features)
+        return [(zeros, zeros) for _ in self.layers]
+
+    def features(self, words: Tensor, state: State) -> Output:
+        """What the classifier is given for each next word.
+
+        Args:
+            words: [T, B] word numbers.
+            state: `start`, or what the text before left.
+        """
+        x = self._drop(self._embed(words), self.dropouts.inputs)
+        after: State = []
+        raw = x
+        for index, (layer, before) in enumerate(zip(self.layers, state, strict=True)):
+            raw, kept = self._run(layer, x, before)
+            after.append(kept)
+            x = self._drop(raw, self.dropouts.hidden if index + 1 < len(self.layers) else self.dropouts.output)
+        return Output(x, raw, after)
+
+    def forward(self, words: Tensor, state: State) -> tuple[Tensor, State]:
+        """Word numbers [T, B] to logits of the words that follow [T, B, C], and the state after them."""
+        output = self.features(words, state)
+        return self.classifier(output.features), output.state
+
+    def _run(self, layer: nn.LSTM, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        if not self.training or self.dropouts.weights == 0:
+            return layer(x, state)
+        dropped = F.dropout(layer.weight_hh_l0, self.dropouts.weights)
+        weights = [layer.weight_ih_l0, dropped, layer.bias_ih_l0, layer.bias_hh_l0]
+        raw, hidden, cell = torch.lstm(x, list(state), weights, True, 1, 0.0, True, False, False)
+        return raw, (hidden, cell)
+
+    def _drop(self, x: Tensor, share: float) -> Tensor:
+        """The same features of a sequence at every step (Gal & Ghahramani, 2016)."""
+        if not self.training or share == 0:
+            return x
+        return x * F.dropout(torch.ones_like(x[:1]), share)
+
+    def _embed(self, words: Tensor) -> Tensor:
+        weight, share = self.embedding.weight, self.dropouts.words
+        if self.training and share > 0:
+            weight = weight * F.dropout(weight.new_ones(self.num_words, 1), share)
+        return F.embedding(words, weight) * self.embedding_scale
