@@ -6,7 +6,7 @@ import copy
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -168,6 +168,8 @@ class CheckedOptions(BaseModel):
     """Options that are checked when they are made, and explain every mistake at once."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    machine: ClassVar[tuple[str, ...]] = ()
+    """Options that suit a machine and do not change the result."""
 
     @classmethod
     def create(cls, **given: Any) -> Self:
@@ -185,6 +187,10 @@ class CheckedOptions(BaseModel):
     def replace(self, **given: Any) -> Self:
         """These options with some changed; raises like `create`."""
         return self.create(**{**self.model_dump(), **given})
+
+    def recipe(self) -> dict[str, Any]:
+        """What determines the result, JSON-safe: everything except `machine`."""
+        return self.model_dump(mode="json", exclude=set(self.machine))
 
     @model_validator(mode="after")
     def _fits_together(self) -> CheckedOptions:

@@ -35,6 +35,7 @@ LAYERS = (
     "calibrating",
     "conversion",
     "training",
+    "language",
     "tracking",
     "recipes",
     "prediction",

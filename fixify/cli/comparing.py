@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from fixify.cli.output import Output
 from fixify.cli.workers import is_first
@@ -64,7 +64,7 @@ def compare(
 
     # The fixed run is the first that is begun, and the others' options are its own but for the head.
     stored = stored_options(folder / FIXED, TrainOptions) if resume else None
-    options = cast("TrainOptions", run_defaults(output, recipe, "train", stored))
+    options = run_defaults(output, recipe, "train", stored)
     runs = compared(options.replace(**machine), scales)
 
     def announce(name: str) -> None:

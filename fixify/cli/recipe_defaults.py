@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 
@@ -11,6 +11,9 @@ from fixify.cli.output import Output
 from fixify.recipes.reading import Recipe, read_recipe, section_of
 from fixify.recipes.schema import convert_option_names
 from fixify.training import FinetuneOptions
+from fixify.validation import CheckedOptions
+
+_Options = TypeVar("_Options", bound=CheckedOptions)
 
 
 def chosen_recipe(name: str | None, overrides: Sequence[str]) -> Recipe | None:
@@ -46,20 +49,20 @@ def finetune_defaults(output: Output, recipe: Recipe | None, stored: FinetuneOpt
     return run_defaults(output, recipe, "finetune", stored)
 
 
-def run_defaults(output: Output, recipe: Recipe, section: str, stored: FinetuneOptions | None) -> FinetuneOptions:
+def run_defaults(output: Output, recipe: Recipe, section: str, stored: _Options | None) -> _Options:
     """What a run starts from, before the options on the command line.
 
     Args:
         output: Told if a run that is resumed does not follow its recipe any more.
         recipe: The recipe.
-        section: "finetune" or "train".
+        section: "finetune", "train" or "language".
         stored: The options of the run that is resumed. They win over the recipe, which may have been edited since, but
             not over `--set`: there resuming refuses, and names the difference.
 
     Raises:
         UsageError: the recipe has no such section.
     """
-    wanted: FinetuneOptions = section_of(recipe, section)
+    wanted: _Options = section_of(recipe, section)
     if stored is None:
         return wanted
     explicit = {option: getattr(wanted, option) for _, option in recipe.overridden}
@@ -69,6 +72,6 @@ def run_defaults(output: Output, recipe: Recipe, section: str, stored: FinetuneO
     return start
 
 
-def _different(stored: FinetuneOptions, wanted: FinetuneOptions) -> list[str]:
+def _different(stored: CheckedOptions, wanted: CheckedOptions) -> list[str]:
     was, now = stored.recipe(), wanted.recipe()
     return [f"{name} {now[name]} (not {was[name]})" for name in now if now[name] != was[name]]

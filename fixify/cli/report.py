@@ -101,11 +101,15 @@ def _runs_among(names: list[str]) -> list[Path]:
 
 def _report_runs(folders: list[Path], names: list[str], out: Path | None, output: Output, *, force: bool) -> None:
     from fixify._io import refuse_existing, write_atomic
+    from fixify.language.results import is_language_run
     from fixify.reporting.page import PAGE_FILE, write_page
     from fixify.reporting.run_report import report_runs
     from fixify.reporting.run_tables import runs_table
     from fixify.reporting.runs import read_runs
 
+    if any(map(is_language_run, folders)):
+        _report_language(folders, out, output)
+        return
     path = Path(names[0]) / PAGE_FILE if out is None else out
     to_write = out is not None or not output.as_json
     if to_write:
@@ -116,6 +120,22 @@ def _report_runs(folders: list[Path], names: list[str], out: Path | None, output
     output.result(report.to_dict(), runs_table(report))
     if to_write:
         output.say(f"page: {path}")
+
+
+def _report_language(folders: list[Path], out: Path | None, output: Output) -> None:
+    from fixify.errors import UsageError
+    from fixify.language.results import is_language_run, read_language_runs
+    from fixify.reporting.language_tables import language_table
+
+    if others := [folder for folder in folders if not is_language_run(folder)]:
+        raise UsageError(
+            f"{others[0]} is a run on images, and others here are of language models.",
+            hint="Report them one after the other.",
+        )
+    if out is not None:
+        raise UsageError("-o is for the page of runs on images; language models get a table.", hint="Leave -o out.")
+    runs = read_language_runs(folders)
+    output.result({"runs": [run.to_dict() for run in runs]}, language_table(runs))
 
 
 def _report_all(output: Output) -> None:

@@ -68,7 +68,7 @@ def train(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Train as a recipe says: a network from scratch, with its own classifier or a fixed one.
+    """Train as a recipe says: a network from scratch, with its own classifier or a fixed one; or a language model.
 
     Every option is the recipe's; --set train.lr=0.2 changes one, --set train.head=learned the head. The recipe.yaml
     that every run leaves in its folder repeats it, also one of `fixify finetune`.
@@ -79,6 +79,7 @@ def train(
     from fixify.cli.command_line import as_typed
     from fixify.cli.comparing import compare as compare_heads
     from fixify.cli.comparing import scales_of
+    from fixify.cli.language import refuse_image_options, train_language
     from fixify.cli.recipe_defaults import run_defaults
     from fixify.cli.training_result import report_run
     from fixify.errors import UsageError
@@ -105,6 +106,20 @@ def train(
         "command": as_typed(),
     }
     trackers = [*(track or []), *(["tensorboard"] if tensorboard else [])]
+    if section == "language":
+        refuse_image_options(
+            {
+                "--compare-scales": compare_scales,
+                "--class-map": class_map,
+                "--download": download,
+                "--workers": workers is not None,
+                "--track": trackers,
+            }
+        )
+        for name in ("download", "class_map"):
+            del given[name]
+        train_language(output, chosen, folder, machine=machine, compare=compare, **given)
+        return
     if compare:
         if section != "train":
             raise UsageError(

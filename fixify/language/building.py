@@ -56,7 +56,7 @@ def build_model(options: LanguageOptions, corpus: Corpus) -> LanguageModel:
     model = assemble(options, len(corpus.words), vectors)
     # Every row starts from how frequent the words are; what it has to learn is the context.
     with torch.no_grad():
-        model.classifier.bias.copy_((corpus.counts / corpus.counts.sum()).log())  # type: ignore[operator, union-attr]
+        model.classifier.bias.copy_((corpus.counts / corpus.counts.sum()).log())  # type: ignore[operator]
     return model
 
 

@@ -134,7 +134,7 @@ def _texts(files: Sequence[Path], tokenised: bool) -> dict[str, list[str]]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1]] or path.read_text().split("\n")
+        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}.") from error
     except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,9 @@ class Trainer:
         on_event: Told of every update.
     """
 
-    def __init__(self, model: LanguageModel, text: Tensor, options: LanguageOptions, on_event: LanguageListener) -> None:
+    def __init__(
+        self, model: LanguageModel, text: Tensor, options: LanguageOptions, on_event: LanguageListener
+    ) -> None:
         self.device = options.resolved_device()
         self.model = model.to(self.device)
         self.options, self.on_event = options, on_event
@@ -87,7 +89,7 @@ class Trainer:
     @property
     def evaluated(self) -> LanguageModel:
         """What is measured and saved: the mean of the weights if there is one, else the model."""
-        return self.model if self.average is None else self.average.module
+        return self.model if self.average is None else cast(LanguageModel, self.average.module)
 
     def steps(self) -> list[tuple[int, int]]:
         """Of the current epoch; see `fixify.language.batches.steps_of`."""
@@ -195,7 +197,8 @@ class Trainer:
 
     def _activation_loss(self, output: Output) -> Tensor | float:
         """Merity et al. (2017), section 4.6: the output is to be small, and to change little."""
-        options, loss = self.options, 0.0
+        options = self.options
+        loss: Tensor | float = 0.0
         if options.activation_decay:
             loss = loss + options.activation_decay * output.features.pow(2).mean()
         if options.activation_change and len(output.raw) > 1:
@@ -219,16 +222,14 @@ class Trainer:
     def _tell(self, steps: int) -> None:
         at = self.position
         speed = at.words * self.options.batch_size / max(at.seconds, 1e-9)
-        self.on_event(
-            LanguageStep(at.epoch, at.step, steps, at.loss_sum / at.words, at.lr, speed, self._scale())
-        )
+        self.on_event(LanguageStep(at.epoch, at.step, steps, at.loss_sum / at.words, at.lr, speed, self._scale()))
 
 
 def _optimiser(model: LanguageModel, options: LanguageOptions) -> torch.optim.Optimizer:
     head = model.classifier
     quick = [head.scale, head.bias] if isinstance(head, WordClassifier) else []
     known = {id(parameter) for parameter in quick}
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [each for each in model.parameters() if each.requires_grad and id(each) not in known]},
         {"params": [each for each in quick if each.requires_grad], "lr": options.lr * options.head_lr_scale},
     ]

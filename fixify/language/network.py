@@ -14,6 +14,7 @@ from fixify.heads import initial_scale
 
 State = list[tuple[Tensor, Tensor]]
 
+
 class Dropouts(NamedTuple):
     """Merity et al. (2017), sections 3 and 4.2 to 4.4; each the share that is dropped.
 
@@ -147,11 +148,16 @@ class LanguageModel(nn.Module):
         output = self.features(words, state)
         return self.classifier(output.features), output.state
 
-    def _run(self, layer: nn.LSTM, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _run(self, layer: nn.Module, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         if not self.training or self.dropouts.weights == 0:
             return layer(x, state)
-        dropped = F.dropout(layer.weight_hh_l0, self.dropouts.weights)
-        weights = [layer.weight_ih_l0, dropped, layer.bias_ih_l0, layer.bias_hh_l0]
+        dropped = F.dropout(layer.get_parameter("weight_hh_l0"), self.dropouts.weights)
+        weights = [
+            layer.get_parameter("weight_ih_l0"),
+            dropped,
+            *map(layer.get_parameter, ("bias_ih_l0", "bias_hh_l0")),
+        ]
+        # has_biases, num_layers, dropout, train, bidirectional, batch_first
         raw, hidden, cell = torch.lstm(x, list(state), weights, True, 1, 0.0, True, False, False)
         return raw, (hidden, cell)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -11,9 +11,6 @@ from pydantic import Field
 from fixify.evaluation import resolve_device
 from fixify.language.network import Dropouts
 from fixify.validation import CheckedOptions, Conflict
-
-MACHINE = ("device", "save_minutes")
-"""Options that suit a machine and do not change the result."""
 
 LEARNED = ("learned", "tied")
 
@@ -41,7 +38,7 @@ class LanguageOptions(CheckedOptions):
             to word, in the loss (Merity et al., 2017, section 4.6: alpha and beta).
         epochs: Passes over the text.
         batch_size: Parts of the text that are read side by side.
-        seq_len: Words of each between two updates; the state goes on, the gradient does not (truncated backpropagation).
+        seq_len: Words of each between two updates; the state goes on, the gradient does not.
         vary_seq_len: Draw each length around `seq_len`, or with 5 % around its half, and the rate in proportion
             (Merity et al., 2017, section 4.1).
         opt: "sgd", "adam", "adamw"; or "asgd", which is SGD until validation has not got better for `patience` epochs,
@@ -58,6 +55,7 @@ class LanguageOptions(CheckedOptions):
     """
 
     section: ClassVar[str] = "language"
+    machine: ClassVar[tuple[str, ...]] = ("device", "save_minutes")
 
     words: Literal["learned", "tied", "orthogonal", "hadamard", "pmi", "word2vec"]
     num_features: int = Field(default=512, ge=1)
@@ -132,7 +130,3 @@ class LanguageOptions(CheckedOptions):
     def resolved_device(self) -> torch.device:
         """The device; raises UsageError if it is not on this machine."""
         return resolve_device(self.device)
-
-    def recipe(self) -> dict[str, Any]:
-        """What determines the result, JSON-safe: everything except `MACHINE`."""
-        return self.model_dump(mode="json", exclude=set(MACHINE))

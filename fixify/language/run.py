@@ -135,7 +135,9 @@ class _Keeper:
             "recorded": {TEXT_SHA256: self.corpus.digest},
             self.options.section: self.options.recipe(),
         }
-        header = f"# Every option of the run in this folder. Written by fixify {__version__}, torch {torch.__version__}.\n"
+        header = (
+            f"# Every option of the run in this folder. Written by fixify {__version__}, torch {torch.__version__}.\n"
+        )
         write_atomic(self.out / RECIPE_FILE, header + yaml.safe_dump(recipe, sort_keys=False, width=120))
 
     def train(self, stop: StopRequest) -> None:
@@ -227,9 +229,7 @@ class _Keeper:
         )
         history = self.trainer.position.history
         best = min(history, key=lambda record: record.val_loss)
-        result = LanguageResult(
-            self.out, best_path, self.out / LAST_FILE, best, val, test, self.size, tuple(history)
-        )
+        result = LanguageResult(self.out, best_path, self.out / LAST_FILE, best, val, test, self.size, tuple(history))
         about = json.loads((self.out / RUN_FILE).read_text())
         about["result"] = {"val_perplexity": val.perplexity, "test_perplexity": test.perplexity}
         write_atomic(self.out / RUN_FILE, json.dumps(about, indent=2) + "\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fixify.errors import UsageError
+from fixify.language.options import LanguageOptions
 from fixify.recipes.parsing import Parsed, parse, read_text
 from fixify.recipes.problems import Place, Problem, RecipeError
 from fixify.recipes.schema import ENTRIES, SECTIONS, check
@@ -27,6 +28,7 @@ class Recipe:
         convert: Keyword arguments of `fixify.convert`, those that the recipe gives; None without such a section.
         finetune: Options of `fixify.training.run_finetune`; None without such a section.
         train: Options of `fixify.training.run_train`; None without such a section.
+        language: Options of `fixify.language.run_language`; None without such a section.
         data: Data name; None if the recipe names none, as for the following.
         class_map: Which class has which label.
         checkpoint: The slim checkpoint to finetune.
@@ -44,6 +46,7 @@ class Recipe:
     finetune: FinetuneOptions | None
     train: TrainOptions | None
     overridden: tuple[tuple[str, str], ...]
+    language: LanguageOptions | None = None
     data: str | None = None
     class_map: str | None = None
     checkpoint: str | None = None
@@ -84,6 +87,7 @@ def read_recipe(source: str | Path | None, overrides: Sequence[str] = ()) -> Rec
         convert=None if convert is None else convert.model_dump(exclude_unset=True),
         finetune=checked.finetune,  # type: ignore[attr-defined]
         train=checked.train,  # type: ignore[attr-defined]
+        language=checked.language,  # type: ignore[attr-defined]
         overridden=overridden,
         **{name: getattr(checked, name) for name in ENTRIES},
         recorded=checked.recorded.model_dump(exclude_none=True),  # type: ignore[attr-defined]
@@ -135,7 +139,7 @@ def _forget(parsed: Parsed, section: str, option: str) -> None:
 
 def how_to_use(name: str, section: str) -> str:
     """The command that a section of a recipe is for."""
-    return f"fixify train {name}" if section == "train" else f"fixify {section} --recipe {name}"
+    return f"fixify train {name}" if section in ("train", "language") else f"fixify {section} --recipe {name}"
 
 
 def section_of(recipe: Recipe, section: str) -> Any:

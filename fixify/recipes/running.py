@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from fixify.errors import UsageError
+from fixify.language import LanguageOptions, LanguageResult, run_language
 from fixify.recipes.reading import Recipe, section_of
 from fixify.training import FinetuneOptions, FinetuneResult, Listener, TrainOptions, run_finetune, run_train
 
 
 def run_section(recipe: Recipe) -> str:
-    """The section that `run_recipe` follows: "train" if the recipe has it, else "finetune".
+    """The section that `fixify train` follows: "train" if the recipe has it, else "language", else "finetune".
 
     Raises:
-        UsageError: it has neither, or an override is about another section.
+        UsageError: it has none of them, or an override is about another section.
     """
-    section = "finetune" if recipe.train is None and recipe.finetune is not None else "train"
+    found = [section for section in ("train", "language", "finetune") if getattr(recipe, section) is not None]
+    section = found[0] if found else "train"
     section_of(recipe, section)
     return section
 
@@ -78,3 +80,27 @@ def run_recipe(
             hint=f"Say which: fixify finetune SLIM --data {name} --recipe {recipe.name}",
         )
     return run_finetune(recipe.checkpoint, name, out, options, **given)
+
+
+def run_language_recipe(
+    recipe: Recipe, out: Path | str, options: LanguageOptions | None = None, *, data: str | None = None, **given: Any
+) -> LanguageResult:
+    """Train a language model as a recipe says.
+
+    Args:
+        recipe: With a `language` section. If a run wrote it, its text has to be what it was.
+        out: Folder of the run.
+        options: Instead of the recipe's.
+        data: Instead of the recipe's; it may then be any.
+        given: What else `fixify.language.run_language` takes.
+
+    Raises:
+        UsageError: the recipe names no data, or has no such section.
+        FixifyError: see `fixify.language.run_language`.
+    """
+    if options is None:
+        options = section_of(recipe, "language")
+    name = data if data is not None else recipe.data
+    if name is None:
+        raise UsageError(f"The recipe {recipe.name} names no data.", hint="Add --data DATA, or a line `data: DATA`.")
+    return run_language(name, out, options, recorded=recipe.recorded if data is None else None, **given)

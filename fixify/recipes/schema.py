@@ -1,6 +1,7 @@
 """What a recipe may say. Each section has one definition, elsewhere: `convert` is the signature of `fixify.convert`,
-`finetune` is `fixify.training.FinetuneOptions`, `train` is `fixify.training.TrainOptions`. An option that is added
-there is an option here. Beside the sections a recipe may say what it is about: data, files, and what they were."""
+`finetune` is `fixify.training.FinetuneOptions`, `train` is `fixify.training.TrainOptions`, `language` is
+`fixify.language.LanguageOptions`. An option that is added there is an option here. Beside the sections a recipe may say
+what it is about: data, files, and what they were."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from fixify.calibrating import MIN_IMAGES
 from fixify.checkpoint import DTYPES
 from fixify.conversion import conflicts, convert
 from fixify.heads.spec import KINDS
+from fixify.language.options import LanguageOptions
 from fixify.recipes.parsing import Parsed, dotted
 from fixify.recipes.parsing import Path as ValuePath
 from fixify.recipes.problems import Place, Problem
@@ -79,7 +81,12 @@ def _as_text(hint: Any) -> Any:
 
 ConvertOptions = _convert_options()
 
-SECTIONS: dict[str, type[BaseModel]] = {"convert": ConvertOptions, "finetune": FinetuneOptions, "train": TrainOptions}
+SECTIONS: dict[str, type[BaseModel]] = {
+    "convert": ConvertOptions,
+    "finetune": FinetuneOptions,
+    "train": TrainOptions,
+    "language": LanguageOptions,
+}
 
 
 class Recorded(BaseModel):
@@ -90,6 +97,7 @@ class Recorded(BaseModel):
     checkpoint_sha256: str | None = None
     train_listing: str | None = None
     val_listing: str | None = None
+    text_sha256: str | None = None
     images_a_step: int | None = Field(default=None, ge=1)
 
 

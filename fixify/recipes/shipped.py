@@ -12,7 +12,7 @@ from fixify.errors import FixifyError, UsageError
 from fixify.recipes.parsing import parse, read_text
 from fixify.recipes.problems import Place, Problem, RecipeError
 
-SECTION_NAMES = ("convert", "finetune", "train")  # those of fixify.recipes.schema, which is not light
+SECTION_NAMES = ("convert", "finetune", "train", "language")  # those of fixify.recipes.schema, which is not light
 _SUFFIXES = (".yaml", ".yml")
 _PACKAGE = Path(__file__).parents[1]
 

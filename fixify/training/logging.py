@@ -20,12 +20,13 @@ from fixify.training.options import FinetuneOptions
 from fixify.training.recipe_file import recipe_text
 from fixify.training.steps import StepRecord
 from fixify.training.unreadable import UNREADABLE_FILE
+from fixify.validation import CheckedOptions
 
 RUN_FILE, RECIPE_FILE, METRICS_FILE, SUMMARY_FILE = "run.json", "recipe.yaml", "metrics.jsonl", "summary.csv"
 STEPS_FILE, CONFUSIONS_FILE = "steps.jsonl", "confusions.json"
 LOG_FILES = (RUN_FILE, RECIPE_FILE, METRICS_FILE, SUMMARY_FILE, STEPS_FILE, CONFUSIONS_FILE, UNREADABLE_FILE)
 
-Options = TypeVar("Options", bound=FinetuneOptions)
+Options = TypeVar("Options", bound=CheckedOptions)
 
 
 def write_logs(folder: Path, history: Sequence[EpochRecord], steps: Sequence[StepRecord]) -> None:

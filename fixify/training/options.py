@@ -18,9 +18,6 @@ from fixify.validation import CheckedOptions, Conflict
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-MACHINE = ("workers", "device", "save_minutes")
-"""Options that suit a machine and do not change the result."""
-
 PATIENCE = ("nan_skip", "max_unreadable")
 """Options that say what a run puts up with; a run that was stopped may go on with others."""
 
@@ -93,6 +90,7 @@ class FinetuneOptions(CheckedOptions):
     """
 
     section: ClassVar[str] = "finetune"
+    machine: ClassVar[tuple[str, ...]] = ("workers", "device", "save_minutes")
 
     epochs: int = Field(default=5, ge=0)
     batch_size: int = Field(default=64, ge=1)
@@ -247,7 +245,3 @@ class FinetuneOptions(CheckedOptions):
         """`recipe()` of the defaults, without what has none."""
         made = cls.model_construct().recipe()
         return {name: made[name] for name, info in cls.model_fields.items() if name in made and not info.is_required()}
-
-    def recipe(self) -> dict[str, Any]:
-        """What determines the result, JSON-safe: everything except `MACHINE`."""
-        return self.model_dump(mode="json", exclude=set(MACHINE))

@@ -39,7 +39,9 @@ def main() -> None:
         (folder / name).write_text("".join(" ".join(verse) + "\n" for verse in known))
     kinds = sum(count >= MIN_COUNT for count in counts.values()) + 2
     sizes = [sum(len(verse) + 1 for verse in verses) for verses in parts]
-    print(f"{folder}: {' + '.join(f'{size:,}' for size in sizes)} words of {kinds:,} kinds in {len(chapters):,} chapters")
+    print(
+        f"{folder}: {' + '.join(f'{size:,}' for size in sizes)} words of {kinds:,} kinds in {len(chapters):,} chapters"
+    )
 
 
 if __name__ == "__main__":
