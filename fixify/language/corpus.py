@@ -78,7 +78,6 @@ def read_corpus(name: str, *, min_count: int = 1, lowercase: bool = False) -> Co
     words, counts = _vocabulary(parts["train"], min_count)
     number = {word: index for index, word in enumerate(words)}
     encoded = {split: _encode(parts[split], number, folder, split) for split in SPLITS}
-    # Those that validation and test alone have are `<unk>` too, which the training text may not have.
     digest = hashlib.sha256("\n".join(words).encode())
     for split in SPLITS:
         digest.update(encoded[split].numpy().astype("<i8").tobytes())
@@ -169,7 +168,7 @@ def _encode(words: Sequence[str], number: dict[str, int], folder: Path, split: s
         if known is None:
             raise DataError(
                 f"{word!r} in the {split} text of {folder} does not occur in its training text.",
-                hint="Let rare words be <unk>: --set language.min_count=2",
+                hint="Let rare words of the training text be <unk>: --set language.min_count=3, or more.",
             )
         found[index] = known
     return torch.from_numpy(found)

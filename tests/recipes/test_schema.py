@@ -71,12 +71,12 @@ def test_an_option_that_convert_gets_is_an_option_of_recipes(monkeypatch: pytest
         ("finetune: {scale: [1, 0.8]}", "finetune.scale must be two positive numbers, the smaller first, not 1 0.8."),
         ("finetune: {opt: sgdd}", "finetune.opt 'sgdd' is not an optimiser of timm; near to it: sgd"),
         ("finetune: {epochs: 3, warmup_epochs: 3}", "finetune: warmup_epochs (3) must be less than epochs (3)."),
-        ("convert:\nlr: 3", "lr belongs into a section: finetune.lr or train.lr."),
+        ("convert:\nlr: 3", "lr belongs into a section: finetune.lr or train.lr or language.lr."),
         ("convert:\nfintune: {}", "fintune is not a section or entry of a recipe; did you mean 'finetune'?"),
         ("convert:\ndescription: [a]", "description must be text, not [a]."),
-        ("description: a", "A recipe needs one or more of these sections: convert, finetune, train."),
-        ("", "the recipe has sections (convert, finetune, train), and this is empty."),
-        ("- a", "the recipe has sections (convert, finetune, train), and this is [a]."),
+        ("description: a", "A recipe needs one or more of these sections: convert, finetune, train, language."),
+        ("", "the recipe has sections (convert, finetune, train, language), and this is empty."),
+        ("- a", "the recipe has sections (convert, finetune, train, language), and this is [a]."),
     ],
 )
 def test_mistakes(text: str, problem: str) -> None:

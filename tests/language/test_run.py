@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from fixify.errors import OutputExistsError, TrainingError, UsageError
+from fixify.language import Corpus, LanguageOptions, load_language, run_language
+from fixify.language.batches import Prediction
+from fixify.language.building import build_model, size_of
+from fixify.language.events import LanguageEpochEnded, LanguageEvent, LanguageStep
+from fixify.language.results import read_language_runs
+from fixify.recipes import read_recipe
+from fixify.recipes.running import run_language_recipe
+from fixify.training.interrupt import TrainingInterrupted
+
+WORDS = ["learned", "tied", "orthogonal", "hadamard", "pmi"]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_language(path).model.state_dict()
+
+
+def assert_same(first: Path, second: Path) -> None:
+    found, wanted = weights(first), weights(second)
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        assert torch.equal(value, wanted[name]), name
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_it_learns_and_its_checkpoint_is_what_was_measured(text: Path, tmp_path: Path, words: str) -> None:
+    options = LanguageOptions.create(
+        words=words, num_features=16, epochs=4, batch_size=4, seq_len=10, lr=0.02, embedding_scale=4, device="cpu"
+    )
+    result = run_language(str(text), tmp_path / "run", options)
+    losses = [record.val_loss for record in result.history]
+    assert losses[-1] < losses[0] - 0.02
+    assert result.val.loss == pytest.approx(min(losses), rel=1e-6)
+    assert result.best.val_perplexity == min(record.val_perplexity for record in result.history)
+    (run,) = read_language_runs([tmp_path / "run"])
+    assert run.test_perplexity == result.test.perplexity
+    assert run.size == result.size
+    # What is not learned is not in the file where it can be rebuilt.
+    stored = result.best_path.stat().st_size
+    numbers = result.size.learned + (result.size.fixed // 2 if words == "pmi" else 0)
+    assert stored < 4 * numbers + 6000
+
+
+def test_only_learned_words_learn(text: Path, tmp_path: Path, small: LanguageOptions, corpus: Corpus) -> None:
+    run_language(str(text), tmp_path / "run", small)
+    before = build_model(small, corpus).state_dict()
+    after = weights(tmp_path / "run" / "last.safetensors")
+    same = {name for name, value in after.items() if torch.equal(value, before[name])}
+    assert same == {"embedding.weight", "classifier.codes"}
+
+
+def test_rows_differ_in_nothing_but_the_words(corpus: Corpus, small: LanguageOptions) -> None:
+    fixed, learned = (build_model(each, corpus) for each in (small, small.with_learned_words()))
+    for name, value in fixed.layers.state_dict().items():
+        assert torch.equal(value, learned.layers.state_dict()[name])
+    assert torch.equal(fixed.classifier.bias, learned.classifier.bias)  # type: ignore[arg-type]
+
+
+def test_sizes_are_those_of_the_papers_table() -> None:
+    words = 33_278
+    counted = Corpus(tuple(map(str, range(words))), torch.ones(words), *[torch.zeros(0)] * 3, "", "")
+    sizes = {
+        kind: size_of(build_model(options, counted), options)
+        for kind in ("learned", "hadamard")
+        for options in (LanguageOptions.create(words=kind),)
+    }
+    assert sizes["learned"].learned == sizes["hadamard"].parameters == 38_312_446
+    assert f"{sizes['hadamard'].share:.2f}" == "88.94"
+    assert sizes["hadamard"].learned == 38_312_446 - 2 * words * 512 + 1  # alpha
+
+
+@pytest.mark.parametrize("opt", ["adam", "asgd"])
+def test_a_stopped_run_goes_on_exactly(text: Path, tmp_path: Path, small: LanguageOptions, opt: str) -> None:
+    options = small.replace(
+        epochs=5, opt=opt, lr=0.01 if opt == "adam" else 3.0, sched="constant", patience=1, vary_seq_len=True,
+        dropout_output=0.3, dropout_weights=0.2,
+    )  # fmt: skip
+    whole = run_language(str(text), tmp_path / "whole", options)
+    assert any(record.averaged for record in whole.history) == (opt == "asgd")
+
+    stops = iter([5, 12, 33])
+    at = next(stops)
+
+    def stop(event: LanguageEvent) -> None:
+        nonlocal at
+        if isinstance(event, LanguageStep):
+            stop.updates += 1  # type: ignore[attr-defined]
+            if stop.updates == at:  # type: ignore[attr-defined]
+                at = next(stops, -1)
+                signal.raise_signal(signal.SIGINT)
+
+    stop.updates = 0  # type: ignore[attr-defined]
+    for number in range(3):
+        with pytest.raises(TrainingInterrupted, match="everything up to there"):
+            run_language(str(text), tmp_path / "stopped", options, resume=number > 0, on_event=stop)
+    again = run_language(str(text), tmp_path / "stopped", options, resume=True, on_event=stop)
+    assert_same(again.last_path, whole.last_path)
+    assert_same(again.best_path, whole.best_path)
+
+    def without_time(result_history: tuple[object, ...]) -> list[dict[str, object]]:
+        timed = {"seconds": 0.0, "words_per_second": 0.0}
+        return [dataclasses.replace(record, **timed).to_dict() for record in result_history]  # type: ignore[type-var, attr-defined]
+
+    assert without_time(again.history) == without_time(whole.history)
+
+
+def test_averaging_begins_when_validation_has_not_got_better(
+    text: Path, tmp_path: Path, small: LanguageOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merity et al. (2017), algorithm 1: worse than the best of all but the last n."""
+    losses = iter([5.0, 4.0, 3.0, 3.5, 3.4, 3.6, 3.3, 3.2, 3.2, 3.2])
+    monkeypatch.setattr("fixify.language.run.predict", lambda *given: Prediction(next(losses), 1))
+    options = small.replace(epochs=8, opt="asgd", lr=1.0, sched="constant", patience=2)
+    history = run_language(str(text), tmp_path / "run", options).history
+    assert [record.averaged for record in history] == [False] * 6 + [
+        True
+    ] * 2  # at 3.6 the best of the first three is 3
+
+
+def test_resuming_with_other_options_or_text_is_refused(text: Path, tmp_path: Path, small: LanguageOptions) -> None:
+    run_language(str(text), tmp_path / "run", small)
+    with pytest.raises(TrainingError, match=r"other options: lr was 0.01 and is 0.5"):
+        run_language(str(text), tmp_path / "run", small.replace(lr=0.5), resume=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in text.iterdir():
+        (other / path.name).write_text(path.read_text() + "w1 and w1\n")
+    with pytest.raises(TrainingError, match="another text"):
+        run_language(str(other), tmp_path / "run", small, resume=True)
+    with pytest.raises(OutputExistsError):
+        run_language(str(text), tmp_path / "run", small)
+
+
+def test_the_recipe_of_a_run_repeats_it_and_refuses_another_text(
+    text: Path, tmp_path: Path, small: LanguageOptions
+) -> None:
+    first = run_language(str(text), tmp_path / "run", small)
+    recipe = read_recipe(tmp_path / "run" / "recipe.yaml")
+    assert recipe.language is not None
+    again = run_language_recipe(recipe, tmp_path / "again", recipe.language.replace(device="cpu"))
+    assert_same(again.last_path, first.last_path)
+    with (text / "wiki.test.tokens").open("a") as file:
+        file.write("w1\n")
+    try:
+        with pytest.raises(TrainingError, match="not what this recipe recorded"):
+            run_language_recipe(recipe, tmp_path / "changed")
+    finally:
+        lines = (text / "wiki.test.tokens").read_text().removesuffix("w1\n")
+        (text / "wiki.test.tokens").write_text(lines)
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_written(
+    text: Path, tmp_path: Path, small: LanguageOptions
+) -> None:
+    options = small.with_learned_words().replace(opt="sgd", lr=1e30, clip_grad=None, sched="constant")
+    with pytest.raises(TrainingError, match=r"The (validation )?loss is"):
+        run_language(str(text), tmp_path / "run", options)
+    assert not (tmp_path / "run" / "best.safetensors").exists()
+
+
+def test_signs_are_stored_as_bits(text: Path, tmp_path: Path, small: LanguageOptions, corpus: Corpus) -> None:
+    result = run_language(str(text), tmp_path / "run", small.replace(head_signs=True))
+    vectors = load_language(result.best_path).model.embedding.weight
+    assert torch.equal(vectors.abs(), torch.full_like(vectors, 0.25))
+    assert torch.equal(vectors, build_model(small.replace(head_signs=True), corpus).embedding.weight)
+    plain = run_language(str(text), tmp_path / "plain", small)
+    saved = plain.best_path.stat().st_size - result.best_path.stat().st_size
+    assert saved > len(corpus.words) * 16 * 4 * 0.9
+
+
+def test_metrics_are_written_line_by_line(text: Path, tmp_path: Path, small: LanguageOptions) -> None:
+    seen: list[LanguageEvent] = []
+    result = run_language(str(text), tmp_path / "run", small, on_event=seen.append)
+    ended = [event.record for event in seen if isinstance(event, LanguageEpochEnded)]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [record.to_dict() for record in result.history] == [record.to_dict() for record in ended]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"words": "glove"}, "words: must be "),
+        ({"words": "learned", "head_rank": 4}, "head_rank belong to fixed vectors"),
+        ({"words": "pmi", "opt": "asgd"}, "averages weights at a constant rate"),
+        ({"words": "pmi", "epochs": 2, "warmup_epochs": 2}, "must be less than epochs"),
+        ({"words": "pmi", "epoch": 2}, "did you mean 'epochs'"),
+    ],
+)
+def test_mistakes_in_options_are_explained(given: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        LanguageOptions.create(**given)
