@@ -132,7 +132,10 @@ def read_info(path: Path | str) -> SlimInfo:
     except FileNotFoundError:
         raise FormatError(f"There is no file {path}.") from None
     except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} is not a readable .safetensors file: {error}.") from error
+        raise FormatError(
+            f"{path} is not a readable .safetensors file: {error}.",
+            hint=f"If it is an ordinary checkpoint: fixify identify {path}",
+        ) from error
     if "fixify" not in metadata:
         raise FormatError(
             f"{path} is not a slim checkpoint: fixify did not write it.", hint=f"Make one: fixify convert {path}"

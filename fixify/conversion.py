@@ -11,11 +11,11 @@ import torch
 from fixify._io import refuse_existing
 from fixify.calibrating import MIN_IMAGES, Calibration, Observation
 from fixify.checkpoint import DTYPES, SUFFIX, SlimInfo, is_slim, write_slim
-from fixify.counts import Savings, classifier_weights, count_bytes, count_parameters, under
+from fixify.counts import Savings, classifier_weights, count_bytes, count_parameters
 from fixify.errors import SourceError, UsageError
 from fixify.evaluation import resolve_device
 from fixify.heads import FixedClassifier, HeadSpec, choose_kind, replacement
-from fixify.originals import Original, read_original
+from fixify.originals import PUBLISHED_CODE, Original, read_original
 from fixify.retrofit import HeadRecord, naming_head
 from fixify.sources import check_finite, read_labels
 from fixify.validation import Conflict
@@ -67,7 +67,9 @@ def convert(
 ) -> Conversion:
     """Replace the classifier of a checkpoint by a fixed one, and write what is left as a slim checkpoint.
 
-    Every backbone tensor is written as it was stored, bit for bit (unless `dtype` is given).
+    Every backbone tensor is written as it was stored, bit for bit (unless `dtype` is given). Of a checkpoint that was
+    trained with the paper's published code the fixed head is kept, with its scale and bias; `head` or `num_classes`
+    puts a new one in its place, whose codes go to classes in order, since there are no class vectors to match.
 
     Args:
         source: A checkpoint file, or a model name.
@@ -117,6 +119,9 @@ def convert(
     refuse_existing(target, force=force)
     original = read_original(source, arch=arch, ema=ema)
     check_finite(original.tensors)
+    keep = head == "auto" and num_classes is None
+    if original.published:
+        _refuse_for_published(original, keep, head, scale=scale, bias=bias, calibrate=calibrate)
 
     notes = list(original.notes)
     names = original.labels if num_classes is None else None
@@ -135,6 +140,13 @@ def convert(
     records, heads = [], {}
     for site in original.sites:
         with naming_head(site.path, original.sites):
+            if keep and site.path in original.published:
+                records.append(original.published_record(site, fixed_scale=fixed_scale))
+                heads[site.path] = _kept_head(records[-1], original.tensors)
+                notes.append(
+                    f"{site.path}: the Hadamard head {PUBLISHED_CODE}; scale and bias are kept, nothing is matched."
+                )
+                continue
             classes = num_classes or site.num_classes
             kind, reason = choose_kind(site.num_features, classes) if head == "auto" else (head, None)
             spec = HeadSpec(
@@ -155,7 +167,8 @@ def convert(
                 spec = replace(
                     spec, standardize="center" if standardize and calibrated else False, normalize=calibrated
                 )
-            if kind == "binary" or (match and num_classes is None and kind == "hadamard"):
+            learned = site.path not in original.published
+            if kind == "binary" or (match and num_classes is None and kind == "hadamard" and learned):
                 fixed, note = _taken_head(spec, site, original.tensors, scale, observed)
                 notes.append(note)
             else:
@@ -165,6 +178,8 @@ def convert(
                     notes.append(f"{site.path}: codes are not matched, so calibrating sets only center and spread.")
                 if reason is not None:
                     notes.append(f"{site.path}: {kind} head, since {reason}.")
+                if not learned:
+                    notes.append(f"{site.path}: a new head, codes in class order; that of the published code is gone.")
             heads[site.path] = fixed
             records.append(HeadRecord(site.path, site.layer_type, site.channel_dim, fixed.spec))
     calibration = None if observed is None else observed.result(heads)
@@ -238,6 +253,32 @@ def conflicts(
         )
 
 
+def _refuse_for_published(
+    original: Original, keep: bool, head: str, *, scale: float | None, bias: bool, calibrate: str | Path | None
+) -> None:
+    """Options that need a learned classifier, or that would change a trained head."""
+    what = f"{original.source.name} has a fixed classifier already, {PUBLISHED_CODE}"
+    if calibrate is not None:
+        raise UsageError(f"{what}, and calibrating fits to a learned one's answers.", hint="Leave out --calibrate.")
+    if head == "binary":
+        raise UsageError(
+            f"{what}, and a binary head takes its signs from a learned one.",
+            hint="Leave out --head to keep it, or put a new one in its place: --head hadamard",
+        )
+    if keep and (scale is not None or not bias):
+        raise UsageError(
+            f"{what}: its scale and bias are trained, and kept.",
+            hint=f"Leave out {'--no-bias' if scale is None else '--scale'}, or put a new one in its place: "
+            "--head hadamard",
+        )
+
+
+def _kept_head(record: HeadRecord, tensors: dict[str, torch.Tensor]) -> FixedClassifier:
+    fixed = FixedClassifier(record.spec, channel_dim=record.channel_dim)
+    fixed.load_state_dict({name: tensors[f"{record.path}.{name}"] for name in ("scale", "bias")})
+    return fixed
+
+
 def _taken_head(
     spec: HeadSpec,
     site: ClassifierSite,
@@ -261,10 +302,8 @@ def _replace_heads(
     original: Original, heads: dict[str, FixedClassifier], dtype: torch.dtype | None
 ) -> tuple[dict[str, torch.Tensor], Savings]:
     """The tensors of the slim checkpoint: the backbone's as they were, then each head's; and what that saves."""
-    classifier_keys: set[str] = set()
-    for site in original.sites:
-        classifier_keys |= under(original.tensors, site.path).keys()
-    tensors = {key: tensor for key, tensor in original.tensors.items() if key not in classifier_keys}
+    learned, classifiers = original.learned, tuple(f"{site.path}." for site in original.sites)
+    tensors = {key: tensor for key, tensor in original.tensors.items() if not key.startswith(classifiers)}
     if dtype is not None:
         tensors = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
     head_tensors = {
@@ -277,9 +316,9 @@ def _replace_heads(
         parameters_after=before - classifier + sum(count_parameters(head) for head in heads.values()),
         classifier_parameters=classifier,
         removed=sum(classifier_weights(site) for site in original.sites),
-        bytes_before=count_bytes(original.tensors.values()),
+        bytes_before=count_bytes(learned.values()),
         bytes_after=count_bytes(tensors.values()) + count_bytes(head_tensors.values()),
-        classifier_bytes_before=count_bytes(original.tensors[key] for key in classifier_keys),
+        classifier_bytes_before=count_bytes(tensor for key, tensor in learned.items() if key.startswith(classifiers)),
         classifier_bytes_after=count_bytes(head_tensors.values()),
     )
     return tensors | head_tensors, savings

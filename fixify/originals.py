@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fixify.errors import AmbiguousArchitectureError, ArchitectureError, SourceError
+from fixify.counts import under
+from fixify.errors import AmbiguousArchitectureError, ArchitectureError, FixifyError, SourceError
+from fixify.retrofit import HeadRecord, apply_heads_
 from fixify.sources import Source, open_source
+from fixify.sources.published import PublishedHead
 from fixify.zoo.architectures import Architecture, build, parse_architecture, preprocessing
 from fixify.zoo.classifiers import ClassifierSite, find_classifiers
 from fixify.zoo.identify import Candidate, fit, identify, refuse_headless
@@ -18,11 +22,12 @@ from fixify.zoo.weights import load_weights
 
 # Counters of BatchNorm: older and foreign checkpoints lack them, and nothing that is computed depends on them.
 _COUNTER = "num_batches_tracked"
+PUBLISHED_CODE = "of the paper's published code"
 
 
 @dataclass(frozen=True)
 class Original:
-    """A checkpoint with a learned classifier, whose architecture is known.
+    """A checkpoint with a learned classifier (or one of the paper's published code), whose architecture is known.
 
     Attributes:
         source: Where it came from.
@@ -33,6 +38,8 @@ class Original:
         preprocessing: timm's names and plain values.
         labels: Class names, or None.
         notes: How it was recognised, for the person who asked.
+        published: By path, a classifier layer that is a fixed one of the paper's published code; `tensors` then has
+            its scale and bias, and no weight.
     """
 
     source: Source
@@ -43,14 +50,45 @@ class Original:
     preprocessing: dict[str, Any]
     labels: list[str] | None
     notes: tuple[str, ...]
+    published: Mapping[str, PublishedHead] = field(default_factory=dict)
+
+    @property
+    def learned(self) -> dict[str, torch.Tensor]:
+        """`tensors` as they would be with a learned classifier, whose weights have no values: to count bytes by."""
+        scales = {f"{path}.scale" for path in self.published}
+        stored = {key: tensor for key, tensor in self.tensors.items() if key not in scales}
+        return stored | {f"{path}.weight": head.placeholder() for path, head in self.published.items()}
+
+    def published_record(self, site: ClassifierSite, *, fixed_scale: bool = False) -> HeadRecord:
+        """What a slim checkpoint says of a published head that is kept.
+
+        Raises:
+            SourceError, HeadSpecError: it cannot be rebuilt; see `PublishedHead.spec`.
+        """
+        spec = self.published[site.path].spec(site.num_features, fixed_scale=fixed_scale)
+        return HeadRecord(site.path, site.layer_type, site.channel_dim, spec)
+
+    @property
+    def published_note(self) -> str | None:
+        """What its published head is, or why it cannot be rebuilt; None without one."""
+        for site in self.sites:
+            if site.path in self.published:
+                try:
+                    self.published_record(site)
+                except FixifyError as error:
+                    return error.message
+                return f"{site.path} is fixed already, a Hadamard head {PUBLISHED_CODE}: scale and bias, no weights."
+        return None
 
     def model(self) -> nn.Module:
         """Build the model and put the weights in (float32, eval mode).
 
         Raises:
-            SourceError: the tensors do not fit; `read_original` has compared all shapes, so this is rare.
+            SourceError: the tensors do not fit; `read_original` has compared all shapes, so this is rare. Or the head
+                is a published one that cannot be rebuilt, as for HeadSpecError.
         """
         model = build(self.architecture, num_classes=self.num_classes, blank=True)
+        apply_heads_(model, [self.published_record(site) for site in self.sites if site.path in self.published])
         try:
             load_weights(model, self.tensors)
         except RuntimeError as error:
@@ -77,10 +115,11 @@ def read_original(ref: str | Path, *, arch: str | None = None, ema: bool = False
     """
     source = open_source(ref, ema=ema, meta=meta)
     candidate, note = _recognise(source, arch)
-    tensors = _rename(source, candidate)
+    learned = _rename(source.learned, candidate)
     architecture, num_classes = candidate.architecture, candidate.num_classes
     skeleton = build(architecture, num_classes=num_classes, meta=True)
-    _refuse_other_tensors(source, architecture, tensors, skeleton)
+    _refuse_other_tensors(source, architecture, learned, skeleton)
+    tensors, published = _with_published_head(source, candidate, learned)
     labels = source.labels
     notes = [note] if note else []
     if labels is not None and len(labels) != num_classes:
@@ -95,6 +134,7 @@ def read_original(ref: str | Path, *, arch: str | None = None, ema: bool = False
         preprocessing=preprocessing(architecture, source.pretrained_cfg),
         labels=labels,
         notes=tuple(notes),
+        published=published,
     )
 
 
@@ -147,10 +187,26 @@ def _same_network(architecture: Architecture, stated: str | None) -> bool:
     return (architecture.library, architecture.name) == (other.library, other.name)
 
 
-def _rename(source: Source, candidate: Candidate) -> dict[str, torch.Tensor]:
+def _rename(tensors: Mapping[str, torch.Tensor], candidate: Candidate) -> dict[str, torch.Tensor]:
     if candidate.key_map is None:
-        return dict(source.tensors)
-    return {candidate.key_map[key]: tensor for key, tensor in source.tensors.items() if key in candidate.key_map}
+        return dict(tensors)
+    return {candidate.key_map[key]: tensor for key, tensor in tensors.items() if key in candidate.key_map}
+
+
+def _with_published_head(
+    source: Source, candidate: Candidate, learned: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, PublishedHead]]:
+    """The tensors under the architecture's names with what is stored of a published head; and that head by its path."""
+    head = source.published_head
+    if head is None:
+        return learned, {}
+    key = head.weight_key if candidate.key_map is None else candidate.key_map[head.weight_key]
+    path = key.rpartition(".")[0]
+    stored = under(source.tensors, head.path)
+    tensors = {name: tensor for name, tensor in learned.items() if name != key}
+    if head.scale_name == "scale":
+        tensors[f"{path}.scale"] = stored[f"{head.path}.scale"]
+    return tensors, {path: head}
 
 
 def _refuse_other_tensors(

@@ -102,6 +102,9 @@ def convert(
     if done.info.calibration is not None:
         output.say(f"Calibrated {calibration_line(done.info.calibration)}.")
     output.say(f"Wrote {done.path}.")
+    if any(record.spec.truncated for record in done.info.heads):
+        output.next_step(f"fixify eval {done.path} --data DATA", "it is trained already")
+        return
     same = f" --recipe {recipe}" if chosen is not None and chosen.finetune is not None else ""
     output.next_step(
         f"fixify finetune {done.path}{same} --data DATA", "recover the accuracy (DATA has train/ and val/)"

@@ -19,7 +19,7 @@ def identify(
     By its keys and shapes. What it says of itself (timm's arch, config.json, metadata) settles the choice if it fits.
     """
     from fixify.errors import ArchitectureError
-    from fixify.originals import stated
+    from fixify.originals import PUBLISHED_CODE, stated
     from fixify.reporting.tables import candidates_table
     from fixify.sources import open_source
     from fixify.zoo.identify import Identification
@@ -27,7 +27,7 @@ def identify(
 
     output = Output(as_json=as_json)
     opened = open_source(source, meta=True)
-    said = stated(opened)
+    said, head = stated(opened), opened.published_head
     try:
         with output.progress("building architectures") as advance:
             found = run(opened.shapes, on_progress=lambda _done, _total: advance())
@@ -51,6 +51,7 @@ def identify(
             "fits": said is not None if opened.architecture else None,
             "by": found.by,
             "candidates": candidates,
+            "published_head": None if head is None else head.path,
         },
         candidates_table(found),
     )
@@ -63,6 +64,8 @@ def identify(
     if found.scheme is not None:
         scheme = found.scheme
         output.say(f"Its key names are those of {scheme.name}: {scheme.trait} {scheme.value} ({scheme.provenance}).")
+    if head is not None:
+        output.say(f"Its classifier {head.path} is a fixed one {PUBLISHED_CODE}: no weights are stored of it.")
     if said is None and (len(found.candidates) > 1 or opened.architecture is not None):
         first = found.candidates[0].architecture.spelled
         output.next_step(f"fixify convert {source} --arch {first}", "say which it is")

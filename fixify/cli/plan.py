@@ -22,4 +22,5 @@ def plan(
 
     output = Output(as_json=as_json)
     made = with_architecture(lambda known: run(source, arch=known), arch, output)
-    output.result(made.to_dict(), made.verdict, savings_table(made.report.savings), kinds_table(made.kinds))
+    kinds = [kinds_table(made.kinds)] if made.kinds else []
+    output.result(made.to_dict(), made.verdict, savings_table(made.report.savings), *kinds)

@@ -63,6 +63,9 @@ def report(
     if len(rows) == 1:
         tables.append(savings_table(rows[0].savings))
     output.result({"models": [row.to_dict() for row in rows]}, *tables)
+    for row in rows:
+        if row.note is not None:
+            output.say(f"{row.name}: {row.note}")
 
 
 def _refuse_besides(all_models: bool, paper: bool, models: list[str], arch: str | None, out: Path | None) -> None:

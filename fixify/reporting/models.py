@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from fixify.checkpoint import is_slim, read_info
-from fixify.counts import Savings, project
-from fixify.originals import read_original
+from fixify.counts import Savings, count_bytes, project, under
+from fixify.originals import Original, read_original
 from fixify.sources import named_model
 from fixify.zoo.architectures import build, default_num_classes
 from fixify.zoo.classifiers import ClassifierSite, find_classifiers
@@ -29,6 +29,7 @@ class ModelReport:
         num_classes: Number of classes.
         savings: Parameters and bytes, before and after.
         heads: Features and classes of each classifier layer of a model that is not fixed.
+        note: What is peculiar about it, one sentence, or None.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ModelReport:
     num_classes: int
     savings: Savings
     heads: tuple[tuple[int, int], ...] = ()
+    note: str | None = None
 
     @property
     def removable(self) -> int:
@@ -77,9 +79,10 @@ def report(model: nn.Module | str | Path, *, arch: str | None = None) -> ModelRe
         return _learned(str(model), architecture.ref, skeleton, find_classifiers(skeleton, architecture))
     original = read_original(model, arch=arch, meta=True)
     skeleton = build(original.architecture, num_classes=original.num_classes, meta=True)
-    return _learned(
-        original.source.name, original.architecture.ref, skeleton, list(original.sites), tensors=original.tensors
+    found = _learned(
+        original.source.name, original.architecture.ref, skeleton, list(original.sites), tensors=original.learned
     )
+    return found if original.published_note is None else _of_published(found, original, original.published_note)
 
 
 def _of_module(model: nn.Module) -> ModelReport:
@@ -91,6 +94,13 @@ def _of_module(model: nn.Module) -> ModelReport:
             name, info.architecture.ref, True, spec.num_features, spec.num_classes, Savings.from_dict(info.savings)
         )
     return _learned(name, name, model, find_classifiers(model))
+
+
+def _of_published(found: ModelReport, original: Original, note: str) -> ModelReport:
+    """The report of a checkpoint whose classifier is fixed already: "after" is what it stores."""
+    stored = sum(count_bytes(under(original.tensors, site.path).values()) for site in original.sites)
+    savings = replace(found.savings, bytes_after=count_bytes(original.tensors.values()), classifier_bytes_after=stored)
+    return replace(found, fixed=True, savings=savings, note=note)
 
 
 def _learned(

@@ -41,7 +41,7 @@ class Plan:
 
     Attributes:
         report: Parameters and bytes, before and after.
-        kinds: Each kind of head.
+        kinds: Each kind of head; none if the classifier is fixed already, by the paper's published code.
         verdict: One sentence.
     """
 
@@ -65,6 +65,8 @@ def plan(source: str | Path, *, arch: str | None = None) -> Plan:
         ArchitectureError, SourceError, NoClassifierError: see `fixify.originals.read_original`.
     """
     found = report(source, arch=arch)
+    if found.note is not None:
+        return Plan(report=found, kinds=(), verdict=f"{found.name}: {found.note}")
     if found.fixed:
         raise FormatError(f"{source} is a slim checkpoint already.", hint=f"fixify report {source}")
     kinds = tuple(_kind(kind, found) for kind in KINDS)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fixify.errors import SourceError
+from fixify.sources.published import PublishedHead, as_learned, find_published_head
 
 # Elements looked at in one go by `check_finite`.
 _CHUNK = 1 << 22
@@ -72,9 +73,23 @@ class Source:
     dropped: tuple[str, ...] = ()
 
     @property
+    def published_head(self) -> PublishedHead | None:
+        """Its classifier, if that is a fixed one of the paper's published code.
+
+        Raises:
+            SourceError: it does not tell how many classes it has.
+        """
+        return find_published_head(self.tensors)
+
+    @property
+    def learned(self) -> dict[str, Tensor]:
+        """The tensors; in the place of a published head those of a learned classifier, weights on the meta device."""
+        return as_learned(self.tensors, self.published_head)
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape, in stored order: what an architecture is identified from."""
-        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        """Name -> shape, in stored order, of `learned`: what an architecture is identified from."""
+        return {name: tuple(tensor.shape) for name, tensor in self.learned.items()}
 
     @property
     def facts(self) -> Facts:
