@@ -9,6 +9,7 @@ from typing import Any
 
 from fixify.errors import UsageError
 from fixify.language.options import LanguageOptions
+from fixify.recipes.measured import Measured
 from fixify.recipes.parsing import Parsed, parse, read_text
 from fixify.recipes.problems import Place, Problem, RecipeError
 from fixify.recipes.schema import ENTRIES, SECTIONS, check
@@ -36,6 +37,7 @@ class Recipe:
         distill: The teacher.
         recorded: What the run that wrote the recipe had: SHA-256 of its inputs, images a step; see
             `fixify.training.recipe_file`.
+        measured: What its comparisons of learned and fixed have measured.
         overridden: What overrides gave, for example ("finetune", "lr").
     """
 
@@ -53,6 +55,7 @@ class Recipe:
     against: str | None = None
     distill: str | None = None
     recorded: Mapping[str, Any] = field(default_factory=dict)
+    measured: tuple[Measured, ...] = ()
 
     @property
     def sections(self) -> tuple[str, ...]:
@@ -91,6 +94,7 @@ def read_recipe(source: str | Path | None, overrides: Sequence[str] = ()) -> Rec
         overridden=overridden,
         **{name: getattr(checked, name) for name in ENTRIES},
         recorded=checked.recorded.model_dump(exclude_none=True),  # type: ignore[attr-defined]
+        measured=checked.measured,  # type: ignore[attr-defined]
     )
 
 

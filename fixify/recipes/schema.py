@@ -1,7 +1,7 @@
 """What a recipe may say. Each section has one definition, elsewhere: `convert` is the signature of `fixify.convert`,
 `finetune` is `fixify.training.FinetuneOptions`, `train` is `fixify.training.TrainOptions`, `language` is
 `fixify.language.LanguageOptions`. An option that is added there is an option here. Beside the sections a recipe may say
-what it is about: data, files, and what they were."""
+what it is about: data, files, what they were, and what was measured with them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from fixify.checkpoint import DTYPES
 from fixify.conversion import conflicts, convert
 from fixify.heads.spec import KINDS
 from fixify.language.options import LanguageOptions
+from fixify.recipes.measured import Accuracies, Measured
 from fixify.recipes.parsing import Parsed, dotted
 from fixify.recipes.parsing import Path as ValuePath
 from fixify.recipes.problems import Place, Problem
@@ -114,6 +115,7 @@ def _recipe_model() -> type[BaseModel]:
         description=(str, ""),
         expect=(str, ""),
         recorded=(Recorded, Recorded()),
+        measured=(tuple[Measured, ...], ()),
         **entries,
         **sections,
     )
@@ -134,6 +136,8 @@ def check(parsed: Parsed) -> BaseModel | None:
     values = {name: {} if name in SECTIONS and value is None else value for name, value in values.items()}
     if not any((name,) in parsed.places for name in SECTIONS):
         parsed.problems.append(Problem(Place(1), f"A recipe needs one or more of these sections: {_sections()}."))
+    if ("measured",) in parsed.places and ("train",) not in parsed.places:
+        parsed.refuse(("measured",), "is of `fixify train --compare`, and the recipe has no train: section.")
     try:
         checked = _validated(values)
     except ValidationError:
@@ -142,8 +146,8 @@ def check(parsed: Parsed) -> BaseModel | None:
             path = _known_part(problem["loc"], parsed)
             if "options" in problem:
                 _tell_conflict(parsed, path, problem)
-            elif path not in told:
-                told.add(path)
+            elif (which := problem["loc"] if problem["type"] == "missing" else path) not in told:
+                told.add(which)
                 _tell(parsed, path, problem)
         return None
     return None if parsed.problems else checked
@@ -181,6 +185,8 @@ def _unknown(name: str, path: ValuePath) -> str:
         if elsewhere:
             return f"belongs into a section: {' or '.join(f'{section}.{name}' for section in elsewhere)}."
         return "is not a section or entry of a recipe" + did_you_mean(name, _RecipeFile.model_fields)
+    if path[0] == "measured":
+        return "is not an entry here" + did_you_mean(name, (Measured if len(path) == 3 else Accuracies).model_fields)
     own = SECTIONS[str(path[0])].model_fields if path[0] in SECTIONS else Recorded.model_fields
     guess = did_you_mean(name, own)
     if elsewhere and guess == ".":

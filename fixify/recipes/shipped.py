@@ -26,6 +26,8 @@ class ShippedRecipe:
         path: Its file.
         description: What it does.
         expect: What to expect of it: accuracy, hardware, time; or that it was not run.
+        measured: What its comparisons of learned and fixed have measured, as it is written there; see
+            `fixify.recipes.measured`.
         sections: Which commands it is for.
     """
 
@@ -33,10 +35,11 @@ class ShippedRecipe:
     path: Path
     description: str
     expect: str
+    measured: tuple[dict[str, Any], ...]
     sections: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "path": str(self.path), "sections": list(self.sections)}
+        return {**vars(self), "path": str(self.path), "measured": list(self.measured), "sections": list(self.sections)}
 
 
 def recipes_folder() -> Path:
@@ -82,7 +85,13 @@ def _read_all() -> Iterator[ShippedRecipe]:
             raise RecipeError(str(path), parsed.problems or [Problem(Place(1), "It has no sections.")])
         values = parsed.values
         texts = {key: " ".join(str(values.get(key, "")).split()) for key in ("description", "expect")}
-        yield ShippedRecipe(name, path, **texts, sections=tuple(key for key in values if key in SECTION_NAMES))
+        yield ShippedRecipe(
+            name,
+            path,
+            **texts,
+            measured=tuple(values.get("measured", ())),
+            sections=tuple(key for key in values if key in SECTION_NAMES),
+        )
 
 
 def find_recipe(name: str | Path) -> Path:

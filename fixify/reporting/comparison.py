@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 from rich.table import Table
 
 from fixify._io import atomic_path
@@ -142,13 +143,29 @@ def _error_figure(runs: Sequence[RunReport]) -> Figure:
                 marker="o" if len(measured) <= 20 else "",
                 markersize=3,
             )
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.set_xlabel("epoch")
         axes.set_title(title, loc="left", fontsize=10)
-        axes.set_ylim(bottom=0)
+        _logarithmic(axes)
     lines, names = panels[0].get_legend_handles_labels()
     figure.legend(lines, names, loc="outside lower center", ncols=len(runs), frameon=False, labelcolor="linecolor")
     return figure
+
+
+def _logarithmic(axes: Axes) -> None:
+    """One error of 90 % would press all that learn onto the axis, where nothing tells them apart.
+
+    An error of 0 has no place on such an axis: its line leaves the picture below.
+    """
+    drawn = [error for line in axes.get_lines() for error in np.asarray(line.get_ydata()) if error > 0] or [1.0]
+    ticks = [step * 10.0**power for power in range(-6, 3) for step in (1, 2, 5)]
+    low = max(tick for tick in ticks if tick <= min(drawn))
+    high = min(tick for tick in ticks if tick >= max(drawn) and tick > low)
+    axes.set_yscale("log", nonpositive="clip")
+    axes.set_ylim(low, high)
+    axes.set_yticks([tick for tick in ticks if low <= tick <= high])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{error:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 _MEASURES: tuple[Callable[[EpochRecord], float | None], ...] = (

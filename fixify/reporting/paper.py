@@ -1,24 +1,27 @@
 """The figures of Hoffer, Hubara & Soudry, "Fix your classifier" (ICLR 2018), beside those counted here.
 
-Nothing of ours is stored: every network is built on the meta device and counted.
+Nothing of ours is stored here: every network is built on the meta device and counted, and what was trained is in the
+shipped recipes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
 from fixify.counts import classifier_weights, count_parameters
+from fixify.reporting.measured import RunHere, run_here
 from fixify.zoo.architectures import build, parse_architecture
 from fixify.zoo.classifiers import find_classifiers
 from fixify.zoo.meta import build_on_meta
 
-NOT_RUN = "not run here"
 _GRADIENT_BYTES = 4  # float32
 
+_DATA_NAMES = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100", "ImageNet": "imagenet"}
 WIKITEXT2_WORDS = 33_278
 LSTM_WIDTH = 512
 
@@ -93,31 +96,45 @@ class Printed:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One row of Table 1 or 2, or a case of section 4 that has no printed figures."""
+    """One row of Table 1 or 2, or a case of section 4 that has no printed figures.
+
+    Attributes:
+        counted: The network.
+        printed: The paper's figures.
+        notes: What is to be said of them.
+        ours: What a shipped recipe has measured with it on this data; None: it was not run here.
+    """
 
     counted: Counted
     printed: Printed | None
     notes: tuple[str, ...]
+    ours: RunHere | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "counted": self.counted.to_dict(),
             "paper": None if self.printed is None else asdict(self.printed),
-            "ours": NOT_RUN,
+            "ours": None if self.ours is None else self.ours.to_dict(),
             "notes": list(self.notes),
         }
 
 
 @dataclass(frozen=True)
 class Paper:
-    """All of it: Table 1 (image classification), Table 2 (language model), section 4.1 (JFT-300M), 4.2 (C > N)."""
+    """All of it: Table 1 (image classification), Table 2 (language model), section 4.1 (JFT-300M), 4.2 (C > N).
+
+    Attributes:
+        run_here: What all of the shipped recipes have measured, learned against fixed, mostly on other data.
+    """
 
     table1: tuple[PaperRow, ...]
     table2: tuple[PaperRow, ...]
     section4: tuple[PaperRow, ...]
+    run_here: tuple[RunHere, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: [row.to_dict() for row in getattr(self, name)] for name in ("table1", "table2", "section4")}
+        parts = ("table1", "table2", "section4", "run_here")
+        return {name: [row.to_dict() for row in getattr(self, name)] for name in parts}
 
 
 def paper() -> Paper:
@@ -129,14 +146,18 @@ def paper() -> Paper:
         ("DenseNet-169", "densenet169", "ImageNet", Printed(14_149_480, "11.76", "76.2", "76")),
         ("ShuffleNet", "shufflenet_v1_g3", "ImageNet", Printed(1_826_555, "52.56", "65.9", "65.4")),
     )
+    here = run_here()
     return Paper(
-        table1=tuple(_row(_image_network(name, built, data), printed) for name, built, data, printed in image_rows),
+        table1=tuple(
+            _row(_image_network(name, built, data), printed, here=here) for name, built, data, printed in image_rows
+        ),
         table2=(_row(_language_model(), Printed(38_312_446, "88.94", "74.1", "81.2")),),
         section4=(
             _jft(),
-            _row(_image_network("MobileNet 0.5", "mobilenet_v1_050", "ImageNet"), None),
-            _row(_image_network("ResNet, N=256", "resnet18_050", "ImageNet"), None, _WHICH_RESNET),
+            _row(_image_network("MobileNet 0.5", "mobilenet_v1_050", "ImageNet"), None, here=here),
+            _row(_image_network("ResNet, N=256", "resnet18_050", "ImageNet"), None, _WHICH_RESNET, here=here),
         ),
+        run_here=here,
     )
 
 
@@ -185,10 +206,11 @@ def _jft() -> PaperRow:
     return PaperRow(counted, None, (said if holds else f"{said}: the paper's statement does not hold",))
 
 
-def _row(counted: Counted, printed: Printed | None, *notes: str) -> PaperRow:
+def _row(counted: Counted, printed: Printed | None, *notes: str, here: Iterable[RunHere] = ()) -> PaperRow:
     if printed is not None:
         notes += (*_count_notes(counted, printed.parameters), *_share_notes(counted, printed.share))
-    return PaperRow(counted, printed, notes)
+    ours = (run for run in here if (run.network, run.data_name) == (counted.built, _DATA_NAMES[counted.data]))
+    return PaperRow(counted, printed, notes, next(ours, None))
 
 
 def _count_notes(counted: Counted, printed: int) -> tuple[str, ...]:

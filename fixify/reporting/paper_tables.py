@@ -6,8 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
-from fixify.reporting.paper import NOT_RUN, Paper, PaperRow
+from fixify.reporting.measured import run_here_tables
+from fixify.reporting.paper import Paper, PaperRow
 from fixify.reporting.tables import human_bytes, new_table
+
+NOT_RUN = "not run here"
 
 
 def paper_tables(found: Paper) -> list[Table | str]:
@@ -24,6 +27,8 @@ def paper_tables(found: Paper) -> list[Table | str]:
         _counts("Section 4.1 (JFT-300M) and 4.2 (more classes than features)", found.section4, section4=True),
         "",
         _gradients(everything),
+        "",
+        *run_here_tables(found.run_here),
         "",
         *_notes(everything),
     ]
@@ -44,10 +49,13 @@ def _counts(title: str, rows: Sequence[PaperRow], *, section4: bool) -> Table:
 
 
 def _results(title: str, rows: Iterable[PaperRow]) -> Table:
-    made = new_table("network", "data", ">learned (paper)", ">fixed (paper)", "ours", title=title)
+    made = new_table(
+        "network", "data", ">learned\n(paper)", ">fixed\n(paper)", ">learned\n(here)", ">fixed\n(here)", title=title
+    )
     for row in rows:
         if row.printed is not None:
-            made.add_row(row.counted.name, row.counted.data, row.printed.learned, row.printed.fixed, NOT_RUN)
+            ours = (NOT_RUN, "") if row.ours is None else (row.ours.learned.lines(), row.ours.fixed.lines())
+            made.add_row(row.counted.name, row.counted.data, row.printed.learned, row.printed.fixed, *ours)
     return made
 
 

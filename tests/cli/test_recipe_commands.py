@@ -44,7 +44,7 @@ def test_ls_fits_80_columns_and_has_json(run: Run) -> None:
     assert max(map(len, out.splitlines())) <= 80
     assert "next: fixify recipes show NAME" in err
     said = json.loads(run("recipes", "ls", "--json")[1])["recipes"]
-    assert said[0].keys() == {"name", "path", "description", "expect", "sections"}
+    assert said[0].keys() == {"name", "path", "description", "expect", "measured", "sections"}
     assert Path(said[0]["path"]).is_file()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -67,9 +68,24 @@ WANTED = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_says_what_to_expect_or_that_it_was_not_run(name: str) -> None:
-    expect = read_recipe(name).expect
-    if not expect.startswith("Not run here"):
-        assert [what for what, pattern in WANTED.items() if not re.search(pattern, expect)] == []
+    recipe = read_recipe(name)
+    if not recipe.measured and not recipe.expect.startswith("Not run here"):
+        assert [what for what, pattern in WANTED.items() if not re.search(pattern, recipe.expect)] == []
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if read_recipe(name).measured])
+def test_what_was_measured_can_be_repeated(name: str) -> None:
+    recipe = read_recipe(name)
+    assert not recipe.expect.startswith("Not run here")
+    for measured in recipe.measured:
+        assert len(measured.seeds) >= 3 and measured.num_classes == COUNTS[name][0]
+        for what in ("the hardware", "the time"):
+            assert re.search(WANTED[what], measured.conditions), what
+        assert read_recipe(name, measured.set).train is not None
+    # `fixify recipes show` prints the file as it is.
+    lines = find_recipe(name).read_text().splitlines()
+    below = lines[lines.index("measured:") + 1 :]
+    assert max(map(len, itertools.takewhile(lambda line: not line or line.startswith(" "), below))) <= 80
 
 
 @pytest.mark.parametrize("name", RETROFITS)

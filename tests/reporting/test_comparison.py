@@ -68,3 +68,23 @@ def test_what_the_figures_show(runs: list[RunReport]) -> None:
     assert list(training.lines[0].get_ydata()) == [40.0] * 3
     assert list(validation.lines[0].get_ydata()) == pytest.approx([29, 19, 14])
     assert list(validation.lines[0].get_xdata()) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("errors", "shown"),
+    [
+        ([[90.0, 14.0], [50.0, 0.14]], ["0.1", "0.2", "0.5", "1", "2", "5", "10", "20", "50", "100"]),
+        ([[40.0, 21.0]], ["20", "50"]),  # no tick between them: the axis goes on to the next
+        ([[20.0, 20.0]], ["20", "50"]),
+        ([[3.0, 0.0]], ["2", "5"]),  # nothing is left out but the 0
+        ([[100.0, 90.0]], ["50", "100"]),
+        ([[0.0, 0.0]], ["1", "2"]),
+    ],
+)
+def test_errors_far_apart_stay_apart(errors: list[list[float]], shown: list[str]) -> None:
+    _, (axes,) = comparison._figure(1)
+    for run in errors:
+        axes.plot(range(len(run)), run)
+    comparison._logarithmic(axes)
+    assert [axes.yaxis.get_major_formatter()(tick) for tick in axes.get_yticks()] == shown
+    assert axes.get_ylim() == (float(shown[0]), float(shown[-1]))

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fixify.cli.app import app
+from fixify.recipes import shipped
 from fixify.reporting import paper as module
-from fixify.reporting.paper import NOT_RUN, Counted, Printed, lstm_language_model, paper
-from fixify.reporting.paper_tables import paper_tables
+from fixify.reporting.paper import Counted, Printed, lstm_language_model, paper
+from fixify.reporting.paper_tables import NOT_RUN, paper_tables
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +72,15 @@ def test_gradients(found: module.Paper) -> None:
     assert shufflenet.gradient_bytes_saved == 4 * (960 * 1000 - 1)
 
 
-def test_tables_fit_80_columns(found: module.Paper) -> None:
+def _printed(found: module.Paper) -> str:
     console = Console(width=80, record=True, file=io.StringIO())
     for table in paper_tables(found):
         console.print(table)
-    text = console.export_text()
+    return console.export_text()
+
+
+def test_tables_fit_80_columns(found: module.Paper) -> None:
+    text = _printed(found)
     assert max(map(len, text.splitlines())) <= 80
     for number in ("855,770", "1,826,555", "38,312,446", "60,986,291", "93.14", "61.42 %"):
         assert number in text
@@ -85,7 +92,31 @@ def test_command() -> None:
     assert done.exit_code == 0, done.output
     data = json.loads(done.stdout)
     assert [row["counted"]["parameters"] for row in data["table1"]][:2] == [855_770, 800_032]
-    assert data["table2"][0]["paper"]["fixed"] == "81.2" and data["table2"][0]["ours"] == NOT_RUN
+    assert data["table2"][0]["paper"]["fixed"] == "81.2"
+    assert [row["ours"] for row in data["table1"]] == [None] * 5  # no CIFAR, no ImageNet
+    assert {"digits-resnet20"} <= {row["recipe"] for row in data["run_here"]}
+
+
+def test_a_row_whose_recipe_was_run_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe of Table 1's first row, as if it had been run; and the same network on other data, which is no row."""
+    measured = (
+        "measured:\n- {data: %s, num_classes: 10, conditions: a minute of a CPU, seeds: [0, 1],\n"
+        "   learned: {best: [92.5, 93.5], last: [92, 93]}, fixed: {best: [93, 92.75], last: [91, 92]}}\n"
+    )
+    row = (shipped.recipes_folder() / "paper-resnet56-cifar10.yaml").read_text()
+    (tmp_path / "other.yaml").write_text(row.replace("data: cifar10", "data: digits") + measured % "digits")
+    (tmp_path / "row.yaml").write_text(row + measured % "CIFAR-10")
+    monkeypatch.setattr(shipped, "recipes_folder", lambda: tmp_path)
+    found = paper()
+    first, *others = found.table1
+    assert first.ours is not None and first.ours.recipe == "row"
+    assert [row.ours for row in (*others, *found.table2, *found.section4)] == [None] * 9
+    assert [run.recipe for run in found.run_here] == ["other", "row"]
+    text = _printed(found)
+    assert re.search(r"ResNet-56 +CIFAR-10 +93.03 +93.14 +92.5 +91.5\n +92.0 to 93.0 +91.0 to 92.0\n", text)
+    assert text.count("-1.00 to -1.00") == 2
+    assert text.count(NOT_RUN) == 5
+    assert found.to_dict()["table1"][0]["ours"]["gap"] == {"best": [0.5, -0.75], "last": [-1, -1]}
 
 
 @pytest.mark.parametrize("others", [["resnet18"], ["--all"], ["--arch", "resnet18"], ["-o", "page.html"]])

@@ -1,0 +1,104 @@
+"""What `fixify train RECIPE --compare` has measured, in the recipe's entry `measured`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from fixify.validation import Conflict, refuse
+
+_Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+_Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Text = Annotated[str, Field(min_length=1)]
+_OVERRIDE = "train."
+
+
+class Accuracies(BaseModel):
+    """Validation top-1 of one kind of head.
+
+    Attributes:
+        best: The best validation of each run, percent, one a seed.
+        last: The one after the last epoch.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    best: tuple[_Percent, ...] = Field(min_length=1)
+    last: tuple[_Percent, ...] = Field(min_length=1)
+
+
+class Measured(BaseModel):
+    """Runs of one recipe, a learned and a fixed classifier of each seed.
+
+    Attributes:
+        data: What was trained on, for a person.
+        num_classes: C of that data.
+        set: What the runs changed in the recipe, as after `--set`.
+        conditions: How long they trained, and on what machine.
+        seeds: One each run; the lists of accuracies are in this order.
+        learned: With the network's own classifier.
+        fixed: With the fixed one.
+        held: With a fixed one whose alpha was held, by alpha.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: _Text
+    num_classes: int = Field(ge=1)
+    set: tuple[str, ...] = ()
+    conditions: _Text
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    learned: Accuracies
+    fixed: Accuracies
+    held: dict[_Scale, Accuracies] = Field(default_factory=dict)
+
+    @property
+    def best_gaps(self) -> tuple[float, ...]:
+        """Fixed minus learned, points of the best top-1, one a seed."""
+        return _differences(self.fixed.best, self.learned.best)
+
+    @property
+    def last_gaps(self) -> tuple[float, ...]:
+        """The same after the last epoch, which nobody chose by the validation images."""
+        return _differences(self.fixed.last, self.learned.last)
+
+    def command(self, recipe: str) -> str:
+        """The command that repeats the runs of one seed, the first."""
+        scales = ["--compare-scales", ",".join(f"{scale:g}" for scale in self.held)] if self.held else []
+        changed = [part for override in (*self.set, f"train.seed={self.seeds[0]}") for part in ("--set", override)]
+        return " ".join(("fixify train", recipe, "--compare", *scales, *changed))
+
+    @field_validator("set")
+    @classmethod
+    def _is_of_training(cls, overrides: tuple[str, ...]) -> tuple[str, ...]:
+        for override in overrides:
+            option, equals, _ = override.partition("=")
+            if not equals or not option.startswith(_OVERRIDE):
+                raise ValueError(f"must be written as after --set, train.OPTION=VALUE, not {override!r}")
+        return overrides
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Measured:
+        refuse(self._conflicts())
+        return self
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        if len(set(self.seeds)) < len(self.seeds):
+            yield Conflict(("seeds",), f"seeds must differ, not be {' '.join(map(str, self.seeds))}")
+        named = {"learned": self.learned, "fixed": self.fixed}
+        for name, found in (*named.items(), *((f"held {scale:g}", found) for scale, found in self.held.items())):
+            option = name.partition(" ")[0]
+            if not len(found.best) == len(found.last) == len(self.seeds):
+                yield Conflict(
+                    (option, "seeds"),
+                    f"{name} needs a best and a last top-1 for each of {len(self.seeds)} seeds, and has "
+                    f"{len(found.best)} and {len(found.last)}",
+                )
+            elif any(best < last for best, last in zip(found.best, found.last, strict=True)):
+                yield Conflict((option,), f"{name} has a last top-1 above the best one")
+
+
+def _differences(fixed: tuple[float, ...], learned: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(one - other for one, other in zip(fixed, learned, strict=True))

@@ -1,0 +1,140 @@
+"""What the shipped recipes have measured: learned against fixed, run here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from rich.table import Table
+
+from fixify.recipes import read_recipe
+from fixify.recipes.measured import Measured
+from fixify.recipes.reading import section_of
+from fixify.recipes.shipped import recipe_names
+from fixify.reporting.tables import new_table
+from fixify.zoo.architectures import build, parse_architecture
+from fixify.zoo.classifiers import find_classifiers
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and range of one number over the seeds."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(mean(values), min(values), max(values))
+
+    def lines(self, form: str = ".1f") -> str:
+        """The mean, and below it the range."""
+        return f"{self.mean:{form}}\n{self.low:{form}} to {self.high:{form}}"
+
+    def to_dict(self) -> dict[str, float]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class RunHere:
+    """One entry `measured` of a recipe.
+
+    Attributes:
+        recipe: The recipe's name.
+        data_name: The recipe's data, as `--data` names it.
+        network: The network that was trained.
+        num_features: N of it.
+        standardized: Whether the fixed head standardises its features, which the paper's does not.
+        measured: What came of it.
+    """
+
+    recipe: str
+    data_name: str | None
+    network: str
+    num_features: int
+    standardized: bool
+    measured: Measured
+
+    @property
+    def learned(self) -> Spread:
+        """Top-1 of the learned classifier after the last epoch, percent."""
+        return Spread.of(self.measured.learned.last)
+
+    @property
+    def fixed(self) -> Spread:
+        """Top-1 of the fixed classifier after the last epoch, percent."""
+        return Spread.of(self.measured.fixed.last)
+
+    @property
+    def gap(self) -> Spread:
+        """Fixed minus learned of the same seed, points."""
+        return Spread.of(self.measured.last_gaps)
+
+    @property
+    def command(self) -> str:
+        """What repeats the runs of the first seed."""
+        return self.measured.command(self.recipe)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe,
+            "command": self.command,
+            "network": self.network,
+            "num_features": self.num_features,
+            "standardized": self.standardized,
+            **self.measured.model_dump(mode="json"),
+            "gap": {"best": list(self.measured.best_gaps), "last": list(self.measured.last_gaps)},
+            "over_seeds": {
+                "best": _over_seeds(self.measured.learned.best, self.measured.fixed.best, self.measured.best_gaps),
+                "last": _over_seeds(self.measured.learned.last, self.measured.fixed.last, self.measured.last_gaps),
+            },
+        }
+
+
+def _over_seeds(learned: Sequence[float], fixed: Sequence[float], gap: Sequence[float]) -> dict[str, Any]:
+    named = {"learned": learned, "fixed": fixed, "gap": gap}
+    return {name: Spread.of(values).to_dict() for name, values in named.items()}
+
+
+def run_here() -> tuple[RunHere, ...]:
+    """Every entry `measured` of the shipped recipes, by recipe's name and in the recipe's order.
+
+    Raises:
+        RecipeError: a shipped recipe is damaged, or an entry changes options that it does not have.
+        FixifyError: the recipes are missing.
+    """
+    return tuple(_run_here(name, measured) for name in recipe_names() for measured in read_recipe(name).measured)
+
+
+def _run_here(recipe: str, measured: Measured) -> RunHere:
+    read = read_recipe(recipe, measured.set)
+    options = section_of(read, "train")
+    architecture = parse_architecture(options.model, **options.model_args)
+    model = build(architecture, num_classes=measured.num_classes, meta=True)
+    (site,) = find_classifiers(model, architecture)
+    return RunHere(recipe, read.data, options.model, site.num_features, options.head_standardize, measured)
+
+
+def run_here_tables(found: Sequence[RunHere]) -> list[Table | str]:
+    """One row an entry, each number with its range below it; then how they were measured."""
+    title = "Learned against fixed, run here: validation top-1 after the last epoch, %"
+    made = new_table("data", "network", ">learned", ">fixed", ">fixed - learned", title=title)
+    for row in found:
+        made.add_row(
+            f"{row.measured.data}\nC = {row.measured.num_classes}, N = {row.num_features}",
+            f"{row.network}\n{'standardised' if row.standardized else 'paper'} head",
+            row.learned.lines(),
+            row.fixed.lines(),
+            row.gap.lines("+.2f"),
+        )
+    made.caption = "mean and range over the seeds; the best epochs are in --json"
+    made.caption_justify = "left"
+    return [made, "", *(_how(row) for row in found)]
+
+
+def _how(row: RunHere) -> str:
+    seeds = ", ".join(map(str, row.measured.seeds))
+    return f"{row.measured.data}, {row.network}: {row.measured.conditions}; seeds {seeds}. {row.command}"

@@ -1,0 +1,89 @@
+"""The entry `measured` of a recipe: what is refused, and what follows from it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from fixify.recipes import schema
+from fixify.recipes.measured import Measured
+from fixify.recipes.parsing import parse
+
+RECIPE = """\
+train: {model: resnet20_cifar}
+measured:
+- data: digits
+  num_classes: 10
+  conditions: 20 epochs
+  set: [train.model=resnet56_cifar]
+  seeds: [3, 1]
+  learned: {best: [90, 91], last: [90, 89.5]}
+  fixed: {best: [91.5, 90], last: [91, 90]}
+  held:
+    0.1: {best: [80, 81], last: [70, 71]}
+    10: {best: [90, 91], last: [90, 91]}
+"""
+
+
+def _problems(text: str) -> list[str]:
+    parsed = parse(text)
+    assert (schema.check(parsed) is None) == bool(parsed.problems)
+    return [str(problem) for problem in parsed.problems]
+
+
+def test_what_follows_from_it() -> None:
+    checked = schema.check(parse(RECIPE))
+    assert checked is not None
+    (found,) = checked.measured  # type: ignore[attr-defined]
+    assert (found.best_gaps, found.last_gaps) == ((1.5, -1), (1, 0.5))
+    assert list(found.held) == [0.1, 10.0] and found.held[0.1].last == (70, 71)
+    expected = "fixify train mine --compare --compare-scales 0.1,10 --set train.model=resnet56_cifar --set train.seed=3"
+    assert found.command("mine") == expected
+    assert Measured.model_validate_json(json.dumps(yaml.safe_load(RECIPE)["measured"][0])) == found
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        (
+            "train: {model: resnet20_cifar}",
+            "convert:",
+            "line 2: measured is of `fixify train --compare`, and the recipe ",
+        ),
+        ("  conditions: 20 epochs\n", "", "line 3: measured[0] needs conditions: what that is has no default."),
+        ("data: digits", "data: ''", "line 3: measured[0].data must be text that is not empty, not the text ''."),
+        (
+            "[train.model=",
+            "[model=",
+            "line 6: measured[0].set must be written as after --set, train.OPTION=VALUE, not ",
+        ),
+        ("[train.model=", "[convert.seed=", "line 6: measured[0].set must be written as after --set, train.OPTION=V"),
+        ("[3, 1]", "[1, 1]", "line 7: measured[0]: seeds must differ, not be 1 1."),
+        ("[3, 1]", "[]", "line 7: measured[0].seeds must be a list of 1, not of 0: []."),
+        ("seeds:", "seed:", "line 7: measured[0].seed is not an entry here; did you mean 'seeds'?"),
+        (
+            "learned: {best",
+            "learned: {bst",
+            "line 8: measured[0].learned.bst is not an entry here; did you mean 'best'?",
+        ),
+        ("[90, 91], last: [90, 89.5]", "[90], last: [90, 89]", "line 8: measured[0]: learned needs a best and a last "),
+        ("91.5, 90]", "100.5, 90]", "line 9: measured[0].fixed.best[0] must be less than or equal to 100, not 100.5."),
+        ("last: [91, 90]", "last: [91, 91]", "line 9: measured[0]: fixed has a last top-1 above the best one."),
+        ("last: [70, 71]", "last: [70]", "line 10: measured[0]: held 0.1 needs a best and a last top-1 for each of 2 "),
+        ("0.1: {", "-1: {", "line 11: measured[0].held.-1 must be greater than 0, not the text '-1'."),
+    ],
+)
+def test_mistakes(old: str, new: str, problem: str) -> None:
+    assert RECIPE.count(old) >= 1
+    assert any(said.startswith(problem) for said in _problems(RECIPE.replace(old, new, 1))), _problems(
+        RECIPE.replace(old, new, 1)
+    )
+
+
+def test_all_that_is_missing_is_told_at_once() -> None:
+    said = _problems("train: {model: resnet18}\nmeasured:\n- {data: digits, num_classes: 10, seeds: [0]}\n")
+    assert [line.split(": what")[0] for line in said] == [
+        f"line 3: measured[0] needs {name}" for name in ("conditions", "learned", "fixed")
+    ]
