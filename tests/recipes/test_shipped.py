@@ -25,11 +25,13 @@ from fixify.training.scratch import new_network
 NAMES = shipped.recipe_names()
 RETROFITS = [name for name in NAMES if read_recipe(name).convert is not None]
 FROM_SCRATCH = [name for name in NAMES if read_recipe(name).train is not None]
-QUICK = ("digits-resnet20", "fashion-mnist-resnet20", "paper-resnet56-cifar10")  # a second each
+# A second each.
+QUICK = ("digits-resnet20", "fashion-mnist-resnet20", "glyphs-test-efficientnet", "paper-resnet56-cifar10")
 # Table 1 of the paper, its section 4.2, and what trains on a CPU: classes; parameters, learned and fixed.
 COUNTS = {
     "digits-resnet20": (10, 272_186, 271_547),
     "fashion-mnist-resnet20": (10, 272_186, 271_547),
+    "glyphs-test-efficientnet": (500, 227_264, 99_265),
     "paper-densenet100-cifar100": (100, 800_032, 765_833),
     "paper-densenet169-imagenet": (1000, 14_149_480, 12_485_481),
     "paper-mobilenet050-imagenet": (1000, 1_331_592, 819_593),
