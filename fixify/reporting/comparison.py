@@ -161,8 +161,8 @@ def _logarithmic(axes: Axes) -> None:
     ticks = [step * 10.0**power for power in range(-6, 3) for step in (1, 2, 5)]
     low = max(tick for tick in ticks if tick <= min(drawn))
     high = min(tick for tick in ticks if tick >= max(drawn) and tick > low)
+    axes.set_ylim(low, high)  # first, or matplotlib looks for limits itself and warns of zeros
     axes.set_yscale("log", nonpositive="clip")
-    axes.set_ylim(low, high)
     axes.set_yticks([tick for tick in ticks if low <= tick <= high])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{error:g}"))
     axes.yaxis.set_minor_locator(NullLocator())

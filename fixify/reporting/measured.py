@@ -128,7 +128,7 @@ def run_here_tables(found: Sequence[RunHere]) -> list[Table | str]:
             f"{row.network}\n{'standardised' if row.standardized else 'paper'} head",
             row.learned.lines(),
             row.fixed.lines(),
-            row.gap.lines("+.2f"),
+            row.gap.lines("+.1f"),
         )
     made.caption = "mean and range over the seeds; the best epochs are in --json"
     made.caption_justify = "left"
