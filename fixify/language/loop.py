@@ -167,9 +167,9 @@ class Trainer:
 
     def _update(self, begin: int, size: int, steps: int) -> float:
         options, position = self.options, self.position
-        factor = self._rate(position.epoch + position.step / steps) * size / options.seq_len
-        if not options.vary_seq_len:
-            factor = self._rate(position.epoch + position.step / steps)
+        factor = self._rate(position.epoch + position.step / steps)
+        if options.vary_seq_len:
+            factor *= size / options.seq_len
         for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         position.lr = options.lr * factor

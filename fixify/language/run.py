@@ -95,6 +95,8 @@ def run_language(
     tell: LanguageListener = (lambda event: None) if on_event is None else on_event
     corpus = read_corpus(data, min_count=options.min_count, lowercase=options.lowercase)
     _check_text((recorded or {}).get(TEXT_SHA256), corpus)
+    if not (resume or force):
+        claim_folder(out, force=False)  # before vectors are computed, which can take minutes
     with stop_on_signals() as stop:
         keeper = _Keeper(out, options, corpus, tell)
         if resume:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fixify._io import atomic_path
-from fixify.errors import FormatError
+from fixify.errors import FormatError, UsageError
 from fixify.heads.packed import unpack
 from fixify.language.building import assemble
 from fixify.language.network import LanguageModel
@@ -84,8 +84,10 @@ def load_language(path: Path | str) -> Loaded:
         raise FormatError(f"{path} is not a language model that fixify wrote.", hint="Those are made by: fixify train")
     if about.get("version") != _VERSION:
         raise FormatError(f"{path} is of version {about.get('version')}; this fixify reads version {_VERSION}.")
-    options = LanguageOptions.create(**about["options"])
-    words = tuple(about["words"])
+    try:
+        options, words = LanguageOptions.create(**about["options"]), tuple(map(str, about["words"]))
+    except (KeyError, TypeError, UsageError) as error:
+        raise FormatError(f"{path} is damaged: {error}") from error
     vectors = None
     if not options.is_learned:
         vectors = _vectors(tensors, options, len(words))
@@ -98,7 +100,7 @@ def load_language(path: Path | str) -> Loaded:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise FormatError(f"{path} is damaged: {str(error).splitlines()[-1].strip()}") from error
-    return Loaded(model.eval(), words, options, about["training"])
+    return Loaded(model.eval(), words, options, about.get("training", {}))
 
 
 def pack_signs(vectors: Tensor) -> Tensor:

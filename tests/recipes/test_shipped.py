@@ -18,12 +18,14 @@ from fixify.counts import count_parameters
 from fixify.data import OpenedData
 from fixify.data.idx import ArrayImages
 from fixify.errors import FixifyError, UsageError
+from fixify.language import run_language
 from fixify.recipes import RecipeError, find_recipe, list_recipes, read_recipe, shipped
 from fixify.training import LAST_FILE, FinetuneOptions, finetune, run_finetune
 from fixify.training.scratch import new_network
 
 NAMES = shipped.recipe_names()
 RETROFITS = [name for name in NAMES if read_recipe(name).convert is not None]
+LANGUAGE = [name for name in NAMES if read_recipe(name).language is not None]
 FROM_SCRATCH = [name for name in NAMES if read_recipe(name).train is not None]
 # A second each.
 QUICK = ("digits-resnet20", "fashion-mnist-resnet20", "glyphs-test-efficientnet", "paper-resnet56-cifar10")
@@ -55,7 +57,8 @@ def test_each_is_valid_and_says_how_to_run_it(name: str) -> None:
     assert recipe.sections and recipe.description
     text = find_recipe(name).read_text()
     header = [line for line in text.splitlines() if line.startswith("#")]
-    for command in recipe.sections:
+    for section in recipe.sections:
+        command = "train" if section == "language" else section
         assert any(re.search(rf"fixify {command} (.*--recipe )?{name}\b", line) for line in header)
     assert text.isascii() and max(map(len, text.splitlines())) <= 120
 
@@ -211,3 +214,15 @@ def test_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     (tmp_path / "fixify" / "_recipes" / "broken.yaml").write_text("a: [1")
     with pytest.raises(RecipeError, match=r"broken\.yaml has a mistake"):
         list_recipes()
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_each_language_model_trains(name: str, text: Path, tmp_path: Path) -> None:
+    options = read_recipe(name).language
+    assert options is not None
+    if options.words == "word2vec":
+        pytest.importorskip("gensim")
+    small = {"num_features": 16, "epochs": 1, "batch_size": 4, "seq_len": 10, "warmup_epochs": 0, "device": "cpu"}
+    result = run_language(str(text), tmp_path / "run", options.replace(**small))
+    assert result.val.loss < 10
+    assert (result.size.fixed > 0) == (options.words != "learned")
