@@ -91,7 +91,6 @@ def _fixed(vectors: Tensor, options: LanguageOptions) -> tuple[nn.Embedding, nn.
     return embedding, WordClassifier(
         embedding.weight,
         normalize=options.head_normalize,
-        word_gain=options.head_word_gain,
         rank=options.head_rank,
         scale=options.head_scale,
         fixed_scale=options.head_fixed_scale,

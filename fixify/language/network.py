@@ -49,13 +49,12 @@ class Output(NamedTuple):
 class WordClassifier(nn.Module):
     """A fixed classifier of given vectors: `logits = scale * normalize(x) @ Q.T + bias` (paper, section 2.2).
 
-    Learned: `scale` [] (unless it is fixed), `bias` [C], `word_gain` [C], `down` [rank, N] and `up` [C, rank].
+    Learned: `scale` [] (unless it is fixed), `bias` [C], `down` [rank, N] and `up` [C, rank].
 
     Args:
         codes: Q, the words' vectors, unit length, [C, N], not learned; kept, not copied: the embedding has the same.
         normalize: Divide features by their norm, as in the paper. Without it the norm says how sure the model is of
             this word, which one scale for all words cannot.
-        word_gain: Learn a factor for each word's vector.
         rank: Of a learned correction of Q, `up @ down`; 0: none.
         scale: Initial alpha; None: `initial_scale` of C if normalised, else 1.
         fixed_scale: Alpha is not learned.
@@ -66,7 +65,6 @@ class WordClassifier(nn.Module):
         codes: nn.Parameter,
         *,
         normalize: bool = True,
-        word_gain: bool = False,
         rank: int = 0,
         scale: float | None = None,
         fixed_scale: bool = False,
@@ -78,7 +76,6 @@ class WordClassifier(nn.Module):
             scale = initial_scale(num_words) if normalize else 1.0
         self.scale = nn.Parameter(torch.tensor(scale), requires_grad=not fixed_scale)
         self.bias = nn.Parameter(torch.zeros(num_words))
-        self.word_gain = nn.Parameter(torch.ones(num_words)) if word_gain else None
         self.down = nn.Parameter(torch.randn(rank, width) / math.sqrt(width)) if rank else None
         self.up = nn.Parameter(torch.zeros(num_words, rank)) if rank else None
 
@@ -87,9 +84,7 @@ class WordClassifier(nn.Module):
         if self.normalize:
             x = F.normalize(x, dim=-1)
         x = x * self.scale
-        logits = F.linear(x, self.codes, None if self.word_gain is not None else self.bias)
-        if self.word_gain is not None:
-            logits = torch.addcmul(self.bias, logits, self.word_gain)
+        logits = F.linear(x, self.codes, self.bias)
         if self.down is not None and self.up is not None:
             logits = logits + F.linear(F.linear(x, self.down), self.up)
         return logits

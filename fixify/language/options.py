@@ -27,7 +27,6 @@ class LanguageOptions(CheckedOptions):
         head_scale: Initial alpha; None: where softmax reaches 0.95 at cosine 1, or 1 if features are not normalised.
         head_fixed_scale: Alpha is not learned.
         head_lr_scale: Alpha and the bias learn at this multiple of the rate.
-        head_word_gain: Learn a factor for each word's vector.
         head_rank: Rank of a learned correction of the fixed classifier; 0: none.
         head_signs: Keep only the signs of the fixed vectors, one bit a weight.
         embedding_scale: Length of a fixed word vector as the LSTM sees it.
@@ -64,7 +63,6 @@ class LanguageOptions(CheckedOptions):
     head_scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     head_fixed_scale: bool = False
     head_lr_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    head_word_gain: bool = False
     head_rank: int = Field(default=0, ge=0)
     head_signs: bool = False
     embedding_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)

@@ -94,7 +94,6 @@ def _words(options: LanguageOptions) -> str:
         for text, has in (
             ("signs", options.head_signs),
             ("no norm", not options.is_learned and not options.head_normalize),
-            ("gains", options.head_word_gain),
             (f"rank {options.head_rank}", options.head_rank > 0),
         )
         if has

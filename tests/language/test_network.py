@@ -24,18 +24,17 @@ def test_the_classifier_is_the_fixed_classifier_of_the_same_codes() -> None:
         torch.testing.assert_close(own(features), reference(features), rtol=1e-5, atol=1e-5)
 
 
-def test_gains_and_correction_start_as_nothing_and_count_as_they_should() -> None:
+def test_the_correction_starts_as_nothing_and_is_of_low_rank() -> None:
     codes = nn.Parameter(torch.nn.functional.normalize(torch.randn(40, 16), dim=1), requires_grad=False)
-    plain, more = WordClassifier(codes), WordClassifier(codes, word_gain=True, rank=3)
+    plain, more = WordClassifier(codes), WordClassifier(codes, rank=3)
     features = torch.randn(4, 16)
     torch.testing.assert_close(more(features), plain(features))
     learned = [sum(p.numel() for p in each.parameters() if p.requires_grad) for each in (plain, more)]
-    assert learned == [1 + 40, 1 + 40 + 40 + 3 * (40 + 16)]
+    assert learned == [1 + 40, 1 + 40 + 3 * (40 + 16)]
     with torch.no_grad():
-        more.word_gain.fill_(2.0)  # type: ignore[union-attr]
         more.up.normal_()  # type: ignore[union-attr]
         unit = torch.nn.functional.normalize(features, dim=1)
-        whole = 2.0 * codes + more.up @ more.down  # type: ignore[operator]
+        whole = codes + more.up @ more.down  # type: ignore[operator]
         torch.testing.assert_close(more(features), more.scale * unit @ whole.T, rtol=1e-4, atol=1e-4)
 
 

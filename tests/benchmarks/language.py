@@ -1,0 +1,139 @@
+"""Section 3.3 of the paper on a small text: learned words against fixed ones, the same budget for each.
+
+    apt-get install bible-kjv
+    python tests/benchmarks/kjv.py kjv
+    python tests/benchmarks/language.py kjv --seeds 0 1 2 --out language.jsonl
+    python tests/benchmarks/language.py --table language.jsonl
+
+Every row is the recipe kjv-lstm with another word model. Each has its own learning rate, the best of RATES on the
+validation text with the first seed; reported is perplexity on both texts, of the epoch that is best on validation.
+A run that is in --out already is not run again. word2vec needs gensim.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fixify.language import LanguageOptions, run_language
+from fixify.recipes import read_recipe
+
+RATES = (1e-2, 2e-2)
+_PAPER = {"head_normalize": True, "head_scale": None, "head_rank": 0}
+ROWS: dict[str, dict[str, Any]] = {
+    "learned": {"words": "learned"},
+    "tied": {"words": "tied"},
+    "random orthogonal": {"words": "orthogonal", **_PAPER},
+    "word2vec": {"words": "word2vec", **_PAPER},
+    "PMI": {"words": "pmi", **_PAPER},
+    "PMI + rank 8": {},
+    "signs of PMI + rank 8": {"head_signs": True},
+    "Hadamard + rank 8": {"words": "hadamard"},
+}
+
+
+def options_of(row: str, **given: Any) -> LanguageOptions:
+    base = read_recipe("kjv-lstm").language
+    if base is None:
+        raise SystemExit("The recipe kjv-lstm has no language section.")
+    changed = ROWS[row]
+    if changed.get("words") in ("learned", "tied"):
+        base = base.with_learned_words()
+    return base.replace(**changed, **given, device="cpu")
+
+
+class Bench:
+    """Results go to a file, run by run."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.known = read(arguments.out) if arguments.out.exists() else []
+
+    def run(self, row: str, seed: int, lr: float) -> dict[str, Any]:
+        epochs = self.arguments.epochs
+        key = (row, seed, lr, epochs)
+        found = next((e for e in self.known if (e["row"], e["seed"], e["lr"], e["epochs"]) == key), None)
+        if found is not None:
+            return found
+        with tempfile.TemporaryDirectory() as folder:
+            options = options_of(row, seed=seed, lr=lr, epochs=epochs)
+            result = run_language(self.arguments.text, Path(folder) / "run", options)
+        entry = {
+            "row": row,
+            "seed": seed,
+            "lr": lr,
+            "epochs": epochs,
+            "val": result.val.perplexity,
+            "test": result.test.perplexity,
+            "by_epoch": [record.val_perplexity for record in result.history],
+            "learned_parameters": result.size.learned,
+            "share_fixed": result.size.share,
+        }
+        self.known.append(entry)
+        with self.arguments.out.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        print(json.dumps(entry), flush=True)
+        return entry
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def print_table(path: Path) -> None:
+    """Mean over seeds (lowest to highest), each row at its rate; ratios to learned words seed by seed."""
+    entries = read(path)
+    chosen: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in dict.fromkeys(entry["row"] for entry in entries):
+        own = [entry for entry in entries if entry["row"] == row]
+        first = [entry for entry in own if entry["seed"] == own[0]["seed"]]
+        lr = min(first, key=lambda entry: entry["val"])["lr"]
+        chosen[row] = {entry["seed"]: entry for entry in own if entry["lr"] == lr}
+    print(f"| words | learned parameters | validation | / learned | test | rate | seeds |\n|{'---|' * 7}")
+    for row, by_seed in chosen.items():
+        shared = [seed for seed in by_seed if seed in chosen["learned"]]
+        ratios = [by_seed[seed]["val"] / chosen["learned"][seed]["val"] for seed in shared]
+        runs = list(by_seed.values())
+        cells = [_spread([run[name] for run in runs], 1) for name in ("val", "test")]
+        print(
+            f"| {row} | {runs[0]['learned_parameters']:,} | {cells[0]} | {_spread(ratios, 3)} | {cells[1]} "
+            f"| {runs[0]['lr']:g} | {len(runs)} |"
+        )
+
+
+def _spread(values: list[float], digits: int) -> str:
+    shown = f"{statistics.mean(values):.{digits}f}"
+    return f"{shown} ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", nargs="?", help="folder of the text")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
+    parser.add_argument("--epochs", type=int, default=read_recipe("kjv-lstm").language.epochs)  # type: ignore[union-attr]
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("language.jsonl"))
+    parser.add_argument("--table", type=Path, metavar="RESULTS", help="print the table of these results")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print_table(arguments.table)
+        return
+    if arguments.text is None:
+        parser.error("name the folder of the text, or --table RESULTS")
+    torch.set_num_threads(arguments.threads)
+    bench = Bench(arguments)
+    for seed in arguments.seeds:
+        for row in arguments.rows:
+            trials = {lr: bench.run(row, arguments.seeds[0], lr)["val"] for lr in RATES}
+            bench.run(row, seed, min(trials, key=trials.__getitem__))
+
+
+if __name__ == "__main__":
+    main()
