@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
-
 from fixify.counts import classifier_weights, count_parameters
+from fixify.language import LanguageOptions
+from fixify.language.building import assemble
 from fixify.reporting.measured import RunHere, run_here
 from fixify.zoo.architectures import build, parse_architecture
 from fixify.zoo.classifiers import find_classifiers
@@ -164,23 +164,12 @@ def paper() -> Paper:
 _WHICH_RESNET = "the paper does not say which reduced ResNet it took; this is ResNet-18 with half its channels"
 
 
-def lstm_language_model(num_words: int, width: int, num_layers: int = 2) -> nn.ModuleDict:
-    """The parts of section 3.3's model that have parameters: embedding, LSTM, and a classifier with its own weights.
-
-    "2-layers of LSTM and embedding + hidden size of 512": the printed total is that of torch's LSTM (two bias vectors
-    in each layer) and of an untied embedding and classifier, the classifier with a bias.
-    """
-    return nn.ModuleDict(
-        {
-            "embedding": nn.Embedding(num_words, width),
-            "lstm": nn.LSTM(width, width, num_layers),
-            "classifier": nn.Linear(width, num_words),
-        }
-    )
-
-
 def _language_model() -> Counted:
-    model = build_on_meta(lambda: lstm_language_model(WIKITEXT2_WORDS, LSTM_WIDTH))
+    """The printed total is that of torch's LSTM (two bias vectors in each layer), and of an embedding and a classifier
+    with weights of their own, the classifier with a bias.
+    """
+    options = LanguageOptions.create(words="learned", num_features=LSTM_WIDTH)
+    model = build_on_meta(lambda: assemble(options, WIKITEXT2_WORDS, None))
     shared = sum(model.get_parameter(f"{name}.weight").numel() for name in ("embedding", "classifier"))
     size = count_parameters(model)
     return Counted("2-layer LSTM", "torch", "WikiText-2", LSTM_WIDTH, WIKITEXT2_WORDS, size, shared)

@@ -64,7 +64,7 @@ def test_each_is_valid_and_says_how_to_run_it(name: str) -> None:
 
 
 WANTED = {
-    "a figure in percent": r"[\d.]+ %",
+    "a figure": r"[\d.]+ %|perplexity [\d.]+",
     "its range over seeds, or that it is of one": r"[\d.]+ to [\d.]+ over \d+ seeds|one seed",
     "the hardware": r"\bCPU|\bGPU|\b[AH]\d{2,3}\b",
     "the time": r"\bseconds?\b|\bminutes?\b|\bhours?\b|\d+ (s|min|h)\b",

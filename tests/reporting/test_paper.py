@@ -6,14 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
 from fixify.cli.app import app
 from fixify.recipes import shipped
 from fixify.reporting import paper as module
-from fixify.reporting.paper import Counted, Printed, lstm_language_model, paper
+from fixify.reporting.paper import Counted, Printed, paper
 from fixify.reporting.paper_tables import NOT_RUN, paper_tables
 
 
@@ -50,17 +49,6 @@ def test_section_4(found: module.Paper) -> None:
     assert jft.counted.share > 60
     assert "does not hold" not in jft.notes[0]
     assert (mobilenet.counted.num_features, resnet.counted.num_features) == (512, 256)
-
-
-def test_language_model_is_that_of_the_printed_count() -> None:
-    """Real tensors here, small: what is counted on the meta device is what a model of these parts has."""
-    words, width = 50, 8
-    model = lstm_language_model(words, width)
-    layer = 4 * width * (width + width) + 8 * width
-    expected = 2 * words * width + words + 2 * layer
-    assert sum(parameter.numel() for parameter in model.parameters()) == expected
-    hidden, _ = model["lstm"](model["embedding"](torch.tensor([[1], [2]])))
-    assert model["classifier"](hidden).shape == (2, 1, words)
 
 
 def test_gradients(found: module.Paper) -> None:
