@@ -323,15 +323,17 @@ class Bench:
         rates: dict[str, float] = {}
         for seed in arguments.seeds:
             old = old_classifier(self.base(seed), self.task, seed)
-            for name, row in rows(self.task, self.num_features).items():
+            every = rows(self.task, self.num_features)
+            for name, row in every.items():
                 if arguments.rows and name not in arguments.rows:
                     continue
                 if row.head_lr_scale is None or arguments.one_shot:
                     self.trial(name, row, seed, None, old)
                     continue
-                if name not in rates:
-                    rates[name] = rates[row.rate_of] if row.rate_of else self.search(name, row, seed, old)
-                self.trial(name, row, seed, rates[name], old)
+                source = row.rate_of or name
+                if source not in rates:
+                    rates[source] = self.search(source, every[source], seed, old)
+                self.trial(name, row, seed, rates[source], old)
             for name, standardize in SCRATCH.items():
                 if not arguments.one_shot and (not arguments.rows or name in arguments.rows):
                     self.scratch(name, seed, standardize)
