@@ -106,6 +106,9 @@ def convert(
         output.next_step(f"fixify eval {done.path} --data DATA", "it is trained already")
         return
     same = f" --recipe {recipe}" if chosen is not None and chosen.finetune is not None else ""
+    if same and chosen is not None and chosen.data is not None:
+        output.next_step(f"fixify finetune {done.path}{same}", "recover the accuracy")
+        return
     output.next_step(
         f"fixify finetune {done.path}{same} --data DATA", "recover the accuracy (DATA has train/ and val/)"
     )

@@ -1,21 +1,31 @@
-"""`fixify finetune [SLIM] --data DATA`"""
+"""`fixify finetune [SLIM] --data DATA`, or a recipe that says both."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fixify.cli.options import ClassMap, ClassOrder, Data, Force, InputKey, Json, Recipe, Set, TargetKey
+from fixify.cli.options import (
+    MACHINE_PANEL,
+    ClassMap,
+    ClassOrder,
+    Force,
+    InputKey,
+    Json,
+    MaxRestarts,
+    NprocPerNode,
+    Recipe,
+    RecipeData,
+    Set,
+    TargetKey,
+)
 from fixify.cli.output import Output
 from fixify.cli.watching import TensorBoard, Track, watching
-from fixify.cli.workers import is_worker
 
 _AUGMENTATION = "Augmentation (timm's names)"
 _DISTILLATION = "Distillation"
-_MACHINE = "Machine"
 
 
 def _option(
@@ -26,10 +36,10 @@ def _option(
 
 def finetune(
     context: typer.Context,
-    data: Data,
     slim: Annotated[
         Path | None, typer.Argument(help="A slim checkpoint. Default: the one in this folder.", show_default=False)
     ] = None,
+    data: RecipeData = None,
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", help="Folder of the run. Default: SLIM's name + -finetuned.", show_default=False),
@@ -116,34 +126,32 @@ def finetune(
         bool | None,
         _option("Learn from the teacher alone; DATA may be any images.", "--unlabelled", panel=_DISTILLATION),
     ] = None,
-    amp: Annotated[str | None, _option("none, bf16 or fp16. Default: none.", panel=_MACHINE)] = None,
-    channels_last: Annotated[bool | None, _option("Memory format.", "--channels-last", panel=_MACHINE)] = None,
-    compile: Annotated[bool | None, _option("torch.compile the model.", "--compile", panel=_MACHINE)] = None,
+    amp: Annotated[str | None, _option("none, bf16 or fp16. Default: none.", panel=MACHINE_PANEL)] = None,
+    channels_last: Annotated[bool | None, _option("Memory format.", "--channels-last", panel=MACHINE_PANEL)] = None,
+    compile: Annotated[bool | None, _option("torch.compile the model.", "--compile", panel=MACHINE_PANEL)] = None,
     grad_checkpointing: Annotated[
-        bool | None, _option("Save memory, compute twice.", "--grad-checkpointing", panel=_MACHINE)
+        bool | None, _option("Save memory, compute twice.", "--grad-checkpointing", panel=MACHINE_PANEL)
     ] = None,
-    nproc_per_node: Annotated[
-        int | None, _option("Train in so many processes here, one a GPU, as torchrun does.", panel=_MACHINE, low=1)
-    ] = None,
-    max_restarts: Annotated[
-        int | None, _option("Start them again, so often, if one is lost. Default: 0.", panel=_MACHINE, low=0)
-    ] = None,
+    nproc_per_node: NprocPerNode = None,
+    max_restarts: MaxRestarts = None,
     sync_bn: Annotated[
-        bool | None, _option("Batch norms over all processes (GPUs).", "--sync-bn", panel=_MACHINE)
+        bool | None, _option("Batch norms over all processes (GPUs).", "--sync-bn", panel=MACHINE_PANEL)
     ] = None,
     dist_bn: Annotated[
-        str | None, _option("Their running statistics: reduce, broadcast or none. Default: reduce.", panel=_MACHINE)
+        str | None,
+        _option("Their running statistics: reduce, broadcast or none. Default: reduce.", panel=MACHINE_PANEL),
     ] = None,
     shard: Annotated[
-        bool | None, _option("Spread the model over the processes (FSDP2).", "--shard", panel=_MACHINE)
+        bool | None, _option("Spread the model over the processes (FSDP2).", "--shard", panel=MACHINE_PANEL)
     ] = None,
     save_minutes: Annotated[
-        float | None, _option("Write the state so often, not only after validations. Default: 10.0.", panel=_MACHINE)
+        float | None,
+        _option("Write the state so often, not only after validations. Default: 10.0.", panel=MACHINE_PANEL),
     ] = None,
     workers: Annotated[
-        int | None, _option("Loader processes. Default: fits the machine.", "-j", "--workers", panel=_MACHINE)
+        int | None, _option("Loader processes. Default: fits the machine.", "-j", "--workers", panel=MACHINE_PANEL)
     ] = None,
-    device: Annotated[str | None, _option("cpu, cuda, mps ... Default: auto.", panel=_MACHINE)] = None,
+    device: Annotated[str | None, _option("cpu, cuda, mps ... Default: auto.", panel=MACHINE_PANEL)] = None,
     class_map: ClassMap = None,
     class_order: ClassOrder = None,
     input_key: InputKey = None,
@@ -155,13 +163,15 @@ def finetune(
 ) -> None:
     """Train a slim checkpoint, so that the network fits its fixed classifier.
 
+    A recipe may say what it is about (data, checkpoint, against, distill, class_map); what is given here wins.
+
     Leaves best.fixed.safetensors and last.fixed.safetensors in the folder of the run, with metrics.jsonl, timm's
     summary.csv, and the state that --resume continues from. The data's classes have to be the checkpoint's; labels go
     by their names, where it has them.
     With --max-drop 0.5 --against ORIGINAL --val-every 100 it trains no longer than it has to.
     """
     from fixify.cli.command_line import as_typed
-    from fixify.cli.launching import launch
+    from fixify.cli.launching import hand_over
     from fixify.cli.recipe_defaults import chosen_recipe, finetune_defaults
     from fixify.cli.slim import the_slim_file_here
     from fixify.cli.training_result import report_run
@@ -169,7 +179,18 @@ def finetune(
     from fixify.training import FinetuneOptions, run_finetune, stored_options
 
     output = Output(as_json=as_json)
-    source = Path(the_slim_file_here("finetune")) if slim is None else slim
+    chosen = chosen_recipe(recipe, set_ or [])
+    said = {"data": data, "checkpoint": slim, "against": against, "distill": distill, "class_map": class_map}
+    about: dict[str, Any] = {
+        name: getattr(chosen, name, None) if value is None else value for name, value in said.items()
+    }
+    if about["data"] is None:
+        where = "there is no recipe" if recipe is None else f"the recipe {recipe} names none"
+        raise UsageError(
+            f"What to train on is not said: --data is missing, and {where}.",
+            hint="Add --data DATA: a folder with train/ and val/, or a name; or a line `data: DATA` to a recipe.",
+        )
+    source = Path(about["checkpoint"] or the_slim_file_here("finetune"))
     folder = (
         Path(source.name.removesuffix(".safetensors").removesuffix(".fixed") + "-finetuned") if out is None else out
     )
@@ -179,29 +200,24 @@ def finetune(
         if name in FinetuneOptions.model_fields and value not in (None, ())
     }
     for name in ("distill_weight", "distill_temperature"):
-        if name in given and distill is None:
+        if name in given and about["distill"] is None:
             raise UsageError(f"--{name.replace('_', '-')} needs a teacher.", hint="Add --distill ORIGINAL.")
-    start = finetune_defaults(
-        output, chosen_recipe(recipe, set_ or []), stored_options(folder, FinetuneOptions) if resume else None
-    )
+    start = finetune_defaults(output, chosen, stored_options(folder, FinetuneOptions) if resume else None)
     options = start.replace(**given)
-    if max_restarts is not None and nproc_per_node is None:
-        raise UsageError("--max-restarts is for several processes.", hint="Add --nproc-per-node N.")
-    if nproc_per_node is not None and not is_worker():
-        raise typer.Exit(launch(nproc_per_node, max_restarts or 0, sys.argv[1:]))
+    hand_over(nproc_per_node, max_restarts)
     with watching(output, [*(track or []), *(["tensorboard"] if tensorboard else [])]) as tell:
         result = run_finetune(
             source,
-            data,
+            about["data"],
             folder,
             options,
-            against=against,
-            distill=distill,
+            against=about["against"],
+            distill=about["distill"],
             resume=resume,
             force=force,
             download=download,
-            class_map=class_map,
+            class_map=about["class_map"],
             command=as_typed(),
             on_event=tell,
         )
-    report_run(output, result, options, data)
+    report_run(output, result, options, about["data"])

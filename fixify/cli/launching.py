@@ -11,8 +11,29 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from fixify.cli.workers import OUTCOME
-from fixify.errors import TrainingError
+import typer
+
+from fixify.cli.workers import OUTCOME, is_worker
+from fixify.errors import TrainingError, UsageError
+
+
+def hand_over(processes: int | None, max_restarts: int | None) -> None:
+    """Let several processes do what the command line says, if it asks for that, and end with their exit code.
+
+    Comes back where it is this process that has to do it: one of them, or the only one.
+
+    Args:
+        processes: `--nproc-per-node`.
+        max_restarts: `--max-restarts`.
+
+    Raises:
+        UsageError: restarts without processes.
+        TrainingError: see `launch`.
+    """
+    if processes is None and max_restarts is not None:
+        raise UsageError("--max-restarts is for several processes.", hint="Add --nproc-per-node N.")
+    if processes is not None and not is_worker():
+        raise typer.Exit(launch(processes, max_restarts or 0, sys.argv[1:]))
 
 
 def launch(processes: int, max_restarts: int, arguments: Sequence[str]) -> int:

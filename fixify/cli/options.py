@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 DATA_PANEL = "Labels of the data"
+MACHINE_PANEL = "Machine"
 
 
 def _complete_recipe(incomplete: str) -> list[str]:
@@ -22,6 +23,24 @@ Out = Annotated[Path | None, typer.Option("-o", "--out", help="Where to write.",
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Default: the first accelerator there is, else cpu.")
 ]
+NprocPerNode = Annotated[
+    int | None,
+    typer.Option(
+        help="Train in so many processes here, one a GPU, as torchrun does.",
+        min=1,
+        rich_help_panel=MACHINE_PANEL,
+        show_default=False,
+    ),
+]
+MaxRestarts = Annotated[
+    int | None,
+    typer.Option(
+        help="Start them again, so often, if one is lost. Default: 0.",
+        min=0,
+        rich_help_panel=MACHINE_PANEL,
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed; the same seed gives the same result.", min=0)]
 Ema = Annotated[bool, typer.Option("--ema", help="Take the averaged (EMA) weights of a training checkpoint.")]
 Arch = Annotated[
@@ -30,13 +49,12 @@ Arch = Annotated[
         help="Architecture, e.g. resnet50, timm/resnet50, torchvision/resnet50. Default: found out.", show_default=False
     ),
 ]
-Data = Annotated[
-    str,
-    typer.Option(
-        help="A folder with train/ and val/, or a name: imagenet, cifar10, cifar100, fashion-mnist, torch/NAME, "
-        "hfds/NAME (Hugging Face), wds/FOLDER (webdataset)."
-    ),
-]
+_DATA = (
+    "A folder with train/ and val/, or a name: imagenet, cifar10, cifar100, fashion-mnist, torch/NAME, hfds/NAME "
+    "(Hugging Face), wds/FOLDER (webdataset)."
+)
+Data = Annotated[str, typer.Option(help=_DATA)]
+RecipeData = Annotated[str | None, typer.Option("--data", help=f"{_DATA} Default: the recipe's.", show_default=False)]
 ClassMap = Annotated[
     Path | None,
     typer.Option(

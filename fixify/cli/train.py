@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from fixify.cli.options import ClassMap, Force, Json, RecipeName, Set
+from fixify.cli.options import MACHINE_PANEL, ClassMap, Force, Json, MaxRestarts, NprocPerNode, RecipeName, Set
 from fixify.cli.output import Output
 from fixify.cli.watching import TensorBoard, Track, watching
-
-_MACHINE = "Machine"
+from fixify.cli.workers import is_worker
 
 
 def train(
@@ -40,11 +39,13 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder, exactly.")] = False,
     download: Annotated[bool, typer.Option("--download", help="Download torch/... data that is not here.")] = False,
+    nproc_per_node: NprocPerNode = None,
+    max_restarts: MaxRestarts = None,
     save_minutes: Annotated[
         float | None,
         typer.Option(
             help="Write the state so often, not only after validations. Default: 10.0.",
-            rich_help_panel=_MACHINE,
+            rich_help_panel=MACHINE_PANEL,
             show_default=False,
         ),
     ] = None,
@@ -54,13 +55,13 @@ def train(
             "-j",
             "--workers",
             help="Loader processes. Default: fits the machine.",
-            rich_help_panel=_MACHINE,
+            rich_help_panel=MACHINE_PANEL,
             show_default=False,
         ),
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda, mps ... Default: auto.", rich_help_panel=_MACHINE, show_default=False),
+        typer.Option(help="cpu, cuda, mps ... Default: auto.", rich_help_panel=MACHINE_PANEL, show_default=False),
     ] = None,
     class_map: ClassMap = None,
     track: Track = None,
@@ -80,6 +81,7 @@ def train(
     from fixify.cli.comparing import compare as compare_heads
     from fixify.cli.comparing import scales_of
     from fixify.cli.language import refuse_image_options, train_language
+    from fixify.cli.launching import hand_over
     from fixify.cli.recipe_defaults import run_defaults
     from fixify.cli.training_result import report_run
     from fixify.errors import UsageError
@@ -114,22 +116,26 @@ def train(
                 "--download": download,
                 "--workers": workers is not None,
                 "--track": trackers,
+                "--nproc-per-node": nproc_per_node,
+                "torchrun": is_worker(),
+                "--max-restarts": max_restarts is not None,
             }
         )
         for name in ("download", "class_map"):
             del given[name]
         train_language(output, chosen, folder, machine=machine, compare=compare, **given)
         return
+    if compare and section != "train":
+        raise UsageError(
+            f"--compare trains from scratch, and {recipe} has no train: section.", hint="Leave out --compare."
+        )
+    if compare_scales is not None and not compare:
+        raise UsageError("--compare-scales is for a comparison.", hint="Add --compare.")
+    hand_over(nproc_per_node, max_restarts)
     if compare:
-        if section != "train":
-            raise UsageError(
-                f"--compare trains from scratch, and {recipe} has no train: section.", hint="Leave out --compare."
-            )
         with watching(output, trackers) as tell:
             compare_heads(output, chosen, folder, scales_of(compare_scales), machine, tell=tell, **given)
         return
-    if compare_scales is not None:
-        raise UsageError("--compare-scales is for a comparison.", hint="Add --compare.")
     stored: Any = stored_options(folder, SECTIONS[section]) if resume else None  # type: ignore[type-var]
     options = run_defaults(output, chosen, section, stored).replace(**machine)
     with watching(output, trackers) as tell:

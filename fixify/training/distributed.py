@@ -8,6 +8,7 @@ and speaks. Without torchrun there is one process and no process group, and noth
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -23,6 +24,7 @@ from fixify.evaluation import resolve_device
 
 T = TypeVar("T")
 
+_groups = itertools.count()  # of this process; the others form the same ones in the same order
 _PATIENCE = timedelta(minutes=30)  # while the first process alone reads or writes, the others wait this long
 
 
@@ -129,8 +131,9 @@ def process_group(device: torch.device) -> Iterator[None]:
         torch.accelerator.set_device_index(device.index)
     with _translated():
         store, own_rank, size = next(dist.rendezvous("env://", timeout=_PATIENCE))
-        # torchrun's store outlives its workers: after a restart the addresses of those that ended would still be there.
-        attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        # torchrun's store outlives its workers, and a group its runs: the addresses of those that ended would be there.
+        place = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}, group {next(_groups)}"
+        attempt = dist.PrefixStore(place, store)
         dist.init_process_group(backend, store=attempt, rank=own_rank, world_size=size, timeout=_PATIENCE)
         yield
         # Not after an error: the others may be waiting for this process, which would then wait for them.

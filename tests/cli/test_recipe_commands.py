@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import fixify
@@ -127,6 +128,37 @@ def test_a_retrofit_by_recipe(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert "lr 0.5 (not 0.001)" in err
     code, _, err = run(*command, "--resume", "--set", "finetune.lr=0.25")
     assert code == 1 and "lr was 0.001 and is 0.25" in err
+
+
+def test_a_recipe_that_says_what_it_is_about(run: Run, tiny: Path, tmp_path: Path) -> None:
+    code, _, err = run("convert", tiny / "learned.pth", "-o", "net.fixed.safetensors")
+    assert code == 0, err
+    about = {"data": tiny / "data", "checkpoint": "net.fixed.safetensors", "distill": tiny / "learned.pth"}
+    options = {"epochs": 1, "batch_size": 4, "workers": 0, "device": "cpu", "img_size": 32, "no_aug": True}
+    whole = {**{key: str(value) for key, value in about.items()}, "convert": {}, "finetune": options}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(whole))
+    code, _, err = run("convert", tiny / "learned.pth", "-o", "other.fixed.safetensors", "--recipe", "mine.yaml")
+    assert code == 0 and "next: fixify finetune other.fixed.safetensors --recipe mine.yaml  " in err, err
+
+    command = ("finetune", "--recipe", "mine.yaml", "--distill-weight", 0.25)
+    code, _, err = run(*command)  # of two slim checkpoints here the recipe says which
+    assert code == 0, err
+    told = yaml.safe_load(Path("net-finetuned/recipe.yaml").read_text())
+    assert (told["data"], told["distill"]) == (str(tiny / "data"), str(tiny / "learned.pth"))
+    assert Path(told["checkpoint"]).name == "net.fixed.safetensors"
+    assert told["finetune"]["distill_weight"] == 0.25
+    code, _, err = run(*command, "--data", "nowhere", "-o", "run")  # what is typed wins
+    assert code == 1 and "nowhere" in err
+    code, _, err = run(*command, "other.fixed.safetensors")
+    assert code == 0 and Path("other-finetuned").is_dir(), err
+
+    (tmp_path / "mine.yaml").write_text("finetune: {}\n")
+    for arguments, words in (
+        (("--recipe", "mine.yaml"), "--data is missing, and the recipe mine.yaml names none."),
+        ((), "--data is missing, and there is no recipe."),
+    ):
+        code, _, err = run("finetune", "net.fixed.safetensors", *arguments)
+        assert code == 2 and words in " ".join(err.split()) and "Add --data DATA" in err
 
 
 def test_mistakes_stop_a_command_before_it_begins(run: Run, tiny: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Finetuning in several processes as a person starts it: torchrun's launcher, signals, lost processes, two nodes."""
+"""Training in several processes as a person starts it: torchrun's launcher, signals, lost processes, two nodes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 pytestmark = pytest.mark.slow
 FIXIFY = ["-m", "fixify"]
@@ -52,7 +53,7 @@ class Started:
 
     def workers(self) -> list[int]:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(child) for child in children if b"finetune" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        return [int(child) for child in children if b"\0fixify\0" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def finetune(stripes: Path, out: Path, *more: str) -> list[str]:
@@ -168,3 +169,70 @@ def test_torchrun_tells_an_error_once(stripes: Path, tmp_path: Path) -> None:
     code, _, err = Started([*TORCHRUN, *TWO, *arguments]).wait()
     assert code == 1
     assert err.count("error: ") == 1 and ".png" in err.split("error: ")[1].splitlines()[0]
+
+
+def compare(stripes: Path, out: Path, *more: str) -> list[str]:
+    recipe = out.with_suffix(".yaml")
+    network = {"model": "test_efficientnet", "in_chans": 1, "img_size": 32}
+    train = {**network, "epochs": 4, "batch_size": 5, "no_aug": True}
+    recipe.write_text(yaml.safe_dump({"data": str(stripes / "data"), "train": train}))
+    return [*FIXIFY, "train", str(recipe), "-o", str(out), "--workers", "0", "--device", "cpu", *TWO, *more]
+
+
+@pytest.fixture(scope="module")
+def compared(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compared") / "runs"
+    code, said, err = Started(compare(stripes, out, "--compare")).wait()
+    assert code == 0, err
+    assert "Traceback" not in err and "Warning" not in err
+    assert said.count("difference") == 2 and err.count("fixed, 1 of 2 runs") == err.count("learned, 2 of 2 runs") == 1
+    return out
+
+
+def test_a_comparison_is_of_the_runs_that_each_would_be_alone(stripes: Path, compared: Path, tmp_path: Path) -> None:
+    for name in ("fixed", "learned"):
+        described = json.loads((compared / name / "run.json").read_text())
+        assert described["processes"] == 2
+        assert described["command"].startswith("fixify train ") and "--nproc-per-node 2" in described["command"]
+    figures = [compared / f"figure{name}.png" for name in ("1-scale", "2-learned-fixed")]
+    assert all(path.is_file() for path in (compared / "report.html", *figures))
+    code, _, err = Started(compare(stripes, tmp_path / "alone", "--set", "train.head=learned")).wait()
+    assert code == 0, err
+    assert losses(tmp_path / "alone") == losses(compared / "learned")
+
+
+def test_a_comparison_goes_on_after_a_lost_process(stripes: Path, compared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    started = Started(compare(stripes, out, "--compare", "--max-restarts", "1"))
+    started.wait_for_epochs(out / "learned", 1)
+    os.kill(started.workers()[0], signal.SIGKILL)
+    code, _, err = started.wait()
+    assert code == 0, err
+    assert err.count("A process was lost; all were started again (1 of 1 times).") >= 1 and "error:" not in err
+    assert [losses(out / name) for name in ("fixed", "learned")] == [
+        losses(compared / name) for name in ("fixed", "learned")
+    ]
+
+
+def test_processes_meet_as_often_as_there_are_runs(tmp_path: Path) -> None:
+    """Late or early: the store of torchrun still has the addresses that each had in the run before."""
+    (tmp_path / "meet.py").write_text(
+        "import os, time, torch\n"
+        "from fixify.training import distributed\n"
+        "for run in range(20):\n"
+        "    time.sleep(0.1 * ((run + int(os.environ['RANK'])) % 2))\n"
+        "    with distributed.process_group(torch.device('cpu')):\n"
+        "        assert distributed.sum_(torch.ones(())) == 2\n"
+        "print('met', flush=True)\n"
+    )
+    code, out, err = Started([*TORCHRUN, *TWO, str(tmp_path / "meet.py")]).wait()
+    assert code == 0, err
+    assert out.count("met") == 2
+
+
+def test_a_language_model_is_trained_in_one_process(tmp_path: Path) -> None:
+    (tmp_path / "words.yaml").write_text("data: text\nlanguage: {words: learned}\n")
+    for start in ([*FIXIFY, "train"], [*TORCHRUN, "--nproc-per-node", "1", *FIXIFY, "train"]):
+        more = [] if "torch.distributed.run" in start else TWO
+        code, _, err = Started([*start, str(tmp_path / "words.yaml"), *more]).wait()
+        assert code in (1, 2) and "is for images, and the recipe is of a language model" in err

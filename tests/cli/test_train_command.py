@@ -74,6 +74,8 @@ def test_mistakes_of_a_comparison(run: Run, tmp_path: Path) -> None:
         (("mine.yaml", "--compare", "--compare-scales", "1,ten"), "takes numbers with commas between them"),
         (("mine.yaml", "--compare", "--set", "train.head=learned"), "has to be a fixed one"),
         (("tune.yaml", "--compare"), "has no train: section"),
+        (("mine.yaml", "--max-restarts", "1"), "Add --nproc-per-node N."),
+        (("mine.yaml", "--nproc-per-node", "0"), "--nproc-per-node"),
     ):
         code, _, err = run("train", *arguments)
         assert code == 2 and words in err, err
