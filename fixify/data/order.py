@@ -7,11 +7,8 @@ from dataclasses import dataclass
 
 from torch.utils.data import Sampler
 
-from fixify.data.seeding import derive_seed, derive_seeds, permutation
+from fixify.data.seeding import Stream, derive_seed, derive_seeds, permutation
 from fixify.errors import DataError
-
-# Separate the random streams that belong to one (seed, epoch).
-_ORDER, _IMAGES, _BATCHES, _ERASING = 0, 1, 2, 9
 
 
 @dataclass(frozen=True)
@@ -59,8 +56,8 @@ class Keys(Sampler[list[tuple[int, int]]]):
             for start in range(self.first_batch * self.batch_size, len(indices), self.batch_size):
                 yield [(index, 0) for index in indices[start : start + self.batch_size]]
             return
-        order = permutation(self.seed, self.epoch, _ORDER, count=self.num_images)
-        seeds = derive_seeds(self.seed, self.epoch, _IMAGES, count=self.num_images)
+        order = permutation(self.seed, self.epoch, Stream.ORDER, count=self.num_images)
+        seeds = derive_seeds(self.seed, self.epoch, Stream.IMAGES, count=self.num_images)
         places = self._places()
         for start in range(self.first_batch * self.all_at_once, self.images_used, self.all_at_once):
             indices_here = order[start : start + self.all_at_once][places]
@@ -76,9 +73,9 @@ class Keys(Sampler[list[tuple[int, int]]]):
         return [*range(rank * front, (rank + 1) * front), *range(total - (rank + 1) * back, total - rank * back)]
 
     def batch_seed(self, number: int) -> int:
-        return derive_seed(self.seed, self.epoch, _BATCHES, number)
+        return derive_seed(self.seed, self.epoch, Stream.BATCHES, number)
 
     def erasing_seeds(self, number: int) -> list[int]:
-        seeds = derive_seeds(self.seed, self.epoch, _ERASING, number, count=self.all_at_once)
+        seeds = derive_seeds(self.seed, self.epoch, Stream.ERASING, number, count=self.all_at_once)
         found: list[int] = seeds[self._places()].tolist()
         return found

@@ -8,12 +8,35 @@ with any number of workers, a resumed run needs no stored random state, and the 
 from __future__ import annotations
 
 import contextlib
+import enum
 import random
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+
+@enum.unique
+class Stream(enum.IntEnum):
+    """What is drawn from the seed of a training on images: the number follows (seed, epoch) among the parts.
+
+    No two have one number, whatever parts follow: (3, 0, 9) and (3, 0, 9, 0) give one seed, since NumPy fills up with
+    zeros. A number that is changed changes every result that was drawn from it.
+    """
+
+    ORDER = 0  # of the training images
+    IMAGES = 1  # the augmentation of each
+    BATCHES = 2  # Mixup and CutMix
+    DROPOUT = 3
+    CALIBRATION = 4  # images for the statistics of features
+    HOLD_OUT = 5  # unlabelled images for validation
+    DRAW = 6  # images that `convert` calibrates on
+    LAST_BLOCK_DROPOUT = 7
+    LAST_BLOCK = 8  # images for the stage that trains the last blocks
+    INIT = 9  # weights of a network from scratch
+    ERASING = 10
+    LAST_BLOCK_ORDER = 11  # of their features
 
 
 def derive_seed(*parts: int) -> int:

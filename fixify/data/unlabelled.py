@@ -18,12 +18,11 @@ from fixify.data.idx import has_idx_files
 from fixify.data.names import DATA_NAMES, find_folder, open_data, open_train_val
 from fixify.data.opened import OpenedData, Subset
 from fixify.data.options import DataOptions
-from fixify.data.seeding import permutation
+from fixify.data.seeding import Stream, permutation
 from fixify.data.separate import check_separate
 from fixify.errors import DataError
 
 _HELD_OUT, _MOST_HELD_OUT = 0.1, 5000
-_HOLD_OUT, _DRAW = 5, 6  # random streams beside those of fixify.data.order and fixify.training
 
 
 def open_unlabelled(
@@ -87,7 +86,7 @@ def draw_images(name: str, *, count: int, seed: int = 0) -> OpenedData:
         data = open_data(name, split="train", options=DataOptions(need_labels=False))
     else:
         data = _without_labels(find_split(root, "train") or root, root, ())
-    order = permutation(seed, 0, _DRAW, count=len(data))[:count]
+    order = permutation(seed, 0, Stream.DRAW, count=len(data))[:count]
     return replace(data, images=Subset(data.images, order.tolist()), labelled=False)
 
 
@@ -127,7 +126,7 @@ def _labelled(folder: Path, root: Path, class_names: Sequence[str]) -> OpenedDat
 def _held_out(data: OpenedData, seed: int) -> tuple[OpenedData, OpenedData]:
     if len(data) < 2:
         raise DataError(f"{data.location} holds one image; some are needed for training and some for validation.")
-    order = permutation(seed, 0, _HOLD_OUT, count=len(data))
+    order = permutation(seed, 0, Stream.HOLD_OUT, count=len(data))
     held = min(max(1, round(_HELD_OUT * len(data))), _MOST_HELD_OUT)
     folder = Path(data.location).name
     parts = []

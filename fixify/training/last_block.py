@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.feature_extraction import NodePathTracer
 
 from fixify.data import ImageLoader
-from fixify.data.seeding import derive_seed, permutation, seeded_torch
+from fixify.data.seeding import Stream, derive_seed, permutation, seeded_torch
 from fixify.errors import TrainingError, UsageError
 from fixify.evaluation import Precision, autocast, eval_mode
 from fixify.heads import FixedClassifier
@@ -29,7 +29,6 @@ from fixify.training.options import FinetuneOptions
 
 _SHARE = 0.25  # of the weights below the classifier
 _LARGEST = 2 << 30  # bytes of features
-_ORDER, _DROPOUT = 6, 7  # random streams beside those of fixify.data and the other modules here
 
 
 @dataclass(frozen=True)
@@ -230,13 +229,16 @@ def train_tail(
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
     frozen.train(divided.tail)
     for epoch in range(epochs):
-        order, total = permutation(options.seed, epoch, _ORDER, count=count), 0.0
+        order, total = permutation(options.seed, epoch, Stream.LAST_BLOCK_ORDER, count=count), 0.0
         for step in range(steps):
             on_step()
             picked = torch.from_numpy(order[step * size : (step + 1) * size])
             inputs, targets = features.inputs[picked].to(device), features.targets[picked].to(device)
             taught = None if features.taught is None else features.taught[picked].to(device)
-            with seeded_torch(derive_seed(options.seed, epoch, _DROPOUT, step), device), autocast(device, options.amp):
+            with (
+                seeded_torch(derive_seed(options.seed, epoch, Stream.LAST_BLOCK_DROPOUT, step), device),
+                autocast(device, options.amp),
+            ):
                 loss = loss_of(divided.tail(inputs), targets, taught)
             optimiser.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fixify.data.seeding import derive_seed, seeded_torch
+from fixify.data.seeding import Stream, derive_seed, seeded_torch
 from fixify.errors import TrainingError
 from fixify.evaluation import autocast
 from fixify.heads import FixedClassifier
@@ -32,7 +32,6 @@ from fixify.training.steps import is_logged
 # noticed a little later, but named with its own step.
 _READ_EVERY = 20
 _AUXILIARY_WEIGHT = 0.3  # Szegedy et al., "Going deeper with convolutions", section 5
-_DROPOUT = 3  # random stream beside those of fixify.data.order
 
 
 class Keeping(Protocol):
@@ -140,7 +139,7 @@ def _forward_backward(
     # Losses are looked at before they do harm only if a run may go on after one: that makes an accelerator wait.
     buffers = Buffers(engine.model) if options.nan_skip else None
     # Of each process another: what is dropped of one image must not be dropped of the others' images too.
-    seed = derive_seed(options.seed, progress.epoch, _DROPOUT, progress.batch, distributed.rank())
+    seed = derive_seed(options.seed, progress.epoch, Stream.DROPOUT, progress.batch, distributed.rank())
     forward = engine.model if engine.parallel is None else engine.parallel
     with seeded_torch(seed, engine.device):
         with autocast(engine.device, options.amp):

@@ -16,7 +16,7 @@ from fixify.checkpoint import SlimInfo, save
 from fixify.counts import Savings, classifier_weights, count_bytes, count_parameters
 from fixify.data import DataOptions, match_classes, open_train_val, override
 from fixify.data.preprocessing import channels_of
-from fixify.data.seeding import derive_seed, seeded_globals
+from fixify.data.seeding import Stream, derive_seed, seeded_globals
 from fixify.errors import UsageError
 from fixify.evaluation import check_input_size
 from fixify.ordinary import SUFFIX, save_ordinary
@@ -31,8 +31,6 @@ from fixify.training.slim import class_map_facts
 from fixify.training.train_options import TrainOptions
 from fixify.zoo.architectures import Architecture, build, parse_architecture, preprocessing
 from fixify.zoo.classifiers import find_classifiers
-
-_INIT = 9  # random stream beside those of fixify.data.order and the other modules here
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def new_network(options: TrainOptions, class_names: list[str]) -> NewNetwork:
     """
     num_classes = len(class_names)
     architecture = _architecture(options)
-    with seeded_globals(derive_seed(options.seed, 0, _INIT), torch.device("cpu")):
+    with seeded_globals(derive_seed(options.seed, 0, Stream.INIT), torch.device("cpu")):
         model = build(architecture, num_classes=num_classes)
     config = override(preprocessing(architecture), img_size=options.img_size, crop_pct=options.crop_pct)
     for name, values in (("mean", options.mean), ("std", options.std)):

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fixify.data import ImageLoader, OpenedData, Share, Subset, make_loader
-from fixify.data.seeding import permutation
+from fixify.data.seeding import Stream, permutation
 from fixify.errors import DataError
 from fixify.training import distributed
 from fixify.training.calibration import calibrate_heads_, uncalibrated_heads
@@ -24,8 +24,6 @@ from fixify.training.events import Calibrated, Evaluating, LastBlockEpoch, Liste
 from fixify.training.last_block import compute, divide, joined, most_images, train_tail
 from fixify.training.loop import training_loss
 from fixify.training.replicas import make_alike
-
-_CALIBRATION, _LAST_BLOCK = 4, 8  # random streams beside those of fixify.data.order and fixify.training.loop
 
 
 class Stages:
@@ -55,7 +53,7 @@ class Stages:
         engine = self.engine
         if not uncalibrated_heads(engine.model):
             return False
-        with self._some_images(_CALIBRATION, engine.options.calibration_images) as loader:
+        with self._some_images(Stream.CALIBRATION, engine.options.calibration_images) as loader:
             images = calibrate_heads_(engine.model, self._watched(loader), device=engine.device)
         make_alike(engine.model)
         self.on_event(Calibrated(images))
@@ -64,7 +62,7 @@ class Stages:
     def train_last_block(self) -> None:
         """Train the last blocks for `options.last_block_epochs`."""
         engine, options = self.engine, self.engine.options
-        with self._some_images(_LAST_BLOCK, 2) as loader:
+        with self._some_images(Stream.LAST_BLOCK, 2) as loader:
             few = next((images for images, _ in loader), None)
         if few is None:
             raise DataError("The first images that were drawn cannot be read.", hint="See the warnings above.")
@@ -76,7 +74,7 @@ class Stages:
             self.on_event(Evaluating("features", min(images * distributed.count(), count), count))
             self.look_at_stop()
 
-        with self._some_images(_LAST_BLOCK, count, distributed.share()) as loader:
+        with self._some_images(Stream.LAST_BLOCK, count, distributed.share()) as loader:
             part = compute(divided, loader, engine.teacher, device=engine.device, amp=options.amp, on_batch=tell)
             for _ in range(len(loader) - loader.own_batches):
                 self.look_at_stop()
@@ -111,7 +109,7 @@ class Stages:
             self.preprocessing,
             training=False,
             batch_size=options.batch_size,
-            workers=options.resolved_workers() if stream == _LAST_BLOCK else 0,
+            workers=options.resolved_workers() if stream == Stream.LAST_BLOCK else 0,
             device=self.engine.device,
             unreadable=self.engine.loader.unreadable,
             share=share,

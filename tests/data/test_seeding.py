@@ -1,0 +1,27 @@
+"""fixify.data.seeding: which random streams there are, and that none is another's."""
+
+import numpy as np
+import pytest
+
+from fixify.data.order import Keys, Share
+from fixify.data.seeding import Stream, derive_seed, derive_seeds, permutation
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_streams_are_distinct(seed: int) -> None:
+    """Also where one has a part more, which is zero at first."""
+    drawn = {stream: {derive_seed(seed, 0, stream), derive_seed(seed, 0, stream, 0)} for stream in Stream}
+    assert len(set.union(*drawn.values())) == len(drawn)
+    orders = [permutation(seed, 0, stream, count=50).tolist() for stream in Stream]
+    assert len({tuple(order) for order in orders}) == len(Stream)
+
+
+def test_erasing_does_not_begin_with_the_seed_of_the_first_weights() -> None:
+    keys = Keys(20, 4, training=True, seed=3, even=False, share=Share())
+    assert derive_seed(3, 0, Stream.INIT) not in keys.erasing_seeds(0)
+
+
+def test_seeds_do_not_depend_on_numpys_version() -> None:
+    assert derive_seed(1, 2, Stream.IMAGES) == 830043460
+    np.testing.assert_array_equal(derive_seeds(1, 2, Stream.ORDER, count=2), [1596810411, 3615836353])
+    np.testing.assert_array_equal(permutation(1, 2, Stream.INIT, count=6), [3, 5, 0, 1, 2, 4])
