@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from timm.models import group_parameters
 from torch import nn
 
 from fixify.errors import UsageError
 from fixify.heads import FixedClassifier
+from fixify.training.layers import groups_of
+from fixify.zoo.classifiers import find_classifiers
 
 
 @dataclass(frozen=True)
@@ -34,23 +34,17 @@ class Frozen:
 
 
 def freeze_(model: nn.Module, depth: int) -> Frozen:
-    """Freeze the first stages of a model: timm's coarse groups, of which the stem is one and the classifier the last.
+    """Freeze the first stages of a model: its coarse groups, of which the stem is one and the classifier the last.
 
     Args:
         model: Its parameters in those stages no longer require gradients.
         depth: How many stages; 0 freezes nothing.
 
     Raises:
-        UsageError: the model does not tell its stages, or has fewer.
+        UsageError: the model does not tell its stages (see `groups_of`), or has fewer.
     """
     if depth == 0:
         return Frozen()
-    if not hasattr(model, "group_matcher"):
-        raise UsageError(
-            f"A {type(model).__name__} does not tell its stages, as timm's models do (group_matcher), so the first "
-            "cannot be frozen.",
-            hint="Leave out --freeze.",
-        )
     stages = _stages(model)
     labels = _labels(stages)
     if depth > len(stages):
@@ -66,19 +60,16 @@ def freeze_(model: nn.Module, depth: int) -> Frozen:
     return Frozen(tuple(labels[:depth]), tuple(_frozen_modules(model)))
 
 
-def _stages(model: Any) -> list[list[str]]:
+def _stages(model: nn.Module) -> list[list[str]]:
     """Names of the parameters of each stage before the classifier."""
-    kept = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        if isinstance(module, FixedClassifier) or module is model.get_classifier()
-        for name, _ in module.named_parameters()
-    }
-    stages = []
-    for _, names in sorted(group_parameters(model, model.group_matcher(coarse=True)).items()):
-        if kept.intersection(names):
-            break
-        stages.append(names)
+    groups = groups_of(model, coarse=True, option="--freeze")
+    heads = [path for path, module in model.named_modules() if isinstance(module, FixedClassifier)]
+    heads = heads or [site.path for site in find_classifiers(model)]
+    end = min(number for name, number in groups.items() if name.rpartition(".")[0] in heads)
+    stages: list[list[str]] = [[] for _ in range(end)]
+    for name, number in groups.items():
+        if number < end:
+            stages[number].append(name)
     return stages
 
 
@@ -91,9 +82,9 @@ def _frozen_modules(module: nn.Module) -> list[nn.Module]:
 
 
 def _labels(stages: Sequence[Sequence[str]]) -> list[str]:
-    """The shortest module names that are of one stage alone: `layer1`, `blocks.3`, or `conv1, bn1`."""
+    """The shortest names that are of one stage alone: `layer1`, `blocks.3`, or `conv1, bn1`."""
     found = []
-    stages = [[name.rsplit(".", 1)[0] for name in stage] for stage in stages]
+    stages = [[_module(name, stage, stages) for name in stage] for stage in stages]
     for stage in stages:
         others = [name for other in stages if other is not stage for name in other]
         deepest = max(name.count(".") for name in stage)
@@ -103,6 +94,13 @@ def _labels(stages: Sequence[Sequence[str]]) -> list[str]:
                 break
         found.append(", ".join(own))
     return found
+
+
+def _module(name: str, stage: Sequence[str], stages: Sequence[Sequence[str]]) -> str:
+    """Of the parameter; its own name if parts of that module are in another stage (`encoder.pos_embedding`)."""
+    module = name.rpartition(".")[0]
+    others = (other for each in stages if each is not stage for other in each)
+    return name if not module or any(other.startswith(f"{module}.") for other in others) else module
 
 
 def _start(name: str, depth: int) -> str:

@@ -7,14 +7,14 @@ import math
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from timm.optim import create_optimizer_v2
 from timm.scheduler import MultiStepLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import dispatch_clip_grad
 from torch import nn
 
-from fixify.errors import UsageError
 from fixify.heads import FixedClassifier
+from fixify.training.layers import groups_of
 from fixify.training.options import FinetuneOptions
 from fixify.training.shards import clip_shards_
 
@@ -35,7 +35,7 @@ def parameter_groups(
         part: Only the parameters that this has too; None takes all.
 
     Raises:
-        UsageError: a layer decay for a model that does not tell its layers.
+        UsageError: a layer decay for a model that does not tell its layers (see `groups_of`).
     """
     heads = _parameters_of_heads(model)
     wanted = None if part is None else {id(parameter) for parameter in part.parameters()}
@@ -80,14 +80,9 @@ def _layer_scales(model: nn.Module, options: FinetuneOptions) -> dict[int, float
     """Of each parameter, by its id: layer_decay to the power of its distance from the top."""
     if options.layer_decay is None:
         return {}
-    if not hasattr(model, "group_matcher"):
-        raise UsageError(
-            f"A {type(model).__name__} does not tell its layers, as timm's models do (group_matcher), so their rates "
-            "cannot be decayed.",
-            hint="Leave out --layer-decay.",
-        )
-    groups = param_groups_layer_decay(model, layer_decay=options.layer_decay)
-    return {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    groups = groups_of(model, coarse=False, option="--layer-decay")
+    top = max(groups.values())
+    return {id(parameter): options.layer_decay ** (top - groups[name]) for name, parameter in model.named_parameters()}
 
 
 def clip_gradients(model: nn.Module, options: FinetuneOptions) -> None:

@@ -46,9 +46,9 @@ class FinetuneOptions(CheckedOptions):
         head_lr_scale: The fixed head's scale and bias learn at this multiple of the rate. The scale needs it: it has to
             grow several times over, and one step moves it no further than any weight.
         ema_decay: Decay of an exponential moving average of the weights, which is then what is evaluated and saved.
-        layer_decay: Each layer learns at this multiple of the rate of the layer above it; timm's rule, for its models.
-        freeze: So many first stages stay as they are (timm's coarse groups: the stem is one, each stage or block of a
-            transformer another), the statistics of their batch norms included.
+        layer_decay: Each layer learns at this multiple of the rate of the layer above it, as with timm.
+        freeze: So many first stages stay as they are (see `fixify.training.layers`: the stem is one, each stage or
+            block of a transformer another), the statistics of their batch norms included.
         grad_accum: Steps whose gradients make one update.
         clip_grad: Largest norm of the gradient; other modes clip otherwise.
         clip_mode: timm's: "norm" of all gradients, "value" of each, or "agc", adaptive by the norm of each weight.

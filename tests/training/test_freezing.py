@@ -69,7 +69,7 @@ def test_too_many_stages_are_listed_and_the_head_is_none_of_them(resnet: nn.Modu
 
 
 def test_a_model_without_stages_is_refused(new_model: Any) -> None:
-    with pytest.raises(UsageError, match="does not tell its stages"):
+    with pytest.raises(UsageError, match="does not tell its layers"):
         freeze_(new_model(), 1)
 
 
