@@ -85,7 +85,9 @@ def expected(model: torch.nn.Module, images: Tensor, head: dict[str, Tensor]) ->
     return hadamard_logits(features, float(head["scale"]), head["bias"].double())
 
 
-@pytest.mark.parametrize(("name", "num_classes"), [("resnet20_cifar", 10), ("resnet56_cifar", 64)])
+@pytest.mark.parametrize(
+    ("name", "num_classes"), [("resnet20_cifar", 10), ("resnet44_cifar", 10), ("resnet56_cifar", 64)]
+)
 def test_logits_are_those_of_the_published_code(tmp_path: Path, name: str, num_classes: int) -> None:
     """Recognised by the order of its shapes, under its own key names; in float64 against the formula."""
     model, head = network(name, num_classes), trained(num_classes)

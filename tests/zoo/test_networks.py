@@ -25,6 +25,7 @@ EXPECTED = {
     "shufflenet_v1_g3": (1_826_555 - 1, 960, 1000),
     "mobilenet_v1_050": (1_331_592, 512, 1000),
     "resnet20_cifar": (272_474, 64, 10),
+    "resnet44_cifar": (661_338, 64, 10),  # 272,474 + 4 / 6 of what 20 and 56 layers differ by
     "resnet18_050": (3_055_880, 256, 1000),
 }
 REFS = [f"fixify/{name}" for name in NETWORKS]
@@ -166,6 +167,6 @@ def test_shipped_index_has_them_as_they_are_built() -> None:
 def test_timm_knows_them() -> None:
     """Once the zoo is imported, as it is here; that `import fixify` stays light is tested in tests/test_layers.py."""
     assert set(NETWORKS) <= set(timm.list_models())
-    assert timm.list_models(module="residual") == ["resnet18_050", "resnet20_cifar", "resnet56_cifar"]
+    assert timm.list_models(module="residual") == ["resnet18_050", "resnet20_cifar", "resnet44_cifar", "resnet56_cifar"]
     with pytest.raises(RuntimeError, match="No pretrained weights exist"):
         timm.create_model("resnet20_cifar", pretrained=True)

@@ -88,7 +88,7 @@ class ResNet(ConvNet):
 
 
 default_cfgs = generate_default_cfgs(
-    {"resnet20_cifar": cifar_cfg(10), "resnet56_cifar": cifar_cfg(10), "resnet18_050": imagenet_cfg()}
+    {f"resnet{depth}_cifar": cifar_cfg(10) for depth in (20, 44, 56)} | {"resnet18_050": imagenet_cfg()}
 )
 
 
@@ -102,6 +102,12 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> ResNet:
 def resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet-20 for 32 x 32 images, N = 64: small enough to train on a CPU."""
     return _create("resnet20_cifar", pretrained, depths=(3, 3, 3), widths=(16, 32, 64), small_images=True, **kwargs)
+
+
+@register_model
+def resnet44_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """ResNet-44 for 32 x 32 images, N = 64: the depth that the author's code takes unless it is told another."""
+    return _create("resnet44_cifar", pretrained, depths=(7, 7, 7), widths=(16, 32, 64), small_images=True, **kwargs)
 
 
 @register_model
