@@ -6,9 +6,11 @@ answer at once. A command imports what it needs when it runs.
 
 from __future__ import annotations
 
+import inspect as docs
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -28,18 +30,25 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command("convert")(convert.convert)
-app.command("finetune")(finetune.finetune)
-app.command("train")(train.train)
-app.command("eval")(eval.evaluate)
-app.command("predict")(predict.predict)
-app.command("report")(report.report)
-app.command("plan")(plan.plan)
-app.command("identify")(identify.identify)
-app.command("inspect")(inspect.inspect)
-app.command("verify")(verify.verify)
+
+def _add(name: str, command: Callable[..., None]) -> None:
+    """Add a command; in its help each paragraph is wrapped to the terminal, not as it is in the source."""
+    paragraphs = docs.cleandoc(command.__doc__ or "").split("\n\n")
+    app.command(name, help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))(command)
+
+
+_add("convert", convert.convert)
+_add("finetune", finetune.finetune)
+_add("train", train.train)
+_add("eval", eval.evaluate)
+_add("predict", predict.predict)
+_add("report", report.report)
+_add("plan", plan.plan)
+_add("identify", identify.identify)
+_add("inspect", inspect.inspect)
+_add("verify", verify.verify)
 app.add_typer(recipes.app, name="recipes")
-app.command("demo")(demo.demo)
+_add("demo", demo.demo)
 
 
 def _print_version(value: bool) -> None:

@@ -68,6 +68,7 @@ def convert(
     """Replace the classifier of a checkpoint by a fixed one, and write the slim checkpoint.
 
     The backbone is kept bit for bit. No data is needed; accuracy comes back with `fixify finetune`.
+    A checkpoint that was trained with the paper's published code keeps its own, unless --head names another.
     A few hundred images without labels (--calibrate) bring part of it back at once, and tell how much.
     """
     from fixify.cli.asking import with_architecture

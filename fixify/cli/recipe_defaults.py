@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import typer
 
 from fixify.cli.output import Output
+from fixify.errors import DataError
 from fixify.recipes.reading import Recipe, read_recipe, section_of
 from fixify.recipes.schema import convert_option_names
+from fixify.recipes.shipped import recipe_names
 from fixify.training import FinetuneOptions
 from fixify.validation import CheckedOptions
 
@@ -23,6 +26,23 @@ def chosen_recipe(name: str | None, overrides: Sequence[str]) -> Recipe | None:
         RecipeError, UsageError: see `fixify.recipes.read_recipe`.
     """
     return None if name is None and not overrides else read_recipe(name, overrides)
+
+
+@contextlib.contextmanager
+def telling_where_data_comes_from(recipe: str, data: str | None) -> Iterator[None]:
+    """Within the block, a `DataError` about data that a shipped recipe names says that the recipe tells how to get it.
+
+    Args:
+        recipe: As it was typed.
+        data: `--data`.
+    """
+    try:
+        yield
+    except DataError as error:
+        if data is not None or recipe not in recipe_names():
+            raise
+        how = f"How to get what this recipe trains on: fixify recipes show {recipe}"
+        raise DataError(error.message, hint=how if error.hint is None else f"{error.hint}\n{how}") from error
 
 
 def convert_options(context: typer.Context, recipe: Recipe | None) -> dict[str, Any]:

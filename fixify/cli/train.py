@@ -82,7 +82,7 @@ def train(
     from fixify.cli.comparing import scales_of
     from fixify.cli.language import refuse_image_options, train_language
     from fixify.cli.launching import hand_over
-    from fixify.cli.recipe_defaults import run_defaults
+    from fixify.cli.recipe_defaults import run_defaults, telling_where_data_comes_from
     from fixify.cli.training_result import report_run
     from fixify.errors import UsageError
     from fixify.recipes.reading import read_recipe
@@ -123,7 +123,8 @@ def train(
         )
         for name in ("download", "class_map"):
             del given[name]
-        train_language(output, chosen, folder, machine=machine, compare=compare, **given)
+        with telling_where_data_comes_from(recipe, data):
+            train_language(output, chosen, folder, machine=machine, compare=compare, **given)
         return
     if compare and section != "train":
         raise UsageError(
@@ -133,12 +134,12 @@ def train(
         raise UsageError("--compare-scales is for a comparison.", hint="Add --compare.")
     hand_over(nproc_per_node, max_restarts)
     if compare:
-        with watching(output, trackers) as tell:
+        with watching(output, trackers) as tell, telling_where_data_comes_from(recipe, data):
             compare_heads(output, chosen, folder, scales_of(compare_scales), machine, tell=tell, **given)
         return
     stored: Any = stored_options(folder, SECTIONS[section]) if resume else None  # type: ignore[type-var]
     options = run_defaults(output, chosen, section, stored).replace(**machine)
-    with watching(output, trackers) as tell:
+    with watching(output, trackers) as tell, telling_where_data_comes_from(recipe, data):
         result = run_recipe(chosen, folder, options, on_event=tell, **given)
     report_run(output, result, options, data if data is not None else str(chosen.data))
 

@@ -62,7 +62,7 @@ def open_torch(name: str, roots: Sequence[Path], split: Split, *, download: bool
         return _opened(name, dataset, root, split)
     if not download:
         raise DataError(
-            f"torch/{name} is in none of {', '.join(str(root) for root in roots)}.",
+            f"torch/{name} is not here; looked in {' and '.join(str(root.resolve()) for root in roots)}.",
             hint="Add --download, or say where it is with FIXIFY_DATA=/folder/that/holds/it",
         )
     try:

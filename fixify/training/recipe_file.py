@@ -71,7 +71,7 @@ def check_recorded(recorded: Mapping[str, Any], facts: Mapping[str, Any], option
             f"The run that wrote this recipe had {together} images in a step, and this would have "
             f"{options.batch_size * processes} ({processes} x {options.batch_size}), so it would not repeat the run.",
             hint=(f"Add --set {options.section}.batch_size={together // processes}, or start" if fits else "Start")
-            + f" as many processes with torchrun; or drop `recorded.{IMAGES_A_STEP}` from the recipe.",
+            + f" as many processes with --nproc-per-node; or drop `recorded.{IMAGES_A_STEP}` from the recipe.",
         )
     for key in RECORDED:
         was = recorded.get(key)

@@ -91,5 +91,15 @@ def test_mistakes_are_one_line(run: Run, tmp_path: Path) -> None:
     assert code == 2 and "does not concern `fixify train`" in err
 
 
+def test_a_shipped_recipe_tells_how_to_get_its_data(run: Run) -> None:
+    for name in ("digits-resnet20", "kjv-lstm"):
+        code, _, err = run("train", name, *HERE[:2])
+        assert code == 1 and f"How to get what this recipe trains on: fixify recipes show {name}" in " ".join(
+            err.split()
+        )
+    code, _, err = run("train", "digits-resnet20", "--data", "digts", *HERE)
+    assert code == 1 and "recipes show" not in err
+
+
 def test_the_light_list_of_sections_is_that_of_the_schema() -> None:
     assert tuple(SECTIONS) == SECTION_NAMES
