@@ -74,6 +74,12 @@ class RunHere:
         return Spread.of(self.measured.last_gaps)
 
     @property
+    def changed(self) -> tuple[str, ...]:
+        """What else the runs changed in the recipe: `lr=0.02`."""
+        options = (override.partition(".")[2] for override in self.measured.set)
+        return tuple(option for option in options if option.partition("=")[0] not in ("model", "head_standardize"))
+
+    @property
     def command(self) -> str:
         """What repeats the runs of the first seed."""
         return self.measured.command(self.recipe)
@@ -123,9 +129,10 @@ def run_here_tables(found: Sequence[RunHere]) -> list[Table | str]:
     title = "Learned against fixed, run here: validation top-1 after the last epoch, %"
     made = new_table("data", "network", ">learned", ">fixed", ">fixed - learned", title=title)
     for row in found:
+        head = f"{'standardised' if row.standardized else 'paper'} head"
         made.add_row(
             f"{row.measured.data}\nC = {row.measured.num_classes}, N = {row.num_features}",
-            f"{row.network}\n{'standardised' if row.standardized else 'paper'} head",
+            "\n".join((row.network, head, *row.changed)),
             row.learned.lines(),
             row.fixed.lines(),
             row.gap.lines("+.1f"),

@@ -93,7 +93,8 @@ def test_a_row_whose_recipe_was_run_shows_it(tmp_path: Path, monkeypatch: pytest
     )
     row = (shipped.recipes_folder() / "paper-resnet56-cifar10.yaml").read_text()
     (tmp_path / "other.yaml").write_text(row.replace("data: cifar10", "data: digits") + measured % "digits")
-    (tmp_path / "row.yaml").write_text(row + measured % "CIFAR-10")
+    changed = "CIFAR-10, set: [train.head_standardize=true, train.lr=0.02]"
+    (tmp_path / "row.yaml").write_text(row + measured % changed)
     monkeypatch.setattr(shipped, "recipes_folder", lambda: tmp_path)
     found = paper()
     first, *others = found.table1
@@ -104,6 +105,7 @@ def test_a_row_whose_recipe_was_run_shows_it(tmp_path: Path, monkeypatch: pytest
     assert re.search(r"ResNet-56 +CIFAR-10 +93.03 +93.14 +92.5 +91.5\n +92.0 to 93.0 +91.0 to 92.0\n", text)
     assert text.count("-1.0 to -1.0") == 2
     assert text.count(NOT_RUN) == 5
+    assert re.search(r"\nC = 10, N = 64 +standardised head .*\n +lr=0.02 *\n", text)
     assert found.to_dict()["table1"][0]["ours"]["gap"] == {"best": [0.5, -0.75], "last": [-1, -1]}
 
 
