@@ -22,6 +22,7 @@ from torch import nn
 from fixify._io import atomic_path, refuse_existing
 from fixify.errors import FormatError, HeadSpecError, OutputError, UsageError
 from fixify.retrofit import HeadRecord, apply_heads_
+from fixify.sources.safetensors_file import LANGUAGE_KEY, SLIM_KEY
 from fixify.zoo.architectures import Architecture, build
 from fixify.zoo.weights import load_weights
 
@@ -114,7 +115,7 @@ def is_slim(path: Path | str) -> bool:
     """Whether the file is a safetensors file that fixify wrote, of whatever version."""
     try:
         with safe_open(path, framework="pt") as file:
-            return "fixify" in (file.metadata() or {})
+            return SLIM_KEY in (file.metadata() or {})
     except (SafetensorError, OSError):
         return False
 
@@ -134,9 +135,13 @@ def read_info(path: Path | str) -> SlimInfo:
     except (SafetensorError, OSError) as error:
         raise FormatError(
             f"{path} is not a readable .safetensors file: {error}.",
-            hint=f"If it is an ordinary checkpoint: fixify identify {path}",
+            hint=f"If it is an ordinary checkpoint, make a slim one of it first: fixify convert {path}",
         ) from error
-    if "fixify" not in metadata:
+    if LANGUAGE_KEY in metadata:
+        raise FormatError(
+            f"{path} is a language model, not one of images.", hint="Load it: fixify.language.load_language"
+        )
+    if SLIM_KEY not in metadata:
         raise FormatError(
             f"{path} is not a slim checkpoint: fixify did not write it.", hint=f"Make one: fixify convert {path}"
         )
@@ -147,7 +152,7 @@ def read_info(path: Path | str) -> SlimInfo:
             hint="Upgrade: pip install --upgrade fixify",
         )
     try:
-        return SlimInfo.model_validate(json.loads(metadata["fixify"]))
+        return SlimInfo.model_validate(json.loads(metadata[SLIM_KEY]))
     except (json.JSONDecodeError, RecursionError) as error:
         raise FormatError(f"The header of {path} is damaged: {error}.") from error
     except ValidationError as error:
@@ -247,7 +252,7 @@ def write_slim(path: Path, tensors: Mapping[str, torch.Tensor], info: SlimInfo, 
     metadata = {
         "format": "pt",  # Hugging Face's loaders insist on it
         "fixify.version": FORMAT_VERSION,
-        "fixify": json.dumps(info.model_dump(), allow_nan=False, separators=(",", ":"), sort_keys=True),
+        SLIM_KEY: json.dumps(info.model_dump(), allow_nan=False, separators=(",", ":"), sort_keys=True),
     }
     with atomic_path(path) as temporary:
         try:

@@ -12,12 +12,19 @@ from fixify.cli.output import Output
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A slim checkpoint.")],
+    file: Annotated[Path, typer.Argument(help="A slim checkpoint, or a language model.")],
     as_json: Json = False,
 ) -> None:
     """Show what a slim checkpoint says about itself. Only its header is read."""
     from fixify.checkpoint import read_info
+    from fixify.language.saving import is_language, read_language_info
+    from fixify.reporting.language_tables import language_info_table
     from fixify.reporting.tables import info_table
 
+    output = Output(as_json=as_json)
+    if is_language(file):
+        about = read_language_info(file)
+        output.result({"file": file.name, **about.to_dict()}, language_info_table(file, about))
+        return
     info = read_info(file)
-    Output(as_json=as_json).result({"file": file.name, **info.model_dump()}, info_table(file, info))
+    output.result({"file": file.name, **info.model_dump()}, info_table(file, info))

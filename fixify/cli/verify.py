@@ -9,11 +9,11 @@ import typer
 
 from fixify.cli.options import Json
 from fixify.cli.output import Output
-from fixify.errors import CheckFailed
+from fixify.errors import CheckFailed, UsageError
 
 
 def verify(
-    file: Annotated[Path, typer.Argument(help="A slim checkpoint.")],
+    file: Annotated[Path, typer.Argument(help="A slim checkpoint, or a language model.")],
     source: Annotated[
         Path | None, typer.Option(help="The original: compare the backbone bit for bit.", show_default=False)
     ] = None,
@@ -23,11 +23,18 @@ def verify(
 
     Exits with 3 if something is not.
     """
+    from fixify.language.saving import is_language
+    from fixify.language.verification import verify_language
     from fixify.reporting.tables import checks_table
     from fixify.verification import verify as run
 
     output = Output(as_json=as_json)
-    checks = run(file, source=source)
+    if is_language(file):
+        if source is not None:
+            raise UsageError(f"{file} is a language model; it was made of no other file.", hint="Leave --source out.")
+        checks = verify_language(file)
+    else:
+        checks = run(file, source=source)
     failed = [check for check in checks if not check.passed]
     output.result(
         {"file": file.name, "passed": not failed, "checks": [vars(check) for check in checks]}, checks_table(checks)

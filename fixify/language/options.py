@@ -57,13 +57,13 @@ class LanguageOptions(CheckedOptions):
     machine: ClassVar[tuple[str, ...]] = ("device", "save_minutes")
 
     words: Literal["learned", "tied", "orthogonal", "hadamard", "pmi", "word2vec"]
-    num_features: int = Field(default=512, ge=1)
-    num_layers: int = Field(default=2, ge=1)
+    num_features: int = Field(default=512, ge=1, le=1 << 16)  # a file's header has them, too
+    num_layers: int = Field(default=2, ge=1, le=64)
     head_normalize: bool = True
     head_scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     head_fixed_scale: bool = False
     head_lr_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    head_rank: int = Field(default=0, ge=0)
+    head_rank: int = Field(default=0, ge=0, le=1 << 16)
     head_signs: bool = False
     embedding_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
@@ -115,6 +115,16 @@ class LanguageOptions(CheckedOptions):
     def is_learned(self) -> bool:
         """Whether embedding and classifier are learned."""
         return self.words in LEARNED
+
+    @property
+    def label(self) -> str:
+        """What stands for words, in a few words: "pmi, no norm, rank 8"."""
+        facts = {
+            "signs": self.head_signs,
+            "no norm": not self.is_learned and not self.head_normalize,
+            f"rank {self.head_rank}": self.head_rank > 0,
+        }
+        return ", ".join([self.words, *(text for text, holds in facts.items() if holds)])
 
     def with_learned_words(self) -> LanguageOptions:
         """The same with an embedding and a classifier that are learned, to compare with."""

@@ -75,7 +75,7 @@ def _read(folder: Path) -> LanguageRun:
         return LanguageRun(
             label=folder.resolve().name,
             text=about["text"],
-            words=_words(options),
+            words=options.label,
             num_layers=options.num_layers,
             num_features=options.num_features,
             num_words=about["num_words"],
@@ -86,16 +86,3 @@ def _read(folder: Path) -> LanguageRun:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{folder} is not a whole run of a language model: {error}.") from error
-
-
-def _words(options: LanguageOptions) -> str:
-    extra = [
-        text
-        for text, has in (
-            ("signs", options.head_signs),
-            ("no norm", not options.is_learned and not options.head_normalize),
-            (f"rank {options.head_rank}", options.head_rank > 0),
-        )
-        if has
-    ]
-    return ", ".join([options.words, *extra])

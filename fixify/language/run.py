@@ -33,7 +33,7 @@ BEST_FILE, LAST_FILE = "best.safetensors", "last.safetensors"
 TEXT_SHA256 = "text_sha256"
 """What a recipe records of its text."""
 _VERSION = 1
-_DIVERGED = 100.0
+DIVERGED = 100.0
 """Nats a word that no text has: that of guessing among 1e43 words."""
 
 
@@ -171,7 +171,7 @@ class _Keeper:
     def _close_epoch(self) -> None:
         trainer, position = self.trainer, self.trainer.position
         found = predict(trainer.evaluated, self.corpus.val, self.first, trainer.device)
-        if not found.loss < _DIVERGED:
+        if not found.loss < DIVERGED:
             raise TrainingError(
                 f"The validation loss is {found.loss:.3g} after epoch {position.epoch + 1}.",
                 hint=f"Try a lower rate: --set language.lr={self.options.lr / 3:.1g}",

@@ -49,16 +49,16 @@ def word_vectors(kind: Kind, corpus: Corpus, width: int, *, seed: int = 0) -> Te
         FixifyError: the text has too few words for so many features.
     """
     if kind in REBUILT:
-        return rebuilt_vectors(kind, len(corpus.words), width, seed=seed)
+        return torch.tensor(codebook(rebuilt_spec(kind, len(corpus.words), width, seed=seed)))
     if width >= len(corpus.words):
         raise FixifyError(f"{len(corpus.words)} words cannot be factorised into {width} features; take fewer.")
     found = _pmi(corpus, width, seed) if kind == "pmi" else _word2vec(corpus, width, seed)
     return F.normalize(found - found.mean(dim=0), dim=1)
 
 
-def rebuilt_vectors(kind: str, num_words: int, width: int, *, seed: int = 0) -> Tensor:
-    """Those of `REBUILT`, which no text is needed for."""
-    return torch.from_numpy(np.array(codebook(HeadSpec(kind, width, num_words, seed=seed))))
+def rebuilt_spec(kind: str, num_words: int, width: int, *, seed: int = 0) -> HeadSpec:
+    """What vectors of `REBUILT`, which no text is needed for, are rebuilt from."""
+    return HeadSpec(kind, width, num_words, seed=seed)
 
 
 def _pmi(corpus: Corpus, width: int, seed: int) -> Tensor:

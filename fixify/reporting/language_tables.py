@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.table import Table
 
 from fixify.language.results import LanguageRun
-from fixify.reporting.tables import new_table
+from fixify.language.run import DIVERGED
+from fixify.language.saving import LanguageInfo
+from fixify.reporting.tables import human_bytes, new_table, short_digest
 
 _PAPERS_RATIO = 81.2 / 74.1
 """Of Table 2: perplexity with fixed words over that with learned ones."""
@@ -34,6 +38,26 @@ def language_table(runs: Sequence[LanguageRun]) -> Table:
     if base is not None:
         made.caption = f"the paper's ratio, word2vec on WikiText-2: 81.2 / 74.1 = {_PAPERS_RATIO:.3f}"
         made.caption_justify = "left"
+    return made
+
+
+def language_info_table(path: Path, info: LanguageInfo) -> Table:
+    """What the file of a language model says about itself, one fact a row."""
+    options, size, training = info.options, info.size, info.training
+    made = new_table("", "", title=path.name)
+    made.show_header = False
+    made.add_row("network", f"{options.num_layers}-layer LSTM (h={options.num_features})")
+    made.add_row("words", f"{options.label}; {len(info.words):,}: {', '.join(info.words[:4])}, ...")
+    if info.codebook is not None:
+        made.add_row(
+            "", f"{info.codebook.construction}, seed {info.codebook.seed}, {short_digest(info.codebook.digest)}"
+        )
+    made.add_row("learned", f"{size.learned:,} of {size.parameters:,} parameters; {size.share:.2f} % are fixed")
+    made.add_row("file", human_bytes(path.stat().st_size))
+    if isinstance(loss := training.get("val_loss"), float) and loss < DIVERGED:
+        made.add_row("trained", f"on {training.get('text')}")
+        epochs = f"epoch {training.get('epoch')} of {options.epochs}"
+        made.add_row("", f"validation perplexity {math.exp(loss):.1f} after {epochs}")
     return made
 
 

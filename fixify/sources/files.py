@@ -12,10 +12,12 @@ from fixify.errors import SourceError
 from fixify.sources.hints import facts_of_metadata, facts_of_training
 from fixify.sources.names import clean
 from fixify.sources.pickles import read_legacy, read_zip
-from fixify.sources.safetensors_file import read_safetensors
+from fixify.sources.safetensors_file import LANGUAGE_KEY, SLIM_KEY, read_safetensors
 from fixify.sources.sniffing import kind_of
 from fixify.sources.source import Facts, Source
 from fixify.sources.wrappers import find_state_dict
+
+_OURS = {SLIM_KEY: "a slim checkpoint already", LANGUAGE_KEY: "a language model, not one of images"}
 
 
 def open_file(path: Path, *, ema: bool = False, meta: bool = False, name: str | None = None) -> Source:
@@ -56,10 +58,12 @@ def read_tree(path: Path, *, meta: bool) -> tuple[object, Facts]:
     kind = kind_of(path)
     if kind == "safetensors":
         contents = read_safetensors(path, meta=meta)
-        if "fixify" in contents.metadata:
-            raise SourceError(
-                f"{path} is a slim checkpoint already.", hint=f"See what is in it: fixify inspect {path.name}"
-            )
+        for key, what in (
+            (SLIM_KEY, "a slim checkpoint already"),
+            (LANGUAGE_KEY, "a language model, not one of images"),
+        ):
+            if key in contents.metadata:
+                raise SourceError(f"{path} is {what}.", hint=f"See what is in it: fixify inspect {path}")
         return contents.tensors, facts_of_metadata(contents.metadata)
     tree = read_zip(path) if kind == "zip" else read_legacy(path)
     _refuse_shapes_only(tree, path)

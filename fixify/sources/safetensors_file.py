@@ -15,6 +15,9 @@ from torch import Tensor
 from fixify.errors import SourceError, UnsafeCheckpointError
 from fixify.sources.names import DTYPES, unusual_dtype
 
+# Entries of the metadata, of files that fixify wrote.
+SLIM_KEY = "fixify"
+LANGUAGE_KEY = "fixify.language"
 # The library's own limit.
 _MAX_HEADER = 100_000_000
 _AGAIN = "Compare its size with the original, or download it again."

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from fixify._io import sha256_of
-from fixify.checkpoint import is_slim, load, read_info, save
+from fixify.checkpoint import load, read_info, save
 from fixify.data import DataOptions, match_classes, open_train_val, open_unlabelled, override
-from fixify.errors import FormatError, UsageError
+from fixify.errors import UsageError
 from fixify.evaluation import check_input_size
 from fixify.training.events import Listener
 from fixify.training.files import BEST_FILE, LAST_FILE
@@ -76,8 +76,6 @@ def run_finetune(
         options = stored_options(out, FinetuneOptions) if resume else FinetuneOptions()
     options = options.for_this_process()
     with joined(options, out, on_event) as again:
-        if source.is_file() and not is_slim(source):
-            raise FormatError(f"{source} is not a slim checkpoint.", hint=f"Make one first: fixify convert {source}")
         info = read_info(source)
         stored = (info.training or {}).get("class_names"), info.labels
         stored_names = stored[0] or stored[1]

@@ -46,6 +46,23 @@ def test_compare_report_and_repeat(run: Run, recipe: str) -> None:
     assert code == 0, err
 
 
+def test_inspect_and_verify_know_the_file(run: Run, recipe: str) -> None:
+    assert run("train", recipe, "--device", "cpu", "--set", "language.words=hadamard")[0] == 0
+    file = "mine/best.safetensors"
+    code, out, err = run("inspect", file)
+    assert code == 0, err
+    assert "2-layer LSTM (h=16)" in out and "hadamard" in out and "validation perplexity" in out
+    code, out, err = run("inspect", file, "--json")
+    assert code == 0 and json.loads(out)["codebook"]["digest"].startswith("sha256:")
+    code, out, err = run("verify", file)
+    assert code == 0 and "digest as recorded" in out
+    for command in (("report",), ("convert",), ("predict", file), ("finetune", "--data", "nowhere")):
+        code, _, err = run(command[0], file, *command[1:])
+        assert code == 1 and "is a language model" in err and "fixify convert" not in err, err
+    code, _, err = run("verify", file, "--source", file)
+    assert code == 2 and "Leave --source out" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

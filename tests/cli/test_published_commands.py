@@ -36,7 +36,7 @@ def test_what_it_is(run: Run) -> None:
     assert "fc is fixed already, a Hadamard head of the paper's published code" in " ".join(out.split())
     assert "Rankin" not in out and max(map(len, out.splitlines())) <= 80
     code, _, err = run("inspect", "old.pth")
-    assert code == 1 and "fixify identify old.pth" in err
+    assert code == 1 and "fixify convert old.pth" in err
 
 
 @pytest.mark.usefixtures("saved")
