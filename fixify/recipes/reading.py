@@ -10,6 +10,7 @@ from typing import Any
 from fixify.errors import UsageError
 from fixify.language.options import LanguageOptions
 from fixify.recipes.measured import Measured
+from fixify.recipes.measured_words import MeasuredWords
 from fixify.recipes.parsing import Parsed, parse, read_text
 from fixify.recipes.problems import Place, Problem, RecipeError
 from fixify.recipes.schema import ENTRIES, SECTIONS, check
@@ -37,7 +38,7 @@ class Recipe:
         distill: The teacher.
         recorded: What the run that wrote the recipe had: SHA-256 of its inputs, images a step; see
             `fixify.training.recipe_file`.
-        measured: What its comparisons of learned and fixed have measured.
+        measured: What its comparisons of learned and fixed have measured; of words, if it has a language section.
         overridden: What overrides gave, for example ("finetune", "lr").
     """
 
@@ -55,7 +56,7 @@ class Recipe:
     against: str | None = None
     distill: str | None = None
     recorded: Mapping[str, Any] = field(default_factory=dict)
-    measured: tuple[Measured, ...] = ()
+    measured: tuple[Measured, ...] | tuple[MeasuredWords, ...] = ()
 
     @property
     def sections(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from fixify.conversion import conflicts, convert
 from fixify.heads.spec import KINDS
 from fixify.language.options import LanguageOptions
 from fixify.recipes.measured import Accuracies, Measured
+from fixify.recipes.measured_words import MeasuredWords, Perplexities
 from fixify.recipes.parsing import Parsed, dotted
 from fixify.recipes.parsing import Path as ValuePath
 from fixify.recipes.problems import Place, Problem
@@ -106,7 +107,7 @@ class Recorded(BaseModel):
 ENTRIES = ("data", "class_map", "checkpoint", "against", "distill")
 
 
-def _recipe_model() -> type[BaseModel]:
+def _recipe_model(measured: type[BaseModel]) -> type[BaseModel]:
     sections: dict[str, Any] = {name: (options | None, None) for name, options in SECTIONS.items()}
     entries: dict[str, Any] = dict.fromkeys(ENTRIES, (str | None, None))
     return create_model(
@@ -115,13 +116,15 @@ def _recipe_model() -> type[BaseModel]:
         description=(str, ""),
         expect=(str, ""),
         recorded=(Recorded, Recorded()),
-        measured=(tuple[Measured, ...], ()),
+        measured=(tuple[measured, ...], ()),  # type: ignore[valid-type]
         **entries,
         **sections,
     )
 
 
-_RecipeFile = _recipe_model()
+# What a recipe has measured is of images or of words, as its section says; with both kinds in one model, a mistake
+# would be told as two.
+_OF_IMAGES, _OF_WORDS = _recipe_model(Measured), _recipe_model(MeasuredWords)
 
 
 def check(parsed: Parsed) -> BaseModel | None:
@@ -136,8 +139,8 @@ def check(parsed: Parsed) -> BaseModel | None:
     values = {name: {} if name in SECTIONS and value is None else value for name, value in values.items()}
     if not any((name,) in parsed.places for name in SECTIONS):
         parsed.problems.append(Problem(Place(1), f"A recipe needs one or more of these sections: {_sections()}."))
-    if ("measured",) in parsed.places and ("train",) not in parsed.places:
-        parsed.refuse(("measured",), "is of `fixify train --compare`, and the recipe has no train: section.")
+    if ("measured",) in parsed.places and not {("train",), ("language",)} & parsed.places.keys():
+        parsed.refuse(("measured",), "is of `fixify train`, and the recipe has neither train: nor language:.")
     try:
         checked = _validated(values)
     except ValidationError:
@@ -155,13 +158,14 @@ def check(parsed: Parsed) -> BaseModel | None:
 
 def _validated(values: dict[str, Any]) -> BaseModel:
     # Strict, and as JSON, in which a list can be a tuple: `epochs: true` and `epochs: "3"` are mistakes.
-    return _RecipeFile.model_validate_json(json.dumps(values), strict=True)
+    model = _OF_WORDS if "language" in values else _OF_IMAGES
+    return model.model_validate_json(json.dumps(values), strict=True)
 
 
 def _tell(parsed: Parsed, path: ValuePath, problem: Any) -> None:
     name = str(path[-1]) if path else ""
     if problem["type"] == "extra_forbidden":
-        parsed.refuse(path, _unknown(name, path))
+        parsed.refuse(path, _unknown(name, path, of_words=("language",) in parsed.places))
     elif problem["type"] == "missing" and isinstance(problem["loc"][-1], str):
         parsed.refuse(path, f"needs {problem['loc'][-1]}: what that is has no default.")
     elif problem["type"] in ("model_type", "model_attributes_type"):
@@ -179,14 +183,15 @@ def _tell_conflict(parsed: Parsed, section: ValuePath, problem: Any) -> None:
     parsed.problems.append(Problem(place, f"{dotted(section)}: {explain(problem)}."))
 
 
-def _unknown(name: str, path: ValuePath) -> str:
+def _unknown(name: str, path: ValuePath, *, of_words: bool) -> str:
     elsewhere = [section for section, options in SECTIONS.items() if name in options.model_fields]
     if len(path) == 1:
         if elsewhere:
             return f"belongs into a section: {' or '.join(f'{section}.{name}' for section in elsewhere)}."
-        return "is not a section or entry of a recipe" + did_you_mean(name, _RecipeFile.model_fields)
+        return "is not a section or entry of a recipe" + did_you_mean(name, _OF_IMAGES.model_fields)
     if path[0] == "measured":
-        return "is not an entry here" + did_you_mean(name, (Measured if len(path) == 3 else Accuracies).model_fields)
+        whole, part = (MeasuredWords, Perplexities) if of_words else (Measured, Accuracies)
+        return "is not an entry here" + did_you_mean(name, (whole if len(path) == 3 else part).model_fields)
     own = SECTIONS[str(path[0])].model_fields if path[0] in SECTIONS else Recorded.model_fields
     guess = did_you_mean(name, own)
     if elsewhere and guess == ".":

@@ -27,7 +27,7 @@ class ShippedRecipe:
         description: What it does.
         expect: What to expect of it: accuracy, hardware, time; or that it was not run.
         measured: What its comparisons of learned and fixed have measured, as it is written there; see
-            `fixify.recipes.measured`.
+            `fixify.recipes.measured` and `measured_words`.
         sections: Which commands it is for.
     """
 

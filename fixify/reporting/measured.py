@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fixify.recipes import read_recipe
 from fixify.recipes.measured import Measured
+from fixify.recipes.measured_words import MeasuredWords
 from fixify.recipes.reading import section_of
 from fixify.recipes.shipped import recipe_names
 from fixify.reporting.tables import new_table
@@ -105,14 +106,30 @@ def _over_seeds(learned: Sequence[float], fixed: Sequence[float], gap: Sequence[
     return {name: Spread.of(values).to_dict() for name, values in named.items()}
 
 
-def run_here() -> tuple[RunHere, ...]:
-    """Every entry `measured` of the shipped recipes, by recipe's name and in the recipe's order.
+@dataclass(frozen=True)
+class WordsHere:
+    """One entry `measured` of a recipe for a language model."""
+
+    recipe: str
+    measured: MeasuredWords
+
+    def to_dict(self) -> dict[str, Any]:
+        ratios = {words: list(self.measured.ratios(words)) for words in self.measured.others}
+        return {"recipe": self.recipe, **self.measured.model_dump(mode="json"), "ratios": ratios}
+
+
+def run_here() -> tuple[tuple[RunHere, ...], tuple[WordsHere, ...]]:
+    """Every entry `measured` of the shipped recipes, by recipe's name and in the recipe's order: of images, of words.
 
     Raises:
         RecipeError: a shipped recipe is damaged, or an entry changes options that it does not have.
         FixifyError: the recipes are missing.
     """
-    return tuple(_run_here(name, measured) for name in recipe_names() for measured in read_recipe(name).measured)
+    entries = [(name, measured) for name in recipe_names() for measured in read_recipe(name).measured]
+    return (
+        tuple(_run_here(name, found) for name, found in entries if isinstance(found, Measured)),
+        tuple(WordsHere(name, found) for name, found in entries if isinstance(found, MeasuredWords)),
+    )
 
 
 def _run_here(recipe: str, measured: Measured) -> RunHere:
@@ -140,6 +157,26 @@ def run_here_tables(found: Sequence[RunHere]) -> list[Table | str]:
     made.caption = "mean and range over the seeds; the best epochs are in --json"
     made.caption_justify = "left"
     return [made, "", *(_how(row) for row in found)]
+
+
+def words_here_tables(found: Sequence[WordsHere]) -> list[Table | str]:
+    """One row a kind of words, each number with its range below it; then how they were measured."""
+    parts: list[Table | str] = []
+    for row in found:
+        measured = row.measured
+        title = f"Words learned and fixed, run here, perplexity: {measured.data}"
+        made = new_table("words", ">validation", ">/ learned", ">test", title=title)
+        for words, values in {"learned": measured.learned, **measured.others}.items():
+            ratio = "" if words == "learned" else Spread.of(measured.ratios(words)).lines(".3f")
+            made.add_row(words, Spread.of(values.val).lines(), ratio, Spread.of(values.test).lines())
+        seeds = ", ".join(map(str, measured.seeds))
+        parts += [
+            made,
+            "",
+            f"{measured.num_words:,} words; {measured.conditions}; seeds {seeds}. {measured.command}",
+            "",
+        ]
+    return parts
 
 
 def _how(row: RunHere) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
-from fixify.reporting.measured import run_here_tables
+from fixify.reporting.measured import run_here_tables, words_here_tables
 from fixify.reporting.paper import Paper, PaperRow
 from fixify.reporting.tables import human_bytes, new_table
 
@@ -30,6 +30,7 @@ def paper_tables(found: Paper) -> list[Table | str]:
         "",
         *run_here_tables(found.run_here),
         "",
+        *words_here_tables(found.words_here),
         *_notes(everything),
     ]
 

@@ -50,7 +50,7 @@ def test_what_follows_from_it() -> None:
         (
             "train: {model: resnet20_cifar}",
             "convert:",
-            "line 2: measured is of `fixify train --compare`, and the recipe ",
+            "line 2: measured is of `fixify train`, and the recipe has neither ",
         ),
         ("  conditions: 20 epochs\n", "", "line 3: measured[0] needs conditions: what that is has no default."),
         ("data: digits", "data: ''", "line 3: measured[0].data must be text that is not empty, not the text ''."),
@@ -87,3 +87,50 @@ def test_all_that_is_missing_is_told_at_once() -> None:
     assert [line.split(": what")[0] for line in said] == [
         f"line 3: measured[0] needs {name}" for name in ("conditions", "learned", "fixed")
     ]
+
+
+WORDS = """\
+language: {words: pmi}
+measured:
+- data: a text
+  num_words: 50
+  conditions: 2 epochs
+  command: python some.py
+  seeds: [0, 1]
+  learned: {val: [30, 20], test: [31, 21]}
+  others:
+    pmi, rank 8: {val: [33, 21], test: [35, 25]}
+"""
+
+
+def test_what_follows_from_perplexities() -> None:
+    checked = schema.check(parse(WORDS))
+    assert checked is not None
+    (found,) = checked.measured  # type: ignore[attr-defined]
+    assert found.ratios("pmi, rank 8") == (1.1, 1.05)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("language: {words: pmi}", "train: {model: resnet18}", "line 4: measured[0].num_words is not an entry here."),
+        ("  command: python some.py\n", "", "line 3: measured[0] needs command"),
+        ("[0, 1]", "[1, 1]", "line 7: measured[0]: seeds must differ, not be 1 1."),
+        ("learned: {val", "learned: {best", "line 8: measured[0].learned.best is not an entry here"),
+        ("[31, 21]", "[31, 0.5]", "line 8: measured[0].learned.test[1] must be greater than or equal to 1, not 0.5."),
+        (
+            "[35, 25]",
+            "[35]",
+            "line 9: measured[0]: pmi, rank 8 needs a perplexity of both texts for each of 2 seeds, an",
+        ),
+        (
+            "8: {val: ",
+            "8: {value: ",
+            "line 10: measured[0].others.pmi, rank 8.value is not an entry here; did you mean 'val'?",
+        ),
+    ],
+)
+def test_mistakes_of_perplexities(old: str, new: str, problem: str) -> None:
+    assert WORDS.count(old) == 1
+    said = _problems(WORDS.replace(old, new))
+    assert any(line.startswith(problem) for line in said), said

@@ -109,6 +109,22 @@ def test_a_row_whose_recipe_was_run_shows_it(tmp_path: Path, monkeypatch: pytest
     assert found.to_dict()["table1"][0]["ours"]["gap"] == {"best": [0.5, -0.75], "last": [-1, -1]}
 
 
+def test_a_text_whose_recipe_was_run_has_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "language: {words: pmi}\n"
+        "measured:\n- {data: a text, num_words: 50, conditions: a minute, command: python it, seeds: [0, 1],\n"
+        "   learned: {val: [30, 20], test: [31, 21]}, others: {tied: {val: [33, 21], test: [35, 25]}}}\n"
+    )
+    monkeypatch.setattr(shipped, "recipes_folder", lambda: tmp_path)
+    found = paper()
+    assert found.run_here == ()
+    text = _printed(found)
+    assert re.search(r"learned +25.0 +26.0 *\n +20.0 to 30.0 +21.0 to 31.0 *\n", text)
+    assert re.search(r"tied +27.0 +1.075 +30.0 *\n +21.0 to 33.0 +1.050 to 1.100 +25.0 to 35.0 *\n", text)
+    assert "50 words; a minute; seeds 0, 1. python it" in text
+    assert found.to_dict()["words_here"][0]["ratios"] == {"tied": [1.1, 1.05]}
+
+
 @pytest.mark.parametrize("others", [["resnet18"], ["--all"], ["--arch", "resnet18"], ["-o", "page.html"]])
 def test_it_goes_alone(others: list[str]) -> None:
     done = CliRunner().invoke(app, ["report", "--paper", *others])
