@@ -1,48 +1,24 @@
-"""What a training run shows on stderr: a line an epoch; in a terminal a live view below them, elsewhere a line every
-half minute, as a log file wants it."""
+"""What a training run of an image network shows on stderr."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING
 
-from fixify.cli.live_view import LiveView
 from fixify.cli.output import Output
-from fixify.cli.pace import Pace, as_time
+from fixify.cli.run_display import RunDisplay
 
 if TYPE_CHECKING:
     from fixify.training import EpochEnded, EpochRecord, Evaluating, Event, RunStarted, Step, Validated
 
-_SECONDS_A_LINE = 30
 
-
-class TrainingDisplay:
-    """A listener for `fixify.training`; use it as a context manager around the run, or several in turns.
-
-    Args:
-        output: Of the command.
-        clock: Seconds.
-    """
+class TrainingDisplay(RunDisplay):
+    """A listener for `fixify.training`."""
 
     def __init__(self, output: Output, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.output = output
-        self.view = LiveView(output.err)
-        self._clock = clock
-        self._pace = Pace(clock)
-        self._epochs = self._batches = 0
-        self._last_line = clock()
+        super().__init__(output, clock=clock)
         self._best: EpochRecord | None = None
-
-    def __enter__(self) -> TrainingDisplay:
-        self.view.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.view.stop()
 
     def __call__(self, event: Event) -> None:
         """Show an event of the run."""
@@ -72,8 +48,7 @@ class TrainingDisplay:
             self._epoch(event)
 
     def _start(self, event: RunStarted) -> None:
-        self._epochs, self._batches = event.epochs, event.batches
-        self._pace.start(event.epochs, event.batches)
+        self.begin(event.epochs, event.batches)
         self._best = None
         self.output.say(f"training data: {event.train}")
         self.output.say(f"validation data: {event.val}")
@@ -91,48 +66,32 @@ class TrainingDisplay:
             what = {"features": "features", "teacher": "asking the teacher"}.get(event.phase, "validating")
             self.view.show_bar(self.view.evaluating, event.images, event.total, description=what, note="images")
         if event.phase in ("before", "validation"):
-            self._pace.evaluating(event.images, event.total)
+            self.pace.evaluating(event.images, event.total)
 
     def _step(self, event: Step) -> None:
-        self._pace.step(event.epoch, event.batch)
-        left = self._pace.left(event.epoch, event.batch)
         numbers = [("loss", f"{event.loss:.4f}"), ("top-1", f"{event.top1:.1f} %")]
         if event.scale is not None:
             numbers.append(("alpha", f"{event.scale:.2f}"))
         numbers += [("lr", f"{event.lr:.3g}"), ("", f"{event.images_per_second:,.0f} images/s")]
-        where = f"epoch {event.epoch + 1}/{self._epochs}"
-        if self.view.is_live:
-            if self._best is not None:
-                numbers.append(("best validation", f"{self._best.val_top1:.2f} %"))
-            done = event.epoch * self._batches + event.batch
-            self.view.show_training(where, (event.batch, self._batches), (done, self._epochs * self._batches))
-            self.view.show_left(left)
-            self.view.show_numbers(numbers)
-        elif self._clock() - self._last_line >= _SECONDS_A_LINE:
-            said = ", ".join(f"{name} {value}".strip() for name, value in numbers)
-            rest = "" if left is None else f", {as_time(left[1])} left"
-            self._say(f"{where}, batch {event.batch:,}/{self._batches:,}: {said}{rest}")
-
-    def _say(self, line: str) -> None:
-        self._last_line = self._clock()
-        self.output.say(line)
+        best = None if self._best is None else ("best validation", f"{self._best.val_top1:.2f} %")
+        self.show_progress(event.epoch, event.batch, event.batches, "batch", numbers, best)
 
     def _validation(self, event: Validated) -> None:
         record = self._validated(event)
         where = f"step {record.step:,}" if record.step else "before training the whole network"
         loss = "" if record.train_loss is None else f"loss {record.train_loss:.4f}, "
-        self._say(
+        self.say(
             f"{where}: {loss}validation top-1 {record.val_top1:.2f} %, loss {record.val_loss:.4f}"
             + _left_out(record)
             + (" (best)" if event.is_best else "")
         )
 
     def _epoch(self, event: EpochEnded) -> None:
-        self._pace.epoch_ended()
+        self.pace.epoch_ended()
         record = self._validated(event)
         loss = "" if record.train_loss is None else f"loss {record.train_loss:.4f}, "
-        self._say(
-            f"epoch {record.epoch + 1}/{self._epochs}: {loss}validation top-1 {record.val_top1:.2f} %, "
+        self.say(
+            f"{self.where(record.epoch)}: {loss}validation top-1 {record.val_top1:.2f} %, "
             f"loss {record.val_loss:.4f}, {record.images_per_second:.0f} images/s"
             + _left_out(record)
             + (" (best)" if event.is_best else "")
