@@ -26,10 +26,10 @@ class LiveView(Progress):
         self.is_live = console.is_terminal and not console.is_dumb_terminal
         self._numbers: Sequence[tuple[str, str]] = ()
         super().__init__(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}", justify="right"),
+            TextColumn("{task.fields[note]}", justify="right", markup=False),
             console=console,
             transient=True,
             expand=True,

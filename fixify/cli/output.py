@@ -32,8 +32,9 @@ class Output:
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
-        self._out = Console(highlight=False)
-        self.err = Console(stderr=True, highlight=False)
+        # No markup: names of files and classes come from outside, and "[v2]" in one of them is not a style.
+        self._out = Console(highlight=False, markup=False)
+        self.err = Console(stderr=True, highlight=False, markup=False)
         self._bar: Progress | None = None
 
     def result(self, data: Mapping[str, Any], *tables: RenderableType) -> None:
@@ -64,11 +65,11 @@ class Output:
         """
         bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self.err,
             transient=True,
             disable=not self.err.is_terminal,

@@ -47,17 +47,17 @@ def language_info_table(path: Path, info: LanguageInfo) -> Table:
     made = new_table("", "", title=path.name)
     made.show_header = False
     made.add_row("network", f"{options.num_layers}-layer LSTM (h={options.num_features})")
-    made.add_row("words", f"{options.label}; {len(info.words):,}: {', '.join(info.words[:4])}, ...")
+    made.add_row("words", f"{options.label}; {len(info.words):,} of them: {' '.join(info.words[:6])} ...")
     if info.codebook is not None:
         made.add_row(
             "", f"{info.codebook.construction}, seed {info.codebook.seed}, {short_digest(info.codebook.digest)}"
         )
     made.add_row("learned", f"{size.learned:,} of {size.parameters:,} parameters; {size.share:.2f} % are fixed")
     made.add_row("file", human_bytes(path.stat().st_size))
-    if isinstance(loss := training.get("val_loss"), float) and loss < DIVERGED:
+    loss, epoch = training.get("val_loss"), training.get("epoch")
+    if isinstance(loss, float) and loss < DIVERGED and isinstance(epoch, int):
         made.add_row("trained", f"on {training.get('text')}")
-        epochs = f"epoch {training.get('epoch')} of {options.epochs}"
-        made.add_row("", f"validation perplexity {math.exp(loss):.1f} after {epochs}")
+        made.add_row("", f"validation perplexity {math.exp(loss):.1f} after epoch {epoch + 1} of {options.epochs}")
     return made
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from fixify.checkpoint import SlimInfo
 from fixify.counts import Savings
@@ -206,7 +207,7 @@ def checks_table(checks: Sequence[Check]) -> Table:
     """One row a check."""
     made = new_table("", "check", "found")
     for check in checks:
-        made.add_row("[green]ok[/]" if check.passed else "[red]FAILED[/]", check.name, check.detail)
+        made.add_row(Text("ok", "green") if check.passed else Text("FAILED", "red"), check.name, check.detail)
     return made
 
 

@@ -221,6 +221,21 @@ def test_inspect_and_report(run: Run, slim_bytes: bytes, tmp_path: Path) -> None
     assert [row["fixed"] for row in rows] == [False, False, True]
 
 
+def test_names_are_printed_as_they_are(run: Run, small_pth: Path, tmp_path: Path) -> None:
+    """`[v2]` and `[/x]` would be styles to rich; the second one of a tag that was never opened, an error."""
+    (tmp_path / "model[v2].pth").write_bytes(small_pth.read_bytes())
+    labels = ["a", "[/x]", "[bold]", *(f"class {number}" for number in range(297))]
+    (tmp_path / "labels.txt").write_text("\n".join(labels) + "\n")
+    code, _, err = run("convert", "model[v2].pth", "--labels", "labels.txt")
+    assert code == 0, err
+    code, out, err = run("report", "model[v2].pth")
+    assert code == 0 and "model[v2].pth" in out
+    code, out, err = run("inspect", "model[v2].fixed.safetensors")
+    assert code == 0 and "a, [/x], [bold], class 0" in out and out.startswith("model[v2].fixed.safetensors"), err
+    code, out, _ = run("verify", "model[v2].fixed.safetensors")
+    assert code == 0 and out.count("ok ") >= 5
+
+
 def test_tables_fit_80_columns(run: Run, slim_bytes: bytes, small_pth: Path, tmp_path: Path) -> None:
     (tmp_path / "a.fixed.safetensors").write_bytes(slim_bytes)
     for arguments in (["inspect", "a.fixed.safetensors"], ["verify", "a.fixed.safetensors"], ["report", "resnet50"]):
