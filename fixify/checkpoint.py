@@ -22,7 +22,7 @@ from torch import nn
 from fixify._io import atomic_path, refuse_existing
 from fixify.errors import FormatError, HeadSpecError, OutputError, UsageError
 from fixify.retrofit import HeadRecord, apply_heads_
-from fixify.sources.safetensors_file import LANGUAGE_KEY, SLIM_KEY
+from fixify.sources.safetensors_file import LANGUAGE_KEY, SLIM_KEY, has_metadata
 from fixify.zoo.architectures import Architecture, build
 from fixify.zoo.weights import load_weights
 
@@ -113,11 +113,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def is_slim(path: Path | str) -> bool:
     """Whether the file is a safetensors file that fixify wrote, of whatever version."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return SLIM_KEY in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
+    return has_metadata(path, SLIM_KEY)
 
 
 def read_info(path: Path | str) -> SlimInfo:

@@ -6,13 +6,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
 from fixify.cli.live_view import LiveView
 from fixify.cli.output import Output
 from fixify.cli.pace import Pace, as_time
 
-_Display = TypeVar("_Display", bound="RunDisplay")
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 _SECONDS_A_LINE = 30
 
 
@@ -32,7 +34,7 @@ class RunDisplay:
         self._epochs = 0
         self._last_line = clock()
 
-    def __enter__(self: _Display) -> _Display:
+    def __enter__(self) -> Self:
         self.view.start()
         return self
 

@@ -22,7 +22,7 @@ from fixify.language.building import Size, assemble, size_of
 from fixify.language.network import LanguageModel
 from fixify.language.options import LanguageOptions
 from fixify.language.vectors import REBUILT, rebuilt_spec
-from fixify.sources.safetensors_file import LANGUAGE_KEY
+from fixify.sources.safetensors_file import LANGUAGE_KEY, has_metadata
 
 _VERSION = 1
 _VECTORS, _SIGNS = "embedding.weight", "embedding.signs"
@@ -87,7 +87,7 @@ def save_language(
     about = {"version": _VERSION, "options": options.recipe(), "words": list(words), "training": dict(training)}
     if options.words in REBUILT:
         spec = rebuilt_spec(options.words, len(words), options.num_features, seed=options.seed)
-        about["codebook"] = spec.resolve().to_dict()
+        about["codebook"] = spec.to_dict()
     tensors = _stored({name: tensor.cpu() for name, tensor in model.state_dict().items()}, options)
     with atomic_path(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt", LANGUAGE_KEY: json.dumps(about)})
@@ -95,11 +95,7 @@ def save_language(
 
 def is_language(path: Path | str) -> bool:
     """Whether the file is a language model that fixify wrote, of whatever version."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return LANGUAGE_KEY in (file.metadata() or {})
-    except (safetensors.SafetensorError, OSError):
-        return False
+    return has_metadata(path, LANGUAGE_KEY)
 
 
 def read_language_info(path: Path | str) -> LanguageInfo:

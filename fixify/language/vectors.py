@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal
 
@@ -56,9 +57,10 @@ def word_vectors(kind: Kind, corpus: Corpus, width: int, *, seed: int = 0) -> Te
     return F.normalize(found - found.mean(dim=0), dim=1)
 
 
+@functools.cache  # the digest of a large random codebook takes seconds, and every save asks for it
 def rebuilt_spec(kind: str, num_words: int, width: int, *, seed: int = 0) -> HeadSpec:
-    """What vectors of `REBUILT`, which no text is needed for, are rebuilt from."""
-    return HeadSpec(kind, width, num_words, seed=seed)
+    """What vectors of `REBUILT`, which no text is needed for, are rebuilt from; with its digest."""
+    return HeadSpec(kind, width, num_words, seed=seed).resolve()
 
 
 def _pmi(corpus: Corpus, width: int, seed: int) -> Tensor:

@@ -11,7 +11,7 @@ from fixify.validation import Conflict, refuse
 
 _Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 _Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
 _OVERRIDE = "train."
 
 
@@ -29,27 +29,44 @@ class Accuracies(BaseModel):
     last: tuple[_Percent, ...] = Field(min_length=1)
 
 
-class Measured(BaseModel):
-    """Runs of one recipe, a learned and a fixed classifier of each seed.
+class MeasuredRuns(BaseModel):
+    """What runs of one recipe have measured, of images or of words.
 
     Attributes:
         data: What was trained on, for a person.
-        num_classes: C of that data.
-        set: What the runs changed in the recipe, as after `--set`.
         conditions: How long they trained, and on what machine.
-        seeds: One each run; the lists of accuracies are in this order.
+        seeds: One each run; the lists of figures are in this order.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: Text
+    conditions: Text
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> MeasuredRuns:
+        refuse(self._conflicts())
+        return self
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        if len(set(self.seeds)) < len(self.seeds):
+            yield Conflict(("seeds",), f"seeds must differ, not be {' '.join(map(str, self.seeds))}")
+
+
+class Measured(MeasuredRuns):
+    """Runs of one recipe, a learned and a fixed classifier of each seed.
+
+    Attributes:
+        num_classes: C of the data.
+        set: What the runs changed in the recipe, as after `--set`.
         learned: With the network's own classifier.
         fixed: With the fixed one.
         held: With a fixed one whose alpha was held, by alpha.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    data: _Text
     num_classes: int = Field(ge=1)
     set: tuple[str, ...] = ()
-    conditions: _Text
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
     learned: Accuracies
     fixed: Accuracies
     held: dict[_Scale, Accuracies] = Field(default_factory=dict)
@@ -79,14 +96,8 @@ class Measured(BaseModel):
                 raise ValueError(f"must be written as after --set, train.OPTION=VALUE, not {override!r}")
         return overrides
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Measured:
-        refuse(self._conflicts())
-        return self
-
     def _conflicts(self) -> Iterator[Conflict]:
-        if len(set(self.seeds)) < len(self.seeds):
-            yield Conflict(("seeds",), f"seeds must differ, not be {' '.join(map(str, self.seeds))}")
+        yield from super()._conflicts()
         named = {"learned": self.learned, "fixed": self.fixed}
         for name, found in (*named.items(), *((f"held {scale:g}", found) for scale, found in self.held.items())):
             option = name.partition(" ")[0]

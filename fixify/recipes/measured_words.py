@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
-from fixify.validation import Conflict, refuse
+from fixify.recipes.measured import MeasuredRuns, Text
+from fixify.validation import Conflict
 
 _Perplexity = Annotated[float, Field(ge=1, allow_inf_nan=False)]
-_Text = Annotated[str, Field(min_length=1)]
 
 
 class Perplexities(BaseModel):
@@ -27,26 +27,18 @@ class Perplexities(BaseModel):
     test: tuple[_Perplexity, ...] = Field(min_length=1)
 
 
-class MeasuredWords(BaseModel):
+class MeasuredWords(MeasuredRuns):
     """Runs of one recipe with several kinds of words, each of every seed.
 
     Attributes:
-        data: The text, for a person.
-        num_words: How many kinds of words it has: C.
-        conditions: How long the runs trained, and on what machine.
-        command: What repeats them.
-        seeds: One each run; the lists of perplexities are in this order.
+        num_words: How many kinds of words the text has: C.
+        command: What repeats the runs.
         learned: With an embedding and a classifier that are both learned.
         others: With other words, by what they are.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    data: _Text
     num_words: int = Field(ge=1)
-    conditions: _Text
-    command: _Text
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    command: Text
     learned: Perplexities
     others: dict[str, Perplexities] = Field(min_length=1)
 
@@ -54,14 +46,8 @@ class MeasuredWords(BaseModel):
         """Validation perplexity of other words over that of learned ones, one a seed."""
         return tuple(one / other for one, other in zip(self.others[words].val, self.learned.val, strict=True))
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> MeasuredWords:
-        refuse(self._conflicts())
-        return self
-
     def _conflicts(self) -> Iterator[Conflict]:
-        if len(set(self.seeds)) < len(self.seeds):
-            yield Conflict(("seeds",), f"seeds must differ, not be {' '.join(map(str, self.seeds))}")
+        yield from super()._conflicts()
         for option, name, found in (
             ("learned", "learned", self.learned),
             *(("others", name, found) for name, found in self.others.items()),

@@ -52,6 +52,15 @@ def read_safetensors(path: Path, *, meta: bool = False) -> SafetensorsContents:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
+def has_metadata(path: Path | str, key: str) -> bool:
+    """Whether it is a safetensors file with this entry in its metadata. Only the header is read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return key in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def _on_meta(file: safe_open, name: str) -> Tensor:
     piece = file.get_slice(name)
     return torch.empty(piece.get_shape(), dtype=DTYPES[piece.get_dtype()], device="meta")
