@@ -11,7 +11,7 @@ from a few bytes (Hoffer, Hubara & Soudry, "Fix your classifier", ICLR 2018).
     fixify.report("resnet50").removable                    # 2_048_000 weights that a fixed head makes superfluous
 
 The names below are imported when they are first used, so that `import fixify` needs neither torch nor timm. So timm
-knows the paper's own networks (`timm.create_model("resnet56_cifar")`) once `fixify.zoo` is imported, by yourself or by
+knows the paper's own networks (`timm.create_model("resnet56_cifar")`) once `fixify.models` is imported, by yourself or by
 any use of an architecture.
 """
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from fixify._version import __version__
 
 _EXPORTS = {
     "FixedClassifier": "fixify.heads",
@@ -28,24 +28,24 @@ _EXPORTS = {
     "HeadSpec": "fixify.heads",
     "codebook": "fixify.heads",
     "convert": "fixify.conversion",
-    "fix_classifier_": "fixify.retrofit",
-    "load": "fixify.checkpoint",
+    "fix_classifier_": "fixify.surgery",
+    "load": "fixify.checkpoints.slim",
     "report": "fixify.reporting",
-    "save": "fixify.checkpoint",
+    "save": "fixify.checkpoints.slim",
 }
 
 __all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604, RUF100
 
 if TYPE_CHECKING:
-    from fixify.checkpoint import load as load
-    from fixify.checkpoint import save as save
+    from fixify.checkpoints.slim import load as load
+    from fixify.checkpoints.slim import save as save
     from fixify.conversion import convert as convert
     from fixify.errors import FixifyError as FixifyError
     from fixify.heads import FixedClassifier as FixedClassifier
     from fixify.heads import HeadSpec as HeadSpec
     from fixify.heads import codebook as codebook
     from fixify.reporting import report as report
-    from fixify.retrofit import fix_classifier_ as fix_classifier_
+    from fixify.surgery import fix_classifier_ as fix_classifier_
 
 
 def __getattr__(name: str) -> Any:

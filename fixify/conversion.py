@@ -8,19 +8,19 @@ from pathlib import Path
 
 import torch
 
-from fixify._io import refuse_existing
-from fixify.calibrating import MIN_IMAGES, Calibration, Observation
-from fixify.checkpoint import DTYPES, SUFFIX, SlimInfo, is_slim, write_slim
-from fixify.counts import Savings, classifier_weights, count_bytes, count_parameters
+from fixify._files import refuse_existing
+from fixify._options import Conflict
+from fixify.checkpoints import check_finite, read_labels
+from fixify.checkpoints.learned import REFERENCE_CODE, Original, read_original
+from fixify.checkpoints.slim import DTYPES, SUFFIX, SlimInfo, is_slim, write_slim
 from fixify.errors import SourceError, UsageError
-from fixify.evaluation import resolve_device
+from fixify.features import MIN_IMAGES, Calibration, Observation
 from fixify.heads import FixedClassifier, HeadSpec, choose_kind, replacement
-from fixify.originals import PUBLISHED_CODE, Original, read_original
-from fixify.retrofit import HeadRecord, naming_head
-from fixify.sources import check_finite, read_labels
-from fixify.validation import Conflict
-from fixify.zoo.architectures import build
-from fixify.zoo.classifiers import ClassifierSite
+from fixify.metrics import resolve_device
+from fixify.models.architectures import build
+from fixify.models.classifiers import ClassifierSite
+from fixify.savings import Savings, classifier_weights, count_bytes, count_parameters
+from fixify.surgery import HeadRecord, naming_head
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def convert(
         standardize: Standardise each feature by its running mean and deviation before normalising; a binary head, if
             calibrated, only centers them.
         dtype: "float32", "float16" or "bfloat16": store the backbone in this type.
-        labels: A file of class names or "imagenet" (see `fixify.sources.read_labels`); default: the source's.
+        labels: A file of class names or "imagenet" (see `fixify.checkpoints.read_labels`); default: the source's.
         ema: Take the averaged weights of a training checkpoint.
         calibrate: A folder of images, or a data name; labels are not used. The original is run on some of them: center
             and spread of the features are set, codes are matched and scale and bias fitted to its answers there.
@@ -101,7 +101,7 @@ def convert(
 
     Raises:
         DataError: no such images, too few, or one that cannot be read.
-        SourceError, ArchitectureError, NoClassifierError: see `fixify.originals.read_original`.
+        SourceError, ArchitectureError, NoClassifierError: see `fixify.checkpoints.learned.read_original`.
         HeadSpecError: no such codebook, for example no Hadamard matrix of that order.
         OutputExistsError, OutputError: the output exists already, or cannot be written.
         UsageError: an option is out of its range.
@@ -141,10 +141,10 @@ def convert(
     for site in original.sites:
         with naming_head(site.path, original.sites):
             if keep and site.path in original.published:
-                records.append(original.published_record(site, fixed_scale=fixed_scale))
+                records.append(original.reference_code_record(site, fixed_scale=fixed_scale))
                 heads[site.path] = _kept_head(records[-1], original.tensors)
                 notes.append(
-                    f"{site.path}: the Hadamard head {PUBLISHED_CODE}; scale and bias are kept, nothing is matched."
+                    f"{site.path}: the Hadamard head {REFERENCE_CODE}; scale and bias are kept, nothing is matched."
                 )
                 continue
             classes = num_classes or site.num_classes
@@ -257,7 +257,7 @@ def _refuse_for_published(
     original: Original, keep: bool, head: str, *, scale: float | None, bias: bool, calibrate: str | Path | None
 ) -> None:
     """Options that need a learned classifier, or that would change a trained head."""
-    what = f"{original.source.name} has a fixed classifier already, {PUBLISHED_CODE}"
+    what = f"{original.source.name} has a fixed classifier already, {REFERENCE_CODE}"
     if calibrate is not None:
         raise UsageError(f"{what}, and calibrating fits to a learned one's answers.", hint="Leave out --calibrate.")
     if head == "binary":

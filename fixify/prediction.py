@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
+from fixify.checkpoints.open import OpenModel
+from fixify.data.dataset import OpenedData
 from fixify.data.folder import FolderImages
 from fixify.data.loader import make_loader
-from fixify.data.opened import OpenedData
 from fixify.errors import UsageError
-from fixify.opening import OpenModel
 
 
 @dataclass(frozen=True)

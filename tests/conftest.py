@@ -12,8 +12,7 @@ import timm
 import torch
 from PIL import Image
 
-from fixify.demo.classes import TRAIN_FACES, VAL_FACES
-from fixify.demo.glyphs import distort, draw, generator
+from fixify.demo.glyphs import TRAIN_FACES, VAL_FACES, distort, draw, generator
 
 
 @pytest.fixture(scope="session", autouse=True)

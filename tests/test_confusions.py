@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fixify.confusions import Answers, Confusions, confusions
-from fixify.evaluation import evaluate
+from fixify.metrics import Confusions, Predictions, confusions, evaluate
 
 
 @pytest.mark.parametrize(("num_classes", "images"), [(10, 3000), (300, 5000)])
@@ -62,7 +61,7 @@ def test_what_does_not_fit_together_is_refused(damaged: dict[str, object]) -> No
 
 def test_an_evaluation_collects_them() -> None:
     loader = [(torch.eye(3), torch.tensor([0, 1, 1])), (torch.eye(3)[:1], torch.tensor([2]))]
-    answers = Answers()
+    answers = Predictions()
     metrics = evaluate(nn.Identity(), loader, device=torch.device("cpu"), answers=answers)
     found = confusions(answers.pairs().numpy(), 3)
     assert answers.pairs().tolist() == [[0, 1, 1, 2], [0, 1, 2, 0]]

@@ -1,4 +1,4 @@
-"""fixify.conversion: what `convert` decides by itself, and says."""
+"""fixify.convert: what `convert` decides by itself, and says."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fixify.checkpoint import load
+from fixify.checkpoints.learned import read_original
+from fixify.checkpoints.slim import load
+from fixify.checkpoints.verify import verify
 from fixify.conversion import convert
 from fixify.errors import HeadSpecError, UsageError
-from fixify.originals import read_original
-from fixify.verification import verify
-from fixify.zoo import build, parse_architecture
+from fixify.models import build, parse_architecture
 
 WIDE = "vit_tiny_patch16_224,embed_dim=386,num_heads=2,depth=1,img_size=32"
 

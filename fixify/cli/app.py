@@ -15,10 +15,10 @@ from typing import Annotated
 
 import typer
 
-from fixify import __version__
+from fixify._version import __version__
 from fixify.cli import convert, demo, eval, finetune, identify, inspect, plan, predict, recipes, report, train, verify
+from fixify.cli.launch import leave_if_told, may_tell, silence_all_but_first, speak
 from fixify.cli.output import fail
-from fixify.cli.workers import leave_if_told, may_tell, silence_all_but_first, speak
 from fixify.errors import FixifyError
 
 app = typer.Typer(

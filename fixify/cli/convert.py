@@ -71,8 +71,7 @@ def convert(
     A checkpoint that was trained with the paper's published code keeps its own, unless --head names another.
     A few hundred images without labels (--calibrate) bring part of it back at once, and tell how much.
     """
-    from fixify.cli.asking import with_architecture
-    from fixify.cli.recipe_defaults import chosen_recipe, convert_options
+    from fixify.cli.common import chosen_recipe, convert_options, with_architecture
     from fixify.conversion import convert as run
     from fixify.reporting.tables import calibration_line, removed_line, savings_table
 

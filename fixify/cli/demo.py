@@ -9,7 +9,7 @@ import typer
 
 from fixify.cli.options import Force, Json
 from fixify.cli.output import Output
-from fixify.cli.training_display import TrainingDisplay
+from fixify.cli.progress import TrainingDisplay
 
 if TYPE_CHECKING:
     from fixify.demo.run import DemoEvent, Stage
@@ -32,8 +32,7 @@ def demo(
     matplotlib carries, and every accuracy is measured on typefaces that no training has seen.
     """
     from fixify.demo.run import EPOCHS, run_demo
-    from fixify.reporting.demo_tables import demo_table
-    from fixify.reporting.tables import savings_table
+    from fixify.reporting.tables import demo_table, savings_table
 
     output = Output(as_json=as_json)
     with TrainingDisplay(output) as training:

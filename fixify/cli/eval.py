@@ -10,8 +10,8 @@ from fixify.cli.options import Arch, ClassMap, ClassOrder, Data, Device, Ema, In
 from fixify.cli.output import Output
 
 if TYPE_CHECKING:
+    from fixify.checkpoints.open import OpenModel
     from fixify.data import Matched
-    from fixify.opening import OpenModel
 
 
 def evaluate(
@@ -33,7 +33,7 @@ def evaluate(
     crop_pct: Annotated[
         float | None,
         typer.Option(
-            min=0.01, max=1, help="Share kept by the center crop. Default: the checkpoint's.", show_default=False
+            min=0.01, max=1, help="Shard kept by the center crop. Default: the checkpoint's.", show_default=False
         ),
     ] = None,
     download: Annotated[bool, typer.Option("--download", help="Download torch/... data that is not here.")] = False,
@@ -51,13 +51,13 @@ def evaluate(
     for ImageNet on folders named by synset.
     With --against the agreement is counted too: over all images, and over those on which OTHER is more than 50 % sure.
     """
-    from fixify.cli.asking import with_architecture
+    from fixify.checkpoints.open import open_model
+    from fixify.cli.common import with_architecture
     from fixify.data import DataOptions, default_workers, make_loader, match_classes, open_data, override
     from fixify.errors import DataError, UsageError
-    from fixify.evaluation import Agreement, Metrics, check_input_size, compare, resolve_device
-    from fixify.evaluation import evaluate as measure
-    from fixify.opening import open_model
-    from fixify.reporting.metrics_tables import metrics_table
+    from fixify.metrics import Agreement, Metrics, check_input_size, compare, resolve_device
+    from fixify.metrics import evaluate as measure
+    from fixify.reporting.tables import metrics_table
 
     output = Output(as_json=as_json)
     if split not in ("train", "val", "test"):

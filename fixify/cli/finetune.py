@@ -22,7 +22,7 @@ from fixify.cli.options import (
     TargetKey,
 )
 from fixify.cli.output import Output
-from fixify.cli.watching import TensorBoard, Track, watching
+from fixify.cli.progress import TensorBoard, Track, watching
 
 _AUGMENTATION = "Augmentation (timm's names)"
 _DISTILLATION = "Distillation"
@@ -87,7 +87,7 @@ def finetune(
     freeze: Annotated[int | None, _option("So many first stages do not learn. Default: 0.")] = None,
     nan_skip: Annotated[int | None, _option("Skip at most so many steps that are not finite. Default: 0.")] = None,
     max_unreadable: Annotated[
-        float | None, _option("Share of the images that may be unreadable. Default: 0.01.")
+        float | None, _option("Shard of the images that may be unreadable. Default: 0.01.")
     ] = None,
     seed: Annotated[int | None, _option("Fixes order, augmentation, dropout. Default: 0.")] = None,
     img_size: Annotated[int | None, _option("Side of the images. Default: the checkpoint's.")] = None,
@@ -100,13 +100,13 @@ def finetune(
     crop_padding: Annotated[
         int | None, _option("Instead: pad so many pixels, crop at random. For small images.", panel=_AUGMENTATION)
     ] = None,
-    hflip: Annotated[float | None, _option("Share mirrored. Default: 0.5.", panel=_AUGMENTATION)] = None,
-    vflip: Annotated[float | None, _option("Share upside down. Default: 0.0.", panel=_AUGMENTATION)] = None,
+    hflip: Annotated[float | None, _option("Shard mirrored. Default: 0.5.", panel=_AUGMENTATION)] = None,
+    vflip: Annotated[float | None, _option("Shard upside down. Default: 0.0.", panel=_AUGMENTATION)] = None,
     color_jitter: Annotated[float | None, _option("Colour jitter. Default: 0.0.", panel=_AUGMENTATION)] = None,
     auto_augment: Annotated[
         str | None, _option("A policy, for example rand-m9-mstd0.5.", "--aa", "--auto-augment", panel=_AUGMENTATION)
     ] = None,
-    reprob: Annotated[float | None, _option("Share partly erased. Default: 0.0.", panel=_AUGMENTATION)] = None,
+    reprob: Annotated[float | None, _option("Shard partly erased. Default: 0.0.", panel=_AUGMENTATION)] = None,
     mixup: Annotated[float | None, _option("Mixup alpha. Default: 0.0.", panel=_AUGMENTATION)] = None,
     cutmix: Annotated[float | None, _option("CutMix alpha. Default: 0.0.", panel=_AUGMENTATION)] = None,
     smoothing: Annotated[float | None, _option("Label smoothing. Default: 0.0.", panel=_AUGMENTATION)] = None,
@@ -170,11 +170,8 @@ def finetune(
     by their names, where it has them.
     With --max-drop 0.5 --against ORIGINAL --val-every 100 it trains no longer than it has to.
     """
-    from fixify.cli.command_line import as_typed
-    from fixify.cli.launching import hand_over
-    from fixify.cli.recipe_defaults import chosen_recipe, finetune_defaults
-    from fixify.cli.slim import the_slim_file_here
-    from fixify.cli.training_result import report_run
+    from fixify.cli.common import as_typed, chosen_recipe, finetune_defaults, report_run, the_slim_file_here
+    from fixify.cli.launch import hand_over
     from fixify.errors import UsageError
     from fixify.training import FinetuneOptions, run_finetune, stored_options
 

@@ -18,16 +18,16 @@ def identify(
 
     By its keys and shapes. What it says of itself (timm's arch, config.json, metadata) settles the choice if it fits.
     """
+    from fixify.checkpoints import open_source
+    from fixify.checkpoints.learned import REFERENCE_CODE, stated
     from fixify.errors import ArchitectureError
-    from fixify.originals import PUBLISHED_CODE, stated
+    from fixify.models.identify import Identification
+    from fixify.models.identify import identify as run
     from fixify.reporting.tables import candidates_table
-    from fixify.sources import open_source
-    from fixify.zoo.identify import Identification
-    from fixify.zoo.identify import identify as run
 
     output = Output(as_json=as_json)
     opened = open_source(source, meta=True)
-    said, head = stated(opened), opened.published_head
+    said, head = stated(opened), opened.reference_code_head
     try:
         with output.progress("building architectures") as advance:
             found = run(opened.shapes, on_progress=lambda _done, _total: advance())
@@ -51,7 +51,7 @@ def identify(
             "fits": said is not None if opened.architecture else None,
             "by": found.by,
             "candidates": candidates,
-            "published_head": None if head is None else head.path,
+            "reference_code_head": None if head is None else head.path,
         },
         candidates_table(found),
     )
@@ -65,7 +65,7 @@ def identify(
         scheme = found.scheme
         output.say(f"Its key names are those of {scheme.name}: {scheme.trait} {scheme.value} ({scheme.provenance}).")
     if head is not None:
-        output.say(f"Its classifier {head.path} is a fixed one {PUBLISHED_CODE}: no weights are stored of it.")
+        output.say(f"Its classifier {head.path} is a fixed one {REFERENCE_CODE}: no weights are stored of it.")
     if said is None and (len(found.candidates) > 1 or opened.architecture is not None):
         first = found.candidates[0].architecture.spelled
         output.next_step(f"fixify convert {source} --arch {first}", "say which it is")

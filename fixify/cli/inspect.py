@@ -16,10 +16,9 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a slim checkpoint says about itself. Only its header is read."""
-    from fixify.checkpoint import read_info
-    from fixify.language.saving import is_language, read_language_info
-    from fixify.reporting.language_tables import language_info_table
-    from fixify.reporting.tables import info_table
+    from fixify.checkpoints.slim import read_info
+    from fixify.language.checkpoint import is_language, read_language_info
+    from fixify.reporting.tables import info_table, language_info_table
 
     output = Output(as_json=as_json)
     if is_language(file):

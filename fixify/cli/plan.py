@@ -16,8 +16,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Is it worth it? What each kind of head would save, and how far apart its codes are."""
-    from fixify.cli.asking import with_architecture
-    from fixify.reporting.plan import plan as run
+    from fixify.cli.common import with_architecture
+    from fixify.reporting.costs import plan as run
     from fixify.reporting.tables import kinds_table, savings_table
 
     output = Output(as_json=as_json)

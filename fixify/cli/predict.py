@@ -24,11 +24,11 @@ def predict(
     """Labels and probabilities of images, preprocessed as the checkpoint says."""
     from dataclasses import asdict, replace
 
-    from fixify.cli.asking import with_architecture
-    from fixify.opening import open_model
+    from fixify.checkpoints import imagenet_labels, read_labels
+    from fixify.checkpoints.open import open_model
+    from fixify.cli.common import with_architecture
     from fixify.prediction import predict as run
     from fixify.reporting.tables import predictions_table
-    from fixify.sources import imagenet_labels, read_labels
 
     output = Output(as_json=as_json)
     opened = with_architecture(lambda known: open_model(checkpoint, arch=known, ema=ema), arch, output)

@@ -52,7 +52,7 @@ def cp(
     force: Force = False,
 ) -> None:
     """Copy a recipe, to edit it."""
-    from fixify._io import refuse_existing, write_atomic
+    from fixify._files import refuse_existing, write_atomic
     from fixify.errors import OutputExistsError
     from fixify.recipes import find_recipe
     from fixify.recipes.parsing import read_text
@@ -81,7 +81,7 @@ def validate(
     """Check recipes, and tell every mistake with its line. Exit code 2 if there is one."""
     from fixify.errors import UsageError
     from fixify.recipes import RecipeError, read_recipe
-    from fixify.recipes.problems import Place, Problem
+    from fixify.recipes.parsing import Place, Problem
 
     found: list[dict[str, Any]] = []
     lines: list[str] = []

@@ -37,8 +37,7 @@ def report(
     Of folders of runs, or a folder that holds several, it makes one HTML page instead, with the runs side by side:
     RUN_DIR/report.html, or -o. With --json it prints the page's data, and writes the page only where -o says.
     """
-    from fixify.cli.asking import with_architecture
-    from fixify.cli.slim import slim_files_here
+    from fixify.cli.common import slim_files_here, with_architecture
     from fixify.errors import UsageError
     from fixify.reporting import report as count
     from fixify.reporting.tables import models_table, savings_table
@@ -79,8 +78,7 @@ def _refuse_besides(all_models: bool, paper: bool, models: list[str], arch: str 
 
 
 def _report_paper(output: Output) -> None:
-    from fixify.reporting.paper import paper
-    from fixify.reporting.paper_tables import paper_tables
+    from fixify.reporting.paper import paper, paper_tables
 
     found = paper()
     output.result(found.to_dict(), *paper_tables(found))
@@ -103,12 +101,12 @@ def _runs_among(names: list[str]) -> list[Path]:
 
 
 def _report_runs(folders: list[Path], names: list[str], out: Path | None, output: Output, *, force: bool) -> None:
-    from fixify._io import refuse_existing, write_atomic
-    from fixify.language.results import is_language_run
+    from fixify._files import refuse_existing, write_atomic
+    from fixify.language.run import is_language_run
     from fixify.reporting.page import PAGE_FILE, write_page
     from fixify.reporting.run_report import report_runs
-    from fixify.reporting.run_tables import runs_table
     from fixify.reporting.runs import read_runs
+    from fixify.reporting.tables import runs_table
 
     if any(map(is_language_run, folders)):
         _report_language(folders, out, output)
@@ -127,8 +125,8 @@ def _report_runs(folders: list[Path], names: list[str], out: Path | None, output
 
 def _report_language(folders: list[Path], out: Path | None, output: Output) -> None:
     from fixify.errors import UsageError
-    from fixify.language.results import is_language_run, read_language_runs
-    from fixify.reporting.language_tables import language_table
+    from fixify.language.run import is_language_run, read_language_runs
+    from fixify.reporting.tables import language_table
 
     if others := [folder for folder in folders if not is_language_run(folder)]:
         raise UsageError(
@@ -142,9 +140,9 @@ def _report_language(folders: list[Path], out: Path | None, output: Output) -> N
 
 
 def _report_all(output: Output) -> None:
+    from fixify.models.architectures import list_architectures
+    from fixify.models.classifiers import coverage
     from fixify.reporting.tables import coverage_summary_table, coverage_table
-    from fixify.zoo.architectures import list_architectures
-    from fixify.zoo.coverage import coverage
 
     rows = []
     with output.progress("building architectures", total=len(list_architectures())) as advance:

@@ -23,10 +23,9 @@ def verify(
 
     Exits with 3 if something is not.
     """
-    from fixify.language.saving import is_language
-    from fixify.language.verification import verify_language
+    from fixify.checkpoints.verify import verify as run
+    from fixify.language.checkpoint import is_language, verify_language
     from fixify.reporting.tables import checks_table
-    from fixify.verification import verify as run
 
     output = Output(as_json=as_json)
     if is_language(file):

@@ -1,15 +1,11 @@
 """Data names to batches of images: `open_data`, `open_unlabelled`, `draw_images`, `check_classes`, `make_loader`."""
 
-from fixify.data.classes import Matched, check_classes, match_classes
-from fixify.data.listing import listing_digest
-from fixify.data.loader import Augmentation, ImageLoader, default_workers, make_loader
-from fixify.data.names import DATA_NAMES, open_data, open_train_val
-from fixify.data.opened import ClassOrder, ImageSource, OpenedData, Split, Subset
-from fixify.data.options import DataOptions
-from fixify.data.order import Share
+from fixify.data.class_matching import Matched, check_classes, match_classes
+from fixify.data.dataset import ClassOrder, DataOptions, ImageSource, OpenedData, Split, Subset, listing_digest
+from fixify.data.loader import Augmentation, ImageLoader, Unreadable, UnreadableImages, default_workers, make_loader
 from fixify.data.preprocessing import override
-from fixify.data.unlabelled import draw_images, open_unlabelled
-from fixify.data.unreadable import Unreadable, UnreadableImages
+from fixify.data.registry import DATA_NAMES, draw_images, open_data, open_train_val, open_unlabelled
+from fixify.data.sampler import Shard
 
 __all__ = [
     "DATA_NAMES",
@@ -20,7 +16,7 @@ __all__ = [
     "ImageSource",
     "Matched",
     "OpenedData",
-    "Share",
+    "Shard",
     "Split",
     "Subset",
     "Unreadable",

@@ -10,9 +10,8 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from fixify.data.classes import in_order, natural_order
-from fixify.data.decoding import decode
-from fixify.data.opened import ClassOrder, OpenedData, Split
+from fixify.data.class_matching import in_order, natural_order
+from fixify.data.dataset import ClassOrder, OpenedData, Split, decode
 from fixify.errors import DataError
 
 SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fixify.data.opened import OpenedData, Split
+from fixify.data.dataset import OpenedData, Split
 from fixify.errors import DataError
 
 FASHION_CLASSES = (

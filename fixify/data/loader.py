@@ -1,4 +1,4 @@
-"""Batches of preprocessed images, on timm's transforms, the same with any number of workers."""
+"""Images that cannot be read: known by name, and fatal when they are too many."""
 
 from __future__ import annotations
 
@@ -19,12 +19,70 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from torchvision import transforms
 
-from fixify.data.opened import ImageSource, OpenedData
-from fixify.data.order import Keys, Share
+from fixify.data.dataset import ImageSource, OpenedData
 from fixify.data.preprocessing import channels_of, normalization
+from fixify.data.sampler import BatchSampler, Shard
 from fixify.data.seeding import kept_globals, seed_globals, seeded_globals
-from fixify.data.unreadable import Unreadable, UnreadableImages
 from fixify.errors import DataError
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """One of them. It travels from a loader process as a value: an exception would arrive as a traceback."""
+
+    message: str
+    hint: str | None = None
+
+
+class UnreadableImages:
+    """Those of a data set that were found so far, each counted once.
+
+    Args:
+        num_images: Images in the data set.
+        max_share: Shard of them that may be unreadable; 0 makes the first one an error.
+        on_found: Told of each new one: what is wrong with it, and how many there are now.
+
+    What names an image is its message: several loaders may count the images of one data set.
+
+    Attributes:
+        messages: What is wrong with each, with its name; in the order in which they were found.
+    """
+
+    def __init__(
+        self, num_images: int, max_share: float = 0.0, on_found: Callable[[str, int], object] | None = None
+    ) -> None:
+        self.num_images = num_images
+        self.max_share = max_share
+        self.on_found = on_found
+        self.messages: dict[str, None] = {}
+
+    def __len__(self) -> int:
+        return len(self.messages)
+
+    def add(self, found: Unreadable) -> None:
+        """Count an image.
+
+        Raises:
+            DataError: it is one too many.
+        """
+        if found.message in self.messages:
+            return
+        self.messages[found.message] = None
+        count = len(self.messages)
+        if self.max_share == 0:
+            raise DataError(found.message, hint=found.hint)
+        if count > self.max_share * self.num_images:
+            raise DataError(
+                f"{count:,} of {self.num_images:,} images cannot be read, and {self.max_share:g} of them may be "
+                f"(--max-unreadable). The last one: {found.message}",
+                hint=f"{found.hint or ''} Or allow more: --max-unreadable {10 * self.max_share:g}".strip(),
+            )
+        if self.on_found is not None:
+            self.on_found(found.message, count)
+
+
+# Batches of preprocessed images, on timm's transforms, the same with any number of workers.
+
 
 Batch = tuple[Tensor, Tensor]
 _Items = tuple[list[tuple[Tensor, int]], list[Unreadable]]
@@ -81,7 +139,7 @@ def make_loader(
     seed: int = 0,
     augmentation: Augmentation | None = None,
     unreadable: UnreadableImages | None = None,
-    share: Share | None = None,
+    share: Shard | None = None,
 ) -> ImageLoader:
     """Batches of images and labels for a model.
 
@@ -143,7 +201,7 @@ def make_loader(
             crop_mode=preprocessing.get("crop_mode"),
         )
     even = training and augmentation.mixes
-    keys = Keys(len(opened), batch_size, training=training, seed=seed, even=even, share=share or Share())
+    keys = BatchSampler(len(opened), batch_size, training=training, seed=seed, even=even, share=share or Shard())
     loader: Any = DataLoader(
         _Transformed(opened.images, "L" if channels == 1 else "RGB", transform, random=training),
         batch_sampler=keys,
@@ -182,7 +240,7 @@ class ImageLoader:
     def __init__(
         self,
         loader: Any,
-        keys: Keys,
+        keys: BatchSampler,
         *,
         unreadable: UnreadableImages,
         normalize: dict[str, Any],

@@ -1,21 +1,98 @@
-"""Images of glyphs: drawn once a face, then distorted as a scanner or a careless hand would.
+"""The 500 classes: which characters, in label order, and where the typefaces are.
 
-A glyph is drawn by FreeType at twice the size (64 x 64). Each image is that drawing under a small rotation, shear,
-magnification and shift, with thinner or thicker strokes, on paper and with ink of random brightness, under noise.
-All randomness comes from an explicit generator: the same seed gives the same images.
+`classes.txt` is the list; `tests/tools/demo_classes.py` made it. It is kept as a file because the labels of the shipped
+checkpoint must not depend on how this machine's FreeType happens to round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import shutil
+import tempfile
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
 
+import matplotlib
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from fixify.demo.classes import face_path
+from fixify.errors import DataError, OutputError, OutputExistsError
+
+LIST = Path(__file__).with_name("classes.txt")
+
+# One face of each family is held out, each with a style that the family's other faces have between them.
+TRAIN_FACES = (
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSans-BoldOblique",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Oblique",
+    "DejaVuSansMono-BoldOblique",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSerif-Italic",
+)
+VAL_FACES = ("DejaVuSans-Oblique", "DejaVuSansMono-Bold", "DejaVuSerif-BoldItalic")
+ALL_FACES = tuple(sorted(TRAIN_FACES + VAL_FACES))
+
+
+@dataclass(frozen=True, order=True)
+class GlyphClass:
+    """One class.
+
+    Attributes:
+        name: Its folder and label, from the character's Unicode name: "latin_small_letter_a".
+        code_point: The character.
+    """
+
+    name: str
+    code_point: int
+
+    @classmethod
+    def of(cls, code_point: int) -> GlyphClass:
+        """The class of a character. Unicode names never change, and these hold no digits, so every order agrees."""
+        return cls(unicodedata.name(chr(code_point)).lower().replace(" ", "_"), code_point)
+
+    @property
+    def character(self) -> str:
+        return chr(self.code_point)
+
+
+@cache
+def glyph_classes() -> tuple[GlyphClass, ...]:
+    """All classes, in label order (which is the order of their names)."""
+    lines = LIST.read_text(encoding="ascii").splitlines()
+    return tuple(GlyphClass(name, int(code_point, 16)) for code_point, name in (line.split() for line in lines))
+
+
+def face_path(face: str) -> Path:
+    """The font file of a face; matplotlib carries it.
+
+    Raises:
+        DataError: this installation of matplotlib has been stripped of it.
+    """
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
+    if not path.is_file():
+        raise DataError(
+            f"matplotlib's font {path} is missing; the demo draws its images with it.",
+            hint="Reinstall it: pip install --force-reinstall matplotlib",
+        )
+    return path
+
+
+# Images of glyphs: drawn once a face, then distorted as a scanner or a careless hand would.
+#
+# A glyph is drawn by FreeType at twice the size (64 x 64). Each image is that drawing under a small rotation, shear,
+# magnification and shift, with thinner or thicker strokes, on paper and with ink of random brightness, under noise.
+# All randomness comes from an explicit generator: the same seed gives the same images.
+
 
 IMAGE_SIZE = 32
 _DRAWN_SIZE = 2 * IMAGE_SIZE
@@ -97,3 +174,107 @@ def distort(drawn: Images, rng: np.random.Generator) -> Images:
     paper, black = uniform(*_PAPER).reshape(n, 1, 1), uniform(*_INK).reshape(n, 1, 1)
     noise = torch.from_numpy(rng.standard_normal(ink.shape, dtype=np.float32)) * uniform(*_NOISE).reshape(n, 1, 1)
     return (paper + (black - paper) * ink + noise).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+# The demo's data set: which face goes into which split, how many images of each glyph, and its folder of PNG files.
+
+
+Split = Literal["train", "val"]
+Faces = Mapping[Split, Sequence[str]]
+MANIFEST = "glyphs.json"
+VERSION = 1
+FACES: Faces = {"train": TRAIN_FACES, "val": VAL_FACES}
+# Images of each class and face. Validation needs many for a figure that can be trusted, training takes time.
+VARIANTS: Mapping[Split, int] = {"train": 2, "val": 2}
+
+
+@dataclass(frozen=True)
+class GlyphData:
+    """A data set on disk.
+
+    Attributes:
+        folder: Holds train/ and val/ with one folder a class.
+        num_classes: Number of classes.
+        train_images: Images below train/.
+        val_images: Images below val/, all of faces that train/ does not have.
+        reused: It was there already.
+    """
+
+    folder: Path
+    num_classes: int
+    train_images: int
+    val_images: int
+    reused: bool
+
+
+def face_images(split: Split, face: str) -> Iterator[Images]:
+    """The images of one face: [500, 32, 32] in label order for each of its variants."""
+    drawn = draw(face, [entry.code_point for entry in glyph_classes()])
+    for variant in range(VARIANTS[split]):
+        yield distort(drawn, generator(VERSION, *f"{split}/{face}/{variant}".encode()))
+
+
+def write_dataset(
+    folder: Path, *, faces: Faces = FACES, on_progress: Callable[[int, int], object] | None = None
+) -> GlyphData:
+    """Write train/ and val/ with one folder a class below `folder`, or find that they are there already.
+
+    Everything is written to a temporary folder beside it and renamed at the end, so `folder` is whole or absent.
+
+    Args:
+        folder: Where; its parent has to exist.
+        faces: The typefaces of each split.
+        on_progress: Called with images written and images in all.
+
+    Raises:
+        OutputExistsError: `folder` is something else, or was written by another version of fixify.
+        OutputError: the disk is full, or the folder cannot be written.
+    """
+    classes = glyph_classes()
+    counts = {split: len(faces[split]) * VARIANTS[split] * len(classes) for split in VARIANTS}
+    manifest = {
+        "fixify.glyphs": VERSION,
+        "image_size": IMAGE_SIZE,
+        "num_classes": len(classes),
+        "images": counts,
+        "faces": {split: list(faces[split]) for split in VARIANTS},
+    }
+    data = GlyphData(folder, len(classes), counts["train"], counts["val"], reused=folder.exists())
+    if data.reused:
+        _check_manifest(folder, manifest)
+        return data
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise OutputError(f"Cannot write in {folder.parent}: {error.strerror}.") from error
+    try:
+        done = 0
+        for split in VARIANTS:
+            folders = [temporary / split / entry.name for entry in classes]
+            for class_folder in folders:
+                class_folder.mkdir(parents=True)
+            for face in faces[split]:
+                for variant, images in enumerate(face_images(split, face)):
+                    for class_folder, image in zip(folders, images, strict=True):
+                        Image.fromarray(image).save(class_folder / f"{face}-{variant}.png", compress_level=1)
+                    done += len(classes)
+                    if on_progress is not None:
+                        on_progress(done, sum(counts.values()))
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        temporary.chmod((temporary / "train").stat().st_mode)  # mkdtemp's 0700 would keep others out
+        temporary.rename(folder)
+    except OSError as error:
+        raise OutputError(f"Cannot write {folder}: {error.strerror or error}.", hint="Nothing was changed.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return data
+
+
+def _check_manifest(folder: Path, manifest: dict[str, object]) -> None:
+    hint = f"Move it away, or delete it if it is the demo's: rm -r {folder}"
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputExistsError(f"{folder} exists and is not the demo's data set.", hint=hint) from error
+    if found != manifest:
+        raise OutputExistsError(f"{folder} holds the data set of another version of the demo.", hint=hint)

@@ -4,10 +4,10 @@ From here downwards nothing knows of images: a text becomes numbers (`corpus`), 
 is put between them as embedding and as classifier (`network`, `building`), and trained (`loop`, `run`).
 """
 
+from fixify.language.checkpoint import load_language
 from fixify.language.corpus import Corpus, read_corpus
 from fixify.language.options import LanguageOptions
 from fixify.language.run import LanguageResult, run_language
-from fixify.language.saving import load_language
 from fixify.language.vectors import word_vectors
 
 __all__ = [

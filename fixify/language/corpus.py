@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixify.data.names import data_roots
+from fixify.data.registry import data_roots
 from fixify.errors import DataError
 
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"

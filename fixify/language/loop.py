@@ -1,12 +1,15 @@
-"""Training a language model: truncated backpropagation through time, and the state from which it goes on exactly."""
+"""What the training of a language model tells its listener."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,14 +17,178 @@ from torch.optim.swa_utils import AveragedModel
 
 from fixify.data.seeding import derive_seed, seeded_torch
 from fixify.errors import TrainingError
-from fixify.language.batches import side_by_side, steps_of
-from fixify.language.events import LanguageListener, LanguageRecord, LanguageStep
 from fixify.language.network import LanguageModel, Output, State, WordClassifier
 from fixify.language.options import LanguageOptions
+from fixify.metrics import eval_mode
 from fixify.training.interrupt import Stopped, StopRequest
 
+
+@dataclass(frozen=True)
+class LanguageRunStarted:
+    """Before anything else.
+
+    Attributes:
+        text: What the text is, for a person.
+        device: Where it runs.
+        learned: Parameters that learn.
+        epochs, steps: Of the whole run, and of one epoch (an estimate where lengths vary).
+        first_epoch: Where it begins: above 0 when a run is resumed.
+        folder: Of the run.
+    """
+
+    text: str
+    device: str
+    learned: int
+    epochs: int
+    steps: int
+    first_epoch: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class LanguageStep:
+    """After an update. The loss is the mean of the epoch so far, nats a word."""
+
+    epoch: int
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    words_per_second: float
+    scale: float | None
+
+
+@dataclass(frozen=True)
+class LanguageRecord:
+    """One validation, after an epoch, as it goes into metrics.jsonl. Epochs count from 0.
+
+    Attributes:
+        epoch: Which epoch.
+        step: Updates since the start of the run.
+        lr: Learning rate of the last update.
+        train_loss: Mean over the epoch, with dropout, while the weights moved; nats a word.
+        val_loss: Over the whole validation text.
+        averaged: Whether `val_loss` is that of the mean of the weights ("asgd").
+        scale: The fixed head's alpha; None with learned words.
+        words_per_second: Training throughput.
+        seconds: Training of this epoch.
+    """
+
+    epoch: int
+    step: int
+    lr: float
+    train_loss: float
+    val_loss: float
+    averaged: bool
+    scale: float | None
+    words_per_second: float
+    seconds: float
+
+    @property
+    def val_perplexity(self) -> float:
+        """e to the validation loss."""
+        return math.exp(self.val_loss)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "val_perplexity": self.val_perplexity}
+
+
+@dataclass(frozen=True)
+class LanguageEpochEnded:
+    record: LanguageRecord
+    is_best: bool
+
+
+LanguageEvent = LanguageRunStarted | LanguageStep | LanguageEpochEnded
+LanguageListener = Callable[[LanguageEvent], object]
+
+
+# A text as batches, and how well a model predicts it.
+
+
+_SHORTEST = 5
+_HALF = 0.05
+_DEVIATION = 5.0
+_EVALUATED_AT_ONCE = 1 << 22
+"""Logits of a step of evaluation; 16 MB as float32."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How well a text is predicted.
+
+    Attributes:
+        loss: Mean negative log likelihood of a word, nats.
+        words: Words that were predicted: all of them.
+    """
+
+    loss: float
+    words: int
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss."""
+        return math.exp(self.loss)
+
+
+def side_by_side(text: Tensor, batch_size: int) -> Tensor:
+    """A text [n] as `batch_size` parts of equal length, [n // batch_size, batch_size]; the rest is left out."""
+    length = len(text) // batch_size
+    return text[: length * batch_size].view(batch_size, length).t().contiguous()
+
+
+def steps_of(length: int, seq_len: int, *, vary: bool, seed: int) -> list[tuple[int, int]]:
+    """Where each update of an epoch begins, and of how many words: of parts of `length` words, all but the last word.
+
+    Args:
+        length: Words of each part.
+        seq_len: Words of an update.
+        vary: Draw them, as Merity et al. (2017, section 4.1) do: around `seq_len`, or with 5 % around its half, with a
+            deviation of 5.
+        seed: Of what is drawn.
+    """
+    rng = np.random.Generator(np.random.Philox(seed))
+    found, begin = [], 0
+    while begin < length - 1:
+        size = seq_len
+        if vary:
+            around = seq_len / 2 if rng.random() < _HALF else seq_len
+            size = max(_SHORTEST, int(rng.normal(around, _DEVIATION)))
+        size = min(size, length - 1 - begin)
+        found.append((begin, size))
+        begin += size
+    return found
+
+
+@torch.inference_mode()
+def predict(model: LanguageModel, text: Tensor, first: int, device: torch.device) -> Prediction:
+    """How well a model predicts a text: every word of it, each from all words before it.
+
+    Args:
+        model: On the device.
+        text: Word numbers [n], on the CPU.
+        first: The word that is taken to stand before the text.
+        device: Where the model is.
+    """
+    before = torch.cat([text.new_tensor([first]), text[:-1]])
+    loss = 0.0
+    state = model.start(1)
+    with eval_mode(model):
+        for words, following in _parts(before, text, max(1, _EVALUATED_AT_ONCE // model.num_words)):
+            logits, state = model(words.to(device)[:, None], state)
+            loss += float(F.cross_entropy(logits[:, 0].float(), following.to(device), reduction="sum"))
+    return Prediction(loss / len(text), len(text))
+
+
+def _parts(before: Tensor, text: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from zip(before.split(size), text.split(size), strict=True)
+
+
+# Training a language model: truncated backpropagation through time, and the state from which it goes on exactly.
+
+
 _LENGTHS, _DROPOUT = 2, 3
-"""Random streams beside that of `fixify.language.building`."""
+"""Random streams beside that of `fixify.language.model`."""
 
 
 @dataclass
@@ -92,7 +259,7 @@ class Trainer:
         return self.model if self.average is None else cast(LanguageModel, self.average.module)
 
     def steps(self) -> list[tuple[int, int]]:
-        """Of the current epoch; see `fixify.language.batches.steps_of`."""
+        """Of the current epoch; see `fixify.language.loop.steps_of`."""
         options = self.options
         seed = derive_seed(options.seed, self.position.epoch, _LENGTHS)
         return steps_of(len(self.text), options.seq_len, vary=options.vary_seq_len, seed=seed)

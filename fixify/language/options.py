@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from fixify.evaluation import resolve_device
+from fixify._options import CheckedOptions, Conflict
 from fixify.language.network import Dropouts
-from fixify.validation import CheckedOptions, Conflict
+from fixify.metrics import resolve_device
 
 LEARNED = ("learned", "tied")
 

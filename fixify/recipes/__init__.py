@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
     "Recipe": "fixify.recipes.reading",
-    "RecipeError": "fixify.recipes.problems",
+    "RecipeError": "fixify.recipes.parsing",
     "ShippedRecipe": "fixify.recipes.shipped",
     "find_recipe": "fixify.recipes.shipped",
     "list_recipes": "fixify.recipes.shipped",
@@ -26,7 +26,7 @@ _EXPORTS = {
 __all__ = [*_EXPORTS]  # noqa: PLE0604, RUF100
 
 if TYPE_CHECKING:
-    from fixify.recipes.problems import RecipeError as RecipeError
+    from fixify.recipes.parsing import RecipeError as RecipeError
     from fixify.recipes.reading import Recipe as Recipe
     from fixify.recipes.reading import read_recipe as read_recipe
     from fixify.recipes.running import run_recipe as run_recipe

@@ -1,13 +1,9 @@
-"""YAML text as plain values that know their lines.
-
-This is the core schema of YAML 1.2, not PyYAML's 1.1: `1e-4` is a number, `no` and `1:30` are text, there are no dates.
-A recipe may come from anywhere, so tags, aliases (with which a few lines make gigabytes), deep nesting and large files
-are refused, and a key that is given twice is a mistake instead of the last one winning.
-"""
+"""What is wrong with a recipe: every mistake, each with its place, told at once."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
@@ -15,7 +11,63 @@ from typing import Any
 import yaml
 
 from fixify.errors import UsageError
-from fixify.recipes.problems import Place, Problem, RecipeError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something was written: a line of the file (from 1), or the `--set` that gave it."""
+
+    line: int | None = None
+    override: str | None = None
+
+    def __str__(self) -> str:
+        return f"--set {self.override}" if self.override is not None else f"line {self.line}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake.
+
+    Attributes:
+        place: Where it was written.
+        message: What is wrong, a sentence that names the option.
+    """
+
+    place: Place
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.message}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"line": self.place.line, "set": self.place.override, "message": self.message}
+
+
+class RecipeError(UsageError):
+    """A recipe that cannot be used.
+
+    Args:
+        name: The file, or the name of the recipe.
+        problems: All of its mistakes.
+        hint: What to type next.
+    """
+
+    def __init__(self, name: str, problems: Sequence[Problem], *, hint: str | None = None) -> None:
+        self.problems = tuple(sorted(problems, key=_order))
+        count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
+        super().__init__("\n".join((f"{name} has {count}.", *(f"  {each}" for each in self.problems))), hint=hint)
+
+
+def _order(problem: Problem) -> tuple[bool, int]:
+    return problem.place.line is None, problem.place.line or 0
+
+
+# YAML text as plain values that know their lines.
+#
+# This is the core schema of YAML 1.2, not PyYAML's 1.1: `1e-4` is a number, `no` and `1:30` are text, there are no dates.
+# A recipe may come from anywhere, so tags, aliases (with which a few lines make gigabytes), deep nesting and large files
+# are refused, and a key that is given twice is a mistake instead of the last one winning.
+
 
 MAX_BYTES = 1 << 16
 _MAX_DEPTH = 8

@@ -7,16 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fixify._options import did_you_mean
 from fixify.errors import UsageError
 from fixify.language.options import LanguageOptions
-from fixify.recipes.measured import Measured
-from fixify.recipes.measured_words import MeasuredWords
-from fixify.recipes.parsing import Parsed, parse, read_text
-from fixify.recipes.problems import Place, Problem, RecipeError
-from fixify.recipes.schema import ENTRIES, SECTIONS, check
+from fixify.recipes.parsing import Parsed, Place, Problem, RecipeError, parse, read_text
+from fixify.recipes.schema import ENTRIES, SECTIONS, Measured, MeasuredWords, check
 from fixify.recipes.shipped import find_recipe
 from fixify.training import FinetuneOptions, TrainOptions
-from fixify.validation import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Recipe:
         against: The original, whose top-1 is measured.
         distill: The teacher.
         recorded: What the run that wrote the recipe had: SHA-256 of its inputs, images a step; see
-            `fixify.training.recipe_file`.
+            `fixify.training.run_folder`.
         measured: What its comparisons of learned and fixed have measured; of words, if it has a language section.
         overridden: What overrides gave, for example ("finetune", "lr").
     """

@@ -1,30 +1,190 @@
-"""What a recipe may say. Each section has one definition, elsewhere: `convert` is the signature of `fixify.convert`,
-`finetune` is `fixify.training.FinetuneOptions`, `train` is `fixify.training.TrainOptions`, `language` is
-`fixify.language.LanguageOptions`. An option that is added there is an option here. Beside the sections a recipe may say
-what it is about: data, files, what they were, and what was measured with them."""
+"""What `fixify train RECIPE --compare` has measured, in the recipe's entry `measured`."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
-from fixify.calibrating import MIN_IMAGES
-from fixify.checkpoint import DTYPES
+from fixify._options import Conflict, did_you_mean, explain, mistakes, refuse, shown
+from fixify.checkpoints.slim import DTYPES
 from fixify.conversion import conflicts, convert
+from fixify.features import MIN_IMAGES
 from fixify.heads.spec import KINDS
 from fixify.language.options import LanguageOptions
-from fixify.recipes.measured import Accuracies, Measured
-from fixify.recipes.measured_words import MeasuredWords, Perplexities
-from fixify.recipes.parsing import Parsed, dotted
+from fixify.recipes.parsing import Parsed, Place, Problem, dotted
 from fixify.recipes.parsing import Path as ValuePath
-from fixify.recipes.problems import Place, Problem
 from fixify.training import FinetuneOptions, TrainOptions
-from fixify.validation import did_you_mean, explain, mistakes, refuse, shown
+
+_Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+_Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+_OVERRIDE = "train."
+
+
+class Accuracies(BaseModel):
+    """Validation top-1 of one kind of head.
+
+    Attributes:
+        best: The best validation of each run, percent, one a seed.
+        last: The one after the last epoch.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    best: tuple[_Percent, ...] = Field(min_length=1)
+    last: tuple[_Percent, ...] = Field(min_length=1)
+
+
+class MeasuredRuns(BaseModel):
+    """What runs of one recipe have measured, of images or of words.
+
+    Attributes:
+        data: What was trained on, for a person.
+        conditions: How long they trained, and on what machine.
+        seeds: One each run; the lists of figures are in this order.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: Text
+    conditions: Text
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> MeasuredRuns:
+        refuse(self._conflicts())
+        return self
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        if len(set(self.seeds)) < len(self.seeds):
+            yield Conflict(("seeds",), f"seeds must differ, not be {' '.join(map(str, self.seeds))}")
+
+
+class Measured(MeasuredRuns):
+    """Runs of one recipe, a learned and a fixed classifier of each seed.
+
+    Attributes:
+        num_classes: C of the data.
+        set: What the runs changed in the recipe, as after `--set`.
+        learned: With the network's own classifier.
+        fixed: With the fixed one.
+        held: With a fixed one whose alpha was held, by alpha.
+    """
+
+    num_classes: int = Field(ge=1)
+    set: tuple[str, ...] = ()
+    learned: Accuracies
+    fixed: Accuracies
+    held: dict[_Scale, Accuracies] = Field(default_factory=dict)
+
+    @property
+    def best_gaps(self) -> tuple[float, ...]:
+        """Fixed minus learned, points of the best top-1, one a seed."""
+        return _differences(self.fixed.best, self.learned.best)
+
+    @property
+    def last_gaps(self) -> tuple[float, ...]:
+        """The same after the last epoch, which nobody chose by the validation images."""
+        return _differences(self.fixed.last, self.learned.last)
+
+    def command(self, recipe: str) -> str:
+        """The command that repeats the runs of one seed, the first."""
+        scales = ["--compare-scales", ",".join(f"{scale:g}" for scale in self.held)] if self.held else []
+        changed = [part for override in (*self.set, f"train.seed={self.seeds[0]}") for part in ("--set", override)]
+        return " ".join(("fixify train", recipe, "--compare", *scales, *changed))
+
+    @field_validator("set")
+    @classmethod
+    def _is_of_training(cls, overrides: tuple[str, ...]) -> tuple[str, ...]:
+        for override in overrides:
+            option, equals, _ = override.partition("=")
+            if not equals or not option.startswith(_OVERRIDE):
+                raise ValueError(f"must be written as after --set, train.OPTION=VALUE, not {override!r}")
+        return overrides
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        yield from super()._conflicts()
+        named = {"learned": self.learned, "fixed": self.fixed}
+        for name, found in (*named.items(), *((f"held {scale:g}", found) for scale, found in self.held.items())):
+            option = name.partition(" ")[0]
+            if not len(found.best) == len(found.last) == len(self.seeds):
+                yield Conflict(
+                    (option, "seeds"),
+                    f"{name} needs a best and a last top-1 for each of {len(self.seeds)} seeds, and has "
+                    f"{len(found.best)} and {len(found.last)}",
+                )
+            elif any(best < last for best, last in zip(found.best, found.last, strict=True)):
+                yield Conflict((option,), f"{name} has a last top-1 above the best one")
+
+
+def _differences(fixed: tuple[float, ...], learned: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(one - other for one, other in zip(fixed, learned, strict=True))
+
+
+# What language models of one recipe have measured, in the recipe's entry `measured`.
+
+
+_Perplexity = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+
+
+class Perplexities(BaseModel):
+    """Of the epoch that is best on the validation text, one a seed.
+
+    Attributes:
+        val: On the validation text.
+        test: On the test text.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    val: tuple[_Perplexity, ...] = Field(min_length=1)
+    test: tuple[_Perplexity, ...] = Field(min_length=1)
+
+
+class MeasuredWords(MeasuredRuns):
+    """Runs of one recipe with several kinds of words, each of every seed.
+
+    Attributes:
+        num_words: How many kinds of words the text has: C.
+        command: What repeats the runs.
+        learned: With an embedding and a classifier that are both learned.
+        others: With other words, by what they are.
+    """
+
+    num_words: int = Field(ge=1)
+    command: Text
+    learned: Perplexities
+    others: dict[str, Perplexities] = Field(min_length=1)
+
+    def ratios(self, words: str) -> tuple[float, ...]:
+        """Validation perplexity of other words over that of learned ones, one a seed."""
+        return tuple(one / other for one, other in zip(self.others[words].val, self.learned.val, strict=True))
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        yield from super()._conflicts()
+        for option, name, found in (
+            ("learned", "learned", self.learned),
+            *(("others", name, found) for name, found in self.others.items()),
+        ):
+            if not len(found.val) == len(found.test) == len(self.seeds):
+                yield Conflict(
+                    (option, "seeds"),
+                    f"{name} needs a perplexity of both texts for each of {len(self.seeds)} seeds, and has "
+                    f"{len(found.val)} and {len(found.test)}",
+                )
+
+
+# What a recipe may say. Each section has one definition, elsewhere: `convert` is the signature of `fixify.convert`,
+# `finetune` is `fixify.training.FinetuneOptions`, `train` is `fixify.training.TrainOptions`, `language` is
+# `fixify.language.LanguageOptions`. An option that is added there is an option here. Beside the sections a recipe may say
+# what it is about: data, files, what they were, and what was measured with them.
+
 
 # What belongs to one conversion and not to a recipe: the files. (Nor do callbacks, `on_...`.)
 _OF_ONE_CALL = {"source", "out", "force"}
@@ -92,7 +252,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
 
 
 class Recorded(BaseModel):
-    """What a run had, which repeating it has to find again; see `fixify.training.recipe_file`."""
+    """What a run had, which repeating it has to find again; see `fixify.training.run_folder`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

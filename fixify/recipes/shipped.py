@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fixify.errors import FixifyError, UsageError
-from fixify.recipes.parsing import parse, read_text
-from fixify.recipes.problems import Place, Problem, RecipeError
+from fixify.recipes.parsing import Place, Problem, RecipeError, parse, read_text
 
 SECTION_NAMES = ("convert", "finetune", "train", "language")  # those of fixify.recipes.schema, which is not light
 _SUFFIXES = (".yaml", ".yml")
@@ -27,7 +26,7 @@ class ShippedRecipe:
         description: What it does.
         expect: What to expect of it: accuracy, hardware, time; or that it was not run.
         measured: What its comparisons of learned and fixed have measured, as it is written there; see
-            `fixify.recipes.measured` and `measured_words`.
+            `fixify.recipes.schema` and `measured_words`.
         sections: Which commands it is for.
     """
 

@@ -1,5 +1,5 @@
 """What is counted and how it is shown."""
 
-from fixify.reporting.models import ModelReport, report
+from fixify.reporting.costs import ModelReport, report
 
 __all__ = ["ModelReport", "report"]

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 from rich.table import Table
 
-from fixify._io import atomic_path
+from fixify._files import atomic_path
 from fixify.reporting.run_report import RunReport
 from fixify.reporting.tables import new_table
 from fixify.training import EpochRecord

@@ -9,14 +9,13 @@ from typing import Any
 
 from rich.table import Table
 
+from fixify.models.architectures import build, parse_architecture
+from fixify.models.classifiers import find_classifiers
 from fixify.recipes import read_recipe
-from fixify.recipes.measured import Measured
-from fixify.recipes.measured_words import MeasuredWords
 from fixify.recipes.reading import section_of
+from fixify.recipes.schema import Measured, MeasuredWords
 from fixify.recipes.shipped import recipe_names
 from fixify.reporting.tables import new_table
-from fixify.zoo.architectures import build, parse_architecture
-from fixify.zoo.classifiers import find_classifiers
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fixify import __version__
+from fixify._version import __version__
 from fixify.reporting.charts import Chart, Series, line_chart
 from fixify.reporting.run_report import Report, RunReport, Size
 from fixify.reporting.tables import human_bytes

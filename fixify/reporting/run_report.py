@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fixify.confusions import Confusions
-from fixify.counts import Savings
-from fixify.evaluation import Metrics
+from fixify.metrics import Confusions, Metrics
 from fixify.reporting.runs import Run
+from fixify.savings import Savings
 from fixify.training import EpochRecord
 
 

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fixify.confusions import Confusions
+from fixify.checkpoints.files import holds_one_checkpoint
 from fixify.errors import FormatError
-from fixify.evaluation import Metrics
-from fixify.sources.folders import holds_one_checkpoint
+from fixify.metrics import Confusions, Metrics
 from fixify.training import EpochRecord
-from fixify.training.logging import CONFUSIONS_FILE, METRICS_FILE, RUN_FILE, STEPS_FILE
-from fixify.training.steps import StepRecord
+from fixify.training.run_folder import CONFUSIONS_FILE, METRICS_FILE, RUN_FILE, STEPS_FILE, StepRecord
 
 _Record = TypeVar("_Record")
 
@@ -50,7 +48,7 @@ class Run:
 
     @property
     def model(self) -> dict[str, Any]:
-        """See `fixify.training.model_facts`; empty if the run is older than that."""
+        """See `fixify.training.run_folder`; empty if the run is older than that."""
         return dict(self.facts.get("model") or {})
 
     @property

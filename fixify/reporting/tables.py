@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,16 +11,21 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fixify.checkpoint import SlimInfo
-from fixify.counts import Savings
+from fixify.checkpoints.slim import SlimInfo
+from fixify.checkpoints.verify import Check
+from fixify.demo.run import DemoResult
+from fixify.language.checkpoint import LanguageInfo
+from fixify.language.run import DIVERGED, LanguageRun
+from fixify.metrics import Agreement, Metrics
+from fixify.models.architectures import LIBRARIES
+from fixify.models.classifiers import Coverage
+from fixify.models.identify import Identification
 from fixify.prediction import Prediction
-from fixify.reporting.models import ModelReport
-from fixify.reporting.plan import KindPlan
-from fixify.retrofit import HeadRecord
-from fixify.verification import Check
-from fixify.zoo.architectures import LIBRARIES
-from fixify.zoo.coverage import Coverage
-from fixify.zoo.identify import Identification
+from fixify.reporting.costs import KindPlan, ModelReport
+from fixify.reporting.run_report import Report
+from fixify.savings import Savings
+from fixify.surgery import HeadRecord
+from fixify.training import FinetuneResult
 
 
 def new_table(*columns: str, title: str | None = None) -> Table:
@@ -132,7 +138,7 @@ def info_table(path: Path, info: SlimInfo) -> Table:
             made.add_row("", f"{what} {_plain(before.get('top1'))} % before, {_plain(after.get('val_top1'))} % after")
         teacher = training.get("teacher")
         if isinstance(teacher, dict):
-            made.add_row("", f"taught by {teacher.get('name')}")
+            made.add_row("", f"teacher_logits by {teacher.get('name')}")
     return made
 
 
@@ -226,3 +232,159 @@ def _plain(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return ("x" if len(value) == 3 else ", ").join(_plain(item) for item in value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# Tables of metrics: an evaluation, a comparison, a finetuning run.
+
+
+def metrics_table(found: Sequence[tuple[str, Metrics]], agreement: Agreement | None = None) -> Table:
+    """One row a model; below it, how often two models agree."""
+    made = new_table("model", ">top-1 %", ">top-5 %", ">loss", ">ECE %", ">images", ">seconds")
+    for name, metrics in found:
+        made.add_row(name, *_numbers(metrics), f"{metrics.num_images:,}", f"{metrics.seconds:.1f}")
+    if agreement is not None:
+        lines = [f"same class on {agreement.same:.2f} % of the images"]
+        if agreement.confident_same is not None:
+            lines.append(
+                f"and on {agreement.confident_same:.2f} % of the {agreement.confident_images:,} "
+                f"on which {found[1][0]} is more than 50 % sure"
+            )
+        lines.append(
+            f"only {found[0][0]} right: {agreement.only_second_right:,}; "
+            f"only {found[1][0]} right: {agreement.only_first_right:,}"
+        )
+        made.caption = "\n".join(lines)
+        made.caption_justify = "left"
+    return made
+
+
+def finetune_table(result: FinetuneResult) -> Table:
+    """The model as it came beside the best validation."""
+    made = new_table("", ">top-1 %", ">top-5 %", ">loss", ">ECE %", title=str(result.best_path))
+    if result.original_top1 is not None:
+        made.add_row("original", f"{result.original_top1:.2f}")
+    made.add_row("before training", *_numbers(result.before))
+    after = result.after
+    best = (after.val_top1, after.val_top5, after.val_loss, after.val_ece)
+    made.add_row(f"after {round(after.epochs, 2):g} epochs", *_formatted(*best))
+    sent = next((record for record in reversed(result.history) if record.gradient_bytes is not None), None)
+    if sent is not None:
+        made.caption = (
+            f"summed over the processes each update: {human_bytes(sent.gradient_bytes or 0)} of gradients (counted), "
+            f"{human_bytes(sent.statistics_bytes or 0)} of statistics"
+        )
+        made.caption_justify = "left"
+    return made
+
+
+def _numbers(metrics: Metrics) -> tuple[str, ...]:
+    return _formatted(metrics.top1, metrics.top5, metrics.loss, metrics.ece)
+
+
+def _formatted(top1: float, top5: float, loss: float, ece: float) -> tuple[str, ...]:
+    return f"{top1:.2f}", f"{top5:.2f}", f"{loss:.4f}", f"{ece:.2f}"
+
+
+# The demo's result for the terminal.
+
+
+def demo_table(result: DemoResult) -> Table:
+    """One row a model: what it gets right on the typefaces that were held out."""
+    images = result.original_metrics.num_images
+    made = new_table(
+        "accuracy", ">epochs", ">top-1", ">top-5", title=f"{images:,} images of {result.data.num_classes:,} characters"
+    )
+    tuned, first, last = result.finetuned_metrics, result.original_metrics, result.converted_metrics
+    epochs = str(len(result.history))
+    made.add_row("original, learned classifier", "0", _percent(first.top1), _percent(first.top5))
+    signs = result.one_shot_metrics
+    made.add_row("one sign a weight (--head binary)", "0", _percent(signs.top1), _percent(signs.top5))
+    made.add_row("Hadamard codes, just converted", "0", _percent(last.top1), _percent(last.top5))
+    made.add_row("Hadamard codes, fine-tuned", epochs, _percent(tuned.top1), _percent(tuned.top5))
+    if result.control is not None:
+        control = result.control
+        made.add_row(
+            "control: original, trained likewise", epochs, _percent(control.val_top1), _percent(control.val_top5)
+        )
+    made.caption = "held-out typefaces; best epoch of each" + ("" if result.control else "; no control was run")
+    made.caption_justify = "left"
+    return made
+
+
+def _percent(value: float) -> str:
+    return f"{value:.2f} %"
+
+
+# Runs side by side, for the terminal.
+
+
+def runs_table(report: Report) -> Table:
+    """One row a run, with its best validation; below it, what came of it."""
+    made = new_table("run", "classifier", ">top-1 %", ">top-5 %", ">loss", ">as it came", ">epochs")
+    for run in report.runs:
+        best = run.best
+        numbers = (
+            ("", "", "") if best is None else (f"{best.val_top1:.2f}", f"{best.val_top5:.2f}", f"{best.val_loss:.4f}")
+        )
+        before = "" if run.before is None else f"{run.before.top1:.2f}"
+        made.add_row(run.label, run.head, *numbers, before, f"{run.epochs_done:g}/{run.epochs}")
+    made.caption = "\n".join(report.verdict)
+    made.caption_justify = "left"
+    return made
+
+
+# Language models side by side, in the columns of the paper's Table 2.
+
+
+_PAPERS_RATIO = 81.2 / 74.1
+"""Of Table 2: perplexity with fixed words over that with learned ones."""
+
+
+def language_table(runs: Sequence[LanguageRun]) -> Table:
+    """One row a run; beside each perplexity, how many times that of learned words it is, if there is one such run."""
+    base = reference(runs)
+    first = runs[0]
+    made = new_table(
+        "words", ">validation", ">/ learned", ">test", "># params", ">fixed", ">learned here",
+        title=f"{first.num_layers}-layer LSTM (h={first.num_features}), perplexity: {first.text}",
+    )  # fmt: skip
+    for run in runs:
+        made.add_row(
+            run.words,
+            f"{run.perplexity:.1f}",
+            "" if base is None else f"{run.perplexity / base.perplexity:.3f}",
+            "" if run.test_perplexity is None else f"{run.test_perplexity:.1f}",
+            f"{run.size.parameters:,}",
+            f"{run.size.share:.2f} %",
+            f"{run.size.learned:,}",
+        )
+    if base is not None:
+        made.caption = f"the paper's ratio, word2vec on WikiText-2: 81.2 / 74.1 = {_PAPERS_RATIO:.3f}"
+        made.caption_justify = "left"
+    return made
+
+
+def language_info_table(path: Path, info: LanguageInfo) -> Table:
+    """What the file of a language model says about itself, one fact a row."""
+    options, size, training = info.options, info.size, info.training
+    made = new_table("", "", title=path.name)
+    made.show_header = False
+    made.add_row("network", f"{options.num_layers}-layer LSTM (h={options.num_features})")
+    made.add_row("words", f"{options.label}; {len(info.words):,} of them: {' '.join(info.words[:6])} ...")
+    if info.codebook is not None:
+        made.add_row(
+            "", f"{info.codebook.construction}, seed {info.codebook.seed}, {short_digest(info.codebook.digest)}"
+        )
+    made.add_row("learned", f"{size.learned:,} of {size.parameters:,} parameters; {size.share:.2f} % are fixed")
+    made.add_row("file", human_bytes(path.stat().st_size))
+    loss, epoch = training.get("val_loss"), training.get("epoch")
+    if isinstance(loss, float) and loss < DIVERGED and isinstance(epoch, int):
+        made.add_row("trained", f"on {training.get('text')}")
+        made.add_row("", f"validation perplexity {math.exp(loss):.1f} after epoch {epoch + 1} of {options.epochs}")
+    return made
+
+
+def reference(runs: Sequence[LanguageRun]) -> LanguageRun | None:
+    """The one run with learned words; None if there are none or several."""
+    learned = [run for run in runs if run.is_learned]
+    return learned[0] if len(learned) == 1 else None

@@ -1,5 +1,7 @@
 """The engine that trains and retrofits: `run_finetune` on files and names, `finetune` on a model and opened data."""
 
+from fixify.training.api import run_finetune, run_train
+from fixify.training.checkpointing import SaveModel
 from fixify.training.events import (
     Calibrated,
     EpochEnded,
@@ -16,16 +18,11 @@ from fixify.training.events import (
     Validated,
     Warned,
 )
-from fixify.training.files import BEST_FILE, LAST_FILE
 from fixify.training.interrupt import TrainingInterrupted
-from fixify.training.keeping import SaveModel
-from fixify.training.logging import stored_options
-from fixify.training.options import FinetuneOptions
-from fixify.training.others import OtherModel
+from fixify.training.options import FinetuneOptions, TrainOptions
 from fixify.training.run import FinetuneResult, finetune
-from fixify.training.scratch import run_train
-from fixify.training.slim import run_finetune
-from fixify.training.train_options import TrainOptions
+from fixify.training.run_folder import BEST_FILE, LAST_FILE, stored_options
+from fixify.training.teacher import OtherModel
 
 __all__ = [
     "BEST_FILE",

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fixify.data import Share
+from fixify.data import Shard
 from fixify.errors import FixifyError, TrainingError, UsageError
-from fixify.evaluation import resolve_device
+from fixify.metrics import resolve_device
 
 T = TypeVar("T")
 
@@ -42,22 +42,22 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if launched() > 1 else 0
 
 
-def local_count() -> int:
+def local_world_size() -> int:
     """Processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() > 1 else 1
 
 
-def count() -> int:
+def world_size() -> int:
     """Processes in the group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """Place of this process among all, from 0."""
-    return dist.get_rank() if count() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
-def is_first() -> bool:
+def is_rank_zero() -> bool:
     """Whether this is the process that writes and speaks."""
     return rank() == 0
 
@@ -83,9 +83,9 @@ def device_for(name: str) -> str:
             "Several processes cannot train on mps.", hint="Leave out --nproc-per-node, or add --device cpu."
         )
     available = torch.accelerator.device_count()
-    if local_count() > available:
+    if local_world_size() > available:
         raise UsageError(
-            f"{local_count()} processes were started here, and there are {available} {kind} devices.",
+            f"{local_world_size()} processes were started here, and there are {available} {kind} devices.",
             hint=f"Start {available} with --nproc-per-node {available}.",
         )
     return f"{kind}:{local_rank()}"
@@ -100,14 +100,14 @@ def launch() -> str | None:
     return None if own is None else f"{own}/{os.getppid()}"
 
 
-def account() -> dict[str, Any]:
+def launch_record() -> dict[str, Any]:
     """What a run records about its processes."""
-    return {"processes": count(), **({} if launch() is None else {"launch": launch()})}
+    return {"processes": world_size(), **({} if launch() is None else {"launch": launch()})}
 
 
-def share() -> Share:
+def local_shard() -> Shard:
     """What this process gets of each batch."""
-    return Share(rank(), count())
+    return Shard(rank(), world_size())
 
 
 @contextlib.contextmanager
@@ -157,44 +157,44 @@ def _translated() -> Iterator[None]:
 
 def sum_(tensor: Tensor) -> Tensor:
     """Add up a tensor over all processes, in place."""
-    if count() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def largest(*numbers: int) -> tuple[int, ...]:
     """Of each number the largest that any process has: how they agree on what to do next."""
-    if count() == 1:
+    if world_size() == 1:
         return numbers
     told = torch.tensor(numbers)
     dist.all_reduce(told, dist.ReduceOp.MAX)
     return tuple(told.tolist())
 
 
-def gathered(own: T) -> list[T]:
+def all_gather(own: T) -> list[T]:
     """What each process has, by rank."""
-    if count() == 1:
+    if world_size() == 1:
         return [own]
-    everyone: list[T | None] = [None] * count()
+    everyone: list[T | None] = [None] * world_size()
     dist.all_gather_object(everyone, own)
     return cast("list[T]", everyone)
 
 
 def interleaved(own: list[T]) -> list[T]:
     """The whole list of which each process has every count-th item, beginning with its rank's."""
-    parts = gathered(own)
+    parts = all_gather(own)
     whole = [None] * sum(map(len, parts))
     for first, part in enumerate(parts):
         whole[first :: len(parts)] = part  # type: ignore[assignment]
     return cast("list[T]", whole)
 
 
-def by_first(do: Callable[[], T]) -> T:
+def on_rank_zero(do: Callable[[], T]) -> T:
     """Have it done by the first process; all get what came of it, or the same `FixifyError`."""
-    if count() == 1:
+    if world_size() == 1:
         return do()
     told: list[T | FixifyError | None] = [None]
-    if is_first():
+    if is_rank_zero():
         try:
             told = [do()]
         except FixifyError as error:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fixify.evaluation import Metrics
+from fixify.metrics import Metrics
 
 Phase = Literal["teacher", "original", "before", "features", "validation"]
 
@@ -135,7 +135,7 @@ class EpochRecord:
         lr: Learning rate of the last update.
         train_loss: Mean loss over the epoch so far, with augmentation, while the weights moved; None at its start.
         train_top1: Percent; with mixup the label that weighs more counts, without labels the teacher's answer.
-        val_loss, val_top1, val_top5, val_ece: See `fixify.evaluation.Metrics`; of the moving average if there is one.
+        val_loss, val_top1, val_top5, val_ece: See `fixify.metrics.Metrics`; of the moving average if there is one.
         scale: The head's learned scale alpha; None for other heads.
         images_per_second: Training throughput, loading included.
         seconds: Training since the epoch began, and this validation.

@@ -1,15 +1,13 @@
-"""Training only the last blocks on features that are computed once.
-
-A network that got other codes for its classes has to change most at its end. There a step costs a fraction of a whole
-one: the images are read and run through the rest of the network once, not every epoch.
-"""
+"""Statistics for a standardising head that has none yet, from training images without their labels."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from timm.layers import get_notrace_functions, get_notrace_modules
@@ -17,15 +15,77 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.feature_extraction import NodePathTracer
 
-from fixify.data import ImageLoader
+from fixify.data import ImageLoader, OpenedData, Shard, Subset, make_loader
 from fixify.data.seeding import Stream, derive_seed, permutation, seeded_torch
-from fixify.errors import TrainingError, UsageError
-from fixify.evaluation import Precision, autocast, eval_mode
+from fixify.errors import DataError, TrainingError, UsageError
 from fixify.heads import FixedClassifier
+from fixify.metrics import Precision, autocast, eval_mode
 from fixify.training import distributed
-from fixify.training.freezing import Frozen
-from fixify.training.optimisation import clip_gradients, make_optimiser, make_schedule
+from fixify.training.engine import Engine, Frozen
+from fixify.training.events import Calibrated, Evaluating, LastBlockEpoch, Listener
+from fixify.training.loop import training_loss
+from fixify.training.optimisers import clip_gradients, make_optimiser, make_schedule
 from fixify.training.options import FinetuneOptions
+from fixify.training.parallel import broadcast_parameters
+
+
+def uncalibrated_heads(model: nn.Module) -> list[FixedClassifier]:
+    """The fixed heads whose center and spread were never set."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, FixedClassifier)
+        and module.num_batches_tracked is not None
+        and int(module.num_batches_tracked) == 0
+    ]
+
+
+def calibrate_heads_(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: torch.device) -> int:
+    """Set center and spread of the uncalibrated heads to those of the features of every image of the loader.
+
+    Without this the first steps of training would be spent on whatever center 0 and spread 1 happen to mean for
+    the network's features.
+
+    Args:
+        model: The model, on `device`. Runs in eval mode; its modes are restored.
+        loader: Batches of (images, labels), preprocessed as for evaluation.
+        device: Where the model is.
+
+    Returns:
+        Images used; 0 if there was nothing to calibrate.
+    """
+    heads = uncalibrated_heads(model)
+    if not heads:
+        return 0
+    seen: list[list[Tensor]] = [[] for _ in heads]
+
+    def keep(features: list[Tensor], inputs: tuple[Tensor, ...]) -> None:
+        features.append(inputs[0].detach().float().cpu())
+
+    hooks = [
+        head.register_forward_pre_hook(lambda _module, inputs, into=into: keep(into, inputs))
+        for head, into in zip(heads, seen, strict=True)
+    ]
+    num_images = 0
+    try:
+        with eval_mode(model), torch.no_grad():
+            for images, _ in loader:
+                model(images.to(device))
+                num_images += len(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for head, features in zip(heads, seen, strict=True):
+        if features:  # an auxiliary head is not called in eval mode; training will set its statistics
+            head.calibrate_(features)
+    return num_images
+
+
+# Training only the last blocks on features that are computed once.
+#
+# A network that got other codes for its classes has to change most at its end. There a step costs a fraction of a whole
+# one: the images are read and run through the rest of the network once, not every epoch.
+
 
 _SHARE = 0.25  # of the weights below the classifier
 _LARGEST = 2 << 30  # bytes of features
@@ -136,7 +196,7 @@ class Features:
 
     inputs: Tensor
     targets: Tensor
-    taught: Tensor | None
+    teacher_logits: Tensor | None
 
 
 def most_images(divided: Divided, images: Tensor) -> int:
@@ -156,7 +216,7 @@ def compute(
     on_batch: Callable[[int], object],
 ) -> Features:
     """Run the front and the teacher on every image of a loader, once; the result stays in the machine's memory."""
-    inputs, targets, taught, done = list[Tensor](), list[Tensor](), list[Tensor](), 0
+    inputs, targets, teacher_logits, done = list[Tensor](), list[Tensor](), list[Tensor](), 0
     with eval_mode(divided.front), torch.no_grad():
         for images, labels in loader:
             images = images.to(device, non_blocking=True)
@@ -164,15 +224,15 @@ def compute(
                 inputs.append(divided.front(images).float().cpu())
             targets.append(labels.cpu())
             if teacher is not None:
-                taught.append(teacher(images).cpu())
+                teacher_logits.append(teacher(images).cpu())
             done += len(labels)
             on_batch(done)
-    return Features(torch.cat(inputs), torch.cat(targets), torch.cat(taught) if taught else None)
+    return Features(torch.cat(inputs), torch.cat(targets), torch.cat(teacher_logits) if teacher_logits else None)
 
 
 def joined(part: Features) -> Features:
     """The features of all images, in order, of which each process has every so manieth."""
-    parts = distributed.gathered(part)
+    parts = distributed.all_gather(part)
     if len(parts) == 1:
         return part
 
@@ -182,11 +242,11 @@ def joined(part: Features) -> Features:
             whole[first :: len(pieces)] = piece
         return whole
 
-    taught = [each.taught for each in parts if each.taught is not None]
+    teacher_logits = [each.teacher_logits for each in parts if each.teacher_logits is not None]
     return Features(
         woven([each.inputs for each in parts]),
         woven([each.targets for each in parts]),
-        woven(taught) if taught else None,
+        woven(teacher_logits) if teacher_logits else None,
     )
 
 
@@ -219,7 +279,7 @@ def train_tail(
         TrainingError: a loss is not finite.
     """
     epochs, count = options.last_block_epochs, len(features.targets)
-    size = min(options.batch_size * distributed.count(), count)
+    size = min(options.batch_size * distributed.world_size(), count)
     steps = count // size
     options = options.replace(
         epochs=epochs, warmup_epochs=min(options.warmup_epochs, 0.5), max_drop=None, original_top1=None
@@ -234,12 +294,12 @@ def train_tail(
             on_step()
             picked = torch.from_numpy(order[step * size : (step + 1) * size])
             inputs, targets = features.inputs[picked].to(device), features.targets[picked].to(device)
-            taught = None if features.taught is None else features.taught[picked].to(device)
+            teacher_logits = None if features.teacher_logits is None else features.teacher_logits[picked].to(device)
             with (
                 seeded_torch(derive_seed(options.seed, epoch, Stream.LAST_BLOCK_DROPOUT, step), device),
                 autocast(device, options.amp),
             ):
-                loss = loss_of(divided.tail(inputs), targets, taught)
+                loss = loss_of(divided.tail(inputs), targets, teacher_logits)
             optimiser.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             if options.clip_grad is not None:
@@ -255,3 +315,104 @@ def train_tail(
                 hint="Try a lower --lr, or --clip-grad 1.",
             )
         on_epoch(epoch, total / steps)
+
+
+# What may come before training the whole network: calibrating its heads, and training only its last blocks.
+#
+# Both look at some training images, as in validation. Neither stores anything on its way: a run that is stopped in one
+# begins it anew, and exactly so. Several processes read the images for the last blocks together; the rest each does,
+# and the first one's result is taken.
+
+
+class Stages:
+    """The stages before training.
+
+    Args:
+        engine: What is trained.
+        data: The training images.
+        preprocessing: Of the model.
+        on_event: Told how far it is.
+        look_at_stop: Called often; may raise to stop.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        data: OpenedData,
+        preprocessing: dict[str, Any],
+        on_event: Listener,
+        look_at_stop: Callable[[], None],
+    ) -> None:
+        self.engine, self.data, self.preprocessing = engine, data, preprocessing
+        self.on_event, self.look_at_stop = on_event, look_at_stop
+
+    def calibrate(self) -> bool:
+        """Set the statistics of heads that have none yet; says whether there were such."""
+        engine = self.engine
+        if not uncalibrated_heads(engine.model):
+            return False
+        with self._some_images(Stream.CALIBRATION, engine.options.calibration_images) as loader:
+            images = calibrate_heads_(engine.model, self._watched(loader), device=engine.device)
+        broadcast_parameters(engine.model)
+        self.on_event(Calibrated(images))
+        return True
+
+    def train_last_block(self) -> None:
+        """Train the last blocks for `options.last_block_epochs`."""
+        engine, options = self.engine, self.engine.options
+        with self._some_images(Stream.LAST_BLOCK, 2) as loader:
+            few = next((images for images, _ in loader), None)
+        if few is None:
+            raise DataError("The first images that were drawn cannot be read.", hint="See the warnings above.")
+        few = few.to(engine.device)
+        divided = divide(engine.model, few)
+        count = min(len(self.data), most_images(divided, few))
+
+        def tell(images: int) -> None:
+            self.on_event(Evaluating("features", min(images * distributed.world_size(), count), count))
+            self.look_at_stop()
+
+        with self._some_images(Stream.LAST_BLOCK, count, distributed.local_shard()) as loader:
+            part = compute(divided, loader, engine.teacher, device=engine.device, amp=options.amp, on_batch=tell)
+            for _ in range(len(loader) - loader.own_batches):
+                self.look_at_stop()
+        features = joined(part)
+        train_tail(
+            engine.model,
+            divided,
+            features,
+            options,
+            lambda logits, targets, teacher_logits: training_loss(logits, targets, teacher_logits, options),
+            device=engine.device,
+            frozen=engine.frozen,
+            on_epoch=lambda epoch, loss: self.on_event(LastBlockEpoch(epoch, options.last_block_epochs, count, loss)),
+            on_step=self.look_at_stop,
+        )
+        broadcast_parameters(engine.model)
+        if engine.ema is not None:
+            engine.ema.set(engine.model)
+
+    def _watched(self, loader: ImageLoader) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in loader:
+            self.look_at_stop()
+            yield batch
+
+    @contextmanager
+    def _some_images(self, stream: int, count: int, share: Shard | None = None) -> Iterator[ImageLoader]:
+        options = self.engine.options
+        order = permutation(options.seed, 0, stream, count=len(self.data))
+        picked = replace(self.data, images=Subset(self.data.images, order[:count].tolist()))
+        loader = make_loader(
+            picked,
+            self.preprocessing,
+            training=False,
+            batch_size=options.batch_size,
+            workers=options.resolved_workers() if stream == Stream.LAST_BLOCK else 0,
+            device=self.engine.device,
+            unreadable=self.engine.loader.unreadable,
+            share=share,
+        )
+        try:
+            yield loader
+        finally:
+            loader.close()

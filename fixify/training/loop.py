@@ -9,24 +9,46 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fixify.data.seeding import Stream, derive_seed, seeded_torch
 from fixify.errors import TrainingError
-from fixify.evaluation import autocast
-from fixify.heads import FixedClassifier
+from fixify.metrics import autocast
 from fixify.training import distributed
-from fixify.training.cosine import cosine_loss
-from fixify.training.distillation import distillation_loss
-from fixify.training.engine import Engine
+from fixify.training.checkpointing import HINT, Progress
+from fixify.training.engine import Engine, head_scale
 from fixify.training.events import Listener, Step, Warned
-from fixify.training.finite import HINT, Buffers, gradients_are_finite
 from fixify.training.interrupt import Stopped, StopRequest
-from fixify.training.optimisation import base_rate, clip_gradients
-from fixify.training.options import FinetuneOptions
-from fixify.training.resume import Progress
-from fixify.training.steps import is_logged
+from fixify.training.losses import training_loss
+from fixify.training.optimisers import base_rate, clip_gradients
+from fixify.training.parallel import own_part
+from fixify.training.run_folder import is_logged
+
+
+class Buffers:
+    """The buffers of a model as they are now: running statistics, which a forward pass changes.
+
+    Args:
+        model: The model. Tables that can be rebuilt (buffers that are not stored) are left out.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        stored = model.state_dict(keep_vars=True)
+        self._kept = [(own, own.clone()) for name, own in model.named_buffers() if stored.get(name) is own]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put them back."""
+        for own, kept in self._kept:
+            own.copy_(kept)
+
+
+def gradients_are_finite(model: nn.Module) -> bool:
+    """Whether all gradients are, in all processes."""
+    gradients = [own_part(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    bad = bool(gradients) and not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+    return distributed.largest(int(bad)) == (0,)
+
 
 # Reading a loss makes an accelerator wait, so there it is done this often; a loss that is not finite is then
 # noticed a little later, but named with its own step.
@@ -133,9 +155,9 @@ def _forward_backward(
     targets = targets.to(engine.device, non_blocking=True)
     if options.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
-    taught = None if engine.teacher is None else engine.teacher(images)
-    if taught is not None and options.unlabelled:
-        targets = taught.argmax(dim=-1)
+    teacher_logits = None if engine.teacher is None else engine.teacher(images)
+    if teacher_logits is not None and options.unlabelled:
+        targets = teacher_logits.argmax(dim=-1)
     # Losses are looked at before they do harm only if a run may go on after one: that makes an accelerator wait.
     buffers = Buffers(engine.model) if options.nan_skip else None
     # Of each process another: what is dropped of one image must not be dropped of the others' images too.
@@ -144,11 +166,11 @@ def _forward_backward(
     with seeded_torch(seed, engine.device):
         with autocast(engine.device, options.amp):
             logits, auxiliary = _outputs(forward(images))
-            loss = training_loss(logits, targets, taught, options)
+            loss = training_loss(logits, targets, teacher_logits, options)
             for other in auxiliary:
-                loss = loss + _AUXILIARY_WEIGHT * training_loss(other, targets, taught, options)
+                loss = loss + _AUXILIARY_WEIGHT * training_loss(other, targets, teacher_logits, options)
         if buffers is not None:
-            found = float(distributed.sum_(loss.detach().clone())) / distributed.count()
+            found = float(distributed.sum_(loss.detach().clone())) / distributed.world_size()
             if not math.isfinite(found):
                 buffers.restore()
                 _skip(engine, progress, f"The loss is {found}", progress.batch, on_event)
@@ -160,30 +182,6 @@ def _forward_backward(
 
 def _together(engine: Engine, *, last: bool) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if engine.parallel is None else engine.parallel.accumulating(last=last)
-
-
-def training_loss(logits: Tensor, targets: Tensor, taught: Tensor | None, options: FinetuneOptions) -> Tensor:
-    """What is minimised: cross-entropy with the labels (or the cosine loss), and what the teacher would rather see.
-
-    Args:
-        logits: [B, C].
-        targets: Labels int64 [B], or distributions [B, C].
-        taught: The teacher's logits, float32 [B, C], if there is one.
-        options: Which loss, the teacher's weight and temperature, and label smoothing.
-    """
-    logits = logits.float()
-    if taught is not None and options.unlabelled:
-        return distillation_loss(logits, taught, options.distill_temperature)
-    if options.loss == "cosine":
-        loss = cosine_loss(logits, targets)
-    else:
-        # Mixed targets are distributions that include the smoothing already.
-        smoothing = options.smoothing if targets.ndim == 1 else 0.0
-        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
-    if taught is None:
-        return loss
-    share = options.distill_weight
-    return (1 - share) * loss + share * distillation_loss(logits, taught, options.distill_temperature)
 
 
 def _outputs(outputs: Any) -> tuple[Tensor, list[Tensor]]:
@@ -302,10 +300,3 @@ class _Pending:
                 recent_images=recent_images,
             )
         )
-
-
-def head_scale(model: nn.Module) -> float | None:
-    """The learned scale alpha of the model's (first) fixed head; None if it has none."""
-    return next(
-        (float(module.scale.detach()) for module in model.modules() if isinstance(module, FixedClassifier)), None
-    )

@@ -10,10 +10,10 @@ import torch
 from pydantic import Field, field_validator
 from timm.optim import list_optimizers
 
+from fixify._options import CheckedOptions, Conflict
 from fixify.data import Augmentation, default_workers
-from fixify.evaluation import resolve_device
+from fixify.metrics import resolve_device
 from fixify.training import distributed
-from fixify.validation import CheckedOptions, Conflict
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,7 +34,7 @@ class FinetuneOptions(CheckedOptions):
         weight_decay: Not applied to vectors: biases, normalisation layers, and a fixed head's scale and bias.
         decay_alpha: Decay a fixed head's scale alpha by `weight_decay` too, as in all of the paper's experiments
             (section 3.1: "regularized with the same weight decay coefficient used on original classifier").
-        loss: "cross-entropy", or the paper's "cosine" (section 2.2, `fixify.training.cosine`), for a fixed head whose
+        loss: "cross-entropy", or the paper's "cosine" (section 2.2, `fixify.training.losses`), for a fixed head whose
             scale is a fixed 1 and that has no bias. The validation loss stays cross-entropy.
         sched: How the rate falls after warming up, updated every step.
         warmup_epochs: Epochs (or a part of one) during which the rate rises linearly from `warmup_lr`.
@@ -47,7 +47,7 @@ class FinetuneOptions(CheckedOptions):
             grow several times over, and one step moves it no further than any weight.
         ema_decay: Decay of an exponential moving average of the weights, which is then what is evaluated and saved.
         layer_decay: Each layer learns at this multiple of the rate of the layer above it, as with timm.
-        freeze: So many first stages stay as they are (see `fixify.training.layers`: the stem is one, each stage or
+        freeze: So many first stages stay as they are (see `fixify.training.optimisers`: the stem is one, each stage or
             block of a transformer another), the statistics of their batch norms included.
         grad_accum: Steps whose gradients make one update.
         clip_grad: Largest norm of the gradient; other modes clip otherwise.
@@ -62,17 +62,17 @@ class FinetuneOptions(CheckedOptions):
             which it then validates, and the first process's are saved.
         shard: Spread weights, gradients and the optimiser's state over the processes (FSDP2).
         img_size: Side of the images that the model gets; None is the checkpoint's.
-        crop_pct: Share of the resized image that the center crop keeps in validation; None is the checkpoint's.
+        crop_pct: Shard of the resized image that the center crop keeps in validation; None is the checkpoint's.
         max_drop: Stop as soon as validation top-1 is at most this many points below the original's; None trains all
             epochs. The schedule stays that of all epochs.
         nan_skip: Leave out at most so many steps of the whole run whose loss (or, except with fp16, gradient) is not
             finite; the next one stops the run. With 0 the first does, and an accelerator need not wait for each loss.
-        max_unreadable: Share of the images (of training and of validation) that may be unreadable. In training the next
+        max_unreadable: Shard of the images (of training and of validation) that may be unreadable. In training the next
             image takes the place of such a one, in validation it is left out. Beyond this share the run stops.
         original_top1: The original's top-1 on the validation data, percent, if it is known; else the original itself
             has to be given.
         val_every: Validate after so many updates too, not only after each epoch.
-        distill_weight: Share of the teacher in the loss, the labels have the rest; only with a teacher.
+        distill_weight: Shard of the teacher in the loss, the labels have the rest; only with a teacher.
         distill_temperature: Of the softmaxes that are compared.
         unlabelled: Learn from the teacher alone; labels are not used, and need not exist.
         last_block_epochs: First train only the last blocks, for so many passes over features that are computed once,
@@ -233,7 +233,7 @@ class FinetuneOptions(CheckedOptions):
         if distributed.launched() == 1:
             return self
         device = distributed.device_for(self.device)
-        workers = default_workers(torch.device(device)) // distributed.local_count()
+        workers = default_workers(torch.device(device)) // distributed.local_world_size()
         return self.replace(device=device, workers=workers if self.workers is None else self.workers)
 
     def resolved_workers(self) -> int:
@@ -245,3 +245,57 @@ class FinetuneOptions(CheckedOptions):
         """`recipe()` of the defaults, without what has none."""
         made = cls.model_construct().recipe()
         return {name: made[name] for name, info in cls.model_fields.items() if name in made and not info.is_required()}
+
+
+# Everything that decides how a network is trained from scratch.
+
+
+class TrainOptions(FinetuneOptions):
+    """Options of training from scratch: what to build, and all of `FinetuneOptions`.
+
+    The defaults are those of an ordinary ImageNet training where finetuning has milder ones: 90 epochs, batches of 256,
+    rate 0.1, timm's crops and colour jitter. In the paper the scale learns at the rate of the weights: head_lr_scale 1.
+
+    Attributes:
+        model: An architecture of timm or torchvision, as everywhere in fixify: "resnet18", "torchvision/resnet18".
+        model_args: Arguments for its builder.
+        head: "learned" for the network's own classifier; else a fixed one: "hadamard", "orthogonal", "simplex", or
+            "auto", Hadamard where a matrix of that order is known. The rest of the network starts from the same weights
+            with either.
+        head_standardize: Standardise each feature by its running mean and deviation; not in the paper.
+        head_scale: Initial value of alpha; None: where softmax reaches 0.95 at cosine 1.
+        head_fixed_scale: Alpha is not learned.
+        head_bias: A learned bias; None: as the network's own classifier has.
+        head_seed: Of the codebook.
+        in_chans: Channels of the images, 1 or 3; None is the network's own number.
+        mean, std: Of the images' values, 0 to 1, one a channel; None is what the network's published weights expect.
+
+    For a learned head the other `head_...` options mean nothing.
+    """
+
+    section: ClassVar[str] = "train"
+
+    model: str = Field(min_length=1)
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    head: Literal["learned", "auto", "hadamard", "orthogonal", "simplex"] = "auto"
+    head_standardize: bool = True
+    head_scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    head_fixed_scale: bool = False
+    head_bias: bool | None = None
+    head_seed: int = Field(default=0, ge=0, lt=1 << 64)
+    in_chans: Literal[1, 3] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    epochs: int = Field(default=90, ge=0)
+    batch_size: int = Field(default=256, ge=1)
+    lr: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    scale: tuple[float, float] = (0.08, 1.0)
+    color_jitter: float = Field(default=0.4, ge=0)
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        yield from super()._conflicts()
+        if (self.mean is None) != (self.std is None):
+            yield Conflict(("mean", "std"), "mean and std go together; give both")
+        if self.std is not None and min(self.std) <= 0:
+            yield Conflict(("std",), f"std must be positive, not {min(self.std):g}")

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from fixify.checkpoint import SUFFIX
+from fixify.checkpoints.slim import SUFFIX
 from fixify.data import OpenedData, listing_digest
 from fixify.errors import TrainingError
-from fixify.evaluation import Metrics
+from fixify.metrics import Metrics
 from fixify.training import distributed
-from fixify.training.distillation import Teacher
+from fixify.training.checkpointing import Keeper, SaveModel
 from fixify.training.engine import make_engine
 from fixify.training.events import (
     EpochRecord,
@@ -28,19 +28,20 @@ from fixify.training.events import (
     RunStarted,
     Warned,
 )
-from fixify.training.files import claim_folder, stored_nothing
 from fixify.training.interrupt import Stopped, StopRequest, TrainingInterrupted, stop_on_signals
-from fixify.training.keeping import Keeper, SaveModel
-from fixify.training.logging import write_run
+from fixify.training.last_block import Stages
 from fixify.training.loop import train_epoch
-from fixify.training.machine import machine_facts
-from fixify.training.model_facts import model_facts
 from fixify.training.options import FinetuneOptions
-from fixify.training.others import OtherModel, check_others
-from fixify.training.recipe_file import check_recorded
-from fixify.training.stages import Stages
-from fixify.training.unreadable import teller
-from fixify.training.validation import Validation
+from fixify.training.run_folder import (
+    check_recorded,
+    claim_folder,
+    machine_facts,
+    model_facts,
+    stored_nothing,
+    write_run,
+)
+from fixify.training.teacher import OtherModel, Teacher, check_others
+from fixify.training.validation import Validation, teller
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def finetune(
         command: What was typed to start the run; recorded.
         suffix: Of the checkpoints: best and last with another suffix, where `save` writes other files.
         entries: Names and files as they were given (data, checkpoint, against, distill), for recipe.yaml.
-        recorded: What a recipe recorded of its inputs (`fixify.training.recipe_file.RECORDED`), to be the same.
+        recorded: What a recipe recorded of its inputs (`fixify.training.run_folder.RECORDED`), to be the same.
         on_event: Told what happens.
 
     Raises:
@@ -164,7 +165,7 @@ class _Run:
     ) -> None:
         self.entries: Mapping[str, Any] = {}
         self.options, self.stop = options, stop
-        self.on_event: Listener = on_event if on_event is not None and distributed.is_first() else _silent
+        self.on_event: Listener = on_event if on_event is not None and distributed.is_rank_zero() else _silent
         self.original, self.teacher = original, teacher
         self.preprocessing, self.train_data = preprocessing, train
         self.facts = {
@@ -199,12 +200,12 @@ class _Run:
     def prepare(self, *, resume: bool, force: bool, command: str | None) -> None:
         """Bring the model to where training begins or goes on."""
         keeper = self.keeper
-        if resume and distributed.by_first(lambda: stored_nothing(keeper.out)):
+        if resume and distributed.on_rank_zero(lambda: stored_nothing(keeper.out)):
             self.on_event(Warned(f"The run in {keeper.out} ended before it had stored anything; it begins anew."))
             resume, force = False, True
         if not resume:
             started = self._started(command)
-            distributed.by_first(lambda: self._begin(started, force=force))
+            distributed.on_rank_zero(lambda: self._begin(started, force=force))
             self._announce(resumed=False)
             self._open_validation()
             self._measure_original()
@@ -219,7 +220,7 @@ class _Run:
             self._open_validation()
         else:
             started = self._started(command)
-            distributed.by_first(lambda: write_run(keeper.out, self.options, self.facts, started, self.entries))
+            distributed.on_rank_zero(lambda: write_run(keeper.out, self.options, self.facts, started, self.entries))
             if keeper.is_enough(as_calibrated.top1):
                 keeper.record(as_calibrated, self.validation.confusions(), fraction=0.0, seconds=as_calibrated.seconds)
             else:
@@ -292,7 +293,7 @@ class _Run:
                 train=self.train_data.description,
                 val=self.validation.data.description + self._whose_labels(),
                 device=str(self.engine.device),
-                processes=distributed.count(),
+                processes=distributed.world_size(),
                 workers=self.options.resolved_workers(),
                 parameters=sum(count for count, _ in parameters),
                 trainable=sum(count for count, learns in parameters if learns),
@@ -309,7 +310,7 @@ class _Run:
         named = {key: self.facts[key] for key in ("architecture",) if key in self.facts}
         measured = {"before": progress.before, "original_metrics": progress.original}
         return {
-            **distributed.account(),
+            **distributed.launch_record(),
             **({} if command is None else {"command": command}),
             "device": str(self.engine.device),
             "machine": machine_facts(self.engine.device),

@@ -1,25 +1,41 @@
-"""The validation images of a run, and measuring models on them."""
+"""What a run says of images that cannot be read."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from fixify.confusions import Answers, Confusions, confusions
 from fixify.data import ImageLoader, OpenedData, UnreadableImages, make_loader
-from fixify.evaluation import Metrics, add_up
+from fixify.metrics import Confusions, Metrics, Predictions, add_up, confusions
 from fixify.training import distributed
-from fixify.training.distillation import answered
-from fixify.training.events import Evaluating, Listener, Phase
+from fixify.training.events import Evaluating, Listener, Phase, Warned
 from fixify.training.interrupt import Stopped, StopRequest
 from fixify.training.options import FinetuneOptions
-from fixify.training.others import OtherModel
-from fixify.training.unreadable import teller
+from fixify.training.teacher import OtherModel, answered
+
+UNREADABLE_FILE = "unreadable.txt"
+_NAMED = 5
+_INSTEAD = {"training": "the next one takes its place", "validation": "it is left out"}
+
+
+def teller(split: str, on_event: Listener) -> Callable[[str, int], None]:
+    """What to call with each new unreadable image of "training" or "validation": names the first ones."""
+
+    def tell(message: str, count: int) -> None:
+        if count <= _NAMED:
+            on_event(Warned(f"{message.rstrip('.')}; {_INSTEAD[split]}."))
+        elif count == _NAMED + 1:
+            on_event(Warned(f"More {split} images cannot be read: metrics.jsonl counts, {UNREADABLE_FILE} lists them."))
+
+    return tell
+
+
+# The validation images of a run, and measuring models on them.
 
 
 class Validation:
@@ -52,7 +68,7 @@ class Validation:
         self.data, self.preprocessing, self.options, self.device = data, preprocessing, options, device
         self.stop, self.on_event = stop, on_event
         self._loader: ImageLoader | None = None
-        self._answers = Answers()
+        self._answers = Predictions()
         self.unreadable = UnreadableImages(len(data), options.max_unreadable, teller("validation", on_event))
 
     def label_with(self, teacher: OtherModel) -> None:
@@ -73,12 +89,12 @@ class Validation:
         """Metrics of the model that is trained, or of its average."""
         if self._loader is None:
             self._loader = self._make_loader(self.preprocessing)
-        self._answers = Answers()
+        self._answers = Predictions()
         return self._measure(model, phase, self._loader, self._answers)
 
     def confusions(self) -> Confusions:
         """What the model that was measured last answered to each class."""
-        pairs = torch.cat(distributed.gathered(self._answers.pairs()), dim=1)
+        pairs = torch.cat(distributed.all_gather(self._answers.pairs()), dim=1)
         return confusions(pairs.numpy(), self.data.num_classes)
 
     def measure_other(self, other: OtherModel, phase: Phase) -> Metrics:
@@ -94,7 +110,9 @@ class Validation:
         if self._loader is not None:
             self._loader.close()
 
-    def _measure(self, model: nn.Module, phase: Phase, loader: ImageLoader, answers: Answers | None = None) -> Metrics:
+    def _measure(
+        self, model: nn.Module, phase: Phase, loader: ImageLoader, answers: Predictions | None = None
+    ) -> Metrics:
         started = time.perf_counter()
         sums = add_up(
             model,
@@ -121,7 +139,7 @@ class Validation:
 
     def _tell(self, phase: Phase, images: int) -> None:
         total = len(self.data)
-        self.on_event(Evaluating(phase, min(images * distributed.count(), total), total))
+        self.on_event(Evaluating(phase, min(images * distributed.world_size(), total), total))
         self._look_at_stop()
 
     def _look_at_stop(self) -> None:
@@ -137,7 +155,7 @@ class Validation:
             workers=self.options.resolved_workers(),
             device=self.device,
             unreadable=self.unreadable if unreadable is None else unreadable,
-            share=distributed.share(),
+            share=distributed.local_shard(),
         )
 
     @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fixify.errors import ArchitectureError, NoClassifierError
-from fixify.zoo import (
+from fixify.models import (
     Architecture,
     build,
     default_num_classes,
@@ -18,7 +18,7 @@ from fixify.zoo import (
     parse_architecture,
     preprocessing,
 )
-from fixify.zoo.index import variants
+from fixify.models.index import variants
 
 NUM_CLASSES = 37
 LARGE = 150_000_000  # parameters above which a model is built with fewer blocks, if it takes the argument

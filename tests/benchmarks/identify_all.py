@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from fixify.errors import FixifyError
-from fixify.zoo import Architecture, build, default_num_classes, parse_architecture
-from fixify.zoo.identify import Candidate, identify
-from fixify.zoo.index import load_index
-from fixify.zoo.signature import is_counter, shapes_of
+from fixify.models import Architecture, build, default_num_classes, parse_architecture
+from fixify.models.identify import Candidate, identify
+from fixify.models.index import load_index
+from fixify.models.signature import is_counter, shapes_of
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -22,10 +22,10 @@ from PIL import Image
 from retrofit import Old, low_rank, rounded
 from torch import Tensor, nn
 
-from fixify.evaluation import eval_mode
+from fixify.checkpoints.learned import read_original
 from fixify.heads import HeadSpec
 from fixify.heads.replacement import replacement
-from fixify.originals import read_original
+from fixify.metrics import eval_mode
 
 CROPS = 24
 SUFFIXES = (".png", ".jpg", ".jpeg")

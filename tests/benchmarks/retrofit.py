@@ -37,7 +37,7 @@ from fixify.data import open_train_val
 from fixify.heads import FixedClassifier, HeadSpec
 from fixify.heads.replacement import replacement
 from fixify.training import FinetuneOptions
-from fixify.training.optimisation import parameter_groups
+from fixify.training.optimisers import parameter_groups
 
 ARCHITECTURE = "test_efficientnet"
 CALIBRATION_IMAGES = 2048

@@ -39,8 +39,8 @@ from torch import Tensor, nn
 import fixify
 from fixify.errors import FixifyError
 from fixify.heads import FixedClassifier, codebook
-from fixify.retrofit import apply_heads_
-from fixify.zoo import Architecture, default_num_classes, find_classifiers, preprocessing
+from fixify.models import Architecture, default_num_classes, find_classifiers, preprocessing
+from fixify.surgery import apply_heads_
 
 SIZES = (64, 96, 128, 160, 192, 224)  # of the images that are tried, until the model takes one
 

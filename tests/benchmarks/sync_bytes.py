@@ -1,5 +1,5 @@
 """Gradients that data-parallel training sends each step, learned against fixed classifier (paper, section 4.1): counted
-by the hook of `fixify.training.sync_bytes` while real processes train on random images.
+by the hook of `fixify.training.parallel` while real processes train on random images.
 
 torchrun --nproc-per-node 2 tests/benchmarks/sync_bytes.py mobilenetv3_small_050 resnet50 mobilenetv3_large_100:11221
 """
@@ -14,7 +14,7 @@ from torch import nn
 
 from fixify import fix_classifier_
 from fixify.training import FinetuneOptions, distributed
-from fixify.training.replicas import Replicas
+from fixify.training.parallel import Replicas
 
 STEPS, IMAGES, SIDE = 2, 2, 64
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def main(names: list[str]) -> None:
             before, _ = bytes_a_step(learned, num_classes)
             fix_classifier_(learned, "hadamard")
             after, statistics = bytes_a_step(learned, num_classes)
-            if distributed.is_first():
+            if distributed.is_rank_zero():
                 print(
                     f"{name}: learned {before:,.0f} bytes of gradients a step, fixed {after:,.0f} "
                     f"({after / before:.1%}); its statistics and the batch norms': {statistics:,.0f}"

@@ -12,10 +12,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from fixify.cli import asking
+from fixify.cli import common as asking
 from fixify.cli.output import Output
 from fixify.errors import AmbiguousArchitectureError
-from fixify.zoo import build, parse_architecture
+from fixify.models import build, parse_architecture
 
 CHOICES = {"timm/efficientnet_lite0": "padding even", "timm/tf_efficientnet_lite0": "padding as TensorFlow"}
 

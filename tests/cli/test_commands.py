@@ -40,7 +40,7 @@ def test_convert_real_checkpoint_of_foreign_names(run: Run, lite0: Path, tmp_pat
     backbone = [key for key in stored if not key.startswith("classifier.")]
     assert len(backbone) == len(original) - 2
     # Same order, other names: timm's file order is that of the original.
-    from fixify.zoo.architectures import build, parse_architecture
+    from fixify.models.architectures import build, parse_architecture
 
     names = [key for key in build(parse_architecture("tf_efficientnet_lite0")).state_dict() if key in backbone]
     for name, tensor in zip(names, original.values(), strict=False):

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from fixify.cli.app import main
-from fixify.zoo import build, parse_architecture
+from fixify.models import build, parse_architecture
 
 
 def _save(path: Path, name: str, metadata: dict[str, str] | None = None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fixify.zoo import build, parse_architecture
+from fixify.models import build, parse_architecture
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -28,7 +28,7 @@ def saved(tmp_path: Path) -> None:
 def test_what_it_is(run: Run) -> None:
     code, out, err = run("identify", "old.pth", "--json")
     assert code == 0, err
-    assert json.loads(out)["published_head"] == "fc"
+    assert json.loads(out)["reference_code_head"] == "fc"
     assert [each["architecture"]["name"] for each in json.loads(out)["candidates"]] == ["resnet20_cifar"]
     assert "Its classifier fc is a fixed one of the paper's published code" in " ".join(err.split())
     code, out, err = run("plan", "old.pth")

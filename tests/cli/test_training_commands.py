@@ -113,7 +113,7 @@ def test_a_folder_of_unlabelled_images_is_enough_with_a_teacher(run: Run, stripe
     assert info["training"]["class_names"] is None and info["labels"] is None  # nobody said what they are called
     assert str(tmp_path) not in json.dumps(info)
     text = run("inspect", said["last"])[1]
-    assert "agreement with the teacher" in text and "taught by learned.pth" in text
+    assert "agreement with the teacher" in text and "teacher_logits by learned.pth" in text
     # Validation with labels, where there are some.
     (stripes / "data" / "val").rename(photos / "val")
     (photos / "train").mkdir()

@@ -11,9 +11,8 @@ import pytest
 from rich.console import Console
 
 from fixify.cli.output import Output
-from fixify.cli.pace import Pace, as_time
-from fixify.cli.training_display import TrainingDisplay
-from fixify.evaluation import Metrics
+from fixify.cli.progress import Pace, TrainingDisplay, as_time
+from fixify.metrics import Metrics
 from fixify.training import EpochEnded, EpochRecord, Evaluated, Evaluating, RunStarted, Step
 
 STARTED = RunStarted(

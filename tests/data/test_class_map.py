@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fixify.data import DataOptions, match_classes, open_data, open_train_val
-from fixify.data.class_map import read_class_map
+from fixify.data.class_matching import read_class_map
 from fixify.errors import DataError
 
 EXPECTED = {"bee": 0, "cat": 1, "ant": 2}

@@ -12,7 +12,7 @@ import torch
 from timm.data import create_dataset, create_loader
 from timm.data.loader import PrefetchLoader
 
-from fixify.data import Augmentation, OpenedData, Share, make_loader, open_data
+from fixify.data import Augmentation, OpenedData, Shard, make_loader, open_data
 from fixify.data.idx import ArrayImages
 from fixify.errors import DataError
 
@@ -76,7 +76,7 @@ class TestTraining:
         augmentation = EVERYTHING if size % 2 == 0 else replace(EVERYTHING, mixup=0.0, cutmix=0.0)
         whole = epoch(self.loader(digits, batch_size=count * size, augmentation=augmentation), 1, 1)
         loaders = [
-            self.loader(digits, batch_size=size, augmentation=augmentation, share=Share(rank, count))
+            self.loader(digits, batch_size=size, augmentation=augmentation, share=Shard(rank, count))
             for rank in range(count)
         ]
         shares = [epoch(loader, 1, 1) for loader in loaders]
@@ -93,7 +93,7 @@ class TestTraining:
 
     def test_too_few_images_for_so_many_processes(self, digits: OpenedData) -> None:
         with pytest.raises(DataError, match="22 images are too few for a batch of 23 processes"):
-            self.loader(digits, share=Share(0, 23))
+            self.loader(digits, share=Shard(0, 23))
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_the_callers_random_state_is_untouched(self, digits: OpenedData, workers: int) -> None:
@@ -204,7 +204,7 @@ class TestEvaluation:
     ) -> None:
         seen: list[float] = []
         for rank in range(count):
-            loader = make_loader(digits, GRAY, training=False, batch_size=size, share=Share(rank, count))
+            loader = make_loader(digits, GRAY, training=False, batch_size=size, share=Shard(rank, count))
             batches = epoch(loader)
             assert len(batches) == loader.own_batches
             assert len(loader) - 1 <= len(batches) <= len(loader)

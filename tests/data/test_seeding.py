@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fixify.data.order import Keys, Share
+from fixify.data.sampler import BatchSampler, Shard
 from fixify.data.seeding import Stream, derive_seed, derive_seeds, permutation
 
 
@@ -17,7 +17,7 @@ def test_streams_are_distinct(seed: int) -> None:
 
 
 def test_erasing_does_not_begin_with_the_seed_of_the_first_weights() -> None:
-    keys = Keys(20, 4, training=True, seed=3, even=False, share=Share())
+    keys = BatchSampler(20, 4, training=True, seed=3, even=False, share=Shard())
     assert derive_seed(3, 0, Stream.INIT) not in keys.erasing_seeds(0)
 
 

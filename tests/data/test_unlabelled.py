@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fixify.data import draw_images, open_unlabelled
-from fixify.data.opened import Subset
+from fixify.data.dataset import Subset
 from fixify.errors import DataError
 
 Make = Callable[..., Path]

@@ -6,8 +6,7 @@ import pytest
 from PIL import Image
 
 from fixify.data import open_train_val
-from fixify.demo.classes import glyph_classes
-from fixify.demo.dataset import MANIFEST, write_dataset
+from fixify.demo.glyphs import MANIFEST, glyph_classes, write_dataset
 from fixify.errors import OutputError, OutputExistsError
 
 FEW = {"train": ("DejaVuSans",), "val": ("DejaVuSerif-BoldItalic",)}

@@ -5,11 +5,21 @@ from __future__ import annotations
 import numpy as np
 import torch
 from matplotlib.ft2font import FT2Font
+from tools.demo_classes import NUM_CLASSES, distances, select
 
-from fixify.data.classes import natural_order
-from fixify.demo.classes import FACES, TRAIN_FACES, VAL_FACES, GlyphClass, face_path, glyph_classes
-from fixify.demo.glyphs import distort, draw, fits, generator
-from fixify.demo.selection import NUM_CLASSES, distances, select
+from fixify.data.class_matching import natural_order
+from fixify.demo.glyphs import (
+    ALL_FACES,
+    TRAIN_FACES,
+    VAL_FACES,
+    GlyphClass,
+    distort,
+    draw,
+    face_path,
+    fits,
+    generator,
+    glyph_classes,
+)
 
 POINTS = [entry.code_point for entry in glyph_classes()]
 
@@ -22,14 +32,14 @@ def test_the_list_is_exact_and_sorted() -> None:
 
 
 def test_every_face_draws_every_class() -> None:
-    for face in FACES:
+    for face in ALL_FACES:
         assert set(POINTS) <= set(FT2Font(str(face_path(face))).get_charmap())
         assert all(fits(face, point) for point in POINTS[::50])
 
 
 def test_no_face_is_in_both_splits() -> None:
     assert not set(TRAIN_FACES) & set(VAL_FACES)
-    assert len(FACES) == 12
+    assert len(ALL_FACES) == 12
     for family in ("DejaVuSans", "DejaVuSansMono", "DejaVuSerif"):
         assert [face.split("-")[0] for face in VAL_FACES].count(family) == 1
 

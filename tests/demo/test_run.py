@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tools.demo_checkpoint import held_out_accuracy
 
 import fixify
-from fixify.demo.pretrain import held_out_accuracy
+from fixify.checkpoints.open import open_model
 from fixify.demo.run import SHIPPED, DemoResult, StageStarted, run_demo
 from fixify.errors import OutputExistsError
-from fixify.opening import open_model
 
 FEW = {"train": ("DejaVuSerif-Bold",), "val": ("DejaVuSerif-BoldItalic",)}
 

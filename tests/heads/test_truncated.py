@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fixify
-import fixify.zoo  # timm knows resnet20_cifar from here on
+import fixify.models  # timm knows resnet20_cifar from here on
 from fixify.errors import HeadSpecError
 from fixify.heads import FixedClassifier, HeadSpec, codebook
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from fixify.language import Corpus, LanguageOptions
-from fixify.language.batches import predict, side_by_side, steps_of
-from fixify.language.building import build_model
+from fixify.language.loop import predict, side_by_side, steps_of
+from fixify.language.model import build_model
 
 
 def test_parts_go_on_from_step_to_step() -> None:
@@ -37,7 +37,7 @@ def test_perplexity_is_of_every_word_from_all_before_it(
     """In parts, with a state that is carried on, it is what one pass over the whole text gives."""
     model = build_model(small, corpus).train()
     end = corpus.words.index("<eos>")
-    monkeypatch.setattr("fixify.language.batches._EVALUATED_AT_ONCE", 13 * len(corpus.words))
+    monkeypatch.setattr("fixify.language.loop._EVALUATED_AT_ONCE", 13 * len(corpus.words))
     found = predict(model, corpus.val, end, torch.device("cpu"))
     assert model.training
     model.eval()

@@ -10,10 +10,9 @@ import torch
 
 from fixify.errors import OutputExistsError, TrainingError, UsageError
 from fixify.language import Corpus, LanguageOptions, load_language, run_language
-from fixify.language.batches import Prediction
-from fixify.language.building import build_model, size_of
-from fixify.language.events import LanguageEpochEnded, LanguageEvent, LanguageStep
-from fixify.language.results import read_language_runs
+from fixify.language.loop import LanguageEpochEnded, LanguageEvent, LanguageStep, Prediction
+from fixify.language.model import build_model, size_of
+from fixify.language.run import read_language_runs
 from fixify.recipes import read_recipe
 from fixify.recipes.running import run_language_recipe
 from fixify.training.interrupt import TrainingInterrupted

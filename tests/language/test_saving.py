@@ -7,14 +7,13 @@ import pytest
 import safetensors.torch
 import torch
 
+from fixify.checkpoints.files import LANGUAGE_KEY
 from fixify.errors import CodebookMismatchError, FormatError
 from fixify.heads import HeadSpec
 from fixify.heads.packed import unpack
 from fixify.language import Corpus, LanguageOptions, load_language
-from fixify.language.building import build_model, size_of
-from fixify.language.saving import is_language, pack_signs, read_language_info, save_language
-from fixify.language.verification import verify_language
-from fixify.sources.safetensors_file import LANGUAGE_KEY
+from fixify.language.checkpoint import is_language, pack_signs, read_language_info, save_language, verify_language
+from fixify.language.model import build_model, size_of
 
 
 @pytest.mark.parametrize("words", ["learned", "tied", "orthogonal", "hadamard", "pmi"])

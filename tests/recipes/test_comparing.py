@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fixify.errors import OutputExistsError, UsageError
 from fixify.recipes import read_recipe
-from fixify.recipes.comparing import compare_recipe, compared
+from fixify.recipes.running import compare_recipe, compared
 from fixify.training import EpochEnded, Event, TrainOptions
 
 OPTIONS = TrainOptions.create(

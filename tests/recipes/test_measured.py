@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from fixify.recipes import schema
-from fixify.recipes.measured import Measured
 from fixify.recipes.parsing import parse
+from fixify.recipes.schema import Measured
 
 RECIPE = """\
 train: {model: resnet20_cifar}

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fixify.errors import UsageError
-from fixify.recipes.parsing import MAX_BYTES, dotted, parse, read_text
-from fixify.recipes.problems import Place, RecipeError
+from fixify.recipes.parsing import MAX_BYTES, Place, RecipeError, dotted, parse, read_text
 
 
 @pytest.mark.parametrize(

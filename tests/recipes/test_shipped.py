@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import load_file
 
 import fixify
-from fixify.checkpoint import read_info
+from fixify.checkpoints.slim import read_info
 from fixify.conversion import Conversion
-from fixify.counts import count_parameters
 from fixify.data import OpenedData
 from fixify.data.idx import ArrayImages
 from fixify.errors import FixifyError, UsageError
 from fixify.language import run_language
 from fixify.recipes import RecipeError, find_recipe, list_recipes, read_recipe, shipped
-from fixify.recipes.measured import Measured
+from fixify.recipes.schema import Measured
+from fixify.savings import count_parameters
 from fixify.training import LAST_FILE, FinetuneOptions, finetune, run_finetune
-from fixify.training.scratch import new_network
+from fixify.training.api import new_network
 
 NAMES = shipped.recipe_names()
 RETROFITS = [name for name in NAMES if read_recipe(name).convert is not None]

@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fixify.confusions import confusions
-from fixify.evaluation import Metrics
+from fixify.metrics import Metrics, confusions
 from fixify.training import EpochRecord, FinetuneOptions
-from fixify.training.logging import write_confusions, write_logs, write_run
-from fixify.training.steps import StepRecord, is_logged
+from fixify.training.run_folder import StepRecord, is_logged, write_confusions, write_logs, write_run
 
 HOSTILE = "<script>hacked = 1</script>\"'&amp;"
 CLASSES = [HOSTILE, "x" * 200, "Ζεβρα", *(f"class {number}" for number in range(9))]

@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 from fixify.cli.app import app
 from fixify.recipes import shipped
 from fixify.reporting import paper as module
-from fixify.reporting.paper import Counted, Printed, paper
-from fixify.reporting.paper_tables import NOT_RUN, paper_tables
+from fixify.reporting.paper import NOT_RUN, Counted, Printed, paper, paper_tables
 
 
 @pytest.fixture(scope="module")

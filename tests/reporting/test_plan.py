@@ -1,4 +1,4 @@
-"""fixify.reporting.plan: is it worth it, from names and shapes alone."""
+"""fixify.reporting.costs: is it worth it, from names and shapes alone."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,9 @@ import timm
 import torch
 
 from fixify.conversion import convert
-from fixify.counts import head_bytes
 from fixify.errors import FormatError, NoClassifierError, SourceError
-from fixify.reporting.plan import plan
+from fixify.reporting.costs import plan
+from fixify.savings import head_bytes
 
 
 def _kinds(source: object) -> dict:

@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 
 from fixify.errors import UsageError
-from fixify.tracking import TRACKERS, Tracker, open_trackers
-from fixify.tracking.mark import Mark
-from fixify.tracking.protocol import TrackedRun
+from fixify.tracking import _TRACKERS, TRACKERS, Mark, TensorBoard, TrackedRun, Tracker, open_trackers
 
 
 def crash_and_resume(new: Callable[[], Tracker], folder: Path) -> None:
@@ -49,7 +47,7 @@ def test_unknown_ones_and_missing_packages_are_one_sentence(monkeypatch: pytest.
 def test_a_folder_called_wandb_is_not_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "fixify_nowhere").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("fixify.tracking.protocol.TRACKERS", ("fixify_nowhere",))
+    monkeypatch.setitem(_TRACKERS, "fixify_nowhere", TensorBoard)
     with pytest.raises(UsageError, match="not installed"):
         open_trackers(["fixify_nowhere"])
 
@@ -71,9 +69,9 @@ def test_a_mark_lets_each_step_through_once_and_all_its_parts(tmp_path: Path) ->
 def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
     pytest.importorskip("trackio", reason="trackio is not installed")
-    from fixify.tracking.to_trackio import PROJECT, new
+    from fixify.tracking import PROJECT, Trackio
 
-    crash_and_resume(new, tmp_path)
+    crash_and_resume(Trackio, tmp_path)
     import trackio
     from trackio.sqlite_storage import SQLiteStorage
 
@@ -111,9 +109,9 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
     from wandb.proto import wandb_internal_pb2
 
-    from fixify.tracking.to_wandb import new
+    from fixify.tracking import WeightsAndBiases
 
-    crash_and_resume(new, tmp_path)
+    crash_and_resume(WeightsAndBiases, tmp_path)
     wandb.teardown()  # its service has written everything then
     steps: list[int] = []
     identities = set()

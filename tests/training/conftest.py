@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fixify.data import OpenedData
 from fixify.data.idx import ArrayImages
 from fixify.heads import HeadSpec
-from fixify.retrofit import fix_classifier_
+from fixify.surgery import fix_classifier_
 from fixify.training import FinetuneOptions, finetune
 
 NUM_CLASSES = 4
@@ -100,7 +100,7 @@ def save_weights_(model: nn.Module, path: Path, record: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="session")
 def save_weights() -> Callable[[nn.Module, Path, dict[str, Any]], None]:
-    """Stands for `fixify.checkpoint.save` where the model is no slim checkpoint."""
+    """Stands for `fixify.checkpoints.slim.save` where the model is no slim checkpoint."""
     return save_weights_
 
 

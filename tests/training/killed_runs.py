@@ -27,9 +27,9 @@ import conftest  # the tiny network and its images
 import torch
 from safetensors.torch import load_file, save_file
 
-from fixify._io import atomic_path
+from fixify._files import atomic_path
 from fixify.heads import HeadSpec
-from fixify.retrofit import fix_classifier_
+from fixify.surgery import fix_classifier_
 from fixify.training import Event, FinetuneOptions, Step
 
 # Every source of randomness: augmentation of both stages, dropout; and every kind of state: moments, averages.

@@ -10,7 +10,7 @@ from torch import nn
 
 from fixify.errors import UsageError
 from fixify.training import FinetuneOptions
-from fixify.training.checkpointing import check_checkpointing, checkpoint_activations_
+from fixify.training.engine import check_checkpointing, checkpoint_activations_
 
 
 def kept_bytes(model: nn.Module, images: torch.Tensor) -> tuple[float, int]:

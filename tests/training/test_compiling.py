@@ -12,7 +12,7 @@ from torch import nn
 
 from fixify.errors import TrainingError
 from fixify.training import FinetuneOptions, Step
-from fixify.training.compiling import compile_, compiling
+from fixify.training.engine import compile_, compiling
 
 OPTIONS = FinetuneOptions.create(
     epochs=2, batch_size=8, lr=0.02, no_aug=True, workers=0, device="cpu", ema_decay=0.9, compile=True

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fixify.errors import UsageError
 from fixify.heads import FixedClassifier, HeadSpec, codebook
-from fixify.retrofit import fix_classifier_
+from fixify.surgery import fix_classifier_
 from fixify.training import FinetuneOptions, finetune
-from fixify.training.cosine import check_cosine_heads, cosine_loss
 from fixify.training.loop import training_loss
-from fixify.training.optimisation import parameter_groups
+from fixify.training.losses import check_cosine_heads, cosine_loss
+from fixify.training.optimisers import parameter_groups
 
 
 def _cosines(rows: int, classes: int, seed: int) -> Tensor:

@@ -17,7 +17,8 @@ from fixify.data import OpenedData, make_loader
 from fixify.data.idx import ArrayImages
 from fixify.errors import TrainingError, UsageError
 from fixify.training import Event, FinetuneOptions, FinetuneResult, OtherModel, Step
-from fixify.training.distillation import Teacher, distillation_loss
+from fixify.training.losses import distillation_loss
+from fixify.training.teacher import Teacher
 
 Run = Callable[..., FinetuneResult]
 CPU = torch.device("cpu")
@@ -156,8 +157,10 @@ class TestRun:
             assert found is not None
             return found
 
-        labels, taught = loss("labels", None), loss("taught", teacher, distill_weight=1.0)
-        assert loss("both", teacher, distill_weight=0.25) == pytest.approx(0.75 * labels + 0.25 * taught, rel=1e-4)
+        labels, teacher_logits = loss("labels", None), loss("teacher_logits", teacher, distill_weight=1.0)
+        assert loss("both", teacher, distill_weight=0.25) == pytest.approx(
+            0.75 * labels + 0.25 * teacher_logits, rel=1e-4
+        )
 
     def test_auxiliary_classifiers_are_taught_too(
         self, run: Run, tmp_path: Path, teacher: OtherModel, new_model: Any

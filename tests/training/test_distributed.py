@@ -12,7 +12,7 @@ import torch
 
 from fixify.errors import UsageError
 from fixify.training import EpochStarted, Event, FinetuneOptions, distributed
-from fixify.training.shards import check_shard
+from fixify.training.parallel import check_shard
 
 # Without batch norm and dropout several processes compute what one does.
 PLAIN = {"batch_norm": False, "dropout": 0.0}
@@ -111,7 +111,7 @@ def test_shards_do_what_copies_do_and_validate_fewer_images_than_processes(sever
 def test_what_does_not_go_together_with_shards_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="spreads the model over several processes, and this is one"):
         check_shard(FinetuneOptions(shard=True))
-    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     check_shard(FinetuneOptions(shard=True))
     for given, name in (
         ({"ema_decay": 0.9}, "--ema-decay"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fixify.errors import TrainingError
 from fixify.training import FinetuneOptions, Step, Warned, loop
-from fixify.training.finite import check_weights
+from fixify.training.checkpointing import check_weights
 
 OPTIONS = FinetuneOptions.create(
     epochs=3, batch_size=8, lr=0.05, no_aug=True, workers=0, device="cpu", ema_decay=0.9, opt="adamw", nan_skip=20

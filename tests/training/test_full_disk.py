@@ -13,7 +13,7 @@ import torch
 
 from fixify.errors import OutputError
 from fixify.training import EpochEnded, Event, FinetuneOptions, FinetuneResult
-from fixify.training.state import read_sealed
+from fixify.training.run_folder import read_sealed
 
 Run = Callable[..., FinetuneResult]
 PLAIN = FinetuneOptions.create(epochs=2, batch_size=8, lr=0.05, no_aug=True, workers=0, device="cpu")

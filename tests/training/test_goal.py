@@ -15,7 +15,7 @@ import torch
 
 from fixify.data import make_loader
 from fixify.errors import TrainingError, UsageError
-from fixify.evaluation import evaluate
+from fixify.metrics import evaluate
 from fixify.training import (
     EpochEnded,
     Evaluating,

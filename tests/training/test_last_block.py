@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fixify.data.idx import ArrayImages
 from fixify.errors import TrainingError, UsageError
 from fixify.heads import FixedClassifier
-from fixify.retrofit import fix_classifier_
+from fixify.surgery import fix_classifier_
 from fixify.training import (
     Event,
     FinetuneOptions,

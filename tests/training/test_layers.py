@@ -1,4 +1,4 @@
-"""fixify.training.layers: stages and layers of torchvision's networks, which do not tell them."""
+"""fixify.training.optimisers: stages and layers of torchvision's networks, which do not tell them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import torch
 from timm.models import group_parameters
 from torch import nn
 
-from fixify.retrofit import fix_classifier_
+from fixify.models import build, parse_architecture
+from fixify.surgery import fix_classifier_
 from fixify.training import FinetuneOptions
-from fixify.training.freezing import freeze_
-from fixify.training.layers import groups_of
-from fixify.training.optimisation import parameter_groups
-from fixify.zoo import build, parse_architecture
+from fixify.training.engine import freeze_
+from fixify.training.optimisers import groups_of, parameter_groups
 
 # One of each kind, and how many stages and layers it has with the head.
 NETWORKS = {

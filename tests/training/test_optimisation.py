@@ -11,9 +11,9 @@ from torch import nn
 
 from fixify.errors import UsageError
 from fixify.heads import FixedClassifier
-from fixify.retrofit import fix_classifier_
+from fixify.surgery import fix_classifier_
 from fixify.training import FinetuneOptions
-from fixify.training.optimisation import base_rate, clip_gradients, make_optimiser, make_schedule, parameter_groups
+from fixify.training.optimisers import base_rate, clip_gradients, make_optimiser, make_schedule, parameter_groups
 
 
 def rates(options: FinetuneOptions, updates_per_epoch: int) -> list[float]:

@@ -9,11 +9,11 @@ import pytest
 import timm
 import torch
 
+from fixify.checkpoints.open import open_model
 from fixify.data import OpenedData
 from fixify.errors import DataError, UsageError
-from fixify.opening import open_model
 from fixify.training import FinetuneOptions
-from fixify.training.others import digest, open_other
+from fixify.training.teacher import digest, open_other
 
 
 @pytest.fixture

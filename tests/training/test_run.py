@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from fixify.data import OpenedData, Subset, make_loader
 from fixify.data.idx import ArrayImages
 from fixify.errors import DataError, OutputExistsError, TrainingError
-from fixify.evaluation import evaluate
 from fixify.heads import FixedClassifier
+from fixify.metrics import evaluate
 from fixify.training import (
     Calibrated,
     EpochEnded,
@@ -38,7 +38,7 @@ from fixify.training import (
     Warned,
     stored_options,
 )
-from fixify.training.state import write_sealed
+from fixify.training.run_folder import write_sealed
 
 Run = Callable[..., FinetuneResult]
 CPU = torch.device("cpu")

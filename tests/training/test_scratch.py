@@ -12,14 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import fixify
-from fixify.checkpoint import read_info
+from fixify.checkpoints.open import open_model
+from fixify.checkpoints.slim import read_info
 from fixify.data import make_loader, open_data
 from fixify.errors import ArchitectureError, HeadSpecError, TrainingError, UsageError
-from fixify.evaluation import evaluate
 from fixify.heads import FixedClassifier
-from fixify.opening import open_model
+from fixify.metrics import evaluate
 from fixify.training import EpochEnded, Event, TrainOptions, run_train, stored_options
-from fixify.training.scratch import new_network
+from fixify.training.api import new_network
 
 OPTIONS = TrainOptions.create(
     model="test_resnet",

@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import fixify
-from fixify.checkpoint import read_info
+from fixify.checkpoints.slim import read_info
 from fixify.data import make_loader, open_data, open_train_val
 from fixify.data.idx import DEBIAN_FOLDER, FASHION_CLASSES, read_idx
 from fixify.errors import DataError, TrainingError, UsageError
-from fixify.evaluation import evaluate
+from fixify.metrics import evaluate
 from fixify.training import EpochEnded, FinetuneOptions, FinetuneResult, finetune, run_finetune
 
 CPU = torch.device("cpu")

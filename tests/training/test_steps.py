@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from fixify.confusions import Confusions
+from fixify.metrics import Confusions
 from fixify.training import Event, FinetuneOptions, FinetuneResult, Step
-from fixify.training.steps import is_logged
+from fixify.training.run_folder import is_logged
 
 Run = Callable[..., FinetuneResult]
 OPTIONS = FinetuneOptions.create(epochs=4, batch_size=4, lr=0.05, no_aug=True, workers=0, device="cpu")

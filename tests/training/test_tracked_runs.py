@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from fixify.tracking import Tracking
-from fixify.tracking.protocol import TrackedRun
+from fixify.tracking import TrackedRun, Tracking
 from fixify.training import Event, FinetuneOptions, FinetuneResult, Step
-from fixify.training.steps import is_logged
+from fixify.training.run_folder import is_logged
 
 Run = Callable[..., FinetuneResult]
 OPTIONS = FinetuneOptions.create(epochs=12, batch_size=4, lr=0.05, no_aug=True, workers=0, device="cpu")  # 132 steps
@@ -82,7 +81,7 @@ def test_tensorboard_has_every_step_once_after_a_crash(run: Run, tmp_path: Path,
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from fixify.tracking.to_tensorboard import new
+    from fixify.tracking import TensorBoard
 
     def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
         events = EventAccumulator(str(folder / "tensorboard")).Reload()
@@ -92,14 +91,14 @@ def test_tensorboard_has_every_step_once_after_a_crash(run: Run, tmp_path: Path,
             if tag != "train/images_per_second"
         }
 
-    with Tracking([new()]) as tracking:
+    with Tracking([TensorBoard()]) as tracking:
         run(tmp_path / "whole", OPTIONS, on_event=tracking)
     out = tmp_path / "crashed"
-    with Tracking([new()]) as tracking:
+    with Tracking([TensorBoard()]) as tracking:
         run(out, OPTIONS.replace(epochs=1), on_event=tracking)  # its files have to go
-    with pytest.raises(Crash), Tracking([new()]) as tracking:
+    with pytest.raises(Crash), Tracking([TensorBoard()]) as tracking:
         run(out, OPTIONS, on_event=crash_at(120, tracking), force=True)
-    with Tracking([new()]) as tracking:
+    with Tracking([TensorBoard()]) as tracking:
         run(out, OPTIONS, on_event=tracking, resume=True)  # from the validation after 110 updates
     whole, crashed = scalars(tmp_path / "whole"), scalars(out)
     assert [step for step, _ in whole["train/loss"]] == LOGGED

@@ -1,0 +1,145 @@
+"""Repositories of the Hugging Face hub: from its cache, else downloaded."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import socket
+import urllib.request
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from fixify.checkpoints.files import CONFIG, WEIGHTS, open_with_config, shards_of
+from fixify.checkpoints.source import Source
+from fixify.errors import SourceError
+
+# Of whichever HTTP library the client uses: requests before its version 1, httpx since.
+_TRANSPORT_ERRORS: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, OSError)
+
+
+def open_repository(
+    repo: str, *, ema: bool = False, meta: bool = False, name: str | None = None, config: bool = True
+) -> Source:
+    """Open the weights of a repository, and its config.json.
+
+    What is in the cache is used without asking the hub; only what is missing is downloaded into it.
+
+    Args:
+        repo: "organisation/name", with "@revision" if it should not be the main branch.
+        ema: Take the moving average of the weights.
+        meta: Read only names, shapes and dtypes.
+        name: What to call it; `repo` if None.
+        config: Fetch its config.json, too, if it has one.
+
+    Raises:
+        SourceError: no such repository, no weights in it, no permission, or no way to reach the hub.
+    """
+    repo_id, _, revision = repo.partition("@")
+    get = partial(_get, repo_id, revision or None)
+    weights = _first_cached(repo_id, revision or None) or next((path for file in WEIGHTS if (path := get(file))), None)
+    if weights is None:
+        raise SourceError(
+            f"The repository {repo_id} holds no weights that fixify reads.",
+            hint=f"Looked for {', '.join(WEIGHTS)}. Is it a model of another library?",
+        )
+    if config:
+        get(CONFIG)  # the cache keeps the files of one revision in one folder, so it is found beside the weights
+    if weights.name.endswith(".index.json"):
+        for shard in shards_of(weights):
+            if get(shard) is None:
+                raise SourceError(f"The repository {repo_id} names {shard} in {weights.name}, and does not hold it.")
+    return open_with_config(weights, ema=ema, meta=meta, name=name or repo)
+
+
+def _first_cached(repo_id: str, revision: str | None) -> Path | None:
+    with _explained(repo_id, revision):
+        found = (huggingface_hub.try_to_load_from_cache(repo_id, file, revision=revision) for file in WEIGHTS)
+        return next((Path(path) for path in found if isinstance(path, str)), None)
+
+
+def _get(repo_id: str, revision: str | None, file: str) -> Path | None:
+    """The path of a file in the cache, downloaded if need be; None if the repository does not have it."""
+    with _explained(repo_id, revision):
+        cached = huggingface_hub.try_to_load_from_cache(repo_id, file, revision=revision)
+        if isinstance(cached, str):
+            return Path(cached)
+        if cached is not None:
+            return None  # the cache knows that there is no such file
+        _refuse_unreachable(repo_id, revision)
+        try:
+            return Path(huggingface_hub.hf_hub_download(repo_id, file, revision=revision, library_name="fixify"))
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):
+                raise
+            return None
+
+
+@contextlib.contextmanager
+def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn what the hub's client raises into one sentence and what to do."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise SourceError(
+            f"{repo_id!r} is no repository of the Hugging Face hub.", hint="It looks like hf-hub:organisation/name."
+        ) from error
+    except GatedRepoError as error:
+        raise SourceError(
+            f"The repository {repo_id} asks for a licence to be accepted first.",
+            hint=f"Accept it at {constants.ENDPOINT}/{repo_id}, then: hf auth login",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise SourceError(f"The repository {repo_id} has no revision {revision}.") from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(
+            f"The Hugging Face hub has no repository {repo_id}, or it is private.",
+            hint="Check the name; for a private one: hf auth login",
+        ) from error
+    except _TRANSPORT_ERRORS as error:
+        raise _unreachable(repo_id, revision, _first_line(error.__cause__ or error)) from error
+
+
+def _refuse_unreachable(repo_id: str, revision: str | None) -> None:
+    """Say within a moment that there is no network. The hub's own client tries for 23 seconds."""
+    if constants.HF_HUB_OFFLINE:
+        raise _unreachable(repo_id, revision, "HF_HUB_OFFLINE is set")
+    if urllib.request.getproxies():
+        return  # the proxy resolves names
+    host = urlsplit(constants.ENDPOINT).hostname or ""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise _unreachable(repo_id, revision, f"{host}: {error.strerror or error}") from error
+
+
+def _unreachable(repo_id: str, revision: str | None, reason: str) -> SourceError:
+    folder = repo_id.rpartition("/")[2]
+    command = ["hf", "download", repo_id, *(["--revision", revision] if revision else []), "--local-dir", folder]
+    cached = f"models--{repo_id.replace('/', '--')}"
+    return SourceError(
+        f"{repo_id} is not (or not all of it) in {constants.HF_HUB_CACHE}, and the Hugging Face hub cannot be reached "
+        f"({reason}).",
+        hint=f"Where there is a network: {shlex.join(command)}\n"
+        f"then bring that folder here and give it as local-dir:{folder}, or bring its cache folder {cached} "
+        f"into {constants.HF_HUB_CACHE}{os.sep}",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

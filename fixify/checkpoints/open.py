@@ -1,0 +1,76 @@
+"""Any checkpoint, slim or ordinary, as a model together with what is needed to feed it and to read its output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fixify.checkpoints.learned import Original, read_original
+from fixify.checkpoints.slim import SlimInfo, is_slim, load
+from fixify.checkpoints.source import check_finite
+from fixify.models.architectures import Architecture
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model in eval mode on the CPU, in float32.
+
+    Attributes:
+        name: The file's or the model's name, without folders.
+        model: The model.
+        architecture: What it is.
+        num_classes: Width of its logits.
+        preprocessing: timm's names and plain values: input_size, mean, std, interpolation, crop_pct, crop_mode.
+        labels: Class names, or None.
+        slim: The header, if it is a slim checkpoint.
+    """
+
+    name: str
+    model: nn.Module
+    architecture: Architecture
+    num_classes: int
+    preprocessing: dict[str, Any]
+    labels: list[str] | None
+    slim: SlimInfo | None
+
+
+def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -> OpenModel:
+    """Open a slim checkpoint, an ordinary checkpoint, or a model by its name.
+
+    Args:
+        ref: A file, a folder, or a model name.
+        arch: The architecture of an ordinary checkpoint, if it cannot be told from the file.
+        ema: Take the averaged weights of a training checkpoint.
+
+    Raises:
+        FormatError, CodebookMismatchError: a slim checkpoint that is damaged.
+        SourceError: the weights hold a NaN or an infinity; or see `fixify.checkpoints.learned.read_original`, as for
+        ArchitectureError, NoClassifierError.
+    """
+    if is_slim(ref):
+        model = load(ref)
+        check_finite(model.state_dict())
+        info: SlimInfo = model.fixify_info  # type: ignore[assignment]
+        return OpenModel(
+            name=Path(ref).name,
+            model=model,
+            architecture=info.architecture,
+            num_classes=info.num_classes,
+            preprocessing=info.preprocessing,
+            labels=info.labels,
+            slim=info,
+        )
+    original: Original = read_original(ref, arch=arch, ema=ema)
+    check_finite(original.tensors)
+    return OpenModel(
+        name=original.source.name,
+        model=original.model(),
+        architecture=original.architecture,
+        num_classes=original.num_classes,
+        preprocessing=original.preprocessing,
+        labels=original.labels,
+        slim=None,
+    )

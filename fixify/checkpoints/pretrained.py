@@ -1,0 +1,170 @@
+"""Models by name: the pretrained weights that timm and torchvision publish."""
+
+from __future__ import annotations
+
+import re
+import sys
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from timm.models import get_pretrained_cfg
+
+from fixify import _files
+from fixify.checkpoints.files import open_file
+from fixify.checkpoints.hub import open_repository
+from fixify.checkpoints.labels import imagenet_labels
+from fixify.checkpoints.source import Facts, Source
+from fixify.errors import SourceError
+from fixify.models.architectures import Architecture, build, preprocessing
+
+# torch.hub's convention: "resnet50-0676ba61.pth" carries the start of its own SHA-256.
+_HASHED_NAME = re.compile(r"-([0-9a-f]{8,})\.(?:pth|pt)(?:\.tar)?$")
+
+
+def open_named(architecture: Architecture, *, ema: bool = False, meta: bool = False) -> Source:
+    """Open the published weights of an architecture.
+
+    Args:
+        architecture: Its tag says which weights; None means the library's default.
+        ema: Take the moving average of the weights; published files hold one set, so this fails.
+        meta: Read only names, shapes and dtypes.
+
+    Raises:
+        SourceError: there are none, or they are neither in the library's cache nor can they be downloaded.
+    """
+    if architecture.library == "torchvision":
+        return _open_torchvision(architecture, ema=ema, meta=meta)
+    if architecture.library == "fixify":
+        raise SourceError(
+            f"No pretrained weights of {architecture.ref} are published.",
+            hint="Train it (fixify recipes ls), or give a checkpoint of your own.",
+        )
+    return _open_timm(architecture, ema=ema, meta=meta)
+
+
+def published_facts(path: Path) -> Facts:
+    """Facts about a file of torchvision's that was downloaded by hand: recognised by its name and its SHA-256."""
+    hashed = _HASHED_NAME.search(path.name)
+    if hashed is None:
+        return Facts()
+    for name in torchvision.models.list_models(module=torchvision.models):
+        for weights in torchvision.models.get_model_weights(name):
+            if _file_name(weights.url) == path.name and _files.sha256_of(path).startswith(hashed[1]):
+                return _torchvision_facts(Architecture("torchvision", name, tag=weights.name), weights)
+    return Facts()
+
+
+def _open_torchvision(architecture: Architecture, *, ema: bool, meta: bool) -> Source:
+    weights = torchvision.models.get_model_weights(architecture.name)[architecture.tag or "DEFAULT"]
+    tagged = Architecture("torchvision", architecture.name, architecture.kwargs, weights.name)
+    source = _open_url(weights.url, tagged.ref, ema=ema, meta=meta)
+    return source.with_facts(_torchvision_facts(tagged, weights))
+
+
+def _torchvision_facts(architecture: Architecture, weights: Any) -> Facts:
+    categories = list(weights.meta["categories"])
+    return Facts(
+        architecture=architecture.ref,
+        architecture_kwargs={**_torchvision_kwargs(architecture.name, weights), **architecture.kwargs},
+        num_classes=len(categories),
+        pretrained_cfg=preprocessing(architecture),
+        labels=categories,
+    )
+
+
+def _torchvision_kwargs(name: str, weights: Any) -> dict[str, Any]:
+    """What torchvision's builders add when they are given weights, besides the number of classes."""
+    if name in ("googlenet", "inception_v3"):
+        return {"transform_input": True}  # trained on inputs normalised another way; the model converts them
+    if name.startswith("vit_") and weights.meta["min_size"][0] != 224:
+        return {"image_size": weights.meta["min_size"][0]}
+    return {}
+
+
+def _open_timm(architecture: Architecture, *, ema: bool, meta: bool) -> Source:
+    full_name = architecture.ref.removeprefix("timm/")
+    cfg = get_pretrained_cfg(full_name)
+    if cfg is None or not cfg.has_weights:
+        others = timm.list_pretrained(f"{architecture.name}.*")
+        raise SourceError(
+            f"timm has no pretrained weights of {full_name}.",
+            hint=f"It has those of {', '.join(others)}." if others else "Give a checkpoint of your own.",
+        )
+    tagged = Architecture("timm", architecture.name, architecture.kwargs, cfg.tag or architecture.tag)
+    if cfg.hf_hub_id:
+        source = open_repository(cfg.hf_hub_id, ema=ema, meta=meta, name=tagged.ref, config=False)
+    elif cfg.url.endswith(".npz"):
+        raise SourceError(f"The weights of {tagged.ref} exist only as a JAX archive: {cfg.url}")
+    else:
+        source = _open_url(cfg.url, tagged.ref, ema=ema, meta=meta)
+    source.tensors = _as_timm_names(source, tagged)
+    facts = Facts(
+        architecture=tagged.ref,
+        architecture_kwargs=dict(architecture.kwargs),
+        num_classes=cfg.num_classes,
+        pretrained_cfg=preprocessing(tagged),
+        labels=imagenet_labels(cfg.num_classes),
+    )
+    return source.with_facts(facts)
+
+
+def _as_timm_names(source: Source, architecture: Architecture) -> dict[str, torch.Tensor]:
+    """The tensors under timm's names. Some published files have those of the original code; timm translates them.
+
+    Only then is the model built: its state dict is what timm itself would have loaded.
+    """
+    skeleton = build(architecture, meta=True)
+    expected = {key: tuple(tensor.shape) for key, tensor in skeleton.state_dict().items() if not _is_counter(key)}
+    if {key: shape for key, shape in source.shapes.items() if not _is_counter(key)} == expected:
+        return source.tensors
+    if next(iter(source.tensors.values())).is_meta:
+        return dict(skeleton.state_dict())
+    try:
+        model = timm.create_model(
+            architecture.ref.removeprefix("timm/"),
+            pretrained=True,
+            pretrained_cfg_overlay={"state_dict": dict(source.tensors), "custom_load": False},
+            **architecture.kwargs,
+        )
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise SourceError(f"The weights of {architecture.ref} are not what timm expects: {error}") from error
+    return dict(model.state_dict())
+
+
+def _is_counter(key: str) -> bool:
+    return key.endswith("num_batches_tracked")
+
+
+def _open_url(url: str, name: str, *, ema: bool, meta: bool) -> Source:
+    """Open a file of torch.hub's cache ($TORCH_HOME/hub/checkpoints), downloaded if it is not there."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / _file_name(url)
+    hashed = _HASHED_NAME.search(path.name)
+    if not path.exists():
+        _download(url, path, hashed[1] if hashed else None, name)
+    source = open_file(path, ema=ema, meta=meta, name=name)
+    if hashed and source.sha256 is not None and not source.sha256.startswith(hashed[1]):
+        raise SourceError(
+            f"{path} is damaged: its SHA-256 starts with {source.sha256[:8]}, its name says {hashed[1]}.",
+            hint=f"Remove it, and it is downloaded again: {url}",
+        )
+    return source
+
+
+def _download(url: str, path: Path, hash_prefix: str | None, name: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix, progress=sys.stderr.isatty())
+    except (OSError, RuntimeError) as error:  # no network, no space, another hash
+        reason = getattr(error, "reason", None) or error
+        raise SourceError(
+            f"The weights of {name} are not in {path.parent}, and {url} could not be downloaded ({reason}).",
+            hint=f"Download it where there is a network, and put it at {path}",
+        ) from error
+
+
+def _file_name(url: str) -> str:
+    return Path(urllib.parse.urlsplit(url).path).name

@@ -1,0 +1,141 @@
+"""Any way of naming a checkpoint -> `Source`."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fixify.checkpoints.files import CONFIG, SUFFIXES, WEIGHTS, config_facts, open_file, open_folder, open_with_config
+from fixify.checkpoints.source import Facts, Source
+from fixify.errors import ArchitectureError, SourceError
+
+if TYPE_CHECKING:
+    from fixify.models.architectures import Architecture
+
+_HUB = ("hf-hub", "hf_hub")
+_ADDRESSES = ("http", "https", "ftp", "s3", "gs")
+_SCHEMES = (*_HUB, *_ADDRESSES, "local-dir")
+
+
+def open_source(ref: str | os.PathLike[str], *, ema: bool = False, meta: bool = False) -> Source:
+    """Open a checkpoint.
+
+    Args:
+        ref: What exists under that path, if anything does: a file, or a folder with config.json and weights. Else a
+            model name: `resnet18`, `timm/resnet18.a1_in1k`, `torchvision/resnet50:IMAGENET1K_V2`,
+            `hf-hub:organisation/name@revision`, `local-dir:folder`.
+        ema: Take the moving average of the weights, if the checkpoint holds one.
+        meta: Read only names, shapes and dtypes (tensors on the meta device): of a safetensors file the header.
+
+    Raises:
+        UnsafeCheckpointError: it would run code, or lies about what it holds. Nothing was run.
+        SourceError: there is nothing of that name, or it cannot be read.
+    """
+    text = os.fspath(ref)
+    if not text:
+        raise SourceError("The name of the checkpoint is empty.", hint="Give a file, a folder or a model name.")
+    path = Path(text).expanduser()
+    # os.path, since Path.exists raises on what cannot be a path (too long, a zero byte)
+    if os.path.exists(path):  # noqa: PTH110
+        return _open_path(path, ema=ema, meta=meta)
+    scheme, colon, rest = text.partition(":")
+    if colon and scheme in _HUB:
+        from fixify.checkpoints.hub import open_repository
+
+        return open_repository(rest, ema=ema, meta=meta)
+    if colon and scheme == "local-dir":
+        return _open_local(rest, ema=ema, meta=meta)
+    if scheme in _ADDRESSES:
+        raise SourceError(f"{text} is an address, not a file.", hint=f"Download it first: curl -LO {text}")
+    if _looks_like_path(text):
+        raise _no_such_file(text, path)
+    from fixify.checkpoints.pretrained import open_named
+
+    return open_named(_model_name(text), ema=ema, meta=meta)
+
+
+def named_model(ref: str | os.PathLike[str]) -> Architecture | None:
+    """The architecture, if `open_source` would take this for the name of a model that a library publishes weights of.
+
+    Raises:
+        SourceError: it looks like such a name, and no library has that model.
+    """
+    text = os.fspath(ref)
+    scheme, colon, _ = text.partition(":")
+    if os.path.exists(Path(text).expanduser()) or (colon and scheme in _SCHEMES) or _looks_like_path(text):  # noqa: PTH110
+        return None
+    return _model_name(text) if text else None
+
+
+def _open_path(path: Path, *, ema: bool, meta: bool) -> Source:
+    if path.is_dir():
+        return open_folder(path, ema=ema, meta=meta)
+    if path.name in WEIGHTS:
+        return open_with_config(path, ema=ema, meta=meta)
+    source = open_file(path, ema=ema, meta=meta)
+    source = source.with_facts(source.facts.or_else(_facts_beside(path, source)))
+    if source.architecture is None and "-" in path.name:
+        from fixify.checkpoints.pretrained import published_facts
+
+        source.with_facts(published_facts(path).or_else(source.facts))
+    return source
+
+
+def _facts_beside(path: Path, source: Source) -> Facts:
+    """What a config.json in the same folder says, if it is about this file: if its tensors fit what it names."""
+    if not os.path.exists(path.parent / CONFIG):  # noqa: PTH110
+        return Facts()
+    try:
+        facts = config_facts(path.parent / CONFIG)
+        if source.architecture is not None or facts.architecture is None:
+            return Facts()
+        from fixify.models.architectures import parse_architecture
+        from fixify.models.identify import fit
+
+        fits = fit(parse_architecture(facts.architecture, **facts.architecture_kwargs), source.shapes)
+    except (SourceError, ArchitectureError):
+        return Facts()  # of another program, or of another checkpoint in this folder
+    return facts if fits is not None else Facts()
+
+
+def _open_local(text: str, *, ema: bool, meta: bool) -> Source:
+    folder = Path(text).expanduser()
+    if not os.path.isdir(folder):  # noqa: PTH112
+        raise SourceError(
+            f"local-dir: there is no folder {text!r}.", hint="Give a folder with model.safetensors in it."
+        )
+    return open_folder(folder, ema=ema, meta=meta)
+
+
+def _model_name(text: str) -> Architecture:
+    from fixify.models.architectures import parse_architecture
+
+    try:
+        return parse_architecture(text.replace(":", ".", 1))
+    except ArchitectureError as error:
+        raise SourceError(f"{text[:100]!r} is no file, and no model name: {error.message}", hint=error.hint) from error
+
+
+def _looks_like_path(text: str) -> bool:
+    separators = {"/", os.sep} & set(text)
+    return text.endswith(SUFFIXES) or (bool(separators) and not text.startswith(("timm/", "torchvision/", "fixify/")))
+
+
+def _no_such_file(text: str, path: Path) -> SourceError:
+    folder = path.parent
+    if not os.path.isdir(folder):  # noqa: PTH112
+        hint = f"If it is a repository of the Hugging Face hub: hf-hub:{text}" if _could_be_repository(text) else None
+        return SourceError(f"There is no file {text}: the folder {folder} does not exist.", hint=hint)
+    names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(SUFFIXES))
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    if near:
+        return SourceError(f"There is no file {text}.", hint=f"Did you mean {' or '.join(near)}?")
+    if names:
+        return SourceError(f"There is no file {text}.", hint=f"In {folder} there are {', '.join(names[:5])}.")
+    return SourceError(f"There is no file {text}, and no checkpoint in {folder}.")
+
+
+def _could_be_repository(text: str) -> bool:
+    return text.count("/") == 1 and not text.startswith(("/", "~", ".")) and not text.endswith(SUFFIXES)

@@ -1,0 +1,104 @@
+"""Checking a slim checkpoint: rebuild what is not stored, reload what is, and compare with the original if given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fixify._files import sha256_of
+from fixify.checkpoints.learned import read_original
+from fixify.checkpoints.slim import SlimInfo, load, read_info, read_tensors
+from fixify.checkpoints.source import check_finite
+from fixify.errors import CodebookMismatchError, FixifyError, SourceError
+from fixify.heads import coherence
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at: what it is, whether it holds, and what was found."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def verify(path: str | Path, *, source: str | Path | None = None) -> list[Check]:
+    """Check a slim checkpoint, and its backbone against the original's if that is given.
+
+    Raises:
+        FormatError: the file is not a slim checkpoint, or so damaged that there is nothing to check.
+        SourceError: `source` cannot be read.
+    """
+    path = Path(path)
+    info = read_info(path)
+    tensors = read_tensors(path)
+    checks = [Check("header", True, f"format version 1, {info.architecture.ref}, {info.num_classes} classes")]
+    checks.append(_finite(tensors))
+    try:
+        model = load(path)
+    except CodebookMismatchError as error:
+        checks.append(Check("codebook", False, error.message))
+        return checks
+    except FixifyError as error:
+        checks.append(Check("tensors", False, error.message))
+        return checks
+    checks.append(Check("tensors", True, f"{len(tensors)} tensors are those of {info.architecture.ref}"))
+    checks.append(_codebook(info, model))
+    checks.append(_forward(info, model))
+    if source is not None:
+        checks += _against(info, tensors, source)
+    return checks
+
+
+def _finite(tensors: dict[str, torch.Tensor]) -> Check:
+    try:
+        check_finite(tensors)
+    except SourceError as error:
+        return Check("values", False, error.message)
+    return Check("values", True, "all finite")
+
+
+def _codebook(info: SlimInfo, model: nn.Module) -> Check:
+    """The digest was compared while loading; what is left to see is that the codes are as spread as promised."""
+    found = []
+    for record in info.heads:
+        head: Any = model.get_submodule(record.path)
+        codes = None if head.codes is None else head.codes.cpu().numpy()
+        facts = coherence(record.spec, codes)
+        if facts.max_cosine > 1 - 1e-6:
+            return Check("codebook", False, f"{record.path}: two classes have the same code")
+        found.append(f"{record.path}: digest as recorded, largest cosine {facts.max_cosine:.3f}")
+    return Check("codebook", True, "; ".join(found))
+
+
+def _forward(info: SlimInfo, model: nn.Module) -> Check:
+    size = info.preprocessing["input_size"]
+    images = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits = model(images)
+    good = logits.shape == (2, info.num_classes) and bool(logits.isfinite().all())
+    return Check("forward", good, f"images {[2, *size]} give logits {list(logits.shape)}")
+
+
+def _against(info: SlimInfo, tensors: dict[str, torch.Tensor], source: str | Path) -> list[Check]:
+    original = read_original(source, arch=info.architecture.spelled, ema=bool(info.source.get("ema")))
+    checks = []
+    if Path(source).is_file():
+        same = sha256_of(Path(source)) == info.source.get("sha256")
+        checks.append(Check("source", same, "the file it was made from" if same else "not the file it was made from"))
+    heads = tuple(f"{record.path}." for record in info.heads)
+    backbone = [key for key in original.tensors if not key.startswith(heads)]
+    changed = [key for key in backbone if key not in tensors or not _identical(tensors[key], original.tensors[key])]
+    detail = f"{changed[0]} and {len(changed) - 1} more differ" if changed else f"{len(backbone)} tensors, bit for bit"
+    return [*checks, Check("backbone", not changed, detail)]
+
+
+def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    flat_a, flat_b = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
+    return bool(torch.equal(flat_a, flat_b))

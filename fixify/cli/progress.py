@@ -1,0 +1,433 @@
+"""How long a run still takes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+
+from fixify.cli.output import Output
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from fixify.language.loop import LanguageEpochEnded, LanguageEvent, LanguageRunStarted, LanguageStep
+    from fixify.training import EpochEnded, EpochRecord, Evaluating, Event, Listener, RunStarted, Step, Validated
+
+
+class Pace:
+    """Estimates the time left from what was measured since the epoch began (or the run was resumed).
+
+    Args:
+        clock: Seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._epochs = self._batches = 0
+        self._mark: tuple[int, int, float] | None = None  # epoch, batch, seconds
+        self._per_batch: float | None = None
+        self._validating_since: float | None = None
+        self._validation = 0.0  # of one epoch
+        self._this_epoch = 0.0
+
+    def start(self, epochs: int, batches: int) -> None:
+        """A run of so many epochs of so many batches begins."""
+        self._epochs, self._batches = epochs, batches
+        self._mark = self._per_batch = self._validating_since = None
+        self._validation = self._this_epoch = 0.0
+
+    def step(self, epoch: int, batch: int) -> None:
+        """So many batches of the epoch (from 0) are done."""
+        now = self._clock()
+        if self._mark is None:
+            self._this_epoch = 0.0  # what was measured before training belongs to no epoch
+        if self._mark is None or self._mark[0] != epoch:
+            # The first batch waits for the loader's processes to start, and may compile the model.
+            self._mark = (epoch, batch, now)
+        elif batch > self._mark[1]:
+            self._per_batch = (now - self._mark[2]) / (batch - self._mark[1])
+
+    def evaluating(self, images: int, total: int) -> None:
+        """So many of the validation images are done."""
+        now = self._clock()
+        if self._validating_since is None:
+            self._validating_since = now
+        if images >= total:
+            took, self._validating_since = now - self._validating_since, None
+            self._this_epoch += took
+            self._validation = max(self._validation, self._this_epoch)
+            if self._mark is not None:  # training stood still
+                self._mark = (*self._mark[:2], self._mark[2] + took)
+
+    def epoch_ended(self) -> None:
+        """An epoch and its validation are done."""
+        self._validation, self._this_epoch = self._this_epoch, 0.0
+
+    def left(self, epoch: int, batch: int) -> tuple[float, float] | None:
+        """Seconds of training left in this epoch, and in the whole run with its validations; None at the start."""
+        if self._per_batch is None:
+            return None
+        epochs_after = self._epochs - epoch - 1
+        here = (self._batches - batch) * self._per_batch
+        each = self._batches * self._per_batch + self._validation
+        return here, here + self._validation + epochs_after * each
+
+
+def as_time(seconds: float | None) -> str:
+    """`1:02:03` or `02:03`; `--:--` if it is not known yet."""
+    if seconds is None:
+        return "--:--"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
+
+
+# The live view of a run in a terminal: bars for the epoch and the whole run, and below them the numbers.
+
+
+_GAP = "   "
+
+
+class LiveView(Progress):
+    """Bars and numbers at the bottom of a terminal; nothing at all elsewhere.
+
+    It fits any width: the bars take what is left, and the numbers go on as many lines as they need.
+
+    Args:
+        console: Of stderr.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.is_live = console.is_terminal and not console.is_dumb_terminal
+        self._numbers: Sequence[tuple[str, str]] = ()
+        super().__init__(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}", justify="right", markup=False),
+            console=console,
+            transient=True,
+            expand=True,
+            disable=not self.is_live,
+        )
+        self.epoch = self.add_hidden("epoch")
+        self.whole = self.add_hidden("total")
+        self.evaluating = self.add_hidden("validating")
+
+    def add_hidden(self, description: str) -> TaskID:
+        """Add a bar that is not shown yet."""
+        return self.add_task(description, total=None, visible=False, note="")
+
+    def show_bar(self, task: TaskID, done: int, total: int, *, description: str | None = None, note: str = "") -> None:
+        """Show a bar as it is now."""
+        self.update(task, description=description, completed=done, total=total, note=note, visible=True)
+
+    def show_training(self, description: str, epoch: tuple[int, int], whole: tuple[int, int]) -> None:
+        """Show (done, total) batches of the epoch and of the run."""
+        self.show_bar(self.epoch, *epoch, description=description)
+        self.show_bar(self.whole, *whole)
+
+    def show_left(self, left: tuple[float, float] | None) -> None:
+        """Show seconds left in the epoch and in the run."""
+        for task, seconds in zip((self.epoch, self.whole), left or (None, None), strict=True):
+            self.update(task, note=f"{as_time(seconds)} left")
+
+    def show_numbers(self, numbers: Sequence[tuple[str, str]]) -> None:
+        """Show names with values."""
+        self._numbers = numbers
+
+    def hide(self, *tasks: TaskID) -> None:
+        """Hide bars; without the run's own, its numbers too."""
+        for task in tasks:
+            self.update(task, visible=False)
+        if self.whole in tasks:
+            self._numbers = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What rich draws."""
+        yield self.make_tasks_table(self.tasks)
+        if self._numbers:
+            yield _Numbers(self._numbers)
+
+
+class _Numbers:
+    """Names with values, as many on a line as fit; a value is never parted from its name."""
+
+    def __init__(self, numbers: Sequence[tuple[str, str]]) -> None:
+        self.numbers = numbers
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        line = Text(no_wrap=True, overflow="ellipsis")
+        for name, value in self.numbers:
+            part = Text.assemble((f"{name} " if name else "", "dim"), value)
+            if line and len(line) + len(_GAP) + len(part) > options.max_width:
+                yield line
+                line = Text(no_wrap=True, overflow="ellipsis")
+            line = Text.assemble(line, _GAP if line else "", part, no_wrap=True, overflow="ellipsis")
+        yield line
+
+
+# What every training run shows on stderr, of images or of words: a line an epoch; in a terminal a live view below
+# them, elsewhere a line every half minute, as a log file wants it.
+
+
+_SECONDS_A_LINE = 30
+
+
+class RunDisplay:
+    """What listeners for runs have in common; a context manager around the run, or several in turns.
+
+    Args:
+        output: Of the command.
+        clock: Seconds.
+    """
+
+    def __init__(self, output: Output, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.output = output
+        self.view = LiveView(output.err)
+        self.pace = Pace(clock)
+        self._clock = clock
+        self._epochs = 0
+        self._last_line = clock()
+
+    def __enter__(self) -> Self:
+        self.view.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.view.stop()
+
+    def begin(self, epochs: int, steps: int) -> None:
+        """A run of so many epochs of so many steps begins."""
+        self._epochs = epochs
+        self.pace.start(epochs, steps)
+
+    def say(self, line: str) -> None:
+        """A line that stays; the next one of progress comes half a minute later."""
+        self._last_line = self._clock()
+        self.output.say(line)
+
+    def where(self, epoch: int) -> str:
+        """`epoch 3/30`, of an epoch counted from 0."""
+        return f"epoch {epoch + 1}/{self._epochs}"
+
+    def show_progress(
+        self, epoch: int, step: int, steps: int, unit: str, numbers: list[tuple[str, str]], best: tuple[str, str] | None
+    ) -> None:
+        """So many steps of the epoch are done.
+
+        Args:
+            epoch: From 0.
+            step, steps: Of it.
+            unit: What a step is called.
+            numbers: Names and values.
+            best: Another, for the live view alone: above it the lines of the epochs say so.
+        """
+        self.pace.step(epoch, step)
+        left = self.pace.left(epoch, step)
+        if self.view.is_live:
+            whole = (epoch * steps + step, self._epochs * steps)
+            self.view.show_training(self.where(epoch), (step, steps), whole)
+            self.view.show_left(left)
+            self.view.show_numbers([*numbers, best] if best else numbers)
+        elif self._clock() - self._last_line >= _SECONDS_A_LINE:
+            said = ", ".join(f"{name} {value}".strip() for name, value in numbers)
+            rest = "" if left is None else f", {as_time(left[1])} left"
+            self.say(f"{self.where(epoch)}, {unit} {step:,}/{steps:,}: {said}{rest}")
+
+
+# What a training run of an image network shows on stderr.
+
+
+class TrainingDisplay(RunDisplay):
+    """A listener for `fixify.training`."""
+
+    def __init__(self, output: Output, *, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(output, clock=clock)
+        self._best: EpochRecord | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Show an event of the run."""
+        from fixify import training
+
+        if isinstance(event, training.Warned):
+            self.output.warn(event.text)
+        elif isinstance(event, training.RunStarted):
+            self._start(event)
+        elif isinstance(event, training.Evaluating):
+            self._evaluating(event)
+        elif isinstance(event, training.OriginalEvaluated):
+            self.output.say(f"original: {event.name}, top-1 {event.metrics.top1:.2f} %, loss {event.metrics.loss:.4f}")
+        elif isinstance(event, training.Evaluated):
+            metrics = event.metrics
+            self.output.say(f"before training: top-1 {metrics.top1:.2f} %, loss {metrics.loss:.4f}")
+        elif isinstance(event, training.Calibrated):
+            self.output.say(f"feature statistics taken from {event.images} training images")
+        elif isinstance(event, training.LastBlockEpoch):
+            where = f"last blocks, epoch {event.epoch + 1}/{event.epochs}"
+            self.output.say(f"{where}: loss {event.loss:.4f} on the features of {event.images:,} images")
+        elif isinstance(event, training.Step):
+            self._step(event)
+        elif isinstance(event, training.Validated):
+            self._validation(event)
+        elif isinstance(event, training.EpochEnded):
+            self._epoch(event)
+
+    def _start(self, event: RunStarted) -> None:
+        self.begin(event.epochs, event.batches)
+        self._best = None
+        self.output.say(f"training data: {event.train}")
+        self.output.say(f"validation data: {event.val}")
+        if event.frozen:
+            self.output.say(
+                f"training {event.trainable:,} of {event.parameters:,} parameters; frozen: {'; '.join(event.frozen)}"
+            )
+        if event.first_epoch:
+            self.output.say(f"resuming in epoch {event.first_epoch + 1} of {event.epochs}")
+
+    def _evaluating(self, event: Evaluating) -> None:
+        if event.images >= event.total:
+            self.view.hide(self.view.evaluating)
+        else:
+            what = {"features": "features", "teacher": "asking the teacher"}.get(event.phase, "validating")
+            self.view.show_bar(self.view.evaluating, event.images, event.total, description=what, note="images")
+        if event.phase in ("before", "validation"):
+            self.pace.evaluating(event.images, event.total)
+
+    def _step(self, event: Step) -> None:
+        numbers = [("loss", f"{event.loss:.4f}"), ("top-1", f"{event.top1:.1f} %")]
+        if event.scale is not None:
+            numbers.append(("alpha", f"{event.scale:.2f}"))
+        numbers += [("lr", f"{event.lr:.3g}"), ("", f"{event.images_per_second:,.0f} images/s")]
+        best = None if self._best is None else ("best validation", f"{self._best.val_top1:.2f} %")
+        self.show_progress(event.epoch, event.batch, event.batches, "batch", numbers, best)
+
+    def _validation(self, event: Validated) -> None:
+        record = self._validated(event)
+        where = f"step {record.step:,}" if record.step else "before training the whole network"
+        loss = "" if record.train_loss is None else f"loss {record.train_loss:.4f}, "
+        self.say(
+            f"{where}: {loss}validation top-1 {record.val_top1:.2f} %, loss {record.val_loss:.4f}"
+            + _left_out(record)
+            + (" (best)" if event.is_best else "")
+        )
+
+    def _epoch(self, event: EpochEnded) -> None:
+        self.pace.epoch_ended()
+        record = self._validated(event)
+        loss = "" if record.train_loss is None else f"loss {record.train_loss:.4f}, "
+        self.say(
+            f"{self.where(record.epoch)}: {loss}validation top-1 {record.val_top1:.2f} %, "
+            f"loss {record.val_loss:.4f}, {record.images_per_second:.0f} images/s"
+            + _left_out(record)
+            + (" (best)" if event.is_best else "")
+        )
+
+    def _validated(self, event: Validated | EpochEnded) -> EpochRecord:
+        if event.is_best:
+            self._best = event.record
+        return event.record
+
+
+def _left_out(record: EpochRecord) -> str:
+    return f" ({record.val_unreadable:,} unreadable left out)" if record.val_unreadable else ""
+
+
+# What the training of a language model shows on stderr.
+
+
+class LanguageDisplay(RunDisplay):
+    """A listener for `fixify.language`."""
+
+    def __init__(self, output: Output, *, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(output, clock=clock)
+        self._best: float | None = None
+
+    def __call__(self, event: LanguageEvent) -> None:
+        """Show an event of the run."""
+        from fixify.language import loop as events
+
+        if isinstance(event, events.LanguageRunStarted):
+            self._start(event)
+        elif isinstance(event, events.LanguageStep):
+            self._step(event)
+        else:
+            self._epoch(event)
+
+    def _start(self, event: LanguageRunStarted) -> None:
+        self.begin(event.epochs, event.steps)
+        self.output.say(f"text: {event.text}")
+        self.output.say(f"{event.learned:,} parameters learn, on {event.device}")
+        if event.first_epoch:
+            self.output.say(f"resuming in epoch {event.first_epoch + 1} of {event.epochs}")
+
+    def _step(self, event: LanguageStep) -> None:
+        numbers = [("loss", f"{event.loss:.4f}"), ("lr", f"{event.lr:.3g}")]
+        if event.scale is not None:
+            numbers.append(("alpha", f"{event.scale:.2f}"))
+        numbers.append(("", f"{event.words_per_second:,.0f} words/s"))
+        best = None if self._best is None else ("best perplexity", f"{self._best:.2f}")
+        self.show_progress(event.epoch, event.step, event.steps, "update", numbers, best)
+
+    def _epoch(self, event: LanguageEpochEnded) -> None:
+        self.pace.epoch_ended()
+        record = event.record
+        if event.is_best:
+            self._best = record.val_perplexity
+        self.say(
+            f"{self.where(record.epoch)}: loss {record.train_loss:.4f}, validation perplexity "
+            f"{record.val_perplexity:.2f}, {record.words_per_second:,.0f} words/s"
+            + (" (mean of the weights)" if record.averaged else "")
+            + (" (best)" if event.is_best else "")
+        )
+
+
+# Who listens to a run: the terminal, and trackers.
+
+
+_PANEL = "Watching"
+
+Track = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track",
+        metavar="TRACKER",
+        help="Log to tensorboard, trackio or wandb as well; may be given again.",
+        rich_help_panel=_PANEL,
+        show_default=False,
+    ),
+]
+TensorBoard = Annotated[
+    bool, typer.Option("--tensorboard", help="Short for --track tensorboard.", rich_help_panel=_PANEL)
+]
+
+
+@contextlib.contextmanager
+def watching(output: Output, trackers: Sequence[str]) -> Iterator[Listener]:
+    """The listener of one run or of several in turns; of many processes only the first one has any use for it.
+
+    Raises:
+        UsageError: there is no such tracker, or the package that it needs is not installed.
+    """
+    with contextlib.ExitStack() as stack:
+        listeners: list[Listener] = [stack.enter_context(TrainingDisplay(output))]
+        if trackers:
+            from fixify.tracking import Tracking, open_trackers
+
+            listeners.append(stack.enter_context(Tracking(open_trackers(trackers))))
+
+        def tell(event: Event) -> None:
+            for listener in listeners:
+                listener(event)
+
+        yield tell

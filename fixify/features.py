@@ -1,0 +1,148 @@
+"""Running the original on images without labels: what its classifier layers are given, and what it answers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fixify.checkpoints.learned import Original
+from fixify.data import ImageLoader, OpenedData, Subset, default_workers, draw_images, make_loader
+from fixify.errors import DataError
+from fixify.heads import FixedClassifier
+from fixify.metrics import eval_mode
+from fixify.models.classifiers import ClassifierSite
+from fixify.surgery import replace_module
+
+MIN_IMAGES = 8
+_HELD_OUT = 0.25
+_BATCH = 32
+_POSITIONS = 16  # of a feature map; neighbours are much alike, and all of them would take much memory
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a conversion was calibrated.
+
+    Attributes:
+        data: The data's name, without a path of this machine.
+        num_images: Images that center, spread, codes, scale and bias were fitted to, labels unseen.
+        held_out: Further images, that agreement was counted on.
+        agreement: Percent of those for which the converted model's most probable class is the original's.
+    """
+
+    data: str
+    num_images: int
+    held_out: int
+    agreement: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Observation:
+    """The original, run on some images: three quarters of them to fit heads to, one quarter to check them on.
+
+    Args:
+        original: The checkpoint.
+        name: A folder of images, or a data name as for `fixify.data.open_data`.
+        num_images: How many images are drawn; all, if there are fewer.
+        seed: Draws them.
+        device: Where the model runs.
+        on_images: Called after each batch with the number of images that it had.
+
+    Raises:
+        DataError: no such data, too few images, or one that cannot be read.
+    """
+
+    features: dict[str, Tensor]
+    """By the path of a classifier layer: what it was given, float32 [samples, N] on the CPU. A layer that is not called
+    in eval mode (an auxiliary classifier) is not in it."""
+
+    def __init__(
+        self,
+        original: Original,
+        name: str,
+        *,
+        num_images: int,
+        seed: int,
+        device: torch.device,
+        on_images: Callable[[int], object] | None = None,
+    ) -> None:
+        drawn = draw_images(name, count=num_images, seed=seed)
+        if len(drawn) < MIN_IMAGES:
+            raise DataError(
+                f"{drawn.location} holds {len(drawn)} images; calibrating takes at least {MIN_IMAGES}.",
+                hint="Give a folder of a few hundred images like those that the model is for; no labels are needed.",
+            )
+        self.data = drawn.name
+        self.num_held_out = max(1, round(_HELD_OUT * len(drawn)))
+        self.num_fitted = len(drawn) - self.num_held_out
+        self._device = device
+        self._preprocessing = original.preprocessing
+        self._on_images = on_images
+        self._held_out = _part(drawn, self.num_fitted, len(drawn))
+        self._model = original.model().to(device)
+        with _recorded(self._model, original.sites) as seen:
+            for _ in self._answers(_part(drawn, 0, self.num_fitted)):
+                pass
+        self.features = {path: torch.cat(parts) for path, parts in seen.items() if parts}
+        self._expected = torch.cat(list(self._answers(self._held_out)))
+
+    def calibrate_(self, head: FixedClassifier, path: str) -> None:
+        """Set a head's center and spread to those of the features of the layer at `path`."""
+        head.calibrate_(self.features[path].split(_BATCH))
+
+    def result(self, heads: Mapping[str, FixedClassifier]) -> Calibration:
+        """Put the heads into the model and count on the images held out how often its answer is the original's."""
+        for path, head in heads.items():
+            replace_module(self._model, path, head.to(self._device).eval())
+        same = torch.cat(list(self._answers(self._held_out))) == self._expected
+        return Calibration(self.data, self.num_fitted, self.num_held_out, 100 * float(same.double().mean()))
+
+    def _answers(self, data: OpenedData) -> Iterator[Tensor]:
+        workers = 0 if self._device.type == "cpu" else default_workers(self._device)
+        loader: ImageLoader = make_loader(
+            data, self._preprocessing, training=False, batch_size=_BATCH, workers=workers, device=self._device
+        )
+        try:
+            with eval_mode(self._model), torch.no_grad():
+                for images, _ in loader:
+                    yield self._model(images.to(self._device)).argmax(dim=-1).cpu()
+                    if self._on_images is not None:
+                        self._on_images(len(images))
+        finally:
+            loader.close()
+
+
+@contextlib.contextmanager
+def _recorded(model: nn.Module, sites: tuple[ClassifierSite, ...]) -> Iterator[dict[str, list[Tensor]]]:
+    """Within the block, keeps what classifier layers are given: features [samples, N] by path, batch by batch."""
+    seen: dict[str, list[Tensor]] = {site.path: [] for site in sites}
+
+    def keep(inputs: tuple[Tensor, ...], site: ClassifierSite) -> None:
+        seen[site.path].append(_samples(inputs[0].detach(), site.channel_dim).float().cpu())
+
+    with contextlib.ExitStack() as hooks:
+        for site in sites:
+            layer = model.get_submodule(site.path)
+            handle = layer.register_forward_pre_hook(lambda _layer, inputs, site=site: keep(inputs, site))
+            hooks.callback(handle.remove)
+        yield seen
+
+
+def _samples(x: Tensor, channel_dim: int) -> Tensor:
+    """A layer's input [B, N], [B, ..., N] or, with channel_dim 1, [B, N, ...] as samples [B * positions, N]."""
+    x = x.movedim(channel_dim, -1)
+    x = x.reshape(len(x), -1, x.shape[-1])
+    if x.shape[1] > _POSITIONS:
+        x = x[:, torch.linspace(0, x.shape[1] - 1, _POSITIONS, device=x.device).long()]
+    return x.flatten(0, 1)
+
+
+def _part(drawn: OpenedData, start: int, stop: int) -> OpenedData:
+    return replace(drawn, images=Subset(drawn.images, list(range(start, stop))))

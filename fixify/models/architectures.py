@@ -1,0 +1,383 @@
+"""Architectures by name: parsing, building, preprocessing. Nothing here downloads, except `build(pretrained=True)`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from timm.data import resolve_data_config
+from timm.models import get_deprecated_models, get_pretrained_cfg, split_model_name_tag
+from torch import nn
+
+from fixify._version import __version__
+from fixify.errors import ArchitectureError
+from fixify.models.build import build_blank, build_on_meta
+from fixify.models.networks import NETWORKS
+
+LIBRARIES = ("timm", "torchvision", "fixify")
+
+# Arguments that would make a builder read weights or configuration from somewhere, or that `build` sets itself.
+# An `Architecture` can come out of a file, so they are refused rather than passed on.
+_RESERVED = {
+    *("num_classes", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict"),
+    *("pretrained_filter_fn", "pretrained_model_args", "checkpoint_path", "cache_dir", "weights", "weights_backbone"),
+    *("progress", "features_only", "device", "dtype"),
+}
+_TORCHVISION_TASKS = {
+    "detection": "object detection",
+    "segmentation": "segmentation",
+    "video": "video classification",
+    "optical_flow": "optical flow",
+    "quantization": "quantised inference",
+}
+# torchvision warns until this is said: its default is slow (it draws from SciPy's truncated normal) and will change.
+_TORCHVISION_DEFAULTS: dict[str, dict[str, Any]] = {
+    "googlenet": {"init_weights": False},
+    "inception_v3": {"init_weights": False},
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network that a library can build: which library, under which name, with which arguments.
+
+    Attributes:
+        library: "timm", "torchvision" or "fixify" (the paper's own networks, built by way of timm).
+        name: The library's name for it, without tag.
+        kwargs: Arguments of the builder besides the number of classes (`in_chans`, `img_size`, ...), JSON-safe.
+        tag: Which pretrained weights: timm's tag ("a1_in1k") or the member of torchvision's weights enum
+            ("IMAGENET1K_V2"); None for the library's default. It decides preprocessing and the number of classes,
+            never the shapes of the backbone.
+    """
+
+    library: str
+    name: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    tag: str | None = None
+
+    @property
+    def ref(self) -> str:
+        """What a person types: "timm/resnet50", "timm/resnet50.a1_in1k", "torchvision/resnet50"."""
+        return f"{self.library}/{self.name}" + (f".{self.tag}" if self.tag else "")
+
+    @property
+    def spelled(self) -> str:
+        """`ref` with the arguments: "timm/vit_base_patch16_224,img_size=384". `parse_architecture` reads it back."""
+        return ",".join([self.ref, *(f"{key}={json.dumps(value)}" for key, value in self.kwargs.items())])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"library": self.library, "name": self.name, "tag": self.tag, "kwargs": dict(self.kwargs)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Architecture:
+        """The inverse of `to_dict`, for values from outside.
+
+        Raises:
+            ArchitectureError: a missing or unknown key, a name that the installed libraries do not have, or
+                arguments that are not plain ones.
+        """
+        unknown = sorted(set(values) - {"library", "name", "tag", "kwargs"})
+        library, name, tag, kwargs = (values.get(key) for key in ("library", "name", "tag", "kwargs"))
+        if unknown or not isinstance(library, str) or not isinstance(name, str):
+            raise ArchitectureError(f"Not an architecture: {dict(values)!r}; expected library, name, tag and kwargs.")
+        if not isinstance(kwargs or {}, Mapping) or not isinstance(tag or "", str):
+            raise ArchitectureError(f"The arguments of {library}/{name} must be an object and its tag a string.")
+        found = parse_architecture(f"{library}/{name}", **(kwargs or {}))
+        # A tag that this version of the library does not know costs only the preprocessing that goes with it.
+        return cls(found.library, found.name, found.kwargs, tag or found.tag)
+
+
+def list_architectures(library: str | None = None) -> list[str]:
+    """All image classification architectures that the installed libraries can build, as "library/name"."""
+    if library not in (None, *LIBRARIES):
+        raise ArchitectureError(f"Unknown library {library!r}; known: {', '.join(LIBRARIES)}.")
+    return [f"{lib}/{name}" for lib in LIBRARIES if library in (None, lib) for name in _names(lib)]
+
+
+def parse_architecture(text: str, **kwargs: Any) -> Architecture:
+    """Read an architecture's name.
+
+    Args:
+        text: "resnet50", "resnet50.a1_in1k", "timm/resnet50", "torchvision/resnet50",
+            "torchvision/resnet50.IMAGENET1K_V2", "ResNet50_Weights.IMAGENET1K_V2". A name without library is timm's if
+            timm has it, else torchvision's, else fixify's own ("resnet56_cifar").
+            Arguments may follow: "vit_base_patch16_224,img_size=384,in_chans=1".
+        kwargs: More arguments for the builder; None values are dropped.
+
+    Raises:
+        ArchitectureError: unknown name (the nearest are named), a torchvision model that is not an image
+            classifier, or an argument that an architecture may not have.
+    """
+    spelled, _, arguments = text.strip().partition(",")
+    kwargs = {**_arguments(text, arguments), **kwargs}
+    prefix, slash, rest = _of_weights(spelled).partition("/")
+    if slash and prefix not in LIBRARIES:
+        raise ArchitectureError(
+            f"Unknown library {prefix!r} in {text!r}; known: {', '.join(LIBRARIES)}.",
+            hint=f"Type timm/{rest} or torchvision/{rest}.",
+        )
+    name, tag = split_model_name_tag(rest if slash else spelled)
+    kwargs = _checked_kwargs(text, kwargs)
+    if prefix == "timm" and slash and name in NETWORKS:
+        prefix = "fixify"  # whoever registered it with timm may well call it timm's
+    libraries = (prefix,) if slash else LIBRARIES
+    if "timm" in libraries and name in get_deprecated_models():
+        current = get_deprecated_models()[name]
+        if current is None:
+            raise ArchitectureError(f"timm has removed {name} without a replacement.")
+        name, current_tag = split_model_name_tag(current)
+        tag = tag or current_tag
+    for library in libraries:
+        if name in _name_set(library):
+            return Architecture(library, name, kwargs, _checked_tag(library, name, tag))
+    raise _unknown(text, name, libraries)
+
+
+def build(
+    arch: Architecture,
+    *,
+    num_classes: int | None = None,
+    meta: bool = False,
+    blank: bool = False,
+    pretrained: bool = False,
+) -> nn.Module:
+    """Build the network.
+
+    Args:
+        num_classes: None for the library's own number (`default_num_classes`).
+        meta: Build on the meta device, in a fraction of a second and without memory: for names and shapes. Such a
+            model cannot be run, and moving it to a device does not give its buffers their values.
+        blank: Leave the parameters without initial values, which takes most of the time of a build: for a model whose
+            whole state dict is loaded next.
+        pretrained: Load the library's weights of `arch.tag`, which downloads them if they are not in its cache.
+
+    Raises:
+        ArchitectureError: the library refuses the arguments, or has no weights of that tag.
+    """
+    if pretrained:
+        _checked_tag(arch.library, arch.name, arch.tag)
+    if arch.library != "torchvision":
+        constructor = _timm_constructor(arch, num_classes, pretrained)
+    else:
+        constructor = _torchvision_constructor(arch, num_classes, pretrained)
+    construct = build_on_meta if meta else build_blank if blank and not pretrained else _construct
+    if not arch.kwargs:
+        return construct(constructor)
+    try:
+        return construct(constructor)
+    # What a builder raises on arguments that do not suit it is not specified: all of these occur.
+    except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, KeyError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in arch.kwargs.items())
+        reason = str(error) or type(error).__name__
+        raise ArchitectureError(f"{arch.ref} cannot be built with {given}: {reason}") from error
+
+
+def _construct(constructor: Callable[[], nn.Module]) -> nn.Module:
+    # Initial weights are drawn from the global generator; whoever seeded it gets it back as it was.
+    with torch.random.fork_rng(devices=[]):
+        return constructor()
+
+
+def default_num_classes(arch: Architecture) -> int:
+    """The number of classes that the library builds by default; 0 for an encoder without a classifier."""
+    if arch.library == "torchvision":
+        return len(_torchvision_weights(arch).meta["categories"])
+    cfg = get_pretrained_cfg(_timm_name(arch), allow_unregistered=True)
+    return 1000 if cfg is None else int(cfg.num_classes)
+
+
+def preprocessing(arch: Architecture, cfg: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """How images become the network's input when it is evaluated, as plain values.
+
+    Args:
+        cfg: What came with the weights (timm's `pretrained_cfg`); its values take precedence over the library's.
+
+    Returns:
+        input_size [channels, height, width], mean and std (of values in 0..1, one per channel), interpolation,
+        crop_pct (of the resized image that is kept), crop_mode.
+    """
+    known = _torchvision_preprocessing(arch) if arch.library == "torchvision" else _timm_preprocessing(arch)
+    known.update({key: value for key, value in (cfg or {}).items() if key in known and value is not None})
+    size = arch.kwargs.get("img_size", arch.kwargs.get("image_size"))
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        known["input_size"] = (known["input_size"][0], height, width)
+    channels = arch.kwargs.get("in_chans", known["input_size"][0])
+    known["input_size"] = (channels, *known["input_size"][1:])
+    for key in ("mean", "std"):
+        values = tuple(known[key])
+        # Statistics of RGB say nothing about other channels, except that their average suits grey images.
+        known[key] = values if len(values) == channels else (sum(values) / len(values),) * channels
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}
+
+
+def library_versions() -> dict[str, str]:
+    """The installed versions, without the part that tells a build ("+cu130")."""
+    versions = {"timm": timm.__version__, "torchvision": torchvision.__version__, "fixify": __version__}
+    return {library: str(version).partition("+")[0] for library, version in versions.items()}
+
+
+@cache
+def _names(library: str) -> tuple[str, ...]:
+    if library == "fixify":
+        return NETWORKS
+    if library == "timm":  # where ours are registered too
+        return tuple(name for name in timm.list_models() if name not in NETWORKS)
+    return tuple(torchvision.models.list_models(module=torchvision.models))
+
+
+@cache
+def _name_set(library: str) -> frozenset[str]:
+    return frozenset(_names(library))
+
+
+def _unknown(text: str, name: str, libraries: tuple[str, ...]) -> ArchitectureError:
+    if "torchvision" in libraries and name in torchvision.models.list_models():
+        module = torchvision.models.get_model_builder(name).__module__.split(".")
+        task = next((text for key, text in _TORCHVISION_TASKS.items() if key in module), "another task")
+        return ArchitectureError(
+            f"torchvision's {name} is a model for {task}; fixify converts image classifiers.",
+            hint="fixify report --all lists the architectures it converts.",
+        )
+    known = [ref for library in libraries for ref in list_architectures(library)]
+    short = {ref.partition("/")[2]: ref for ref in reversed(known)}
+    near = [short[match] for match in difflib.get_close_matches(name, short, n=5, cutoff=0.6)]
+    return ArchitectureError(
+        f"No architecture {text!r} in {' or '.join(f'{lib} {library_versions()[lib]}' for lib in libraries)}.",
+        hint=f"Nearest: {', '.join(near)}." if near else "fixify report --all lists the architectures it converts.",
+    )
+
+
+def _checked_kwargs(text: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    refused = sorted(_RESERVED & set(kwargs))
+    if refused:
+        raise ArchitectureError(f"{text}: {', '.join(refused)} cannot be an argument of an architecture.")
+    odd = sorted(key for key, value in kwargs.items() if not _is_plain(value))
+    if odd:
+        raise ArchitectureError(f"{text}: the value of {', '.join(odd)} must be a number, text, boolean or a list.")
+    return {key: value for key, value in kwargs.items() if value is not None}
+
+
+def _arguments(text: str, arguments: str) -> dict[str, Any]:
+    """Read "img_size=[96,128],in_chans=1"; values are JSON, or text where they are not."""
+    found: dict[str, Any] = {}
+    for argument in re.split(r",(?=\s*\w+=)", arguments) if arguments else ():
+        key, equals, value = argument.strip().partition("=")
+        if not equals:
+            raise ArchitectureError(
+                f"Not an argument: {argument!r} in {text!r}; expected name=value.",
+                hint="For example: vit_base_patch16_224,img_size=384,in_chans=1",
+            )
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _checked_tag(library: str, name: str, tag: str | None) -> str | None:
+    if tag and library == "torchvision":
+        enum = torchvision.models.get_model_weights(name)
+        tag = tag.removeprefix(f"{enum.__name__}.")
+        tag = enum[tag].name if tag in enum.__members__ else tag  # "DEFAULT" is one of the others
+    if not tag or tag in (known := _tags(library, name)):
+        return tag or None
+    raise ArchitectureError(
+        f"{library} has no weights {tag!r} of {name}.",
+        hint=f"It has: {', '.join(known)}." if any(known) else f"Type {library}/{name} without a tag.",
+    )
+
+
+def _of_weights(text: str) -> str:
+    """`text`, or if it is a member of one of torchvision's weights enums, the model that those weights are of."""
+    enum, dot, member = text.removeprefix("torchvision/").partition(".")
+    if dot and enum.endswith("_Weights"):
+        for name in _names("torchvision"):
+            if torchvision.models.get_model_weights(name).__name__ == enum:
+                return f"torchvision/{name}.{member}"
+    return text
+
+
+def _tags(library: str, name: str) -> list[str]:
+    if library == "fixify":
+        return []
+    if library == "timm":
+        return [split_model_name_tag(full)[1] for full in timm.list_models(f"{name}.*", include_tags=True)]
+    return [member.name for member in torchvision.models.get_model_weights(name)]
+
+
+def _known_tag(arch: Architecture) -> str | None:
+    return arch.tag if arch.tag and arch.tag in _tags(arch.library, arch.name) else None
+
+
+def _timm_name(arch: Architecture) -> str:
+    tag = _known_tag(arch)
+    return f"{arch.name}.{tag}" if tag else arch.name
+
+
+def _timm_constructor(arch: Architecture, num_classes: int | None, pretrained: bool) -> Callable[[], nn.Module]:
+    kwargs = {key: tuple(value) if isinstance(value, list) else value for key, value in arch.kwargs.items()}
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    return lambda: timm.create_model(_timm_name(arch), pretrained=pretrained, **kwargs)
+
+
+def _timm_preprocessing(arch: Architecture) -> dict[str, Any]:
+    cfg = get_pretrained_cfg(_timm_name(arch), allow_unregistered=True)
+    return dict(resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg else {"input_size": (3, 224, 224)}))
+
+
+def _torchvision_weights(arch: Architecture) -> Any:
+    return torchvision.models.get_model_weights(arch.name)[_known_tag(arch) or "DEFAULT"]
+
+
+def _torchvision_constructor(arch: Architecture, num_classes: int | None, pretrained: bool) -> Callable[[], nn.Module]:
+    kwargs = dict(arch.kwargs)
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    weights = _torchvision_weights(arch) if pretrained else None
+    if weights is None:
+        kwargs = {**_torchvision_defaults(arch), **kwargs}
+    return lambda: torchvision.models.get_model(arch.name, weights=weights, **kwargs)
+
+
+def _torchvision_defaults(arch: Architecture) -> dict[str, Any]:
+    """What torchvision's builders set by themselves when they are given weights, and `build` as well."""
+    defaults = dict(_TORCHVISION_DEFAULTS.get(arch.name, {}))
+    if arch.name in _TORCHVISION_DEFAULTS and arch.tag:
+        defaults["transform_input"] = True
+    if arch.name.startswith("vit_"):  # position embeddings of one size: that of the weights' preprocessing
+        defaults["image_size"] = _torchvision_preprocessing(arch)["input_size"][1]
+    return defaults
+
+
+def _torchvision_preprocessing(arch: Architecture) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        preset = _torchvision_weights(arch).transforms()
+    return {
+        "input_size": (3, preset.crop_size[0], preset.crop_size[0]),
+        "mean": tuple(preset.mean),
+        "std": tuple(preset.std),
+        "interpolation": preset.interpolation.value,
+        "crop_pct": preset.crop_size[0] / preset.resize_size[0],
+        "crop_mode": "center",
+    }

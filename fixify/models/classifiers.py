@@ -1,0 +1,216 @@
+"""Where a model's classifier is: the layers, each a linear map from features to one logit a class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fixify.errors import ArchitectureError, NoClassifierError
+from fixify.models.architectures import Architecture, build, list_architectures, parse_architecture
+
+# torchvision has no interface for this: every one of its classifiers sits under one of these names, the auxiliary
+# ones of GoogLeNet and Inception v3 included. In each, the last linear layer gives the logits.
+_TORCHVISION_HEADS = ("fc", "classifier", "head", "heads")
+_TORCHVISION_AUXILIARY = ("aux1", "aux2", "AuxLogits")
+
+
+@dataclass(frozen=True)
+class ClassifierSite:
+    """One classifier layer of a model.
+
+    Attributes:
+        path: Its name in `model.named_modules()`.
+        layer_type: "Linear" or "Conv2d" (1x1), or the name of the subclass.
+        num_features: Width of its input.
+        num_classes: Width of its output.
+        channel_dim: The dimension of its input that holds the features: -1 for a Linear, 1 for a Conv2d.
+        num_parameters: Of its weight and its bias.
+        has_bias: Whether it has one.
+    """
+
+    path: str
+    layer_type: str
+    num_features: int
+    num_classes: int
+    channel_dim: int
+    num_parameters: int
+    has_bias: bool
+
+
+def find_classifiers(model: nn.Module, arch: Architecture | None = None) -> list[ClassifierSite]:
+    """Find every classifier layer of a model, in the order of `model.named_modules()`.
+
+    Models with one classifier have one; distilled and multi-scale models (DeiT's pairs, CrossViT, EfficientViM) and
+    models with auxiliary classifiers have several, whose logits they average or return. The layer itself is meant:
+    of LeViT's and RepViT's `NormLinear` that is the Linear, and the BatchNorm before it belongs to the backbone; of
+    MetaFormer's `MlpHead` the last layer.
+
+    Args:
+        arch: Used to word the refusal. The model decides how it is searched: timm's have `get_classifier()`.
+
+    Raises:
+        NoClassifierError: an encoder, a model built with `num_classes=0`, or a model that fixify cannot read.
+    """
+    name = arch.ref if arch is not None else type(model).__name__
+    if hasattr(model, "get_classifier"):
+        layers = _timm_layers(model, name)
+    elif hasattr(model, "forward_features") or hasattr(model, "reset_classifier"):
+        raise NoClassifierError(f"{name} is an encoder: it has no classifier to replace.")
+    else:
+        layers = _torchvision_layers(model, name)
+    return [_site(path, layer) for path, layer in layers.items()]
+
+
+def _timm_layers(model: Any, name: str) -> dict[str, nn.Module]:
+    """Leaves below `get_classifier()`, and those that `pretrained_cfg["classifier"]` names.
+
+    Neither suffices alone: the first leaves out VOLO's auxiliary head, the second one of levit_384_s8's two. Where
+    both speak of one head the second decides, for the hidden layer of an MLP head can be as wide as there are classes.
+    """
+    num_classes = getattr(model, "num_classes", 0)
+    if not num_classes:
+        raise NoClassifierError(
+            f"{name} has no classifier: it is an encoder, or was built with num_classes=0.",
+            hint="fixify replaces a classifier that is there. Train one: timm.create_model(name, num_classes=...)",
+        )
+    found = model.get_classifier()
+    heads = found if isinstance(found, (tuple, list)) else (found,)
+    modules = dict(model.named_modules())
+    paths = {module: path for path, module in modules.items()}
+    declared = [path for path in _declared(model) if path in modules]
+    layers: dict[str, nn.Module] = {}
+    for head in heads:
+        if head not in paths:
+            raise NoClassifierError(f"{name}: get_classifier() returns a {type(head).__name__} that is not its own.")
+        below = {
+            _join(paths[head], path): layer for path, layer in _linear_layers(head) if _width(layer) == num_classes
+        }
+        layers |= {path: layer for path, layer in below.items() if path in declared} or below
+    layers |= {
+        path: layer for path in declared for _, layer in _linear_layers(modules[path]) if _width(layer) == num_classes
+    }
+    if not layers:
+        kinds = ", ".join(type(head).__name__ for head in heads)
+        raise NoClassifierError(
+            f"{name}: its classifier is a {kinds}, without a linear layer of {num_classes} outputs in it."
+        )
+    return _in_order(model, layers)
+
+
+def _declared(model: nn.Module) -> tuple[str, ...]:
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _torchvision_layers(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    children = dict(model.named_children())
+    layers: dict[str, nn.Module] = {}
+    for attribute in (*_TORCHVISION_AUXILIARY, *_TORCHVISION_HEADS):
+        if attribute in children:
+            for path, layer in list(_linear_layers(children[attribute]))[-1:]:
+                layers[_join(attribute, path)] = layer
+    widths = {_width(layer) for layer in layers.values()}
+    if not any(path.split(".")[0] in _TORCHVISION_HEADS for path in layers) or len(widths) != 1:
+        raise NoClassifierError(
+            f"{name} has no classifier that fixify can find.",
+            hint="It looks for timm's get_classifier() and for torchvision's fc, classifier, head or heads.",
+        )
+    return _in_order(model, layers)
+
+
+def _in_order(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    return {path: layers[path] for path, _ in model.named_modules() if path in layers}
+
+
+def _linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) or (
+            isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1
+        ):
+            yield path, layer
+
+
+def _width(layer: Any) -> int:
+    return int(layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features)
+
+
+def _join(prefix: str, path: str) -> str:
+    return ".".join(part for part in (prefix, path) if part)
+
+
+def _site(path: str, layer: Any) -> ClassifierSite:
+    convolution = isinstance(layer, nn.Conv2d)
+    return ClassifierSite(
+        path=path,
+        layer_type=type(layer).__name__,
+        num_features=int(layer.in_channels if convolution else layer.in_features),
+        num_classes=_width(layer),
+        channel_dim=1 if convolution else -1,
+        num_parameters=sum(parameter.numel() for parameter in layer.parameters(recurse=False)),
+        has_bias=layer.bias is not None,
+    )
+
+
+# Which architectures have a classifier that fixify can replace, and how much of them it is.
+
+
+_ANY_NUMBER = 1000
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """One architecture, as its library builds it by default.
+
+    Attributes:
+        ref: "library/name".
+        sites: Its classifier layers; empty if it has none.
+        reason: Why it cannot be converted as it is; None if it can.
+        takes_classes: Whether it has a classifier once it is built with a number of classes.
+        num_parameters: Of the whole network, learned ones.
+    """
+
+    ref: str
+    sites: tuple[ClassifierSite, ...]
+    reason: str | None
+    takes_classes: bool
+    num_parameters: int
+
+    @property
+    def convertible(self) -> bool:
+        """Whether fixify converts its checkpoints."""
+        return bool(self.sites)
+
+    @property
+    def head_parameters(self) -> int:
+        """Weights and biases of all its classifier layers."""
+        return sum(site.num_parameters for site in self.sites)
+
+
+def coverage(refs: Iterable[str] | None = None) -> Iterator[Coverage]:
+    """Build architectures on the meta device, one after the other, and look for their classifiers.
+
+    Args:
+        refs: Which; default: all of both libraries, which takes some minutes.
+    """
+    for ref in list_architectures() if refs is None else refs:
+        arch = parse_architecture(ref)
+        model = build(arch, meta=True)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        try:
+            yield Coverage(arch.ref, tuple(find_classifiers(model, arch)), None, True, size)
+        except NoClassifierError:
+            takes_classes = _takes_classes(arch)
+            reason = "an encoder" + (": no classifier unless built with num_classes" if takes_classes else "")
+            yield Coverage(arch.ref, (), reason, takes_classes, size)
+
+
+def _takes_classes(arch: Architecture) -> bool:
+    try:
+        model: nn.Module = build(arch, num_classes=_ANY_NUMBER, meta=True)
+        return bool(find_classifiers(model, arch))
+    # The encoders of timm differ in how they refuse the argument.
+    except (NoClassifierError, ArchitectureError, TypeError, ValueError, AssertionError, RuntimeError):
+        return False

@@ -1,0 +1,226 @@
+"""Parameters and bytes of one model: what its classifier costs, and what fixing it saves or has saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fixify.checkpoints import named_model
+from fixify.checkpoints.learned import Original, read_original
+from fixify.checkpoints.slim import is_slim, read_info
+from fixify.errors import FormatError, HeadSpecError
+from fixify.heads import KINDS, Coherence, HeadSpec, coherence
+from fixify.models.architectures import build, default_num_classes
+from fixify.models.classifiers import ClassifierSite, find_classifiers
+from fixify.savings import Savings, count_bytes, head_bytes, project, under
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """One row of `fixify report`.
+
+    Attributes:
+        name: As it was given (a file's name without its folder).
+        architecture: "library/name", or the class name of a module.
+        fixed: Whether the classifier is fixed already; if so "after" is what is, else what `fixify convert` would give.
+        num_features: Width of the last representation; of the first head if there are several.
+        num_classes: Number of classes.
+        savings: Parameters and bytes, before and after.
+        heads: Features and classes of each classifier layer of a model that is not fixed.
+        note: What is peculiar about it, one sentence, or None.
+    """
+
+    name: str
+    architecture: str
+    fixed: bool
+    num_features: int
+    num_classes: int
+    savings: Savings
+    heads: tuple[tuple[int, int], ...] = ()
+    note: str | None = None
+
+    @property
+    def removable(self) -> int:
+        """Classifier weights that a fixed head makes superfluous."""
+        return self.savings.removed
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"savings": self.savings.to_dict()}
+
+
+def report(model: nn.Module | str | Path, *, arch: str | None = None) -> ModelReport:
+    """Count the parameters of a model and of its classifier.
+
+    Args:
+        model: A module, a checkpoint (slim or ordinary), or the name of an architecture. A name needs no weights.
+        arch: The architecture of an ordinary checkpoint, if it cannot be told from the file.
+
+    Raises:
+        ArchitectureError, SourceError, FormatError, NoClassifierError: it is none of these, or has no classifier.
+    """
+    if isinstance(model, nn.Module):
+        return _of_module(model)
+    if is_slim(model):
+        info = read_info(model)
+        spec = info.heads[0].spec
+        return ModelReport(
+            name=Path(model).name,
+            architecture=info.architecture.ref,
+            fixed=True,
+            num_features=spec.num_features,
+            num_classes=spec.num_classes,
+            savings=Savings.from_dict(info.savings),
+        )
+    architecture = named_model(model)
+    if architecture is not None:
+        skeleton = build(architecture, num_classes=default_num_classes(architecture), meta=True)
+        return _learned(str(model), architecture.ref, skeleton, find_classifiers(skeleton, architecture))
+    original = read_original(model, arch=arch, meta=True)
+    skeleton = build(original.architecture, num_classes=original.num_classes, meta=True)
+    found = _learned(
+        original.source.name, original.architecture.ref, skeleton, list(original.sites), tensors=original.learned
+    )
+    return (
+        found if original.reference_code_note is None else _of_published(found, original, original.reference_code_note)
+    )
+
+
+def _of_module(model: nn.Module) -> ModelReport:
+    name = type(model).__name__
+    info = getattr(model, "fixify_info", None)
+    if info is not None:
+        spec = info.heads[0].spec
+        return ModelReport(
+            name, info.architecture.ref, True, spec.num_features, spec.num_classes, Savings.from_dict(info.savings)
+        )
+    return _learned(name, name, model, find_classifiers(model))
+
+
+def _of_published(found: ModelReport, original: Original, note: str) -> ModelReport:
+    """The report of a checkpoint whose classifier is fixed already: "after" is what it stores."""
+    stored = sum(count_bytes(under(original.tensors, site.path).values()) for site in original.sites)
+    savings = replace(found.savings, bytes_after=count_bytes(original.tensors.values()), classifier_bytes_after=stored)
+    return replace(found, fixed=True, savings=savings, note=note)
+
+
+def _learned(
+    name: str,
+    architecture: str,
+    model: nn.Module,
+    sites: list[ClassifierSite],
+    tensors: Mapping[str, Tensor] | None = None,
+) -> ModelReport:
+    return ModelReport(
+        name=name,
+        architecture=architecture,
+        fixed=False,
+        num_features=sites[0].num_features,
+        num_classes=sites[0].num_classes,
+        savings=project(model, sites, tensors),
+        heads=tuple((site.num_features, site.num_classes) for site in sites),
+    )
+
+
+# Is it worth it? What each kind of head would cost and save on a model, from its header or its name alone.
+
+
+# Above this many numbers the dense kinds take minutes to build, and nobody would choose them.
+_MAX_DENSE = 1 << 25
+
+
+@dataclass(frozen=True)
+class KindPlan:
+    """One kind of head on one model.
+
+    Attributes:
+        kind: As `--head` takes it.
+        stored: Bytes of all its heads' tensors in the slim checkpoint; None if it cannot be had.
+        saved: Bytes of the classifier's tensors now, less `stored`.
+        coherence: Cosines between the codes, of the least spread head if there are several; None if this kind cannot
+            be had or the cosines are not known, for the `note`.
+        note: Why not, or how they are meant.
+    """
+
+    kind: str
+    stored: int | None
+    saved: int | None
+    coherence: Coherence | None
+    note: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What converting a model would give.
+
+    Attributes:
+        report: Parameters and bytes, before and after.
+        kinds: Each kind of head; none if the classifier is fixed already, by the paper's published code.
+        verdict: One sentence.
+    """
+
+    report: ModelReport
+    kinds: tuple[KindPlan, ...]
+    verdict: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "report": self.report.to_dict(),
+            "kinds": [asdict(kind) for kind in self.kinds],
+            "verdict": self.verdict,
+        }
+
+
+def plan(source: str | Path, *, arch: str | None = None) -> Plan:
+    """Plan a conversion. Of a checkpoint only names and shapes are read; a model name needs no weights.
+
+    Raises:
+        FormatError: the source is a slim checkpoint already.
+        ArchitectureError, SourceError, NoClassifierError: see `fixify.checkpoints.learned.read_original`.
+    """
+    found = report(source, arch=arch)
+    if found.note is not None:
+        return Plan(report=found, kinds=(), verdict=f"{found.name}: {found.note}")
+    if found.fixed:
+        raise FormatError(f"{source} is a slim checkpoint already.", hint=f"fixify report {source}")
+    kinds = tuple(_kind(kind, found) for kind in KINDS)
+    return Plan(report=found, kinds=kinds, verdict=_verdict(found))
+
+
+def _kind(kind: str, found: ModelReport) -> KindPlan:
+    stored = sum(head_bytes(kind, n, c) for n, c in found.heads)
+    saved = found.savings.classifier_bytes_before - stored
+    sizes = dict.fromkeys(found.heads)
+    if kind == "binary":
+        return KindPlan(
+            kind, stored, saved, None, "one sign a weight, fewer with --bits-per-class; cosines as in the old"
+        )
+    try:
+        specs = [HeadSpec(kind=kind, num_features=n, num_classes=c) for n, c in sizes]
+        if kind != "hadamard" and any(n * c > _MAX_DENSE for n, c in sizes):
+            return KindPlan(kind, stored, saved, None, "a codebook this large is impractical; its cosines are left out")
+        spread = [coherence(spec) for spec in specs]
+    except HeadSpecError as error:
+        return KindPlan(kind, None, None, None, error.message)
+    note = (
+        "of codes in order; those that convert matches are less spread"
+        if kind == "hadamard" and any(c > n for n, c in sizes)
+        else None
+    )
+    return KindPlan(kind, stored, saved, max(spread, key=lambda facts: facts.max_cosine), note)
+
+
+def _verdict(found: ModelReport) -> str:
+    share = 100 * found.savings.removed_share
+    if share < 5:
+        judgement = "hardly worth it"
+    elif share < 15:
+        judgement = "worth it where every megabyte counts"
+    elif share < 40:
+        judgement = "worth it"
+    else:
+        judgement = "the classifier dominates this model; do it"
+    return f"{found.name}: the classifier's weights are {share:.1f} % of the parameters: {judgement}."

@@ -1,0 +1,97 @@
+"""Class names from ImageNet's tables and from files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fixify.checkpoints import imagenet_labels, read_class_map
+from fixify.errors import SourceError
+
+
+@pytest.mark.parametrize("num_classes", [1000, 11221, 11821, 21841, 21842, 21843])
+def test_every_version_of_imagenet(num_classes: int) -> None:
+    labels = imagenet_labels(num_classes)
+    assert labels is not None and len(labels) == num_classes
+    assert all(isinstance(label, str) and label for label in labels)
+
+
+def test_the_order_of_imagenet() -> None:
+    labels = imagenet_labels(1000)
+    assert labels is not None
+    assert labels[0].startswith("tench") and labels[285] == "Egyptian cat" and labels[967] == "espresso"
+
+
+@pytest.mark.parametrize("num_classes", [0, 10, 999, 21840])
+def test_no_version_of_imagenet(num_classes: int) -> None:
+    assert imagenet_labels(num_classes) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cat\ndog\nred fox\n",
+        "cat 0\ndog 1\nred fox 2\n",
+        "red fox\t2\ncat\t0\ndog\t1\n",
+        "cat, 0\ndog, 1\nred fox, 2",
+        "0 cat\n1 dog\n2 red fox\n",
+        "0: cat\r\n1: dog\r\n\r\n2: red fox\r\n",
+        "\ufeffcat\ndog\nred fox\n",
+        '["cat", "dog", "red fox"]',
+        '{"0": "cat", "1": "dog", "2": "red fox"}',
+        '{"cat": 0, "red fox": 2, "dog": 1}',
+        '{"0": ["n02", "cat"], "1": ["n03", "dog"], "2": ["n04", "red fox"]}',
+    ],
+)
+def test_class_maps(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text(text, encoding="utf-8", newline="")
+    assert read_class_map(path) == ["cat", "dog", "red fox"]
+
+
+def test_two_classes_of_one_name(tmp_path: Path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text("crane 0\ncrane 1\ncat 2\ndog 3\n")
+    assert read_class_map(path) == ["crane", "crane", "cat", "dog"]
+
+
+@pytest.mark.parametrize("names", [["class 0", "class 1", "class 2"], ["0", "1", "2"], ["a 5", "b 7"], ["3", "x", "y"]])
+def test_names_that_end_in_numbers_stay(tmp_path: Path, names: list[str]) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text("\n".join(names))
+    assert read_class_map(path) == names
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "holds no class names"),
+        (b" \n\n", "holds no class names"),
+        (b"\xff\xfe\x00c", "no UTF-8 text"),
+        (b'{"a": ', "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"cat": 0, "dog": 2}', "no list of class names"),
+        (b'["cat", 3]', "no list of class names"),
+        (b"[]", "no list of class names"),
+    ],
+)
+def test_files_that_are_no_class_maps(tmp_path: Path, content: bytes, expected: str) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_bytes(content)
+    with pytest.raises(SourceError) as caught:
+        read_class_map(path)
+    assert expected in str(caught.value) and "classes.txt" in str(caught.value)
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="No such file"):
+        read_class_map(tmp_path / "classes.txt")
+
+
+def test_json_round_trip_of_odd_names(tmp_path: Path) -> None:
+    names = ["a, b", "c: 3", "", "é\n"]
+    path = tmp_path / "classes.json"
+    path.write_text(json.dumps(names))
+    assert read_class_map(path) == names
