@@ -173,7 +173,7 @@ def finetune(
     from fixify.cli.common import as_typed, chosen_recipe, finetune_defaults, report_run, the_slim_file_here
     from fixify.cli.launch import hand_over
     from fixify.errors import UsageError
-    from fixify.training import FinetuneOptions, run_finetune, stored_options
+    from fixify.training import FinetuneOptions, finetune, stored_options
 
     output = Output(as_json=as_json)
     chosen = chosen_recipe(recipe, set_ or [])
@@ -203,7 +203,7 @@ def finetune(
     options = start.replace(**given)
     hand_over(nproc_per_node, max_restarts)
     with watching(output, [*(track or []), *(["tensorboard"] if tensorboard else [])]) as tell:
-        result = run_finetune(
+        result = finetune(
             source,
             about["data"],
             folder,

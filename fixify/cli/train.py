@@ -236,7 +236,7 @@ def train(
     from fixify.cli.launch import hand_over
     from fixify.errors import UsageError
     from fixify.recipes.reading import read_recipe
-    from fixify.recipes.running import run_recipe, run_section
+    from fixify.recipes.running import run_section, train_recipe
     from fixify.recipes.schema import SECTIONS
     from fixify.training import stored_options
 
@@ -290,7 +290,7 @@ def train(
     stored: Any = stored_options(folder, SECTIONS[section]) if resume else None  # type: ignore[type-var]
     options = run_defaults(output, chosen, section, stored).replace(**machine)
     with watching(output, trackers) as tell, telling_where_data_comes_from(recipe, data):
-        result = run_recipe(chosen, folder, options, on_event=tell, **given)
+        result = train_recipe(chosen, folder, options, on_event=tell, **given)
     report_run(output, result, options, data if data is not None else str(chosen.data))
 
 

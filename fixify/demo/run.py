@@ -25,7 +25,7 @@ from fixify.demo.glyphs import FACES, Faces, GlyphData, write_dataset
 from fixify.errors import OutputError, OutputExistsError
 from fixify.metrics import Metrics, evaluate
 from fixify.savings import Savings
-from fixify.training import EpochRecord, Event, FinetuneOptions, Step, finetune, run_finetune
+from fixify.training import EpochRecord, Event, FinetuneOptions, Step, finetune, train_model
 
 _FIXED, _LEARNED, _QUIET = "#0b6e99", "#c2571a", "#6b7280"
 
@@ -221,7 +221,7 @@ def run_demo(
         control: Fine-tune the learned classifier likewise, so that what training alone brings is known.
         faces: The typefaces of each split.
         force: Replace the results of an earlier demo in the folder.
-        on_event: Told what happens; training tells what `fixify.training.run_finetune` tells.
+        on_event: Told what happens; training tells what `fixify.training.finetune` tells.
 
     Raises:
         OutputExistsError: the folder has results already, or holds something else.
@@ -271,12 +271,12 @@ def _run(folder: Path, epochs: int, control: bool, faces: Faces, force: bool, te
             scales.append((event.step, event.scale))
         tell(event)
 
-    tuned = run_finetune(conversion.path, str(data.folder), folder / "finetuned", options, force=True, on_event=listen)
+    tuned = finetune(conversion.path, str(data.folder), folder / "finetuned", options, force=True, on_event=listen)
     controlled: tuple[EpochRecord, ...] = ()
     if control:
         tell(StageStarted("control", "Fine-tuning the original likewise, as a control"))
         # It is measured, not kept: there is nothing to save.
-        controlled = finetune(
+        controlled = train_model(
             opened.model,
             train,
             val,

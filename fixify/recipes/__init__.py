@@ -20,7 +20,7 @@ _EXPORTS = {
     "find_recipe": "fixify.recipes.shipped",
     "list_recipes": "fixify.recipes.shipped",
     "read_recipe": "fixify.recipes.reading",
-    "run_recipe": "fixify.recipes.running",
+    "train_recipe": "fixify.recipes.running",
 }
 
 __all__ = [*_EXPORTS]  # noqa: PLE0604, RUF100
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fixify.recipes.parsing import RecipeError as RecipeError
     from fixify.recipes.reading import Recipe as Recipe
     from fixify.recipes.reading import read_recipe as read_recipe
-    from fixify.recipes.running import run_recipe as run_recipe
+    from fixify.recipes.running import train_recipe as train_recipe
     from fixify.recipes.shipped import ShippedRecipe as ShippedRecipe
     from fixify.recipes.shipped import find_recipe as find_recipe
     from fixify.recipes.shipped import list_recipes as list_recipes

@@ -25,8 +25,8 @@ class Recipe:
         description: What it does.
         expect: What to expect of it.
         convert: Keyword arguments of `fixify.convert`, those that the recipe gives; None without such a section.
-        finetune: Options of `fixify.training.run_finetune`; None without such a section.
-        train: Options of `fixify.training.run_train`; None without such a section.
+        finetune: Options of `fixify.training.finetune`; None without such a section.
+        train: Options of `fixify.training.train_from_scratch`; None without such a section.
         language: Options of `fixify.language.run_language`; None without such a section.
         data: Data name; None if the recipe names none, as for the following.
         class_map: Which class has which label.

@@ -9,7 +9,7 @@ from typing import Any
 from fixify.errors import OutputExistsError, UsageError
 from fixify.language import LanguageOptions, LanguageResult, run_language
 from fixify.recipes.reading import Recipe, section_of
-from fixify.training import FinetuneOptions, FinetuneResult, Listener, TrainOptions, run_finetune, run_train
+from fixify.training import FinetuneOptions, FinetuneResult, Listener, TrainOptions, finetune, train_from_scratch
 from fixify.training.api import goes_on
 from fixify.training.run_folder import RUN_FILE
 
@@ -26,7 +26,7 @@ def run_section(recipe: Recipe) -> str:
     return section
 
 
-def run_recipe(
+def train_recipe(
     recipe: Recipe,
     out: Path | str,
     options: FinetuneOptions | None = None,
@@ -55,7 +55,7 @@ def run_recipe(
 
     Raises:
         UsageError: the recipe names no data, or no checkpoint to finetune.
-        FixifyError: see `fixify.training.run_train` and `fixify.training.run_finetune`.
+        FixifyError: see `fixify.training.train_from_scratch` and `fixify.training.finetune`.
     """
     section = run_section(recipe)
     if options is None:
@@ -76,13 +76,13 @@ def run_recipe(
         "on_event": on_event,
     }
     if isinstance(options, TrainOptions):
-        return run_train(name, out, options, **given)
+        return train_from_scratch(name, out, options, **given)
     if recipe.checkpoint is None:
         raise UsageError(
             f"The recipe {recipe.name} names no checkpoint to finetune.",
             hint=f"Say which: fixify finetune SLIM --data {name} --recipe {recipe.name}",
         )
-    return run_finetune(recipe.checkpoint, name, out, options, **given)
+    return finetune(recipe.checkpoint, name, out, options, **given)
 
 
 def run_language_recipe(
@@ -152,17 +152,17 @@ def compare_recipe(
     """Train one run after the other, each in a folder of its own.
 
     Args:
-        recipe: See `run_recipe`.
+        recipe: See `train_recipe`.
         out: The folder of these folders.
         runs: See `compared`.
         resume: Continue: what is done stays, what was stopped goes on exactly, and what had not begun begins.
         force: Replace runs in these folders.
         on_run: Told the name of each run before it begins.
-        given: What else `run_recipe` takes.
+        given: What else `train_recipe` takes.
 
     Raises:
         OutputExistsError: one of them exists; told before any is trained.
-        FixifyError: see `run_recipe`.
+        FixifyError: see `train_recipe`.
     """
     folders = {name: Path(out) / name for name in runs}
     begun = {name for name, folder in folders.items() if (folder / RUN_FILE).exists()}
@@ -176,7 +176,7 @@ def compare_recipe(
     for name, options in runs.items():
         if on_run is not None:
             on_run(name)
-        results[name] = run_recipe(
+        results[name] = train_recipe(
             recipe, folders[name], options, resume=resume and name in begun, force=force, **given
         )
     return results

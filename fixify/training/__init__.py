@@ -1,6 +1,6 @@
-"""The engine that trains and retrofits: `run_finetune` on files and names, `finetune` on a model and opened data."""
+"""The engine that trains and retrofits: `finetune` on files and names, `train_model` on a model and opened data."""
 
-from fixify.training.api import run_finetune, run_train
+from fixify.training.api import finetune, train_from_scratch
 from fixify.training.checkpointing import SaveModel
 from fixify.training.events import (
     Calibrated,
@@ -20,7 +20,7 @@ from fixify.training.events import (
 )
 from fixify.training.interrupt import TrainingInterrupted
 from fixify.training.options import FinetuneOptions, TrainOptions
-from fixify.training.run import FinetuneResult, finetune
+from fixify.training.run import FinetuneResult, train_model
 from fixify.training.run_folder import BEST_FILE, LAST_FILE, stored_options
 from fixify.training.teacher import OtherModel
 
@@ -47,8 +47,8 @@ __all__ = [
     "TrainingInterrupted",
     "Validated",
     "Warned",
+    "train_model",
     "finetune",
-    "run_finetune",
-    "run_train",
+    "train_from_scratch",
     "stored_options",
 ]

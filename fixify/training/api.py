@@ -31,7 +31,7 @@ from fixify.training import distributed
 from fixify.training.checkpointing import SaveModel
 from fixify.training.events import Listener, Warned
 from fixify.training.options import FinetuneOptions, TrainOptions
-from fixify.training.run import FinetuneResult, finetune
+from fixify.training.run import FinetuneResult, train_model
 from fixify.training.run_folder import BEST_FILE, LAST_FILE, RUN_FILE, stored_options
 from fixify.training.teacher import open_other
 
@@ -69,7 +69,7 @@ def _launch_of(out: Path) -> str | None:
 # From a slim checkpoint and a data name to a finetuned slim checkpoint.
 
 
-def run_finetune(
+def finetune(
     slim_path: Path | str,
     data_name: str,
     out_dir: Path | str,
@@ -93,7 +93,7 @@ def run_finetune(
     Args:
         slim_path: The checkpoint; it is not changed.
         data_name: See `fixify.data.open_data`.
-        out_dir: Folder of the run; see `fixify.training.finetune`.
+        out_dir: Folder of the run; see `fixify.training.train_model`.
         options: None takes the defaults, or with `resume` those the run was started with.
         against: The original, a checkpoint or a model name: evaluated once on the validation data before training, and
             what `options.max_drop` is measured from. None: the teacher, if `max_drop` is given without a number.
@@ -104,7 +104,7 @@ def run_finetune(
         download: Whether `torch/...` data may be downloaded.
         class_map: A file that says which class of the data has which label; see `fixify.data.DataOptions`.
         command: What was typed to start the run; recorded.
-        recorded: See `fixify.training.finetune`.
+        recorded: See `fixify.training.train_model`.
         on_event: Told what happens.
 
     Raises:
@@ -112,7 +112,7 @@ def run_finetune(
         SourceError, ArchitectureError, NoClassifierError: `against` or `distill` cannot be opened.
         DataError: the data is missing, not laid out as expected, or not the checkpoint's.
         ConnectionLost: another process ended.
-        TrainingError, OutputExistsError, OutputError: see `fixify.training.finetune`.
+        TrainingError, OutputExistsError, OutputError: see `fixify.training.train_model`.
         UsageError: the checkpoint would be overwritten, or `img_size` does not fit the model.
     """
     source, out = Path(slim_path), Path(out_dir)
@@ -156,7 +156,7 @@ def run_finetune(
         original = None if against is None else open_other(against, val, options)
         if original is None and options.max_drop is not None and options.original_top1 is None:
             original = teacher
-        return finetune(
+        return train_model(
             model,
             train,
             val,
@@ -241,7 +241,7 @@ def new_network(options: TrainOptions, class_names: list[str]) -> NewNetwork:
     return NewNetwork(model, architecture, config, num_classes, info)
 
 
-def run_train(
+def train_from_scratch(
     data_name: str,
     out_dir: Path | str,
     options: TrainOptions | None = None,
@@ -264,7 +264,7 @@ def run_train(
 
     Args:
         data_name: See `fixify.data.open_data`.
-        out_dir: Folder of the run; see `fixify.training.finetune`.
+        out_dir: Folder of the run; see `fixify.training.train_model`.
         options: How; None only with `resume`: those that the run was started with.
         against: A model whose top-1 `options.max_drop` is measured from.
         distill: A teacher of the same classes.
@@ -273,13 +273,13 @@ def run_train(
         download: Whether `torch/...` data may be downloaded.
         class_map: A file that says which class of the data has which label; see `fixify.data.DataOptions`.
         command: What was typed, for the record.
-        recorded: See `fixify.training.finetune`.
+        recorded: See `fixify.training.train_model`.
         on_event: Told what happens.
 
     Raises:
         DataError: the data is missing, or not laid out as expected.
         ArchitectureError, HeadSpecError, UsageError: see `new_network`.
-        TrainingError, OutputExistsError, OutputError: see `fixify.training.finetune`.
+        TrainingError, OutputExistsError, OutputError: see `fixify.training.train_model`.
     """
     out = Path(out_dir)
     if options is None:
@@ -297,7 +297,7 @@ def run_train(
         val = replace(matched, description=val.description)
         class_names = list(train.class_names)
         network = new_network(options, class_names)
-        return finetune(
+        return train_model(
             network.model,
             train,
             val,

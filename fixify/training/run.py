@@ -66,7 +66,7 @@ class FinetuneResult:
     reached: bool | None = None
 
 
-def finetune(
+def train_model(
     model: nn.Module,
     train: OpenedData,
     val: OpenedData,

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import fixify
 from fixify.errors import TrainingError, UsageError
-from fixify.recipes import RecipeError, read_recipe, run_recipe
-from fixify.training import FinetuneOptions, run_finetune
+from fixify.recipes import RecipeError, read_recipe, train_recipe
+from fixify.training import FinetuneOptions, finetune
 
 QUICK = {"epochs": 1, "batch_size": 24, "img_size": 32, "no_aug": True}
 MACHINE = {"workers": 0, "device": "cpu"}
@@ -42,53 +42,55 @@ def test_a_recipe_trains_from_scratch_and_what_it_leaves_repeats_it(digits: Path
         ["train.lr=0.03"],
     )
     assert recipe.sections == ("train",) and recipe.train is not None and recipe.train.lr == 0.03
-    first = run_recipe(recipe, tmp_path / "first", recipe.train.replace(**MACHINE))
+    first = train_recipe(recipe, tmp_path / "first", recipe.train.replace(**MACHINE))
     left = read_recipe(tmp_path / "first" / "recipe.yaml")
     assert left.data == str(data) and set(left.recorded) == {"train_listing", "val_listing", "images_a_step"}
     assert left.train is not None and left.train.recipe() == recipe.train.recipe()
-    again = run_recipe(left, tmp_path / "again", left.train.replace(**MACHINE))
+    again = train_recipe(left, tmp_path / "again", left.train.replace(**MACHINE))
     assert same(first.last_path, again.last_path)
 
     Image.new("L", (32, 32)).save(data / "train" / "0" / "another.png")
     with pytest.raises(TrainingError, match="The training images are not what this recipe recorded"):
-        run_recipe(left, tmp_path / "changed")
+        train_recipe(left, tmp_path / "changed")
     moved = tmp_path / "moved"
     data.rename(moved)
     with pytest.raises(fixify.FixifyError, match="There is no folder"):
-        run_recipe(left, tmp_path / "changed")
-    run_recipe(left, tmp_path / "changed", left.train.replace(**MACHINE), data=str(moved))  # said: then it may be other
+        train_recipe(left, tmp_path / "changed")
+    train_recipe(
+        left, tmp_path / "changed", left.train.replace(**MACHINE), data=str(moved)
+    )  # said: then it may be other
 
 
 def test_the_recipe_of_a_finetuning_run_repeats_it(digits: Path, tiny: Path, tmp_path: Path) -> None:
     slim = tmp_path / "net.fixed.safetensors"
     fixify.convert(tiny / "learned.pth", slim, num_classes=10)
-    first = run_finetune(slim, str(digits), tmp_path / "first", FinetuneOptions.create(**QUICK, **MACHINE))
+    first = finetune(slim, str(digits), tmp_path / "first", FinetuneOptions.create(**QUICK, **MACHINE))
     recipe = read_recipe(tmp_path / "first" / "recipe.yaml")
     assert recipe.checkpoint == str(slim) and set(recipe.recorded) >= {"checkpoint_sha256"}
     assert recipe.finetune is not None
-    again = run_recipe(recipe, tmp_path / "again", recipe.finetune.replace(**MACHINE))
+    again = train_recipe(recipe, tmp_path / "again", recipe.finetune.replace(**MACHINE))
     assert same(first.last_path, again.last_path)
     half = recipe.finetune.replace(**MACHINE, batch_size=recipe.finetune.batch_size // 2)
     with pytest.raises(TrainingError, match="images in a step") as caught:
-        run_recipe(recipe, tmp_path / "half", half)
+        train_recipe(recipe, tmp_path / "half", half)
     assert f"--set finetune.batch_size={recipe.finetune.batch_size}" in str(caught.value.hint)
     fixify.convert(tiny / "learned.pth", slim, num_classes=10, seed=1, head="orthogonal", force=True)
     with pytest.raises(TrainingError, match="The checkpoint is not what this recipe recorded"):
-        run_recipe(recipe, tmp_path / "changed", recipe.finetune.replace(**MACHINE))
+        train_recipe(recipe, tmp_path / "changed", recipe.finetune.replace(**MACHINE))
 
 
 def test_what_a_recipe_lacks_is_named(tmp_path: Path) -> None:
     recipe = read_recipe(write(tmp_path / "a.yaml", train={"model": "test_resnet"}))
     with pytest.raises(UsageError, match="names no data") as caught:
-        run_recipe(recipe, tmp_path / "out")
+        train_recipe(recipe, tmp_path / "out")
     assert "--data" in str(caught.value)
     recipe = read_recipe(write(tmp_path / "b.yaml", data="digits", finetune={}))
     with pytest.raises(UsageError, match="names no checkpoint") as caught:
-        run_recipe(recipe, tmp_path / "out")
+        train_recipe(recipe, tmp_path / "out")
     assert "fixify finetune SLIM --data digits" in str(caught.value)
     recipe = read_recipe(write(tmp_path / "c.yaml", convert={}))
     with pytest.raises(UsageError, match="has no train: section"):
-        run_recipe(recipe, tmp_path / "out")
+        train_recipe(recipe, tmp_path / "out")
     with pytest.raises(RecipeError, match=r"line 1: train needs model"):
         read_recipe(write(tmp_path / "d.yaml", train={"epochs": 3}))
     with pytest.raises(RecipeError, match=r"recorded\.listing is not an option"):

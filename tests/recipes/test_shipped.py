@@ -21,7 +21,7 @@ from fixify.language import run_language
 from fixify.recipes import RecipeError, find_recipe, list_recipes, read_recipe, shipped
 from fixify.recipes.schema import Measured
 from fixify.savings import count_parameters
-from fixify.training import LAST_FILE, FinetuneOptions, finetune, run_finetune
+from fixify.training import LAST_FILE, FinetuneOptions, finetune, train_model
 from fixify.training.api import new_network
 
 NAMES = shipped.recipe_names()
@@ -103,7 +103,7 @@ def test_each_does_a_real_step(name: str, tiny: Path, tmp_path: Path) -> None:
     if options is None:
         return
     short = options.replace(**SHORT, workers=0, device="cpu")
-    result = run_finetune(slim, str(tiny / "data"), tmp_path / "run", short)
+    result = finetune(slim, str(tiny / "data"), tmp_path / "run", short)
     assert [record.step for record in result.history] == [1]
     before, after = load_file(slim), load_file(tmp_path / "run" / LAST_FILE)
     assert before.keys() == after.keys()
@@ -114,7 +114,7 @@ def test_each_does_a_real_step(name: str, tiny: Path, tmp_path: Path) -> None:
     stored = read_recipe(tmp_path / "run" / "recipe.yaml")
     assert stored.finetune == short.replace(workers=None, device="auto")
     again = stored.finetune.replace(workers=0, device="cpu")
-    run_finetune(slim, str(tiny / "data"), tmp_path / "again", again)
+    finetune(slim, str(tiny / "data"), tmp_path / "again", again)
     repeated = load_file(tmp_path / "again" / LAST_FILE)
     assert all(torch.equal(repeated[key], after[key]) for key in after)
 
@@ -140,7 +140,7 @@ def test_each_from_scratch_does_a_real_step(name: str, tmp_path: Path) -> None:
     ]
     before = {key: tensor.clone() for key, tensor in network.model.state_dict().items()}
     short = options.replace(epochs=1, batch_size=4, workers=0, device="cpu")
-    (record,) = finetune(
+    (record,) = train_model(
         network.model, *images, network.preprocessing, short, tmp_path / "run", save=lambda *_: None
     ).history
     assert record.step == 1 and record.lr == options.lr and record.train_loss is not None

@@ -20,7 +20,7 @@ from fixify.data import OpenedData
 from fixify.data.idx import ArrayImages
 from fixify.heads import HeadSpec
 from fixify.surgery import fix_classifier_
-from fixify.training import FinetuneOptions, finetune
+from fixify.training import FinetuneOptions, train_model
 
 NUM_CLASSES = 4
 PREPROCESSING = {
@@ -114,7 +114,7 @@ class Runs:
         train, val = self.data
         model = self.model() if model is None else model
         given = {"train": train, "val": val, "save": self.save, **given}
-        return finetune(model, preprocessing=self.preprocessing, options=options, out=out, **given)
+        return train_model(model, preprocessing=self.preprocessing, options=options, out=out, **given)
 
 
 @pytest.fixture(scope="session")

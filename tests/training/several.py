@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fixify.errors import FixifyError
-from fixify.training import FinetuneOptions, distributed, finetune
+from fixify.training import FinetuneOptions, distributed, train_model
 
 
 def main(arguments: dict[str, Any]) -> None:
@@ -24,7 +24,7 @@ def main(arguments: dict[str, Any]) -> None:
     model = shared["make_model"](**arguments["model"])
     try:
         with distributed.process_group(torch.device("cpu")):
-            finetune(
+            train_model(
                 model,
                 shared["_stripes"](44, 0, "train"),
                 shared["_stripes"](arguments["val_images"], 1, "val"),

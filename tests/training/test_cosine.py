@@ -12,7 +12,7 @@ from torch import Tensor
 from fixify.errors import UsageError
 from fixify.heads import FixedClassifier, HeadSpec, codebook
 from fixify.surgery import fix_classifier_
-from fixify.training import FinetuneOptions, finetune
+from fixify.training import FinetuneOptions, train_model
 from fixify.training.loop import training_loss
 from fixify.training.losses import check_cosine_heads, cosine_loss
 from fixify.training.optimisers import parameter_groups
@@ -100,7 +100,7 @@ def test_a_run_with_it_learns(
     options = FinetuneOptions.create(
         loss="cosine", epochs=6, batch_size=11, lr=0.1, no_aug=True, workers=0, device="cpu", warmup_epochs=0
     )
-    result = finetune(model, *stripes, preprocessing, options, tmp_path / "run", save=save_weights)
+    result = train_model(model, *stripes, preprocessing, options, tmp_path / "run", save=save_weights)
     assert result.after.val_top1 > 60  # of 4 classes
     assert float(model.fc.scale) == 1.0
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fixify.training import FinetuneOptions, Step, finetune
+from fixify.training import FinetuneOptions, Step, train_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,7 +40,7 @@ def test_a_run_and_a_resume(
             raise Stop
 
     def run(out: Path, **given: Any) -> Any:
-        return finetune(new_model(), *stripes, preprocessing, options, out, save=save_weights, **given)
+        return train_model(new_model(), *stripes, preprocessing, options, out, save=save_weights, **given)
 
     whole = run(tmp_path / "whole")
     with pytest.raises(Stop):

@@ -18,7 +18,7 @@ from fixify.data import make_loader, open_data
 from fixify.errors import ArchitectureError, HeadSpecError, TrainingError, UsageError
 from fixify.heads import FixedClassifier
 from fixify.metrics import evaluate
-from fixify.training import EpochEnded, Event, TrainOptions, run_train, stored_options
+from fixify.training import EpochEnded, Event, TrainOptions, stored_options, train_from_scratch
 from fixify.training.api import new_network
 
 OPTIONS = TrainOptions.create(
@@ -43,7 +43,7 @@ DIGITS = [str(digit) for digit in range(10)]
 def fixed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run with a Hadamard head."""
     out = tmp_path_factory.mktemp("runs") / "fixed"
-    run_train(str(digits), out, OPTIONS)
+    train_from_scratch(str(digits), out, OPTIONS)
     return out
 
 
@@ -51,7 +51,7 @@ def fixed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def learned(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run with a learned head."""
     out = tmp_path_factory.mktemp("runs") / "learned"
-    run_train(str(digits), out, OPTIONS.replace(head="learned"))
+    train_from_scratch(str(digits), out, OPTIONS.replace(head="learned"))
     return out
 
 
@@ -133,9 +133,9 @@ def test_options_of_the_head() -> None:
 
 def test_torchvision_and_networks_that_are_built_for_one_size(digits: Path, tmp_path: Path) -> None:
     options = OPTIONS.replace(model="torchvision/shufflenet_v2_x0_5", in_chans=None, mean=None, std=None, epochs=1)
-    result = run_train(str(digits), tmp_path / "fixed", options.replace(head="simplex"))
+    result = train_from_scratch(str(digits), tmp_path / "fixed", options.replace(head="simplex"))
     assert read_info(result.best_path).architecture.ref == "torchvision/shufflenet_v2_x0_5"
-    result = run_train(str(digits), tmp_path / "learned", options.replace(head="learned"))
+    result = train_from_scratch(str(digits), tmp_path / "learned", options.replace(head="learned"))
     assert open_model(result.best_path).architecture.ref == "torchvision/shufflenet_v2_x0_5"
     vit = new_network(OPTIONS.replace(model="test_vit", img_size=64), DIGITS)
     assert vit.architecture.spelled == "timm/test_vit,in_chans=1,img_size=64"
@@ -166,15 +166,15 @@ def test_a_crash_and_a_resume_are_bit_for_bit_the_whole_run(fixed: Path, digits:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_train(str(digits), tmp_path / "run", OPTIONS, on_event=crash)
+        train_from_scratch(str(digits), tmp_path / "run", OPTIONS, on_event=crash)
     assert stored_options(tmp_path / "run", TrainOptions).recipe() == OPTIONS.recipe()
-    run_train(str(digits), tmp_path / "run", None, resume=True)
+    train_from_scratch(str(digits), tmp_path / "run", None, resume=True)
     assert same_weights(tmp_path / "run" / "last.fixed.safetensors", fixed / "last.fixed.safetensors")
     with pytest.raises(TrainingError, match="head was 'hadamard' and is 'learned'"):
-        run_train(str(digits), tmp_path / "run", OPTIONS.replace(head="learned"), resume=True)
+        train_from_scratch(str(digits), tmp_path / "run", OPTIONS.replace(head="learned"), resume=True)
 
 
 def test_force_clears_the_other_heads_checkpoints(learned: Path, digits: Path, tmp_path: Path) -> None:
     shutil.copytree(learned, tmp_path / "run")
-    run_train(str(digits), tmp_path / "run", OPTIONS.replace(epochs=1), force=True)
+    train_from_scratch(str(digits), tmp_path / "run", OPTIONS.replace(epochs=1), force=True)
     assert not (tmp_path / "run" / "best.safetensors").exists()

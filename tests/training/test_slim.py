@@ -18,7 +18,7 @@ from fixify.data import make_loader, open_data, open_train_val
 from fixify.data.idx import DEBIAN_FOLDER, FASHION_CLASSES, read_idx
 from fixify.errors import DataError, TrainingError, UsageError
 from fixify.metrics import evaluate
-from fixify.training import EpochEnded, FinetuneOptions, FinetuneResult, finetune, run_finetune
+from fixify.training import EpochEnded, FinetuneOptions, FinetuneResult, finetune, train_model
 
 CPU = torch.device("cpu")
 OPTIONS = FinetuneOptions.create(
@@ -65,7 +65,7 @@ def learned(fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
         torch.save({"arch": "test_efficientnet", "state_dict": trained.state_dict()}, path.with_suffix(".pth"))
 
     options = OPTIONS.replace(crop_pct=None, img_size=None)
-    result = finetune(model, train, val, {**preprocessing, "crop_pct": 1.0}, options, out, save=save)
+    result = train_model(model, train, val, {**preprocessing, "crop_pct": 1.0}, options, out, save=save)
     return out / "last.fixed.pth", result
 
 
@@ -84,7 +84,7 @@ def test_a_converted_model_recovers_its_accuracy(
     out = tmp_path / "run"
     slim = fixify.convert(learned[0], tmp_path / "fashion.fixed.safetensors").path
     before_bytes = slim.read_bytes()
-    result = run_finetune(slim, str(fashion), out, OPTIONS)
+    result = finetune(slim, str(fashion), out, OPTIONS)
     original = learned[1].history[-1].val_top1
     assert original > 60
     assert result.before.top1 < 40  # codes in arbitrary order
@@ -113,13 +113,13 @@ def test_a_resumed_run_takes_its_stored_options(few: Path, slim: Path, tmp_path:
 
     out = tmp_path / "run"
     with pytest.raises(Stop):
-        run_finetune(slim, str(few), out, OPTIONS.replace(epochs=2), on_event=stop)
-    result = run_finetune(slim, str(few), out, resume=True)
+        finetune(slim, str(few), out, OPTIONS.replace(epochs=2), on_event=stop)
+    result = finetune(slim, str(few), out, resume=True)
     assert [record.epoch for record in result.history] == [0, 1]
     other = tmp_path / "other.fixed.safetensors"
     other.write_bytes(result.last_path.read_bytes())
     with pytest.raises(TrainingError, match=r"other facts: checkpoint was 'fresh\.fixed.* and is 'other\.fixed"):
-        run_finetune(other, str(few), out, resume=True)
+        finetune(other, str(few), out, resume=True)
 
 
 def test_a_binary_head_trains_and_resumes(few: Path, slim: Path, tmp_path: Path) -> None:
@@ -132,10 +132,10 @@ def test_a_binary_head_trains_and_resumes(few: Path, slim: Path, tmp_path: Path)
         if isinstance(event, EpochEnded):
             raise KeyError
 
-    whole = run_finetune(slim, str(few), tmp_path / "whole", options)
+    whole = finetune(slim, str(few), tmp_path / "whole", options)
     with pytest.raises(KeyError):
-        run_finetune(slim, str(few), tmp_path / "cut", options, on_event=stop)
-    resumed = run_finetune(slim, str(few), tmp_path / "cut", resume=True)
+        finetune(slim, str(few), tmp_path / "cut", options, on_event=stop)
+    resumed = finetune(slim, str(few), tmp_path / "cut", resume=True)
     before, after, again = (load_file(path) for path in (slim, whole.last_path, resumed.last_path))
     for name in ("codes", "gains"):
         assert torch.equal(after[f"classifier.{name}"], before[f"classifier.{name}"])
@@ -150,19 +150,19 @@ def test_data_of_another_label_set_is_refused_before_anything_is_written(slim: P
             (tmp_path / "insects" / split / name).mkdir(parents=True)
             Image.new("L", (8, 8), shade).save(tmp_path / "insects" / split / name / "0.png")
     with pytest.raises(DataError, match=r"The checkpoint has 10 classes and the data at .* has 2"):
-        run_finetune(slim, str(tmp_path / "insects"), tmp_path / "run", OPTIONS)
+        finetune(slim, str(tmp_path / "insects"), tmp_path / "run", OPTIONS)
     assert not (tmp_path / "run").exists()
 
 
 def test_class_names_of_an_earlier_training_are_checked(few: Path, slim: Path, tmp_path: Path) -> None:
-    result = run_finetune(slim, str(few), tmp_path / "run", OPTIONS.replace(epochs=1))
+    result = finetune(slim, str(few), tmp_path / "run", OPTIONS.replace(epochs=1))
     for split in ("train", "val"):
         for label, name in enumerate(sorted(FASHION_CLASSES)):  # the same classes in another order
             folder = tmp_path / "sorted" / split / name.replace("/", "-")
             folder.mkdir(parents=True)
             Image.new("L", (8, 8), 10 * label + len(split)).save(folder / "0.png")
     with pytest.raises(DataError, match="'T-shirt/top'; 1 of the data's classes are not in the checkpoint"):
-        run_finetune(result.last_path, str(tmp_path / "sorted"), tmp_path / "again", OPTIONS)
+        finetune(result.last_path, str(tmp_path / "sorted"), tmp_path / "again", OPTIONS)
 
 
 def test_the_checkpoint_itself_is_never_overwritten(few: Path, slim: Path, tmp_path: Path) -> None:
@@ -170,4 +170,4 @@ def test_the_checkpoint_itself_is_never_overwritten(few: Path, slim: Path, tmp_p
     best.parent.mkdir()
     best.write_bytes(slim.read_bytes())
     with pytest.raises(UsageError, match="would overwrite"):
-        run_finetune(best, str(few), best.parent, OPTIONS, force=True)
+        finetune(best, str(few), best.parent, OPTIONS, force=True)
