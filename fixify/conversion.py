@@ -2,104 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, field_validator, model_validator
 
 from fixify._files import refuse_existing
-from fixify._options import Conflict, refuse
 from fixify.checkpoints import check_finite, read_labels
 from fixify.checkpoints.learned import REFERENCE_CODE, Original, read_original
 from fixify.checkpoints.slim import DTYPES, SUFFIX, SlimInfo, is_slim, main_dtype, source_record, write_slim
+from fixify.conversion_options import ConvertOptions
 from fixify.errors import SourceError, UsageError
-from fixify.features import MIN_IMAGES, Calibration, Observation
+from fixify.features import Calibration, Observation
 from fixify.heads import FixedClassifier
 from fixify.metrics import resolve_device
 from fixify.models.architectures import build
 from fixify.savings import Savings
-from fixify.surgery import HeadConfig, HeadRecord, NewHead, make_heads
+from fixify.surgery import HeadRecord, NewHead, make_heads
 
 _SOURCE_SUFFIXES = (".pth.tar", ".pth", ".pt", ".safetensors", ".bin", ".tar", ".ckpt")
-
-
-class ConvertOptions(HeadConfig):
-    """Options of `convert`: which head, what the source is, and how the result is calibrated and stored.
-
-    >>> ConvertOptions.create(head="binary", bits_per_class=64).calibrate_images
-    512
-    """
-
-    bias: bool = Field(True, description="Keep one learned bias per class.")
-    arch: str | None = Field(
-        None,
-        description="Architecture, such as resnet50, timm/resnet50 or torchvision/resnet50; recognised if not given.",
-    )
-    num_classes: int | None = Field(
-        None, ge=1, description="Number of classes of a new label set; the classes of SOURCE if not given."
-    )
-    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = Field(
-        None, description="Store the backbone as float32, float16 or bfloat16; unchanged if not given."
-    )
-    labels: str | None = Field(
-        None, description="A file of class names, or imagenet; the names that came with SOURCE if not given."
-    )
-    ema: bool = Field(False, description="Take the averaged (EMA) weights of a training checkpoint.")
-    calibrate: str | None = Field(
-        None,
-        description="A folder of images like those that the model is for (no labels needed), or a data name as for "
-        "finetune: set mean and std of the features, and fit codes, scale and bias to the original's answers.",
-    )
-    calibrate_images: int = Field(
-        512, ge=MIN_IMAGES, description="Images drawn to calibrate; a quarter of them is held out to count agreement."
-    )
-    device: str | None = Field(
-        None, description="Device that calibrates: cpu, cuda, cuda:1, mps; the first accelerator if not given."
-    )
-
-    @field_validator("calibrate", "labels", mode="before")
-    @classmethod
-    def _as_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else value
-
-    @model_validator(mode="before")
-    @classmethod
-    def _old_name_of_alpha(cls, values: Any) -> Any:
-        """Read `scale` as `alpha`: recipes that were written before it was renamed say so."""
-        if isinstance(values, dict) and "scale" in values:
-            values = dict(values)
-            values["alpha"] = values.pop("scale")
-        return values
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> ConvertOptions:
-        """Refuse options that do not go together, both given here: the other one may come by the command line."""
-        refuse(each for each in self._conflicts() if set(each.options) <= self.model_fields_set)
-        return self
-
-    def _conflicts(self) -> Iterator[Conflict]:
-        yield from super()._conflicts()
-        if self.calibrate is None and self.device is not None:
-            yield Conflict(
-                ("device", "calibrate"),
-                "Only calibrating runs the model on a device",
-                "Add --calibrate FOLDER, or drop --device.",
-            )
-        if self.calibrate is not None and self.num_classes is not None:
-            yield Conflict(
-                ("calibrate", "num_classes"),
-                "Calibrating fits the head to the original's answers, and a new label set has none",
-                "Drop --calibrate: fixify finetune takes mean and std from its training images.",
-            )
-        if self.head == "binary" and self.num_classes is not None:
-            yield Conflict(
-                ("head", "num_classes"),
-                "A binary head takes its signs from the old classifier, and a new label set has none",
-                "Drop --head binary: the codes of a Hadamard head need no old classifier.",
-            )
 
 
 @dataclass(frozen=True)

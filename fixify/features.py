@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fixify.checkpoints.learned import Original
+from fixify.conversion_options import MIN_IMAGES
 from fixify.data import ImageLoader, OpenedData, Subset, default_workers, draw_images, make_loader
 from fixify.errors import DataError
 from fixify.heads import FixedClassifier
 from fixify.metrics import eval_mode
 from fixify.surgery import replace_module
 
-MIN_IMAGES = 8
 _HELD_OUT = 0.25
 _BATCH = 32
 _POSITIONS = 16  # of a feature map; neighbours are much alike, and all of them would take much memory

@@ -9,66 +9,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-from pydantic import Field
 from torch import Tensor, nn
 
-from fixify._options import CheckedOptions, Conflict
+from fixify.conversion_options import HeadConfig
 from fixify.errors import FormatError, HeadSpecError, NoClassifierError
 from fixify.heads import KINDS, FixedClassifier, HeadSpec, choose_kind, replacement
 from fixify.models.architectures import Architecture
 from fixify.models.classifiers import ClassifierSite, find_classifiers
 
 _BATCH = 32  # rows of features per step when only the mean and std of a head are set
-
-
-class HeadConfig(CheckedOptions):
-    """Say which fixed head replaces a classifier. The defaults are those of `fixify convert`.
-
-    A config holds for every classifier layer of a model; `make_heads` derives one `HeadSpec` per layer from it.
-
-    >>> HeadConfig(head="binary", bits_per_class=64).bits_per_class
-    64
-    """
-
-    section: ClassVar[str] = "convert"
-
-    head: Literal["auto", "hadamard", "orthogonal", "simplex", "binary", "identity"] = Field(
-        "auto", description="Kind of head; auto is hadamard where a matrix of that order is known, else orthogonal."
-    )
-    seed: int = Field(0, ge=0, lt=1 << 64, description="Seed of the codebook; the same seed gives the same codes.")
-    bits_per_class: int | None = Field(
-        None, ge=1, description="Signs that a binary head stores per class; as many as features if not given."
-    )
-    match: bool = Field(
-        True, description="Give each class the Hadamard code nearest to its old class vector, not the next one."
-    )
-    alpha: float | None = Field(
-        None,
-        ge=0,
-        allow_inf_nan=False,
-        description="Initial scale alpha; softmax reaches 0.95 at cosine 1 if not given.",
-    )
-    fixed_scale: bool = Field(False, description="Keep alpha as it is; do not learn it (paper, figure 3).")
-    bias: bool | None = Field(True, description="Keep one learned bias per class.")
-    standardize: bool = Field(
-        True, description="Standardise each feature by its running mean and std before normalising."
-    )
-
-    def _conflicts(self) -> Iterator[Conflict]:
-        if self.bits_per_class is not None and self.head != "binary":
-            yield Conflict(
-                ("bits_per_class", "head"),
-                f"bits_per_class belongs to head binary, not {self.head}",
-                "Add --head binary.",
-            )
-        if self.head == "binary" and not self.match:
-            yield Conflict(
-                ("match", "head"),
-                "A binary head takes its signs from the old classifier and has no codes in class order",
-                "Drop --no-match, or take --head hadamard.",
-            )
 
 
 @dataclass(frozen=True)
@@ -141,8 +92,8 @@ def fix_classifier_(
     """Replace every classifier layer of a model by a fixed head, in place.
 
     After that `model.get_classifier()` is the fixed head, or contains it where it is more than a linear layer (RepVit's
-    BatchNorm + Linear), `fixify.save` writes the model as a slim checkpoint, and `reset_classifier()` gives a timm model
-    a learned classifier again. Merging BatchNorm into the classifier (`fuse()` of LeViT, RepVit and the like) is no
+    BatchNorm + Linear). `fixify.save` writes the model as a slim checkpoint. `reset_classifier()` gives a timm model a
+    learned classifier again. Merging BatchNorm into the classifier (`fuse()` of LeViT, RepVit and the like) is no
     longer possible: a fixed classifier has no weights to merge it into.
 
     Heads of the same width share one codebook. Distilled models average the logits of their heads, so the features of
@@ -322,7 +273,8 @@ def _spec_for(
     site: ClassifierSite, config: HeadConfig, num_classes: int, has_features: bool
 ) -> tuple[HeadSpec, str | None]:
     """Derive the spec of one layer's head, and say why the kind was chosen if the config leaves it open."""
-    kind, reason = config.head, None
+    kind: str = config.head
+    reason = None
     if kind == "auto":
         kind, reason = choose_kind(site.num_features, num_classes)
     options: dict[str, Any] = {

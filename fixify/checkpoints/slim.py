@@ -1,9 +1,9 @@
-"""The slim checkpoint, format version 1: reading, writing, loading, saving.
+"""Read, write, load and save slim checkpoints (format version 1).
 
-A slim checkpoint is an ordinary `.safetensors` file. Its tensors are the backbone under its library's own key names
-and, below the classifier's path, `scale`, `bias`, `center`, `spread`, `num_batches_tracked`, `codes` and `gains` as far
-as the head has them. Its metadata holds `format: "pt"`, `fixify.version` and, under `fixify`, one JSON object:
-`SlimInfo`. The codebook is not in the file: it is rebuilt from the head spec and its digest is compared.
+A slim checkpoint is an ordinary `.safetensors` file. Its tensors are the backbone under the key names of its library
+and, below the classifier's path, those of `scale`, `bias`, `center` (the mean), `spread` (the std),
+`num_batches_tracked`, `codes` and `gains` (the row scales) that the head has. Its metadata holds `format: "pt"`,
+`fixify.version` and, under `fixify`, one JSON object: `SlimInfo`. The codebook is not in the file: it is rebuilt from the head spec and its digest is compared.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ _LARGEST_INPUT = 1 << 14  # of channels and pixels: a header comes from outside,
 
 
 class SlimInfo(BaseModel):
-    """Everything a slim checkpoint says about itself. Plain values; no path of the machine that wrote it.
+    """What a slim checkpoint says about itself: plain values, without a path of the machine that wrote it.
 
     Attributes:
-        architecture: What to build.
+        architecture: The architecture to build.
         heads: The fixed heads, in the order in which the model has them.
         preprocessing: timm's names: input_size, mean, std, interpolation, crop_pct, crop_mode.
         labels: Class names in class order, or None if they are not known.
         source: What was converted: file name, SHA-256, bytes.
         savings: `fixify.savings.Savings` as a dictionary.
         dtype: The floating type of the backbone as stored, for example "float16".
-        calibration: `fixify.features.Calibration` as a dictionary, if images were at hand when it was converted.
+        calibration: `fixify.features.Calibration` as a dictionary, if it was calibrated on images.
         training: Data, options and metrics before and after, if the model was fine-tuned.
     """
 
@@ -67,7 +67,7 @@ class SlimInfo(BaseModel):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; every head of a model has the same."""
+        """Number of classes; all heads of a model have the same."""
         return self.heads[0].spec.num_classes
 
     @field_validator("architecture", mode="before")
@@ -157,15 +157,15 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def is_slim(path: Path | str) -> bool:
-    """Whether the file is a safetensors file that fixify wrote, of whatever version."""
+    """Check whether a file is a slim checkpoint of any version."""
     return has_metadata(path, SLIM_KEY)
 
 
 def read_info(path: Path | str) -> SlimInfo:
-    """Read what a slim checkpoint says about itself. Only the header is read.
+    """Read the description in a slim checkpoint; of the file only the header is read.
 
     Raises:
-        FormatError: not a safetensors file, damaged, not written by fixify, or of a newer version.
+        FormatError: The file is not a safetensors file, is damaged, was not written by fixify, or has a newer version.
     """
     path = Path(path)
     try:
@@ -203,10 +203,10 @@ def read_info(path: Path | str) -> SlimInfo:
 
 
 def read_tensors(path: Path | str) -> dict[str, torch.Tensor]:
-    """The stored tensors, as they are (memory-mapped).
+    """Read the stored tensors as they are (memory-mapped).
 
     Raises:
-        FormatError: the file cannot be read.
+        FormatError: The file cannot be read.
     """
     try:
         return load_file(path)
@@ -217,19 +217,19 @@ def read_tensors(path: Path | str) -> dict[str, torch.Tensor]:
 def load(path: Path | str, *, device: str | torch.device = "cpu") -> nn.Module:
     """Load a slim checkpoint as a model that is ready for inference.
 
-    The architecture is built, the codebook rebuilt from the head spec and compared with its digest, and the stored
-    weights are put in. As with timm, weights stored in half precision become float32.
+    The architecture is built, the codebook is rebuilt from the head spec and compared with its digest, and the stored
+    weights are loaded. As in timm, weights stored in half precision become float32.
 
     Args:
         path: A slim checkpoint.
-        device: Where the model goes.
+        device: The device of the model.
 
     Returns:
-        The model in eval mode. `model.fixify_info` is its `SlimInfo`; `save` needs it.
+        The model in eval mode. Its `SlimInfo` is `model.fixify_info`.
 
     Raises:
-        FormatError: the file is damaged, or its tensors do not fit its architecture.
-        CodebookMismatchError: the codebook rebuilt here is not the one the file was written with.
+        FormatError: The file is damaged, or its tensors do not fit its architecture.
+        CodebookMismatchError: The codebook rebuilt here is not the one that the file was written with.
     """
     path = Path(path)
     info = read_info(path)
@@ -370,8 +370,8 @@ def architecture_of(
     known = [each for each in found if each.key_map is None]
     if not known:
         raise ArchitectureError(
-            f"This {type(model).__name__} is not {name or 'an architecture of torchvision'}: its tensors have other names "
-            "or shapes.",
+            f"This {type(model).__name__} is not {name or 'an architecture of torchvision'}: its tensors have "
+            "other names or shapes.",
             hint="Say what it is: fixify.save(model, path, arch='timm/NAME,option=value').",
         )
     differences = {}
@@ -429,7 +429,8 @@ def _difference(built: nn.Module, model: nn.Module, heads: Mapping[str, FixedCla
         ours, wanted = module_traits(mine[path]), module_traits(theirs[path])
         for name in sorted(ours.keys() | wanted.keys()):
             if ours.get(name) != wanted.get(name):
-                return f"{name.removeprefix('.')} of {path or 'the model'} ({wanted.get(name)} there, {ours.get(name)} here)"
+                where = f"{name.removeprefix('.')} of {path or 'the model'}"
+                return f"{where} ({wanted.get(name)} there, {ours.get(name)} here)"
     return None
 
 
@@ -492,6 +493,6 @@ def _sort_metadata(path: Path) -> None:
 
 
 def _first_problem(error: RuntimeError) -> str:
-    """The first complaint of `load_state_dict`, without the class name and the many lines that follow."""
+    """Return the first complaint of `load_state_dict`, without the class name and the lines that follow."""
     lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
     return lines[0] if lines else str(error)
