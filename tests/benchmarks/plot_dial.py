@@ -56,7 +56,8 @@ def main() -> None:
         axis.set_title(title, fontsize=10)
         axis.grid(color="#dddddd", linewidth=0.6)
     axes[0].set_ylabel("top-1 on held-out typefaces, %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, columnspacing=1.2, frameon=False, fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, columnspacing=1.2, frameon=False, fontsize=8)
     figure.savefig(arguments.out, dpi=150)
 
 
