@@ -120,7 +120,7 @@ def convert(
     original = read_original(source, arch=arch, ema=ema)
     check_finite(original.tensors)
     keep = head == "auto" and num_classes is None
-    if original.published:
+    if original.reference_code_heads:
         _refuse_for_published(original, keep, head, scale=scale, bias=bias, calibrate=calibrate)
 
     notes = list(original.notes)
@@ -140,7 +140,7 @@ def convert(
     records, heads = [], {}
     for site in original.sites:
         with naming_head(site.path, original.sites):
-            if keep and site.path in original.published:
+            if keep and site.path in original.reference_code_heads:
                 records.append(original.reference_code_record(site, fixed_scale=fixed_scale))
                 heads[site.path] = _kept_head(records[-1], original.tensors)
                 notes.append(
@@ -167,7 +167,7 @@ def convert(
                 spec = replace(
                     spec, standardize="center" if standardize and calibrated else False, normalize=calibrated
                 )
-            learned = site.path not in original.published
+            learned = site.path not in original.reference_code_heads
             if kind == "binary" or (match and num_classes is None and kind == "hadamard" and learned):
                 fixed, note = _taken_head(spec, site, original.tensors, scale, observed)
                 notes.append(note)

@@ -112,7 +112,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def is_slim(path: Path | str) -> bool:
-    """Whether the file is a safetensors file that fixify wrote, of whatever version."""
+    """Return whether a file is a slim checkpoint, of any format version."""
     return has_metadata(path, SLIM_KEY)
 
 
@@ -158,7 +158,7 @@ def read_info(path: Path | str) -> SlimInfo:
 
 
 def read_tensors(path: Path | str) -> dict[str, torch.Tensor]:
-    """The stored tensors, as they are (memory-mapped).
+    """Read the stored tensors without changing them (memory-mapped).
 
     Raises:
         FormatError: the file cannot be read.
@@ -272,6 +272,6 @@ def storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _first_problem(error: RuntimeError) -> str:
-    """The first complaint of `load_state_dict`, without the class name and the many lines that follow."""
+    """Return the first problem that `load_state_dict` reports, without the class name and the lines that follow."""
     lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
     return lines[0] if lines else str(error)

@@ -15,7 +15,7 @@ from fixify.errors import AmbiguousArchitectureError, ArchitectureError, NoClass
 from fixify.models import build, find_classifiers, list_architectures, parse_architecture, preprocessing
 from fixify.models.identify import Identification, fit, identify
 from fixify.models.index import Index, build_index, load_index
-from fixify.models.signature import is_counter, shapes_of
+from fixify.models.signature import shapes_of
 
 Shapes = dict[str, tuple[int, ...]]
 

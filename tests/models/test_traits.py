@@ -3,7 +3,7 @@
 from torch import nn
 
 from fixify.models import build, parse_architecture
-from fixify.models.identify import Facts, merge, set_apart
+from fixify.models.identify import Behaviour, merge, set_apart
 from fixify.models.signature import traits
 
 
@@ -43,22 +43,22 @@ def test_what_does_not_matter_is_no_trait() -> None:
 
 
 def test_merge_and_set_apart() -> None:
-    a = Facts("timm", {"padding": ("1", "even"), ".num_heads": ("2", "2"), "mean": ("x", "x")})
-    b = Facts("timm", {"padding": ("1", "even"), ".num_heads": ("4", "4"), "mean": ("x", "x")})
-    c = Facts("torchvision", {"padding": ("1", "even"), ".class": ("r", "ResNet"), "mean": ("y", "y")})
-    d = Facts("torchvision", {"padding": ("1", "even"), ".class": ("r", "ResNet"), "mean": ("x", "x")})
+    a = Behaviour("timm", {"padding": ("1", "even"), ".num_heads": ("2", "2"), "mean": ("x", "x")})
+    b = Behaviour("timm", {"padding": ("1", "even"), ".num_heads": ("4", "4"), "mean": ("x", "x")})
+    c = Behaviour("torchvision", {"padding": ("1", "even"), ".class": ("r", "ResNet"), "mean": ("y", "y")})
+    d = Behaviour("torchvision", {"padding": ("1", "even"), ".class": ("r", "ResNet"), "mean": ("x", "x")})
     assert merge([a, a, b, a, c]) == [[0, 1, 3], [2], [4]]
     assert set_apart([a, b]) == [{"num_heads": "2"}, {"num_heads": "4"}]
     # Attributes of modules mean nothing between libraries; the preprocessing does.
     assert set_apart([a, c]) == [{"mean": "x"}, {"mean": "y"}]
     assert set_apart([a, d]) == [{}, {}]
     assert merge([a, d]) == [[0], [1]]
-    e = Facts("timm", {"padding": ("9", "even"), ".num_heads": ("2", "2"), "mean": ("x", "x")})
+    e = Behaviour("timm", {"padding": ("9", "even"), ".num_heads": ("2", "2"), "mean": ("x", "x")})
     assert set_apart([a, e]) == [{"padding": "even (placed differently)"}] * 2
     assert set_apart([a, b, d]) == [{"num_heads": "2"}, {"num_heads": "4"}, {}]
 
 
 def test_facts_include_the_preprocessing() -> None:
-    facts = Facts.of(parse_architecture("tf_efficientnet_lite0"), {})
+    facts = Behaviour.of(parse_architecture("tf_efficientnet_lite0"), {})
     assert facts.values["mean"] == ("0.5 0.5 0.5", "0.5 0.5 0.5")
     assert facts.values["interpolation"][1] == "bicubic"

@@ -5,7 +5,7 @@ import torch
 
 from fixify.models import build, parse_architecture
 from fixify.models.build import load_weights
-from fixify.models.signature import is_counter
+from fixify.models.build import is_counter
 
 
 def test_mnasnet_loads_without_the_version_of_its_modules() -> None:
