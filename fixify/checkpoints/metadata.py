@@ -61,8 +61,8 @@ def facts_of_training(tree: object) -> Facts:
     name = model if isinstance(model, str) else arch if isinstance(arch, str) else None
     if name is None:
         return Facts()
-    # torchvision's reference script saves "model" and "lr_scheduler", PyTorch's example saves "best_acc1"; timm's script
-    # saves neither.
+    # torchvision's reference script saves "model" and "lr_scheduler", PyTorch's example saves "best_acc1". timm saves
+    # neither.
     torchvision = ("model" in top and "lr_scheduler" in top) or "best_acc1" in top
     architecture = known_architecture(f"torchvision/{name}" if torchvision else name)
     if architecture is None:
