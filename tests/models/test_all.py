@@ -15,8 +15,8 @@ import torch
 import fixify
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-# One architecture for each kind of classifier (a 1x1 convolution, BatchNorm + Linear twice, a list, a pair of lists) and
-# one whose state dict needs its module versions.
+# One architecture for each kind of classifier (a 1x1 convolution, BatchNorm + Linear twice, a list, a pair of lists),
+# and one whose state dict needs its module versions.
 SAMPLE = [
     *("timm/dla46_c", "timm/levit_128s", "timm/crossvit_9_240", "timm/efficientvim_m1_dist"),
     *("torchvision/squeezenet1_1", "torchvision/mnasnet0_5"),

@@ -1,4 +1,4 @@
-"""fixify.models.signature and fixify.models.identify: what sets networks of the same shapes apart."""
+"""fixify.models.signature.traits and fixify.models.identify.Behaviour: what sets networks of the same shapes apart."""
 
 from torch import nn
 
@@ -36,7 +36,7 @@ def test_number_of_attention_heads() -> None:
     assert {name for name in few if few[name] != many[name]} == {".num_heads", ".head_dim"}
 
 
-def test_what_does_not_matter_is_no_trait() -> None:
+def test_attributes_without_effect_on_predictions_are_no_traits() -> None:
     first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.BatchNorm2d(4))
     second = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Dropout(0.1), nn.BatchNorm2d(4, momentum=0.01)).eval()
     assert traits(first) == traits(second)
@@ -49,7 +49,7 @@ def test_merge_and_set_apart() -> None:
     d = Behaviour("torchvision", {"padding": ("1", "even"), ".class": ("r", "ResNet"), "mean": ("x", "x")})
     assert merge([a, a, b, a, c]) == [[0, 1, 3], [2], [4]]
     assert set_apart([a, b]) == [{"num_heads": "2"}, {"num_heads": "4"}]
-    # Attributes of modules mean nothing between libraries; the preprocessing does.
+    # Attributes of modules cannot be compared between libraries; the preprocessing can.
     assert set_apart([a, c]) == [{"mean": "x"}, {"mean": "y"}]
     assert set_apart([a, d]) == [{}, {}]
     assert merge([a, d]) == [[0], [1]]
@@ -58,7 +58,7 @@ def test_merge_and_set_apart() -> None:
     assert set_apart([a, b, d]) == [{"num_heads": "2"}, {"num_heads": "4"}, {}]
 
 
-def test_facts_include_the_preprocessing() -> None:
+def test_behaviour_includes_the_preprocessing() -> None:
     facts = Behaviour.of(parse_architecture("tf_efficientnet_lite0"), {})
     assert facts.values["mean"] == ("0.5 0.5 0.5", "0.5 0.5 0.5")
     assert facts.values["interpolation"][1] == "bicubic"
