@@ -4,7 +4,7 @@ The reference code is what the paper's authors published: github.com/eladhoffer/
 same file is in the author's convNet.pytorch). Two of its layers replace `nn.Linear`. Their matrix is a plain attribute
 and not a buffer, so a state dict holds only
 
-- of `HadamardProj`: `scale` [1] (unless it is fixed) and `bias` [C] (see `fixify.heads.truncated`);
+- of `HadamardProj`: `scale` [1] (unless it is fixed) and `bias` [C] (see `fixify.heads.kinds`);
 - of `Proj` (random orthogonal): `weight` [1], which is its scale, and `bias` [C]; its matrix comes from
   `torch.manual_seed(123)` and torch's initialisation.
 
@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from fixify.errors import SourceError
-from fixify.heads import HeadSpec, codebook
-from fixify.heads.truncated import TRUNCATED
+from fixify.heads import REFERENCE_CONSTRUCTION, HeadSpec, codebook
 
 _NEW_HEAD = "--head hadamard puts a new head on its backbone; the network must then be trained with it."
 
@@ -71,7 +70,9 @@ class ReferenceCodeHead:
         if self.scale_name != "scale" and self.matrix is None:
             raise self._without_matrix()
         if self.scale_name != "weight":
-            spec = HeadSpec("hadamard", num_features, self.num_classes, fixed_scale=fixed_scale, construction=TRUNCATED)
+            spec = HeadSpec(
+                "hadamard", num_features, self.num_classes, fixed_scale=fixed_scale, construction=REFERENCE_CONSTRUCTION
+            )
             if self.matrix is None or _is_hadamard(self.matrix, spec):
                 if self.scale_name is not None:
                     return spec.resolve()

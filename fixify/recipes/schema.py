@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import types
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 from fixify._options import Conflict, did_you_mean, explain, mistakes, refuse, shown
-from fixify.checkpoints.slim import DTYPES
-from fixify.conversion import conflicts, convert
-from fixify.features import MIN_IMAGES
-from fixify.heads.spec import KINDS
+from fixify.conversion import ConvertOptions
 from fixify.language.options import LanguageOptions
 from fixify.recipes.parsing import Parsed, Place, Problem, dotted
 from fixify.recipes.parsing import Path as ValuePath
@@ -186,62 +180,10 @@ class MeasuredWords(MeasuredRuns):
 # what it is about: data, files, what they were, and what was measured with them.
 
 
-# What belongs to one conversion and not to a recipe: the files. (Nor do callbacks, `on_...`.)
-_OF_ONE_CALL = {"source", "out", "force"}
-
-_HEADS, _DTYPES = ("auto", *KINDS), tuple(DTYPES)
-
-# What the types of `convert` do not say and it would find out only after reading the checkpoint.
-_LIMITS: dict[str, Any] = {
-    "head": Literal[_HEADS],
-    "dtype": Literal[_DTYPES] | None,
-    "num_classes": Annotated[int, Field(ge=1)] | None,
-    "bits_per_class": Annotated[int, Field(ge=1)] | None,
-    "calibrate_images": Annotated[int, Field(ge=MIN_IMAGES)],
-    "scale": Annotated[float, Field(ge=0, allow_inf_nan=False)] | None,
-    "seed": Annotated[int, Field(ge=0, lt=1 << 64)],
-}
-
-
 def convert_option_names() -> tuple[str, ...]:
     """The options of `fixify.convert` that a recipe may set."""
-    return tuple(
-        name
-        for name in inspect.signature(convert).parameters
-        if name not in _OF_ONE_CALL and not name.startswith("on_")
-    )
+    return tuple(ConvertOptions.model_fields)
 
-
-def _convert_options() -> type[BaseModel]:
-    hints = get_type_hints(convert, include_extras=True)
-    parameters = inspect.signature(convert).parameters
-    fields: dict[str, Any] = {
-        name: (_LIMITS.get(name, _as_text(hints[name])), parameters[name].default) for name in convert_option_names()
-    }
-    return create_model(
-        "ConvertOptions",
-        __config__=ConfigDict(extra="forbid", frozen=True),
-        __validators__={"fit_together": model_validator(mode="after")(_fit_together)},  # type: ignore[dict-item]
-        **fields,
-    )
-
-
-def _fit_together(options: BaseModel) -> BaseModel:
-    """Refuse options of `convert` that do not go together, both given here; the other may come by the command line."""
-    values = {name: getattr(options, name, None) for name in inspect.signature(conflicts).parameters}
-    refuse(each for each in conflicts(**values) if set(each.options) <= options.model_fields_set)  # type: ignore[arg-type]
-    return options
-
-
-def _as_text(hint: Any) -> Any:
-    """The type without `Path`: in YAML a path is text."""
-    if get_origin(hint) in (Union, types.UnionType):
-        rest = tuple(kind for kind in get_args(hint) if kind is not Path)
-        return Union[rest]  # noqa: UP007, of a computed tuple
-    return hint
-
-
-ConvertOptions = _convert_options()
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "convert": ConvertOptions,
