@@ -216,7 +216,7 @@ def test_without_bias_the_number_of_classes_is_not_there(tmp_path: Path) -> None
 def test_options_that_conflict_with_a_trained_head(tmp_path: Path) -> None:
     source, out = save(tmp_path / "old.pth", network(), trained()), tmp_path / "out.fixed.safetensors"
     for options, advice in (
-        ({"scale": 5.0}, "--scale"),
+        ({"scale": 5.0}, "--alpha"),
         ({"bias": False}, "--no-bias"),
         ({"calibrate": tmp_path}, "--calibrate"),
         ({"head": "binary"}, "--head hadamard"),
