@@ -137,6 +137,7 @@ def known_architecture(name: str) -> str | None:
     >>> known_architecture("resnet18"), known_architecture("no_such_network")
     ('timm/resnet18', None)
     """
+    # timm takes seconds to import; import it only for files that name an architecture.
     from fixify.models.architectures import parse_architecture
 
     try:

@@ -12,6 +12,8 @@ from fixify.checkpoints.files import CONFIG, SUFFIXES, WEIGHTS, config_facts, op
 from fixify.checkpoints.source import Facts, Source
 from fixify.errors import ArchitectureError, SourceError
 
+# timm, torchvision and the hub's client take seconds to import. The functions below import them only for names that
+# need them.
 if TYPE_CHECKING:
     from fixify.models.architectures import Architecture
 
