@@ -1,4 +1,4 @@
-"""Writing files so that nothing half-written is ever left, and nothing existing is lost by accident."""
+"""Write files in one step, so that no partial file is left and no existing file is lost."""
 
 from __future__ import annotations
 
@@ -15,21 +15,28 @@ _CHUNK = 1 << 20
 
 
 def refuse_existing(path: Path, *, force: bool) -> None:
-    """Raise `OutputExistsError` if `path` exists and may not be replaced. Call before the work, not after it."""
+    """Check that an output can be written; call this before the work that produces it.
+
+    Raises:
+        OutputExistsError: `path` exists and `force` is False.
+        OutputError: its folder does not exist.
+    """
     if path.exists() and not force:
-        raise OutputExistsError(f"{path} exists already.", hint="Choose another name with -o, or add --force.")
+        raise OutputExistsError(
+            f"{path} exists already.", hint="Choose another name with -o, or add --force."
+        )
     if not path.parent.is_dir():
-        raise OutputError(f"The folder {path.parent} does not exist.", hint=f"Make it first: mkdir -p {path.parent}")
+        raise OutputError(f"The folder {path.parent} does not exist.", hint=f"Create it first: mkdir -p {path.parent}")
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success it is synced and renamed to `path`, else removed.
+    """Yield a temporary path in the same folder; on success sync it and rename it to `path`, otherwise remove it.
 
-    The result has the mode that `open()` would have given it (safetensors itself writes 0600).
+    The file has the mode that `open()` would give it (safetensors itself writes 0600).
 
     Raises:
-        OutputError: the disk is full, or the folder cannot be written.
+        OutputError: the disk is full, or the folder is not writable.
     """
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -52,13 +59,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write `data` to `path` in one step: readers see the old file or the whole new one."""
+    """Write `data` to `path` in one step: readers see either the old file or the complete new one."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def sha256_of(path: Path, on_progress: Callable[[int], object] | None = None) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits.
+
+    Args:
+        path: The file.
+        on_progress: Called with the number of bytes in each chunk that was read.
+    """
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
@@ -69,7 +81,7 @@ def sha256_of(path: Path, on_progress: Callable[[int], object] | None = None) ->
 
 
 def _umask() -> int:
-    # The umask can only be read by setting it. Linux tells it without the race.
+    # os.umask reads the umask only by setting it, which is a race between threads. Linux shows it in /proc.
     try:
         with open("/proc/self/status") as status:
             for line in status:

@@ -82,7 +82,7 @@ def convert(
     original = read_original(source, arch=options.arch, ema=options.ema)
     check_finite(original.tensors)
     observed = None
-    if options.calibrate is not None and not original.published:
+    if options.calibrate is not None and not original.reference_code_heads:
         observed = Observation(
             original,
             options.calibrate,
@@ -139,7 +139,7 @@ def default_out(source: str | Path) -> Path:
 
 def _heads(original: Original, options: ConvertOptions, features: Mapping[str, torch.Tensor] | None) -> list[NewHead]:
     """Make the new heads, or keep those of the paper's published code."""
-    if not original.published:
+    if not original.reference_code_heads:
         return make_heads(original.sites, original.tensors, options, features=features, num_classes=options.num_classes)
     keep = options.head == "auto" and options.num_classes is None
     _refuse_for_reference_code(original, options, keep)

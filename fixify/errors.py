@@ -1,7 +1,7 @@
-"""Every error that fixify raises on purpose.
+"""The errors that fixify raises.
 
-One hierarchy, so that a caller can catch `FixifyError` and a command can turn any of them into one line and an
-exit code. A message says what was given and what is allowed; `hint` says what to type next.
+They form one hierarchy: a caller can catch `FixifyError`, and a command turns any of them into one line and an exit
+code. A message says what was given and what is allowed; `hint` says what to type next.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Mapping
 
 
 class FixifyError(Exception):
-    """Base of all errors that are about the input or the machine, not about a bug in fixify.
+    """The base class of all errors that are caused by the input or the machine, not by a bug in fixify.
 
     Args:
-        message: What was given and what is wrong with it, one sentence.
-        hint: What to type or do next, or None if the message already says it.
+        message: What was given and what is wrong with it, in one sentence.
+        hint: What to type or do next; None if the message already says it.
     """
 
     exit_code = 1
@@ -29,36 +29,37 @@ class FixifyError(Exception):
 
 
 class UsageError(FixifyError):
-    """Options that do not go together, or a value outside what is allowed."""
+    """Options that cannot be combined, or a value that is not allowed."""
 
     exit_code = 2
 
 
 class HeadSpecError(FixifyError):
-    """A head spec that cannot be built: unknown kind, impossible size, no known Hadamard matrix, duplicates."""
+    """A head spec cannot be built: unknown kind, impossible size, no known Hadamard matrix, duplicate codes."""
 
 
 class CodebookMismatchError(FixifyError):
-    """A rebuilt codebook is not the one that the head spec was written for."""
+    """A rebuilt codebook differs from the one that the head spec was written for."""
 
 
 class SourceError(FixifyError):
-    """A checkpoint or model name that cannot be read."""
+    """A checkpoint cannot be read, or a model name is unknown."""
 
 
 class UnsafeCheckpointError(SourceError):
-    """A checkpoint that would run code, or lies about its contents. It was refused and nothing was run."""
+    """A checkpoint would run code, or lies about its contents. It was refused, and nothing was run."""
 
 
 class ArchitectureError(FixifyError):
-    """No architecture of that name, or none that fits the checkpoint."""
+    """No architecture has the given name, or none fits the checkpoint."""
 
 
 class AmbiguousArchitectureError(ArchitectureError):
     """Several architectures fit the checkpoint equally well; the message lists them.
 
     Args:
-        choices: What to give as `--arch` for each of them -> what sets it apart from the others, in words.
+        message, hint: See `FixifyError`.
+        choices: What to give as `--arch` for each architecture -> what sets it apart from the others, in words.
     """
 
     def __init__(self, message: str, *, hint: str | None = None, choices: Mapping[str, str] | None = None) -> None:
@@ -71,26 +72,26 @@ class NoClassifierError(FixifyError):
 
 
 class FormatError(FixifyError):
-    """A slim checkpoint that is damaged, or of a version that this fixify does not know."""
+    """A slim checkpoint is damaged, or has a version that this fixify does not know."""
 
 
 class DataError(FixifyError):
-    """A data set that is missing, unreadable, or does not fit the checkpoint."""
+    """A data set is missing, cannot be read, or does not fit the checkpoint."""
 
 
 class OutputExistsError(FixifyError):
-    """An output file exists already and `--force` was not given."""
+    """An output file already exists, and `--force` was not given."""
 
 
 class OutputError(FixifyError):
-    """An output could not be written: full disk, no permission, missing folder."""
+    """An output cannot be written: the disk is full, permission is missing, or the folder does not exist."""
 
 
 class TrainingError(FixifyError):
-    """A run that cannot go on: loss is not finite, a checkpoint to resume from does not fit."""
+    """A training run cannot continue: the loss is not finite, or the checkpoint to resume from does not fit."""
 
 
 class CheckFailed(FixifyError):
-    """The command worked, and what it was asked to check does not hold."""
+    """The command worked, but a check that it was asked to make failed."""
 
     exit_code = 3

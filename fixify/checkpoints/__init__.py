@@ -1,4 +1,4 @@
-"""Any checkpoint, safely: files, folders and model names -> weights and what is known about them."""
+"""Open any checkpoint safely: a file, a folder or a model name becomes tensors and facts about the model."""
 
 from __future__ import annotations
 

@@ -1,10 +1,14 @@
-"""Reading safetensors. The library checks the header (size, offsets, shapes) before anything is mapped."""
+"""Read a checkpoint from disk: one file, or a folder as the Hugging Face hub lays it out.
+
+A file's content, not its name, determines how it is read. safetensors headers are checked here and by the library
+(size, offsets, shapes) before anything is mapped; `fixify.checkpoints.pickles` reads what `torch.save` wrote.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +24,192 @@ from fixify.checkpoints.sniffing import kind_of
 from fixify.checkpoints.source import Facts, Source
 from fixify.errors import SourceError, UnsafeCheckpointError
 
-# Entries of the metadata, of files that fixify wrote.
+# Metadata keys of the files that fixify writes.
 SLIM_KEY = "fixify"
 LANGUAGE_KEY = "fixify.language"
-# The library's own limit.
-_MAX_HEADER = 100_000_000
+
+CONFIG = "config.json"
+# In the order in which the hub's libraries prefer them.
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.pth",
+)
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".th")
+
+_MAX_JSON = 64 << 20
+_MAX_HEADER = 100_000_000  # the limit of the safetensors library
 _AGAIN = "Compare its size with the original, or download it again."
+
+
+def open_file(path: Path, *, ema: bool = False, meta: bool = False, name: str | None = None) -> Source:
+    """Read one checkpoint file: PyTorch's zip archive, its older pickle, or safetensors.
+
+    Args:
+        path: The file.
+        ema: Read the moving average of the weights.
+        meta: Read only names, shapes and dtypes: tensors are on the meta device, and there is no SHA-256.
+        name: The name for messages and records; the file name if None.
+
+    Raises:
+        UnsafeCheckpointError: the file would run code, or lies about what it holds. Nothing was run.
+        SourceError: the file is not a checkpoint, is damaged, holds no weights, or lacks the requested moving average.
+    """
+    tree, facts = read_tree(path, meta=meta)
+    num_bytes = path.stat().st_size
+    weights = clean(find_state_dict(tree, path.name, ema=ema), path.name, file_bytes=num_bytes, ema=ema)
+    return Source(
+        name=name or path.name,
+        tensors=_shapes_only(weights.tensors) if meta else weights.tensors,
+        facts=facts,
+        sha256=None if meta else _files.sha256_of(path),
+        num_bytes=num_bytes,
+        used_ema=weights.used_ema,
+        has_ema=weights.has_ema,
+        dropped=weights.dropped,
+    )
+
+
+def open_folder(folder: Path, *, ema: bool = False, meta: bool = False, name: str | None = None) -> Source:
+    """Open the only checkpoint of a folder, and the config.json beside it.
+
+    Args:
+        folder: The folder.
+        ema: See `open_file`.
+        meta: See `open_file`.
+        name: The name for messages and records; the folder's name if None.
+
+    Raises:
+        SourceError: the folder has no checkpoint, or several of which none has a name that the hub uses.
+    """
+    name = name or folder.resolve().name
+    for weights in WEIGHTS:
+        if (folder / weights).exists():
+            return open_with_config(folder / weights, ema=ema, meta=meta, name=name)
+    found = sorted(entry.name for entry in _listing(folder) if entry.name.endswith(SUFFIXES) and entry.is_file())
+    if len(found) == 1:
+        source = open_file(folder / found[0], ema=ema, meta=meta, name=name)
+        return replace(source, facts=source.facts.or_else(config_facts(folder / CONFIG)))
+    if found:
+        raise SourceError(
+            f"The folder {folder} holds {len(found)} checkpoints: {', '.join(found[:6])}"
+            f"{', ...' if len(found) > 6 else ''}.",
+            hint=f"Name one of them: {folder / found[-1]}",
+        )
+    raise SourceError(
+        f"The folder {folder} holds no checkpoint.",
+        hint=f"fixify looks for {', '.join(WEIGHTS)} and files ending in {', '.join(SUFFIXES)}.",
+    )
+
+
+def holds_one_checkpoint(folder: Path) -> bool:
+    """Return whether `open_folder` finds exactly one checkpoint in a folder."""
+    names = [entry.name for entry in _listing(folder) if entry.is_file()]
+    return any(name in WEIGHTS for name in names) or sum(name.endswith(SUFFIXES) for name in names) == 1
+
+
+def open_with_config(path: Path, *, ema: bool = False, meta: bool = False, name: str | None = None) -> Source:
+    """Open a file that has one of the hub's names, and take facts from the config.json beside it.
+
+    Args:
+        path: The weights, or the index of weights that are stored in several files.
+        ema: See `open_file`.
+        meta: See `open_file`.
+        name: See `open_file`.
+
+    Raises:
+        SourceError: see `open_file`; or a part is missing, or a JSON file is damaged.
+    """
+    if path.name.endswith(".index.json"):
+        source = _open_shards(path, ema=ema, meta=meta, name=name or path.name)
+    else:
+        source = open_file(path, ema=ema, meta=meta, name=name)
+    return replace(source, facts=source.facts.or_else(config_facts(path.parent / CONFIG)))
+
+
+def shards_of(index: Path) -> dict[str, list[str]]:
+    """Read which file holds which tensors from an index: file name -> tensor names, both in the order of the index.
+
+    Raises:
+        UnsafeCheckpointError: the index names a file outside its folder.
+        SourceError: it is not an index.
+    """
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{index} is not the index of a checkpoint: it has no weight_map.")
+    shards: dict[str, list[str]] = {}
+    for key, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(SUFFIXES):
+            raise UnsafeCheckpointError(f"{index} was refused: it names {shard!r}, which is not a file beside it.")
+        shards.setdefault(shard, []).append(key)
+    return shards
+
+
+def config_facts(path: Path) -> Facts:
+    """Return what a config.json says about the checkpoint beside it; no facts if the file does not exist.
+
+    Raises:
+        SourceError: the file is damaged.
+    """
+    return facts_of_config(_read_json(path)) if path.exists() else Facts()
+
+
+def read_tree(path: Path, *, meta: bool) -> tuple[object, Facts]:
+    """Read the content of a file as it was saved, and what it says about the model.
+
+    Args:
+        path: The file.
+        meta: Read only the header of a safetensors file. The tensors of a zip archive are memory-mapped in any case,
+            and cost nothing until they are used.
+
+    Raises:
+        UnsafeCheckpointError, SourceError: see `open_file`.
+    """
+    kind = kind_of(path)
+    if kind == "safetensors":
+        contents = read_safetensors(path, meta=meta)
+        for key, what in (
+            (SLIM_KEY, "a slim checkpoint already"),
+            (LANGUAGE_KEY, "a language model, not an image model"),
+        ):
+            if key in contents.metadata:
+                raise SourceError(f"{path} is {what}.", hint=f"Show what is in it: fixify inspect {path}")
+        return contents.tensors, facts_of_metadata(contents.metadata)
+    tree = read_zip(path) if kind == "zip" else read_legacy(path)
+    for key, tensor in find_state_dict(tree, path.name).entries.items():
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            raise SourceError(
+                f"{path} stores only the shape of {key}, no values: the model was on the meta device.",
+                hint="Save it after its weights were loaded.",
+            )
+    return tree, facts_of_training(tree)
 
 
 @dataclass(frozen=True)
 class SafetensorsContents:
-    """The tensors of one file in the order of their bytes, and its metadata (string -> string)."""
+    """The content of one safetensors file.
+
+    Attributes:
+        tensors: Name -> tensor, in the order of their bytes.
+        metadata: String -> string.
+    """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
 
 
 def read_safetensors(path: Path, *, meta: bool = False) -> SafetensorsContents:
-    """Read a safetensors file: memory-mapped tensors, or with `meta` their shapes and dtypes from the header alone.
+    """Read a safetensors file.
+
+    Args:
+        path: The file.
+        meta: Read only the header: tensors are on the meta device. Otherwise they are memory-mapped.
 
     Raises:
         UnsafeCheckpointError: the header lies about what the file holds.
-        SourceError: it cannot be read, is cut short, or holds a dtype that no image model is stored in.
+        SourceError: the file cannot be read, is cut short, or holds a dtype that image models do not use.
     """
     _check_header_size(path)
     try:
@@ -58,12 +226,62 @@ def read_safetensors(path: Path, *, meta: bool = False) -> SafetensorsContents:
 
 
 def has_metadata(path: Path | str, key: str) -> bool:
-    """Whether it is a safetensors file with this entry in its metadata. Only the header is read."""
+    """Return whether a file is a safetensors file with this key in its metadata. Only the header is read."""
     try:
         with safe_open(path, framework="pt") as file:
             return key in (file.metadata() or {})
     except (SafetensorError, OSError):
         return False
+
+
+def _open_shards(index: Path, *, ema: bool, meta: bool, name: str) -> Source:
+    if ema:
+        raise SourceError(f"{index} is a checkpoint in several files; those hold no moving average (EMA).")
+    entries: dict[str, object] = {}
+    num_bytes = 0
+    for shard, keys in shards_of(index).items():
+        path = index.parent / shard
+        if not path.exists():
+            raise SourceError(
+                f"{index} names {shard}, which does not exist.", hint=f"Download it into {index.parent} as well."
+            )
+        held = find_state_dict(read_tree(path, meta=meta)[0], path.name).entries
+        missing = [key for key in keys if not isinstance(held.get(key), Tensor)]
+        if missing:
+            raise SourceError(f"{index.name} says that {path} holds {missing[0]}, but it does not.")
+        entries.update((key, held[key]) for key in keys)
+        num_bytes += path.stat().st_size
+    weights = clean(StateDict(entries), name, file_bytes=num_bytes)
+    tensors = _shapes_only(weights.tensors) if meta else weights.tensors
+    return Source(name=name, tensors=tensors, num_bytes=num_bytes, dropped=weights.dropped)
+
+
+def _shapes_only(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Move tensors to the meta device, keeping only names, shapes and dtypes."""
+    return {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise SourceError(
+                f"{path} is too large: {path.stat().st_size} bytes, at most {_MAX_JSON}.", hint="Download it again."
+            )
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path} is not valid JSON: {error}.", hint="Download it again, or remove it.") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{path} is not a configuration: it holds a {type(value).__name__}.")
+    return value
+
+
+def _listing(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise SourceError(f"The folder {folder} cannot be read: {error.strerror or error}.") from error
 
 
 def _on_meta(file: safe_open, name: str) -> Tensor:
@@ -74,7 +292,7 @@ def _on_meta(file: safe_open, name: str) -> Tensor:
 def _check_tensor(path: Path, name: str, piece: Any) -> None:
     if piece.get_dtype() not in DTYPES:
         raise unusual_dtype(path.name, name, piece.get_dtype())
-    # A dimension of zero makes any shape fit zero bytes; torch still computes strides from the others.
+    # If one dimension is zero, any shape fits zero bytes, but torch still computes strides from the other dimensions.
     if math.prod(max(size, 1) for size in piece.get_shape()) * 8 >= 1 << 63:
         raise UnsafeCheckpointError(
             f"{path} was refused: {name} has the shape {piece.get_shape()}, which no memory can hold.", hint=_AGAIN
@@ -86,7 +304,7 @@ def _check_header_size(path: Path) -> None:
     with open(path, "rb") as file:
         start = file.read(8)
     if len(start) < 8:
-        raise SourceError(f"{path} is no safetensors file: {size} bytes are less than a header has.", hint=_AGAIN)
+        raise SourceError(f"{path} is not a safetensors file: {size} bytes are too few for a header.", hint=_AGAIN)
     header = int.from_bytes(start, "little")
     if header > _MAX_HEADER:
         raise UnsafeCheckpointError(
@@ -109,7 +327,7 @@ def _disagreement(path: Path, reason: str) -> SourceError:
 
 
 def _described_bytes(path: Path) -> int | None:
-    """Size that the file should have by its header, for the message; None if the header is beyond reading."""
+    """Return the file size that the header implies, for the message; None if the header cannot be read."""
     with open(path, "rb") as file:
         header = int.from_bytes(file.read(8), "little")
         try:
@@ -117,199 +335,3 @@ def _described_bytes(path: Path) -> int | None:
             return 8 + header + max(entry["data_offsets"][1] for entry in entries if "data_offsets" in entry)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return None
-
-
-# One checkpoint file -> `Source`.
-
-
-_OURS = {SLIM_KEY: "a slim checkpoint already", LANGUAGE_KEY: "a language model, not one of images"}
-
-
-def open_file(path: Path, *, ema: bool = False, meta: bool = False, name: str | None = None) -> Source:
-    """Read one checkpoint file: PyTorch's zip, its older pickle, or safetensors; its content decides which.
-
-    Args:
-        path: The file.
-        ema: Take the moving average of the weights.
-        meta: Read only names, shapes and dtypes: tensors on the meta device, no SHA-256.
-        name: What to call it; its file name if None.
-
-    Raises:
-        UnsafeCheckpointError: it would run code, or lies about what it holds. Nothing was run.
-        SourceError: it is no checkpoint, is damaged, holds no weights or (if asked for) no moving average of them.
-    """
-    tree, facts = read_tree(path, meta=meta)
-    num_bytes = path.stat().st_size
-    weights = clean(find_state_dict(tree, path.name, ema=ema), path.name, file_bytes=num_bytes, ema=ema)
-    source = Source(
-        name=name or path.name,
-        tensors=shapes_only(weights.tensors) if meta else weights.tensors,
-        sha256=None if meta else _files.sha256_of(path),
-        num_bytes=num_bytes,
-        used_ema=weights.used_ema,
-        has_ema=weights.has_ema,
-        dropped=weights.dropped,
-    )
-    return source.with_facts(facts)
-
-
-def read_tree(path: Path, *, meta: bool) -> tuple[object, Facts]:
-    """What a file holds, as it was saved, and what it says about the model.
-
-    Args:
-        meta: Of a safetensors file only the header is read. The tensors of a zip are mapped in any case and cost
-            nothing until they are looked at.
-    """
-    kind = kind_of(path)
-    if kind == "safetensors":
-        contents = read_safetensors(path, meta=meta)
-        for key, what in (
-            (SLIM_KEY, "a slim checkpoint already"),
-            (LANGUAGE_KEY, "a language model, not one of images"),
-        ):
-            if key in contents.metadata:
-                raise SourceError(f"{path} is {what}.", hint=f"See what is in it: fixify inspect {path}")
-        return contents.tensors, facts_of_metadata(contents.metadata)
-    tree = read_zip(path) if kind == "zip" else read_legacy(path)
-    _refuse_shapes_only(tree, path)
-    return tree, facts_of_training(tree)
-
-
-def shapes_only(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same names, shapes and dtypes, on the meta device."""
-    return {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()}
-
-
-def _refuse_shapes_only(tree: object, path: Path) -> None:
-    for key, tensor in find_state_dict(tree, path.name).entries.items():
-        if isinstance(tensor, Tensor) and tensor.is_meta:
-            raise SourceError(
-                f"{path} stores only the shape of {key}, no values: the model was on the meta device.",
-                hint="Save it after its weights were loaded.",
-            )
-
-
-# A folder as the Hugging Face hub lays it out: config.json and weights, in one file or several.
-
-
-CONFIG = "config.json"
-# In the order in which the hub's libraries prefer them.
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.pth",
-)
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".th")
-_MAX_JSON = 64 << 20
-
-
-def open_folder(folder: Path, *, ema: bool = False, meta: bool = False, name: str | None = None) -> Source:
-    """Open the one checkpoint of a folder, and the config.json beside it.
-
-    Raises:
-        SourceError: no checkpoint, or several and none of them has one of the hub's names.
-    """
-    name = name or folder.resolve().name
-    for weights in WEIGHTS:
-        if (folder / weights).exists():
-            return open_with_config(folder / weights, ema=ema, meta=meta, name=name)
-    found = sorted(entry.name for entry in _listing(folder) if entry.name.endswith(SUFFIXES) and entry.is_file())
-    if len(found) == 1:
-        source = open_file(folder / found[0], ema=ema, meta=meta, name=name)
-        return source.with_facts(source.facts.or_else(config_facts(folder / CONFIG)))
-    if found:
-        raise SourceError(
-            f"The folder {folder} holds {len(found)} checkpoints: {', '.join(found[:6])}"
-            f"{', ...' if len(found) > 6 else ''}.",
-            hint=f"Name one of them: {folder / found[-1]}",
-        )
-    raise SourceError(
-        f"The folder {folder} holds no checkpoint.",
-        hint=f"Looked for {', '.join(WEIGHTS)} and files ending in {', '.join(SUFFIXES)}.",
-    )
-
-
-def holds_one_checkpoint(folder: Path) -> bool:
-    """Whether `open_folder` would know which checkpoint is meant."""
-    names = [entry.name for entry in _listing(folder) if entry.is_file()]
-    return any(name in WEIGHTS for name in names) or sum(name.endswith(SUFFIXES) for name in names) == 1
-
-
-def open_with_config(path: Path, *, ema: bool = False, meta: bool = False, name: str | None = None) -> Source:
-    """Open a file that has one of the hub's names, taking facts from the config.json beside it.
-
-    Raises:
-        SourceError: see `open_file`; or a part is missing, or the JSON is damaged.
-    """
-    if path.name.endswith(".index.json"):
-        source = _open_shards(path, ema=ema, meta=meta, name=name or path.name)
-    else:
-        source = open_file(path, ema=ema, meta=meta, name=name)
-    return source.with_facts(source.facts.or_else(config_facts(path.parent / CONFIG)))
-
-
-def shards_of(index: Path) -> dict[str, list[str]]:
-    """File name -> names of its tensors, from an index; both in the order they are listed in."""
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"{index} is no index of a checkpoint: it has no weight_map.")
-    shards: dict[str, list[str]] = {}
-    for key, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(SUFFIXES):
-            raise UnsafeCheckpointError(f"{index} was refused: it names {shard!r}, which is no file beside it.")
-        shards.setdefault(shard, []).append(key)
-    return shards
-
-
-def config_facts(path: Path) -> Facts:
-    """What a config.json says of the checkpoint beside it; nothing if it is not there.
-
-    Raises:
-        SourceError: it is damaged.
-    """
-    return facts_of_config(_read_json(path)) if path.exists() else Facts()
-
-
-def _open_shards(index: Path, *, ema: bool, meta: bool, name: str) -> Source:
-    if ema:
-        raise SourceError(f"{index} is a checkpoint in several files; those hold no moving average (EMA).")
-    entries: dict[str, object] = {}
-    num_bytes = 0
-    for shard, keys in shards_of(index).items():
-        path = index.parent / shard
-        if not path.exists():
-            raise SourceError(
-                f"{index} names {shard}, which is not there.", hint=f"Download it into {index.parent}, too."
-            )
-        held = find_state_dict(read_tree(path, meta=meta)[0], path.name).entries
-        missing = [key for key in keys if not isinstance(held.get(key), Tensor)]
-        if missing:
-            raise SourceError(f"{path} should hold {missing[0]} by {index.name}, and does not.")
-        entries.update((key, held[key]) for key in keys)
-        num_bytes += path.stat().st_size
-    weights = clean(StateDict(entries), name, file_bytes=num_bytes)
-    tensors = shapes_only(weights.tensors) if meta else weights.tensors
-    return Source(name=name, tensors=tensors, num_bytes=num_bytes, dropped=weights.dropped)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise SourceError(f"{path} is too large ({path.stat().st_size} bytes).", hint="Download it again.")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path} is not valid JSON: {error}.", hint="Download it again, or remove it.") from error
-    if not isinstance(value, dict):
-        raise SourceError(f"{path} is not a configuration: it holds a {type(value).__name__}.")
-    return value
-
-
-def _listing(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except OSError as error:
-        raise SourceError(f"The folder {folder} cannot be read: {error.strerror or error}.") from error

@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face hub: from its cache, else downloaded."""
+"""Open repositories of the Hugging Face hub, from its cache or by downloading them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fixify.checkpoints.files import CONFIG, WEIGHTS, open_with_config, shards_o
 from fixify.checkpoints.source import Source
 from fixify.errors import SourceError
 
-# Of whichever HTTP library the client uses: requests before its version 1, httpx since.
+# The errors of the HTTP library that the client uses: requests before its version 1, httpx since.
 _TRANSPORT_ERRORS: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, OSError)
 
 
@@ -37,17 +37,17 @@ def open_repository(
 ) -> Source:
     """Open the weights of a repository, and its config.json.
 
-    What is in the cache is used without asking the hub; only what is missing is downloaded into it.
+    Files in the cache are used without asking the hub; only missing files are downloaded into it.
 
     Args:
-        repo: "organisation/name", with "@revision" if it should not be the main branch.
-        ema: Take the moving average of the weights.
+        repo: "organisation/name", or "organisation/name@revision" for a revision other than the main branch.
+        ema: Read the moving average of the weights.
         meta: Read only names, shapes and dtypes.
-        name: What to call it; `repo` if None.
-        config: Fetch its config.json, too, if it has one.
+        name: The name for messages and records; `repo` if None.
+        config: Also fetch the config.json, if there is one.
 
     Raises:
-        SourceError: no such repository, no weights in it, no permission, or no way to reach the hub.
+        SourceError: the repository does not exist, holds no weights or needs permission, or the hub cannot be reached.
     """
     repo_id, _, revision = repo.partition("@")
     get = partial(_get, repo_id, revision or None)
@@ -55,14 +55,16 @@ def open_repository(
     if weights is None:
         raise SourceError(
             f"The repository {repo_id} holds no weights that fixify reads.",
-            hint=f"Looked for {', '.join(WEIGHTS)}. Is it a model of another library?",
+            hint=f"fixify looks for {', '.join(WEIGHTS)}. The model may belong to another library.",
         )
     if config:
-        get(CONFIG)  # the cache keeps the files of one revision in one folder, so it is found beside the weights
+        get(CONFIG)  # the cache keeps the files of a revision in one folder, so it is found beside the weights
     if weights.name.endswith(".index.json"):
         for shard in shards_of(weights):
             if get(shard) is None:
-                raise SourceError(f"The repository {repo_id} names {shard} in {weights.name}, and does not hold it.")
+                raise SourceError(
+                    f"{weights.name} of the repository {repo_id} names {shard}, which is not in the repository."
+                )
     return open_with_config(weights, ema=ema, meta=meta, name=name or repo)
 
 
@@ -73,13 +75,13 @@ def _first_cached(repo_id: str, revision: str | None) -> Path | None:
 
 
 def _get(repo_id: str, revision: str | None, file: str) -> Path | None:
-    """The path of a file in the cache, downloaded if need be; None if the repository does not have it."""
+    """Return the path of a file in the cache, after downloading it if needed; None if the repository lacks it."""
     with _explained(repo_id, revision):
         cached = huggingface_hub.try_to_load_from_cache(repo_id, file, revision=revision)
         if isinstance(cached, str):
             return Path(cached)
         if cached is not None:
-            return None  # the cache knows that there is no such file
+            return None  # the cache has recorded that there is no such file
         _refuse_unreachable(repo_id, revision)
         try:
             return Path(huggingface_hub.hf_hub_download(repo_id, file, revision=revision, library_name="fixify"))
@@ -91,16 +93,17 @@ def _get(repo_id: str, revision: str | None, file: str) -> Path | None:
 
 @contextlib.contextmanager
 def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn what the hub's client raises into one sentence and what to do."""
+    """Turn the errors of the hub's client into one sentence with advice."""
     try:
         yield
     except HFValidationError as error:
         raise SourceError(
-            f"{repo_id!r} is no repository of the Hugging Face hub.", hint="It looks like hf-hub:organisation/name."
+            f"{repo_id!r} is not the name of a repository of the Hugging Face hub.",
+            hint="Write it as hf-hub:organisation/name.",
         ) from error
     except GatedRepoError as error:
         raise SourceError(
-            f"The repository {repo_id} asks for a licence to be accepted first.",
+            f"The repository {repo_id} requires accepting a licence first.",
             hint=f"Accept it at {constants.ENDPOINT}/{repo_id}, then: hf auth login",
         ) from error
     except RevisionNotFoundError as error:
@@ -108,18 +111,18 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
     except RepositoryNotFoundError as error:
         raise SourceError(
             f"The Hugging Face hub has no repository {repo_id}, or it is private.",
-            hint="Check the name; for a private one: hf auth login",
+            hint="Check the name. For a private repository, log in: hf auth login",
         ) from error
     except _TRANSPORT_ERRORS as error:
         raise _unreachable(repo_id, revision, _first_line(error.__cause__ or error)) from error
 
 
 def _refuse_unreachable(repo_id: str, revision: str | None) -> None:
-    """Say within a moment that there is no network. The hub's own client tries for 23 seconds."""
+    """Fail at once if there is no network. The hub's own client retries for 23 seconds."""
     if constants.HF_HUB_OFFLINE:
         raise _unreachable(repo_id, revision, "HF_HUB_OFFLINE is set")
     if urllib.request.getproxies():
-        return  # the proxy resolves names
+        return  # the proxy resolves host names
     host = urlsplit(constants.ENDPOINT).hostname or ""
     try:
         socket.getaddrinfo(host, None)
@@ -132,10 +135,10 @@ def _unreachable(repo_id: str, revision: str | None, reason: str) -> SourceError
     command = ["hf", "download", repo_id, *(["--revision", revision] if revision else []), "--local-dir", folder]
     cached = f"models--{repo_id.replace('/', '--')}"
     return SourceError(
-        f"{repo_id} is not (or not all of it) in {constants.HF_HUB_CACHE}, and the Hugging Face hub cannot be reached "
+        f"{repo_id} is not complete in {constants.HF_HUB_CACHE}, and the Hugging Face hub cannot be reached "
         f"({reason}).",
-        hint=f"Where there is a network: {shlex.join(command)}\n"
-        f"then bring that folder here and give it as local-dir:{folder}, or bring its cache folder {cached} "
+        hint=f"On a machine with a network connection: {shlex.join(command)}\n"
+        f"Then copy that folder here and give it as local-dir:{folder}, or copy the cache folder {cached} "
         f"into {constants.HF_HUB_CACHE}{os.sep}",
     )
 

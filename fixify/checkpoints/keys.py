@@ -1,4 +1,4 @@
-"""From what a training script saved to the state dict inside it."""
+"""Find the state dict in what a training script saved, and reduce it to plain tensors under the model's own names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fixify.errors import SourceError, UnsafeCheckpointError
 
-# Where scripts put the weights, and where their moving average; first found, first taken.
+# Where training scripts store the weights and their moving average. The first key that is found is used.
 WEIGHTS_KEYS = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights", "params")
 EMA_KEYS = (
     "state_dict_ema",
@@ -24,13 +24,42 @@ EMA_KEYS = (
     "params_ema",
 )
 WHERE_WEIGHTS_GO = (
-    f"Weights may be at the top or under {', '.join(WEIGHTS_KEYS[:4])}: torch.save(model.state_dict(), ...)"
+    f"Weights may be at the top level or under {', '.join(WEIGHTS_KEYS[:4])}: torch.save(model.state_dict(), ...)"
 )
+# Modules that people wrap a model in. A leading one is removed if all names are below it. No model of timm or
+# torchvision has all its names below one of these, as it would for "encoder".
+_WRAPPERS = frozenset({"module", "model", "net", "network", "backbone", "base_model", "timm_model", "trunk"})
+# Names that only torch.compile, FSDP and activation checkpointing add; they may occur anywhere in a key.
+_INNER_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# A copy of the model beside it in the same state dict: torch's AveragedModel or timm's ModelEma inside another module.
+_AVERAGE = re.compile(r"(?:^|_)(?:ema|swa|averaged?)(?:_|$)")
+# torchvision's DenseNet had dots in the names of its submodules until PyTorch forbade them; its files still have them.
+_OLD_DENSENET = re.compile(r"(\bdenselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
+# The dtypes of an image model's weights and counters. Others (float8, packed 4 bit, complex) mean nothing without the
+# scales or the code that belong to them.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
 class StateDict:
-    """The entries of one state dict as they were saved: tensors, and whatever else is between them."""
+    """The entries of one state dict as they were saved.
+
+    Attributes:
+        entries: Name -> tensor, or whatever else was saved between the tensors.
+        used_ema: Whether these are the moving average of the weights.
+        has_ema: Whether the file also holds a moving average.
+    """
 
     entries: dict[str, object]
     used_ema: bool = False
@@ -38,9 +67,13 @@ class StateDict:
 
 
 def items_of(mapping: object) -> Iterator[tuple[object, object]]:
-    """The items of a dictionary that came out of a file; none if it is no dictionary.
+    """Iterate over the items of a dictionary that came from a file; no items if it is not a dictionary.
 
-    Not `mapping.items()`: the safe reader lets a file set attributes on an OrderedDict, `items` among them.
+    `mapping.items()` is unsafe, because torch's safe reader lets a file set attributes of an OrderedDict, such as
+    `items`.
+
+    >>> list(items_of({"a": 1})), list(items_of("not a dictionary"))
+    ([('a', 1)], [])
     """
     if isinstance(mapping, OrderedDict):
         return iter(OrderedDict.items(mapping))
@@ -50,27 +83,141 @@ def items_of(mapping: object) -> Iterator[tuple[object, object]]:
 
 
 def find_state_dict(tree: object, name: str, *, ema: bool = False) -> StateDict:
-    """Find the weights in what a file holds: bare, or in the checkpoint of a training script.
+    """Find the weights in the content of a file: at the top level, or inside the checkpoint of a training script.
 
     Args:
-        tree: What was read.
-        name: Of the file, for messages.
-        ema: Take the moving average rather than the weights, if it is there under a name of its own.
+        tree: The content of the file.
+        name: The file's name, for messages.
+        ema: Use the moving average instead of the weights, if it is stored under a key of its own.
 
     Raises:
         SourceError: there are no weights.
+
+    >>> list(find_state_dict({"epoch": 3, "state_dict": {"fc.bias": torch.zeros(2)}}, "last.pth").entries)
+    ['fc.bias']
     """
     top = {key: value for key, value in items_of(tree) if isinstance(key, str)}
     average = next((top[key] for key in EMA_KEYS if _holds_tensors(top.get(key))), None)
     weights = next((top[key] for key in WEIGHTS_KEYS if _holds_tensors(top.get(key))), None)
     if average is not None and (ema or weights is None):
-        # A file with nothing but the average holds one set of weights: there is nothing to choose.
+        # A file with only the moving average holds one set of weights, so `ema` need not be given.
         return StateDict(_innermost(average), used_ema=True, has_ema=True)
     if weights is not None:
         return StateDict(_innermost(weights), has_ema=average is not None)
     if any(isinstance(value, Tensor) for value in top.values()):
         return StateDict(top)
     raise SourceError(f"{name} holds no weights: it is {_describe(tree, top)}.", hint=WHERE_WEIGHTS_GO)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors under the model's own names.
+
+    Attributes:
+        tensors: Name -> tensor.
+        dropped: Names of the entries that were left out.
+        used_ema, has_ema: See `StateDict`.
+    """
+
+    tensors: dict[str, Tensor]
+    dropped: tuple[str, ...]
+    used_ema: bool
+    has_ema: bool
+
+
+def clean(found: StateDict, name: str, *, file_bytes: int, ema: bool = False) -> Weights:
+    """Check the tensors of a state dict, select the weights or their moving average, and strip wrapper prefixes.
+
+    Args:
+        found: The entries as they were saved.
+        name: The file's name, for messages.
+        file_bytes: The file's size, which limits the size of the tensors.
+        ema: Use the moving average.
+
+    Raises:
+        SourceError: a tensor is sparse, quantised or of a dtype that models do not use; two names clash; no tensor is
+            left; or the requested moving average does not exist.
+        UnsafeCheckpointError: the tensors claim several times the size of the file.
+    """
+    tensors = {}
+    dropped = []
+    for key, value in found.entries.items():
+        if isinstance(value, Tensor) and key.rpartition(".")[2] != "n_averaged":
+            tensors[key] = _plain(key, value, name)
+        else:
+            dropped.append(key)
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if claimed > 4 * file_bytes + (1 << 20):
+        raise UnsafeCheckpointError(
+            f"{name} was refused: its tensors claim {claimed} bytes and the file has {file_bytes}.",
+            hint="They are views that repeat a few stored values. Save contiguous tensors.",
+        )
+    tensors, average = _split_average(tensors, name)
+    if ema and not (found.used_ema or average):
+        raise SourceError(
+            f"{name} holds no moving average of the weights (EMA).",
+            hint="Leave out --ema to use the weights themselves.",
+        )
+    take_average = ema and not found.used_ema
+    stripped, outside = strip_wrappers(average if take_average else tensors, name)
+    if not stripped:
+        raise SourceError(f"{name} holds no weights.", hint=WHERE_WEIGHTS_GO)
+    return Weights(
+        tensors=stripped,
+        dropped=(*dropped, *outside),
+        used_ema=found.used_ema or take_average,
+        has_ema=found.has_ema or bool(average),
+    )
+
+
+def strip_wrappers(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Strip the prefixes of wrapping modules from the names.
+
+    A leading wrapper is removed if every name is below it, or if the tensors outside it include no weight matrix (the
+    class weights of a loss, the counters of a metric).
+
+    Args:
+        tensors: Name -> tensor.
+        name: The file's name, for messages.
+
+    Returns:
+        The tensors under their new names, and the names outside the wrapper, which were left out.
+
+    Raises:
+        SourceError: two tensors have the same name after stripping.
+
+    >>> tensors, outside = strip_wrappers({"module.fc.weight": torch.ones(2, 2), "module.fc.bias": torch.ones(2)}, "")
+    >>> list(tensors)
+    ['fc.weight', 'fc.bias']
+    """
+    names = {key: _current(key) for key in tensors}
+    outside: list[str] = []
+    while len(names) > 1:
+        first = Counter(new.split(".", 1)[0] for new in names.values() if "." in new)
+        known = {part: count for part, count in first.items() if part in _WRAPPERS}
+        if not known:
+            break
+        wrapper = max(known, key=known.__getitem__)
+        others = [key for key, new in names.items() if not new.startswith(wrapper + ".")]
+        if known[wrapper] < len(others) or any(_is_matrix(tensors[key]) for key in others):
+            break
+        outside += others
+        names = {key: new[len(wrapper) + 1 :] for key, new in names.items() if new.startswith(wrapper + ".")}
+    if len(set(names.values())) != len(names):
+        twice = next(new for new, times in Counter(names.values()).items() if times > 1)
+        raise SourceError(
+            f"{name} holds {twice} twice, once inside a wrapper and once outside.",
+            hint="Save the state dict of the model itself, not of what wraps it.",
+        )
+    return {new: tensors[key] for key, new in names.items()}, tuple(outside)
+
+
+def unusual_dtype(name: str, key: str, dtype: str) -> SourceError:
+    """Make the error for a dtype that is not in `DTYPES`."""
+    return SourceError(
+        f"{name} stores {key} as {dtype}; fixify reads 16, 32 and 64 bit floating point, and plain integers.",
+        hint="Quantised weights need the code that made them. Give the checkpoint from before quantisation.",
+    )
 
 
 def _holds_tensors(value: object) -> bool:
@@ -97,119 +244,8 @@ def _describe(tree: object, top: Mapping[str, object]) -> str:
     return f"a dictionary with {keys}{', ...' if len(top) > 6 else ''}" if keys else "a dictionary without names"
 
 
-# From the entries of a state dict to plain tensors under the model's own key names.
-
-
-# Modules that people wrap a model in. A leading one goes when everything is below it; no model of timm's or
-# torchvision's has all its names below one of these ("encoder" would be such a name).
-_WRAPPERS = frozenset({"module", "model", "net", "network", "backbone", "base_model", "timm_model", "trunk"})
-# Names that only torch.compile, FSDP and activation checkpointing give; they may stand anywhere in a key.
-_INNER_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# A copy of the model beside it in one state dict: torch's AveragedModel, timm's ModelEma inside another module.
-_AVERAGE = re.compile(r"(?:^|_)(?:ema|swa|averaged?)(?:_|$)")
-# torchvision's DenseNet had dots in the names of its submodules until PyTorch forbade them; its files still do.
-_OLD_DENSENET = re.compile(r"(\bdenselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
-# What weights and counters of an image model are stored in. Others (float8, packed 4 bit, complex) mean nothing
-# without the scales or the code that belongs to them.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Tensors under the model's own names, and what was left out."""
-
-    tensors: dict[str, Tensor]
-    dropped: tuple[str, ...]
-    used_ema: bool
-    has_ema: bool
-
-
-def clean(found: StateDict, name: str, *, file_bytes: int, ema: bool = False) -> Weights:
-    """Check the tensors of a state dict, choose between the weights and their moving average, take wrappers off.
-
-    Args:
-        found: The entries as they were saved.
-        name: Of the file, for messages.
-        file_bytes: Its size, against which the size of the tensors is held.
-        ema: Take the moving average.
-
-    Raises:
-        SourceError: a tensor is sparse, quantised or of a dtype no model is stored in; names clash; nothing is
-            left; or there is no moving average though asked for.
-        UnsafeCheckpointError: the tensors claim many times the size of the file.
-    """
-    tensors = {}
-    dropped = []
-    for key, value in found.entries.items():
-        if isinstance(value, Tensor) and key.rpartition(".")[2] != "n_averaged":
-            tensors[key] = _plain(key, value, name)
-        else:
-            dropped.append(key)
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if claimed > 4 * file_bytes + (1 << 20):
-        raise UnsafeCheckpointError(
-            f"{name} was refused: its tensors claim {claimed} bytes and the file has {file_bytes}.",
-            hint="They are views that repeat a few stored values; save contiguous tensors.",
-        )
-    tensors, average = _split_average(tensors, name)
-    if ema and not (found.used_ema or average):
-        raise SourceError(
-            f"{name} holds no moving average of the weights (EMA).",
-            hint="Leave out --ema to take the weights themselves.",
-        )
-    take_average = ema and not found.used_ema
-    stripped, outside = strip_wrappers(average if take_average else tensors, name)
-    if not stripped:
-        raise SourceError(f"{name} holds no weights.", hint=WHERE_WEIGHTS_GO)
-    return Weights(
-        tensors=stripped,
-        dropped=(*dropped, *outside),
-        used_ema=found.used_ema or take_average,
-        has_ema=found.has_ema or bool(average),
-    )
-
-
-def strip_wrappers(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Take wrapper prefixes off the names; returns the tensors, and the names outside the wrapper that were left out.
-
-    A leading wrapper goes when every name is below it, or when what is outside holds no weight matrix (the class
-    weights of a loss, the counters of a metric).
-    """
-    names = {key: _current(key) for key in tensors}
-    outside: list[str] = []
-    while len(names) > 1:
-        first = Counter(new.split(".", 1)[0] for new in names.values() if "." in new)
-        known = {part: count for part, count in first.items() if part in _WRAPPERS}
-        if not known:
-            break
-        wrapper = max(known, key=known.__getitem__)
-        others = [key for key, new in names.items() if not new.startswith(wrapper + ".")]
-        if known[wrapper] < len(others) or any(_is_matrix(tensors[key]) for key in others):
-            break
-        outside += others
-        names = {key: new[len(wrapper) + 1 :] for key, new in names.items() if new.startswith(wrapper + ".")}
-    if len(set(names.values())) != len(names):
-        twice = next(new for new, times in Counter(names.values()).items() if times > 1)
-        raise SourceError(
-            f"{name} holds {twice} twice, once inside a wrapper and once outside.",
-            hint="Save the state dict of the model itself, not of what wraps it.",
-        )
-    return {new: tensors[key] for key, new in names.items()}, tuple(outside)
-
-
 def _split_average(tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and their moving average, where both are in one state dict under names of their own."""
+    """Separate the weights from their moving average, if one state dict holds both."""
     for group in sorted({key.split(".", 1)[0] for key in tensors if "." in key}):
         if not _AVERAGE.search(group):
             continue
@@ -234,25 +270,20 @@ def _is_matrix(tensor: Tensor) -> bool:
 
 
 def _plain(key: str, value: Tensor, name: str) -> Tensor:
-    if type(value) not in (torch.Tensor, torch.nn.Parameter):  # as the program allows them: DTensor, torchao's
+    if type(value) not in (
+        torch.Tensor,
+        torch.nn.Parameter,
+    ):  # DTensor or torchao's, if the calling program allows them
         raise SourceError(
             f"{name} stores {key} as a {type(value).__name__}, which needs the code that made it.",
-            hint="Save plain tensors: gathered (full_state_dict=True) if they are split, dequantised if quantised.",
+            hint="Save plain tensors: gather shards (full_state_dict=True) and dequantise what is quantised.",
         )
-    # Unbound: the safe reader lets a file set attributes on a Parameter, `detach` among them.
+    # Called on the class, because the safe reader lets a file set attributes of a Parameter, such as `detach`.
     tensor = torch.Tensor.detach(value)
     if tensor.layout != torch.strided:
         raise SourceError(f"{name} stores {key} as a sparse tensor.", hint="Save it dense: tensor.to_dense().")
     if tensor.dtype not in DTYPES.values():
         raise unusual_dtype(name, key, str(tensor.dtype))
     if not tensor.is_meta and tensor.data_ptr() % tensor.element_size():
-        return tensor.clone()  # mapped at an odd address: an archive or a header that another tool wrote
+        return tensor.clone()  # mapped at an unaligned address: another tool wrote the archive or the header
     return tensor.resolve_neg()
-
-
-def unusual_dtype(name: str, key: str, dtype: str) -> SourceError:
-    """The refusal of a dtype that is not in `DTYPES`."""
-    return SourceError(
-        f"{name} stores {key} as {dtype}; fixify reads floating point of 16, 32 and 64 bits, and plain integers.",
-        hint="Quantised weights need the code that made them: give the checkpoint from before quantisation.",
-    )

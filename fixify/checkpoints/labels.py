@@ -1,4 +1,4 @@
-"""Class names: ImageNet's, and those in a file."""
+"""Read class names: ImageNet's from timm's tables, or those in a file."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ _FIRST_NUMBER = re.compile(r"^(?P<index>\d{1,7})[\s,;:]+(?P<name>\S.*)$")
 
 
 def imagenet_labels(num_classes: int) -> list[str] | None:
-    """Descriptions of ImageNet's classes in the order of the logits ("tench, Tinca tinca"), by timm's tables.
+    """Return the descriptions of ImageNet's classes in the order of the logits, from timm's tables.
+
+    Args:
+        num_classes: Selects the version of ImageNet: 1000, 11221 (21k, cleaned), 11821 (12k), or 21841, 21842 or 21843
+            (22k and its variants).
 
     Returns:
-        None unless `num_classes` is that of a version of ImageNet: 1000, 11221 (21k, cleaned), 11821 (12k),
-        21841, 21842 or 21843 (22k and its variants).
+        None if no version has that number of classes.
+
+    >>> imagenet_labels(1000)[0]
+    'tench, Tinca tinca'
     """
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
@@ -32,11 +38,18 @@ def imagenet_labels(num_classes: int) -> list[str] | None:
 def read_class_map(path: Path) -> list[str]:
     """Read class names from a file.
 
-    One name a line; "name index" or "index name" a line, separated by blanks, a tab, a comma or a colon; a JSON or YAML
-    (.yaml, .yml) list of names; or such an object, index -> name (or [..., name], as Keras writes it) or name -> index.
+    The file may contain:
+
+    - one name per line;
+    - "name index" or "index name" per line, separated by spaces, a tab, a comma or a colon;
+    - a list of names, in JSON or YAML (.yaml, .yml);
+    - a JSON or YAML object: index -> name, index -> [..., name] (as Keras writes it), or name -> index.
+
+    Returns:
+        The names in the order of their indices.
 
     Raises:
-        SourceError: it cannot be read, or its indices are not 0..C-1, each once.
+        SourceError: the file cannot be read, or its indices are not 0 to C-1 with each occurring once.
     """
     value = _read(path)
     if isinstance(value, list):
@@ -48,13 +61,13 @@ def read_class_map(path: Path) -> list[str]:
 
 
 def read_class_indices(path: Path) -> dict[str, int]:
-    """Read which class has which index from a file as for `read_class_map`.
+    """Read the index of each class from a file in one of the formats of `read_class_map`.
 
-    Indices may be missing (a part of a larger label set) and, where they stand behind names, be given to several
-    classes, in JSON, YAML and lines of a name, a tab and an index.
+    Unlike there, indices may be missing (for a part of a larger label set). Several classes may share an index where
+    the file maps names to indices: in JSON, in YAML, and in lines of a name, a tab and an index.
 
     Raises:
-        SourceError: it cannot be read, or a class has two indices.
+        SourceError: the file cannot be read, or a class has two indices.
     """
     value = _read(path)
     if isinstance(value, list):
@@ -78,35 +91,41 @@ def read_class_indices(path: Path) -> dict[str, int]:
 
 
 def _read(path: Path) -> list[str] | dict[Any, Any]:
-    """The lines of a text, or what its JSON or YAML says: a list of text or an object."""
+    """Read the lines of a text file, or the list or object of a JSON or YAML file."""
     if path.suffix == ".pkl":
-        raise SourceError(f"{path} is a pickle, which can run code when it is read.", hint="Write it as JSON or text.")
+        raise SourceError(
+            f"{path} is a pickle, which can run code when it is read.", hint="Write the class names as JSON or text."
+        )
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise SourceError(f"{path} is too large for a list of class names.", hint="Give one name a line.")
+            raise SourceError(f"{path} is too large for a list of class names.", hint="Write one name per line.")
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise SourceError(f"The class names in {path} cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
-        raise SourceError(f"{path} is not a list of class names: it is no UTF-8 text.") from error
+        raise SourceError(f"{path} is not a list of class names: it is not UTF-8 text.") from error
     if path.suffix in (".yaml", ".yml"):
         return _checked(path, _from_yaml(path, text))
     if text.lstrip().startswith(("[", "{")):
         return _checked(path, _from_json(path, text))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise SourceError(f"{path} holds no class names.", hint="Give one name a line, in the order of the classes.")
+        raise SourceError(f"{path} holds no class names.", hint="Write one name per line, in the order of the classes.")
     return lines
 
 
 def read_labels(path: Path | str, num_classes: int) -> list[str]:
-    """The class names of a model with so many classes.
+    """Return the class names for a model.
 
     Args:
-        path: A file (see `read_class_map`), or "imagenet" for the names of the ImageNet version of that size.
+        path: A file (see `read_class_map`), or "imagenet" for the version of ImageNet with that number of classes.
+        num_classes: Number of classes of the model.
 
     Raises:
-        SourceError: the file cannot be read, or there are more or fewer names than classes.
+        SourceError: the file cannot be read, or its number of names is not `num_classes`.
+
+    >>> read_labels("imagenet", 1000)[967]
+    'espresso'
     """
     if str(path) == "imagenet":
         known = imagenet_labels(num_classes)
@@ -120,7 +139,18 @@ def read_labels(path: Path | str, num_classes: int) -> list[str]:
 
 
 def labels_of_config(names: Any, descriptions: Any) -> list[str] | None:
-    """timm's `label_names` and `label_descriptions` as one label a class: the description where there is one."""
+    """Combine timm's `label_names` and `label_descriptions` into one label per class, preferring the description.
+
+    Args:
+        names: timm's `label_names`, or transformers' `id2label`.
+        descriptions: timm's `label_descriptions`: name -> description, or one description per class.
+
+    Returns:
+        None if the values do not have these forms.
+
+    >>> labels_of_config(["n01", "n02"], {"n01": "cat"})
+    ['cat', 'n02']
+    """
     if isinstance(names, dict):  # transformers' id2label
         return _by_index({index: name for index, name in names.items() if isinstance(name, str)})
     if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
@@ -137,7 +167,8 @@ def _indexed(lines: list[str], pattern: re.Pattern[str]) -> list[str] | None:
     by_index = {int(match["index"]): match["name"].rstrip(" ,;:\t") for match in matches if match}
     if sorted(by_index) != list(range(len(lines))):
         return None
-    # "class 0", "class 1", ... are names that end in a number; two classes of one name exist (ImageNet's crane).
+    # If most names are equal, they are names that end in a number ("class 0", "class 1", ...), not names and indices.
+    # A few classes may share a name, such as ImageNet's two cranes.
     if 2 * len(set(by_index.values())) <= len(lines) and len(lines) > 1:
         return None
     return [by_index[index] for index in range(len(lines))]
@@ -167,10 +198,10 @@ def _checked(path: Path, value: Any) -> list[str] | dict[Any, Any]:
 
 def _no_names(path: Path) -> SourceError:
     return SourceError(
-        f"The JSON in {path} is no list of class names."
+        f"The JSON in {path} is not a list of class names."
         if path.suffix not in (".yaml", ".yml")
-        else f"The YAML in {path} is no list of class names.",
-        hint='It may be ["cat", "dog"], {"0": "cat", "1": "dog"} or {"cat": 0, "dog": 1}.',
+        else f"The YAML in {path} is not a list of class names.",
+        hint='Allowed are ["cat", "dog"], {"0": "cat", "1": "dog"} and {"cat": 0, "dog": 1}.',
     )
 
 

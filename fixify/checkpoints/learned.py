@@ -1,8 +1,9 @@
-"""An ordinary checkpoint, of a network with a learned classifier, as fixify writes it after training.
+"""Read and write ordinary checkpoints: networks with a learned classifier.
 
-A `.safetensors` file of the network's state dict. Its metadata says what a reader would otherwise have to find out, in
-the words of timm's config.json: `architecture`, `num_classes`, `model_args`, `pretrained_cfg`, `label_names`.
-`fixify.checkpoints` reads them; other programs see a plain file.
+`read_original` finds out which architecture a checkpoint is of and puts its tensors under that architecture's names.
+`save_ordinary` writes what fixify trains: a `.safetensors` file of the network's state dict. Its metadata names the
+architecture, the classes and the preprocessing with the keys of timm's config.json (`architecture`, `num_classes`,
+`model_args`, `pretrained_cfg`, `label_names`). fixify reads them back; other programs see a plain safetensors file.
 """
 
 from __future__ import annotations
@@ -23,13 +24,142 @@ from fixify.checkpoints.slim import write_safetensors
 from fixify.checkpoints.source import Source
 from fixify.errors import AmbiguousArchitectureError, ArchitectureError, FixifyError, SourceError
 from fixify.models.architectures import Architecture, build, parse_architecture, preprocessing
-from fixify.models.build import load_weights
+from fixify.models.build import is_counter, load_weights
 from fixify.models.classifiers import ClassifierSite, find_classifiers
 from fixify.models.identify import Candidate, fit, identify, refuse_headless
 from fixify.savings import under
 from fixify.surgery import HeadRecord, apply_heads_
 
 SUFFIX = ".safetensors"
+REFERENCE_CODE = "of the paper's published code"
+
+
+@dataclass(frozen=True)
+class Original:
+    """A checkpoint whose architecture is known.
+
+    Its classifier is learned, or is a fixed one of the paper's reference code.
+
+    Attributes:
+        source: The checkpoint as it was opened.
+        architecture: Its architecture.
+        num_classes: Number of classes of its classifier.
+        tensors: Its state dict under the architecture's own names; values and dtypes as stored.
+        sites: Its classifier layers.
+        preprocessing: timm's names and plain values.
+        labels: Class names, or None.
+        notes: How it was recognised, for the user.
+        reference_code_heads: Path -> head, for classifier layers that are fixed ones of the paper's reference code. For
+            these, `tensors` holds the scale and the bias, and no weight.
+    """
+
+    source: Source
+    architecture: Architecture
+    num_classes: int
+    tensors: dict[str, torch.Tensor]
+    sites: tuple[ClassifierSite, ...]
+    preprocessing: dict[str, Any]
+    labels: list[str] | None
+    notes: tuple[str, ...]
+    reference_code_heads: Mapping[str, ReferenceCodeHead] = field(default_factory=dict)
+
+    @property
+    def learned(self) -> dict[str, torch.Tensor]:
+        """`tensors` as if the classifier were learned, for counting bytes; such weights are on the meta device."""
+        scales = {f"{path}.scale" for path in self.reference_code_heads}
+        stored = {key: tensor for key, tensor in self.tensors.items() if key not in scales}
+        return stored | {f"{path}.weight": head.placeholder() for path, head in self.reference_code_heads.items()}
+
+    def reference_code_record(self, site: ClassifierSite, *, fixed_scale: bool = False) -> HeadRecord:
+        """Describe a head of the reference code that is kept, as a slim checkpoint does.
+
+        Raises:
+            SourceError, HeadSpecError: the head cannot be rebuilt; see `ReferenceCodeHead.spec`.
+        """
+        spec = self.reference_code_heads[site.path].spec(site.num_features, fixed_scale=fixed_scale)
+        return HeadRecord(site.path, site.layer_type, site.channel_dim, spec)
+
+    @property
+    def reference_code_note(self) -> str | None:
+        """What its head of the reference code is, or why that cannot be rebuilt; None without such a head."""
+        for site in self.sites:
+            if site.path in self.reference_code_heads:
+                try:
+                    self.reference_code_record(site)
+                except FixifyError as error:
+                    return error.message
+                return f"{site.path} is fixed already, a Hadamard head {REFERENCE_CODE}: scale and bias, no weights."
+        return None
+
+    def model(self) -> nn.Module:
+        """Build the model and load its weights (float32, eval mode).
+
+        Raises:
+            SourceError: the tensors do not fit, which is rare because `read_original` compares all shapes; or a head of
+                the reference code cannot be rebuilt.
+            HeadSpecError: see `ReferenceCodeHead.spec`.
+        """
+        model = build(self.architecture, num_classes=self.num_classes, blank=True)
+        heads = [self.reference_code_record(site) for site in self.sites if site.path in self.reference_code_heads]
+        apply_heads_(model, heads)
+        try:
+            load_weights(model, self.tensors)
+        except RuntimeError as error:
+            raise SourceError(f"{self.source.name} does not fit {self.architecture.ref}: {error}") from error
+        return model.eval()
+
+
+def read_original(ref: str | Path, *, arch: str | None = None, ema: bool = False, meta: bool = False) -> Original:
+    """Read a checkpoint file or a model name, and determine its architecture.
+
+    The architecture is `arch` if given, else the one that the file names, else the one that its names and shapes fit.
+
+    Args:
+        ref: A file, a folder, or a model name.
+        arch: The architecture, if the caller knows it.
+        ema: Read the moving average of the weights.
+        meta: Read only names, shapes and dtypes; the tensors are on the meta device.
+
+    Raises:
+        SourceError: the checkpoint cannot be read.
+        ArchitectureError: no architecture fits, or the given or named one does not.
+        AmbiguousArchitectureError: several architectures fit; the message lists what differs.
+        NoClassifierError: the model has no classifier.
+    """
+    source = open_source(ref, ema=ema, meta=meta)
+    candidate, note = _recognise(source, arch)
+    learned = _rename(source.learned, candidate)
+    architecture, num_classes = candidate.architecture, candidate.num_classes
+    skeleton = build(architecture, num_classes=num_classes, meta=True)
+    _refuse_other_tensors(source, architecture, learned, skeleton)
+    tensors, heads = _with_reference_code_head(source, candidate, learned)
+    labels = source.facts.labels
+    notes = [note] if note else []
+    if labels is not None and len(labels) != num_classes:
+        notes.append(f"The checkpoint has {len(labels)} class names for {num_classes} classes; the names are not used.")
+        labels = None
+    return Original(
+        source=source,
+        architecture=architecture,
+        num_classes=num_classes,
+        tensors=tensors,
+        sites=tuple(find_classifiers(skeleton, architecture)),
+        preprocessing=preprocessing(architecture, source.facts.pretrained_cfg),
+        labels=labels,
+        notes=tuple(notes),
+        reference_code_heads=heads,
+    )
+
+
+def stated(source: Source) -> Candidate | None:
+    """Return the architecture that a source names, in itself or in a file beside it, if its tensors fit; else None."""
+    facts = source.facts
+    if facts.architecture is None:
+        return None
+    try:
+        return fit(parse_architecture(facts.architecture, **facts.architecture_kwargs), source.shapes)
+    except ArchitectureError:  # the arguments are unsuitable, or the name leaves something open
+        return None
 
 
 def save_ordinary(
@@ -43,20 +173,21 @@ def save_ordinary(
     training: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Path:
-    """Write a network of this architecture, in one step.
+    """Write a network as an ordinary checkpoint; the file is replaced in one step.
 
     Args:
         model: The network.
-        path: Where to write.
-        architecture: What it is.
-        num_classes: Of its classifier.
+        path: The file to write.
+        architecture: The network's architecture.
+        num_classes: Number of classes of its classifier.
         preprocessing: timm's names; see `fixify.models.architectures.preprocessing`.
         labels: Class names in class order.
         training: How it was trained; JSON-safe.
         force: Replace an existing file.
 
     Raises:
-        OutputExistsError, OutputError: the file exists, or cannot be written.
+        OutputExistsError: the file exists and `force` is not given.
+        OutputError: the file cannot be written.
     """
     path = Path(path)
     refuse_existing(path, force=force)
@@ -67,7 +198,7 @@ def save_ordinary(
         "training": None if training is None else dict(training),
     }
     metadata = {
-        "format": "pt",  # Hugging Face's loaders insist on it
+        "format": "pt",  # required by Hugging Face's loaders
         "architecture": architecture.ref,
         "num_classes": str(num_classes),
         **{key: json.dumps(value, allow_nan=False) for key, value in found.items() if value is not None},
@@ -76,173 +207,47 @@ def save_ordinary(
     return path
 
 
-# An ordinary checkpoint made sense of: which architecture it is, and its tensors under that architecture's names.
-
-
-# Counters of BatchNorm: older and foreign checkpoints lack them, and nothing that is computed depends on them.
-_COUNTER = "num_batches_tracked"
-REFERENCE_CODE = "of the paper's published code"
-
-
-@dataclass(frozen=True)
-class Original:
-    """A checkpoint with a learned classifier (or one of the paper's published code), whose architecture is known.
-
-    Attributes:
-        source: Where it came from.
-        architecture: What it is.
-        num_classes: Classes of its classifier.
-        tensors: Its state dict under the architecture's own key names; values and dtypes as stored.
-        sites: Its classifier layers.
-        preprocessing: timm's names and plain values.
-        labels: Class names, or None.
-        notes: How it was recognised, for the person who asked.
-        published: By path, a classifier layer that is a fixed one of the paper's published code; `tensors` then has
-            its scale and bias, and no weight.
-    """
-
-    source: Source
-    architecture: Architecture
-    num_classes: int
-    tensors: dict[str, torch.Tensor]
-    sites: tuple[ClassifierSite, ...]
-    preprocessing: dict[str, Any]
-    labels: list[str] | None
-    notes: tuple[str, ...]
-    published: Mapping[str, ReferenceCodeHead] = field(default_factory=dict)
-
-    @property
-    def learned(self) -> dict[str, torch.Tensor]:
-        """`tensors` as they would be with a learned classifier, whose weights have no values: to count bytes by."""
-        scales = {f"{path}.scale" for path in self.published}
-        stored = {key: tensor for key, tensor in self.tensors.items() if key not in scales}
-        return stored | {f"{path}.weight": head.placeholder() for path, head in self.published.items()}
-
-    def reference_code_record(self, site: ClassifierSite, *, fixed_scale: bool = False) -> HeadRecord:
-        """What a slim checkpoint says of a published head that is kept.
-
-        Raises:
-            SourceError, HeadSpecError: it cannot be rebuilt; see `ReferenceCodeHead.spec`.
-        """
-        spec = self.published[site.path].spec(site.num_features, fixed_scale=fixed_scale)
-        return HeadRecord(site.path, site.layer_type, site.channel_dim, spec)
-
-    @property
-    def reference_code_note(self) -> str | None:
-        """What its published head is, or why it cannot be rebuilt; None without one."""
-        for site in self.sites:
-            if site.path in self.published:
-                try:
-                    self.reference_code_record(site)
-                except FixifyError as error:
-                    return error.message
-                return f"{site.path} is fixed already, a Hadamard head {REFERENCE_CODE}: scale and bias, no weights."
-        return None
-
-    def model(self) -> nn.Module:
-        """Build the model and put the weights in (float32, eval mode).
-
-        Raises:
-            SourceError: the tensors do not fit; `read_original` has compared all shapes, so this is rare. Or the head
-                is a published one that cannot be rebuilt, as for HeadSpecError.
-        """
-        model = build(self.architecture, num_classes=self.num_classes, blank=True)
-        apply_heads_(model, [self.reference_code_record(site) for site in self.sites if site.path in self.published])
-        try:
-            load_weights(model, self.tensors)
-        except RuntimeError as error:
-            raise SourceError(f"{self.source.name} does not fit {self.architecture.ref}: {error}") from error
-        return model.eval()
-
-
-def read_original(ref: str | Path, *, arch: str | None = None, ema: bool = False, meta: bool = False) -> Original:
-    """Read a checkpoint file or a model name, and find out what it is.
-
-    The architecture is, in this order: the one given, the one the file names, the one its keys and shapes fit.
-
-    Args:
-        ref: A file, a folder, or a model name.
-        arch: The architecture, if the caller knows it.
-        ema: Take the averaged weights.
-        meta: Read only names, shapes and dtypes; the tensors are on the meta device.
-
-    Raises:
-        SourceError: it cannot be read.
-        ArchitectureError: no architecture fits, or not the one that was given or that the file names.
-        AmbiguousArchitectureError: several fit; the message lists what differs.
-        NoClassifierError: the model has no classifier.
-    """
-    source = open_source(ref, ema=ema, meta=meta)
-    candidate, note = _recognise(source, arch)
-    learned = _rename(source.learned, candidate)
-    architecture, num_classes = candidate.architecture, candidate.num_classes
-    skeleton = build(architecture, num_classes=num_classes, meta=True)
-    _refuse_other_tensors(source, architecture, learned, skeleton)
-    tensors, published = _with_published_head(source, candidate, learned)
-    labels = source.labels
-    notes = [note] if note else []
-    if labels is not None and len(labels) != num_classes:
-        notes.append(f"{len(labels)} class names came with {num_classes} classes; the names are left out.")
-        labels = None
-    return Original(
-        source=source,
-        architecture=architecture,
-        num_classes=num_classes,
-        tensors=tensors,
-        sites=tuple(find_classifiers(skeleton, architecture)),
-        preprocessing=preprocessing(architecture, source.pretrained_cfg),
-        labels=labels,
-        notes=tuple(notes),
-        published=published,
-    )
-
-
-def stated(source: Source) -> Candidate | None:
-    """What a source says it is, in itself or in a file beside it, if its tensors are of that architecture."""
-    if source.architecture is None:
-        return None
-    try:
-        return fit(parse_architecture(source.architecture, **source.architecture_kwargs), source.shapes)
-    except ArchitectureError:  # arguments that do not suit it, or a name that leaves something open
-        return None
-
-
 def _recognise(source: Source, arch: str | None) -> tuple[Candidate, str | None]:
-    name = arch or source.architecture
-    if name is not None:
-        architecture = parse_architecture(name)
-        if arch is None or _same_network(architecture, source.architecture):
-            # What is written in the name counts more than what stands in the file.
-            given = {**source.architecture_kwargs, **architecture.kwargs}
-            architecture = parse_architecture(name, **given)
-        candidate = fit(architecture, source.shapes)
-        if candidate is None:
-            refuse_headless(architecture, source.shapes)
-            raise ArchitectureError(
-                f"{source.name} is not a checkpoint of {architecture.ref}: its tensors have other shapes.",
-                hint="Leave out --arch to have it recognised."
-                if arch
-                else "It or its config.json says so. What fits: fixify identify; then say it: --arch NAME",
-            )
-        return candidate, None
+    """Return the architecture that a source is of, and a note on how it was found unless it was named."""
+    name = arch or source.facts.architecture
+    if name is None:
+        return _identify(source)
+    architecture = parse_architecture(name)
+    if arch is None or _same_network(architecture, source.facts.architecture):
+        # Arguments written in the name take precedence over those in the file.
+        architecture = parse_architecture(name, **{**source.facts.architecture_kwargs, **architecture.kwargs})
+    candidate = fit(architecture, source.shapes)
+    if candidate is None:
+        refuse_headless(architecture, source.shapes)
+        raise ArchitectureError(
+            f"{source.name} is not a checkpoint of {architecture.ref}: its tensors have other shapes.",
+            hint="Leave out --arch to have the architecture recognised."
+            if arch
+            else "The checkpoint or its config.json names that architecture. List what fits: fixify identify. "
+            "Then choose: --arch NAME",
+        )
+    return candidate, None
+
+
+def _identify(source: Source) -> tuple[Candidate, str]:
     found = identify(source.shapes)
     if len(found.candidates) > 1:
         raise AmbiguousArchitectureError(
             f"{source.name} fits several architectures:\n{found.describe()}",
-            hint=f"Say which: --arch {found.candidates[0].architecture.spelled}",
+            hint=f"Choose one: --arch {found.candidates[0].architecture.spelled}",
             choices=found.choices,
         )
     candidate = found.candidates[0]
     how = "key names and shapes" if candidate.key_map is None else "the order of its shapes"
-    if found.scheme is not None:
-        how += f" and the key names of {found.scheme.name} ({found.scheme.trait} {found.scheme.value})"
+    if found.narrowed_by is not None:
+        how += f" and {found.narrowed_by}"
     return candidate, f"Recognised as {candidate.architecture.ref} from {how}."
 
 
-def _same_network(architecture: Architecture, stated: str | None) -> bool:
-    if stated is None:
+def _same_network(architecture: Architecture, named: str | None) -> bool:
+    if named is None:
         return False
-    other = parse_architecture(stated)
+    other = parse_architecture(named)
     return (architecture.library, architecture.name) == (other.library, other.name)
 
 
@@ -252,10 +257,10 @@ def _rename(tensors: Mapping[str, torch.Tensor], candidate: Candidate) -> dict[s
     return {candidate.key_map[key]: tensor for key, tensor in tensors.items() if key in candidate.key_map}
 
 
-def _with_published_head(
+def _with_reference_code_head(
     source: Source, candidate: Candidate, learned: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, ReferenceCodeHead]]:
-    """The tensors under the architecture's names with what is stored of a published head; and that head by its path."""
+    """Replace the placeholder weights of a head of the reference code by its stored scale; also return that head."""
     head = source.reference_code_head
     if head is None:
         return learned, {}
@@ -271,9 +276,9 @@ def _with_published_head(
 def _refuse_other_tensors(
     source: Source, architecture: Architecture, tensors: dict[str, torch.Tensor], skeleton: nn.Module
 ) -> None:
-    """Every tensor of the architecture is there with its shape, and no other."""
+    """Check that every tensor of the architecture is present with its shape, and that there are no others."""
     expected = {key: tensor.shape for key, tensor in skeleton.state_dict().items()}
-    problems = [f"lacks {key}" for key in expected if key not in tensors and not key.endswith(_COUNTER)]
+    problems = [f"lacks {key}" for key in expected if key not in tensors and not is_counter(key)]
     problems += [f"has {key}, which is unknown" for key in tensors if key not in expected]
     problems += [
         f"has {key} of shape {list(tensor.shape)}, not {list(expected[key])}"

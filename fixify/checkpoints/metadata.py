@@ -1,4 +1,4 @@
-"""What a checkpoint says about the model it holds: architecture, classes, preprocessing."""
+"""Read what a checkpoint says about its model (architecture, classes, preprocessing), trusting none of it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fixify.checkpoints.source import Facts
 from fixify.errors import ArchitectureError
 
 _MAX_CHANNELS = 1 << 10
-_LARGEST = 1e9  # of any number that an architecture or its preprocessing takes
-_MAX_DEPTH = 4  # of lists in such an argument
+_LARGEST = 1e9  # the largest number in the arguments of an architecture or its preprocessing
+_MAX_DEPTH = 4  # of nested lists in an argument
 
 
 def _is_number(value: object) -> bool:
@@ -37,7 +37,7 @@ def _is_share(value: object) -> bool:
     return _is_number(value) and value > 0  # type: ignore[operator]
 
 
-# How images reach the model, in the words that timm's options and its pretrained_cfg share, and what is a value.
+# How images are prepared, by the names that timm's options and its pretrained_cfg share, and the check of each value.
 _DATA_OPTIONS: dict[str, Callable[[object], bool]] = {
     "input_size": _is_size,
     "mean": _are_numbers,
@@ -49,7 +49,11 @@ _DATA_OPTIONS: dict[str, Callable[[object], bool]] = {
 
 
 def facts_of_training(tree: object) -> Facts:
-    """Facts from the bookkeeping of a training script: timm's, torchvision's reference, PyTorch's ImageNet example."""
+    """Extract facts from what a training script saves (timm's, torchvision's, PyTorch's ImageNet example).
+
+    >>> facts_of_training({"arch": "resnet18", "state_dict": {}}).architecture
+    'timm/resnet18'
+    """
     top = {key: value for key, value in items_of(tree) if isinstance(key, str)}
     args = _arguments(top.get("args"))
     model = args.get("model")
@@ -57,11 +61,12 @@ def facts_of_training(tree: object) -> Facts:
     name = model if isinstance(model, str) else arch if isinstance(arch, str) else None
     if name is None:
         return Facts()
-    # torchvision's reference script saves "model" and "lr_scheduler", PyTorch's example "best_acc1"; timm neither.
+    # torchvision's reference script saves "model" and "lr_scheduler", PyTorch's example saves "best_acc1". timm saves
+    # neither.
     torchvision = ("model" in top and "lr_scheduler" in top) or "best_acc1" in top
     architecture = known_architecture(f"torchvision/{name}" if torchvision else name)
     if architecture is None:
-        return Facts()  # timm without args writes the name of the class there
+        return Facts()  # without args, timm saves the name of the model's class here
     return Facts(
         architecture=architecture,
         architecture_kwargs=_model_arguments(args, architecture),
@@ -71,8 +76,13 @@ def facts_of_training(tree: object) -> Facts:
 
 
 def facts_of_metadata(metadata: Mapping[str, str]) -> Facts:
-    """Facts from the metadata of a safetensors file: `architecture` and `num_classes`, as people write them there, and
-    what fixify writes (`fixify.checkpoints.learned`).
+    """Extract facts from the metadata of a safetensors file.
+
+    Recognises the keys that people write there (`architecture`, `num_classes`) and those of
+    `fixify.checkpoints.learned.save_ordinary`.
+
+    >>> facts_of_metadata({"architecture": "resnet18", "num_classes": "3"}).num_classes
+    3
     """
     name = metadata.get("architecture") or metadata.get("arch") or metadata.get("model_name")
     architecture = known_architecture(name) if name else None
@@ -94,7 +104,7 @@ def facts_of_metadata(metadata: Mapping[str, str]) -> Facts:
 
 
 def facts_of_config(config: Mapping[str, Any]) -> Facts:
-    """Facts from a config.json: timm's, its older flat form, transformers' wrapper of timm, or transformers' own."""
+    """Extract facts from a config.json of timm (also the older flat form) or transformers (also the timm wrapper)."""
     labels = labels_of_config(config.get("label_names") or config.get("labels"), config.get("label_descriptions"))
     labels = labels or labels_of_config(config.get("id2label"), None)
     name = config.get("architecture")
@@ -122,7 +132,12 @@ def facts_of_config(config: Mapping[str, Any]) -> Facts:
 
 
 def known_architecture(name: str) -> str | None:
-    """`name` as `library/name` if a library has it, else None: a hint may be wrong and is no reason to fail."""
+    """Return `name` as `library/name` if a library has it, else None: a wrong hint is not an error.
+
+    >>> known_architecture("resnet18"), known_architecture("no_such_network")
+    ('timm/resnet18', None)
+    """
+    # timm takes seconds to import; import it only for files that name an architecture.
     from fixify.models.architectures import parse_architecture
 
     try:
@@ -138,7 +153,7 @@ def _arguments(args: object) -> dict[str, Any]:
 
 
 def _model_arguments(args: Mapping[str, Any], architecture: str) -> dict[str, Any]:
-    # As timm's train.py passes them on to create_model, where they differ from its defaults.
+    # The arguments that timm's train.py passes to create_model, where they differ from the defaults.
     given = items_of(args.get("model_kwargs"))
     kwargs = {key: value for key, value in given if isinstance(key, str) and _is_plain(value)}
     input_size = args["input_size"] if _is_size(args.get("input_size")) else (None, None, None)

@@ -1,4 +1,4 @@
-"""Any checkpoint, slim or ordinary, as a model together with what is needed to feed it and to read its output."""
+"""Open any checkpoint, slim or ordinary, as a model with its preprocessing and class names."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class OpenModel:
     """A model in eval mode on the CPU, in float32.
 
     Attributes:
-        name: The file's or the model's name, without folders.
+        name: The name of the file or model, without folders.
         model: The model.
-        architecture: What it is.
+        architecture: Its architecture.
         num_classes: Width of its logits.
         preprocessing: timm's names and plain values: input_size, mean, std, interpolation, crop_pct, crop_mode.
         labels: Class names, or None.
-        slim: The header, if it is a slim checkpoint.
+        slim: The header of a slim checkpoint; None for an ordinary one.
     """
 
     name: str
@@ -42,13 +42,13 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
 
     Args:
         ref: A file, a folder, or a model name.
-        arch: The architecture of an ordinary checkpoint, if it cannot be told from the file.
-        ema: Take the averaged weights of a training checkpoint.
+        arch: The architecture of an ordinary checkpoint, if the file does not show it.
+        ema: Read the moving average of the weights of a training checkpoint.
 
     Raises:
-        FormatError, CodebookMismatchError: a slim checkpoint that is damaged.
-        SourceError: the weights hold a NaN or an infinity; or see `fixify.checkpoints.learned.read_original`, as for
-        ArchitectureError, NoClassifierError.
+        FormatError, CodebookMismatchError: a slim checkpoint is damaged.
+        SourceError: the weights hold a NaN or an infinity, or see `fixify.checkpoints.learned.read_original`.
+        ArchitectureError, NoClassifierError: see `fixify.checkpoints.learned.read_original`.
     """
     if is_slim(ref):
         model = load(ref)

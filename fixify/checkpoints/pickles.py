@@ -1,8 +1,8 @@
-"""Reading what `torch.save` wrote, and nothing that could run code.
+"""Read what `torch.save` wrote, without running any code from the file.
 
-Only `torch.load(weights_only=True)` ever sees the pickle. It builds tensors, containers and plain values; the few
-other things that training scripts leave in a checkpoint are replaced by inert stand-ins, so that no code of
-another library runs either. There is no way around it: a file that it refuses is refused.
+Only `torch.load(weights_only=True)` reads the pickle. It builds tensors, containers and plain values. The few other
+objects that training scripts leave in a checkpoint are replaced by inert stand-ins, so no code of another library runs
+either. No option overrides this: a file that the reader refuses is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import torch.serialization
 from fixify.checkpoints.sniffing import kind_of
 from fixify.errors import SourceError, UnsafeCheckpointError
 
-# What reading hostile bytes may raise inside torch: a parser built from Python operations fails in any of their ways.
+# The errors that torch's reader raises for hostile bytes. It is written in Python, so damaged input can make any of its
+# operations fail.
 _PARSER_ERRORS = (
     pickle.UnpicklingError,
     RuntimeError,
@@ -38,7 +39,7 @@ _PARSER_ERRORS = (
     MemoryError,
     struct.error,
 )
-# What a state dict is made of, as names in its pickle.
+# The globals that the pickle of a state dict needs.
 _TENSOR_GLOBAL = re.compile(
     r"torch\._utils\._rebuild_\w+|collections\.OrderedDict|torch\.(storage\.)?\w*Storage|torch\.\w+\d+"
 )
@@ -46,7 +47,7 @@ _REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)"
 
 
 class _Ignored:
-    """Stands in for an object that rides along in a checkpoint and is not needed: paths, dates, NumPy's."""
+    """A stand-in for an object that is saved with a checkpoint and not needed: a path, a date, a NumPy value."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -56,13 +57,13 @@ class _Ignored:
 
 
 class _PlainDict:
-    """Stands in for a dictionary class of another library: what is built is an ordered dictionary."""
+    """A stand-in for a dictionary class of another library; an ordered dictionary is built instead."""
 
     def __new__(cls, *_: object) -> Any:
         return OrderedDict()
 
 
-# Seen in checkpoints of timm, torchvision's reference scripts and Lightning, beside the weights.
+# These occur beside the weights in checkpoints of timm, torchvision's reference scripts and Lightning.
 _STAND_INS: tuple[tuple[Any, str], ...] = (
     *(
         (_Ignored, name)
@@ -99,35 +100,35 @@ _STAND_INS: tuple[tuple[Any, str], ...] = (
 
 
 def read_zip(path: Path) -> object:
-    """What `torch.save` put into a zip archive; its tensors are memory-mapped, none of their bytes is read yet.
+    """Read a zip archive that `torch.save` wrote. Tensors are memory-mapped; their bytes are not read yet.
 
     Raises:
-        UnsafeCheckpointError: it would run code, or its sizes lie.
-        SourceError: it is another kind of zip, or damaged.
+        UnsafeCheckpointError: the pickle would run code, or the archive lies about sizes.
+        SourceError: it is another kind of zip archive, or is damaged.
     """
     _check_archive(path)
-    # torch hands a path that ends in .safetensors to the other library, whatever it holds
+    # torch passes any path that ends in .safetensors to the safetensors library, whatever the file holds
     return _load(path, mmap=path.suffix != ".safetensors")
 
 
 def read_legacy(path: Path) -> object:
-    """What `torch.save` wrote before PyTorch 1.6 (or still does, when asked): read into memory.
+    """Read a pickle that `torch.save` wrote before PyTorch 1.6 (or on request since) into memory.
 
     Raises:
-        UnsafeCheckpointError: it would run code.
-        SourceError: it is another kind of pickle, or damaged.
+        UnsafeCheckpointError: the pickle would run code.
+        SourceError: it is another kind of pickle, or is damaged.
     """
     return _load(path, mmap=False)
 
 
 def _load(path: Path, *, mmap: bool) -> object:
-    # Entries that the caller's program allows already stay; the context would take them away on leaving.
+    # Do not add what the calling program allows already: the context manager would remove it on exit.
     present = torch.serialization.get_safe_globals()
     allowed: tuple[Any, ...] = (argparse.Namespace, *_STAND_INS)
     extra = [entry for entry in allowed if entry not in present]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(extra):
-            warnings.simplefilter("ignore")  # advice to the author of the file, not to its reader
+            warnings.simplefilter("ignore")  # advice for the author of the file
             if mmap:
                 return torch.load(str(path), weights_only=True, map_location="cpu", mmap=True)
             with open(path, "rb") as file:
@@ -143,15 +144,15 @@ def _refusal(path: Path, reason: str) -> SourceError:
     if found is not None:
         return _unsafe(path, found[1] if "." in found[1] else f"builtins.{found[1]}")
     if "Unsupported operand" in reason:
-        # Protocols above 2 have operations that torch's reader does not know: look, without running anything.
-        protocol, names = _looked_through(path)
+        # torch's reader does not know the operations of protocols above 2. Scan the pickle without running anything.
+        protocol, names = _scan(path)
         foreign = [name for name in names if not _TENSOR_GLOBAL.fullmatch(name)]
         if foreign:
             return _unsafe(path, foreign[0])
         if protocol > 2:
             return SourceError(
                 f"{path} was saved with pickle protocol {protocol}; PyTorch's safe reader reads protocol 2.",
-                hint="Save it again without pickle_protocol, where it was made: torch.save(model.state_dict(), ...)",
+                hint="Save it again where it was made, without pickle_protocol: torch.save(model.state_dict(), ...)",
             )
     lines = [line.strip() for line in reason.splitlines() if line.strip() and not line.startswith("Check the doc")]
     return SourceError(
@@ -162,21 +163,20 @@ def _refusal(path: Path, reason: str) -> SourceError:
 
 def _unsafe(path: Path, name: str) -> UnsafeCheckpointError:
     return UnsafeCheckpointError(
-        f"{path} was refused: its pickle asks for {name}, and a pickle that may call what it likes can run any code. "
-        "Nothing was run.",
-        hint="If it holds a whole model that you trust, save its weights where it was made: "
+        f"{path} was refused: its pickle asks for {name}, which could run any code. Nothing was run.",
+        hint="If it holds a whole model that you trust, save only its weights where it was made: "
         "torch.save(model.state_dict(), 'weights.pth')",
     )
 
 
-def _looked_through(path: Path) -> tuple[int, list[str]]:
-    """The protocol of the pickle in a file and the names that it asks for, in order; read as text, never looked up."""
+def _scan(path: Path) -> tuple[int, list[str]]:
+    """Return the protocol of a file's pickle and the globals that it asks for, in order, without importing them."""
     protocol = 0
     strings: list[str] = []
     names: list[str] = []
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about escapes in strings of protocol 0
+            warnings.simplefilter("ignore")  # escapes in strings of protocol 0
             for operation, argument, _ in pickletools.genops(_pickle_bytes(path)):
                 if operation.name == "PROTO":
                     protocol = int(argument or 0)
@@ -187,7 +187,7 @@ def _looked_through(path: Path) -> tuple[int, list[str]]:
                 elif isinstance(argument, str):
                     strings.append(argument)
     except (ValueError, LookupError, struct.error, OverflowError, EOFError, zipfile.BadZipFile):
-        pass  # damaged further on: what was read so far is what there is to say
+        pass  # the rest is damaged; report what was read so far
     return protocol, names
 
 
@@ -212,12 +212,12 @@ def _check_archive(path: Path) -> None:
     names = [entry.filename for entry in entries]
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
         raise SourceError(
-            f"{path} is a TorchScript program, not weights.",
+            f"{path} is a TorchScript program, not a state dict.",
             hint="Save its weights: torch.save(torch.jit.load('model.pt').state_dict(), 'weights.pth')",
         )
     if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
         raise SourceError(
-            f"{path} is a program of torch.export, not weights.",
+            f"{path} is a program of torch.export, not a state dict.",
             hint="Save its weights: torch.save(torch.export.load('model.pt2').state_dict, 'weights.pth')",
         )
     if names and all(name.endswith(".npy") for name in names):
@@ -225,20 +225,20 @@ def _check_archive(path: Path) -> None:
     if not any(name.count("/") == 1 and name.endswith("/data.pkl") for name in names):
         raise SourceError(
             f"{path} is a zip archive without a checkpoint in it.",
-            hint="If a checkpoint was packed into it, unpack it first.",
+            hint="If it contains a checkpoint file, unpack it first.",
         )
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
             raise UnsafeCheckpointError(
                 f"{path} was refused: {entry.filename} in it is compressed or encrypted "
-                f"({entry.compress_size} bytes that claim to be {entry.file_size}); torch.save never does that.",
+                f"({entry.compress_size} bytes that claim to be {entry.file_size}). torch.save never does that.",
                 hint="If you packed it yourself, save it again with torch.save.",
             )
     if len(set(names)) != len(names):
         twice = Counter(names).most_common(1)[0][0]
         raise UnsafeCheckpointError(
-            f"{path} was refused: it lists {twice} twice; readers disagree on which of them counts.",
-            hint="Download it again, from a place you trust.",
+            f"{path} was refused: it lists {twice} twice; readers disagree about which one counts.",
+            hint="Download it again from a source that you trust.",
         )
     claimed, size = sum(entry.file_size for entry in entries), path.stat().st_size
     if claimed > size:

@@ -1,10 +1,11 @@
-"""Models by name: the pretrained weights that timm and torchvision publish."""
+"""Open the pretrained weights of timm and torchvision by model name."""
 
 from __future__ import annotations
 
 import re
 import sys
 import urllib.parse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +21,35 @@ from fixify.checkpoints.labels import imagenet_labels
 from fixify.checkpoints.source import Facts, Source
 from fixify.errors import SourceError
 from fixify.models.architectures import Architecture, build, preprocessing
+from fixify.models.build import is_counter
 
 # torch.hub's convention: "resnet50-0676ba61.pth" carries the start of its own SHA-256.
 _HASHED_NAME = re.compile(r"-([0-9a-f]{8,})\.(?:pth|pt)(?:\.tar)?$")
 
 
 def open_named(architecture: Architecture, *, ema: bool = False, meta: bool = False) -> Source:
-    """Open the published weights of an architecture.
+    """Open the pretrained weights of an architecture.
 
     Args:
-        architecture: Its tag says which weights; None means the library's default.
-        ema: Take the moving average of the weights; published files hold one set, so this fails.
+        architecture: The architecture. Its tag selects the weights; None is the library's default.
+        ema: Read the moving average of the weights. The libraries' files hold none, so this raises `SourceError`.
         meta: Read only names, shapes and dtypes.
 
     Raises:
-        SourceError: there are none, or they are neither in the library's cache nor can they be downloaded.
+        SourceError: there are no such weights, or they are not in the library's cache and cannot be downloaded.
     """
     if architecture.library == "torchvision":
         return _open_torchvision(architecture, ema=ema, meta=meta)
     if architecture.library == "fixify":
         raise SourceError(
-            f"No pretrained weights of {architecture.ref} are published.",
-            hint="Train it (fixify recipes ls), or give a checkpoint of your own.",
+            f"There are no pretrained weights of {architecture.ref}.",
+            hint="Train it (see fixify recipes ls), or give a checkpoint of your own.",
         )
     return _open_timm(architecture, ema=ema, meta=meta)
 
 
-def published_facts(path: Path) -> Facts:
-    """Facts about a file of torchvision's that was downloaded by hand: recognised by its name and its SHA-256."""
+def facts_of_download(path: Path) -> Facts:
+    """Return facts about a file of torchvision that was downloaded by hand, recognised by its name and SHA-256."""
     hashed = _HASHED_NAME.search(path.name)
     if hashed is None:
         return Facts()
@@ -62,7 +64,7 @@ def _open_torchvision(architecture: Architecture, *, ema: bool, meta: bool) -> S
     weights = torchvision.models.get_model_weights(architecture.name)[architecture.tag or "DEFAULT"]
     tagged = Architecture("torchvision", architecture.name, architecture.kwargs, weights.name)
     source = _open_url(weights.url, tagged.ref, ema=ema, meta=meta)
-    return source.with_facts(_torchvision_facts(tagged, weights))
+    return replace(source, facts=_torchvision_facts(tagged, weights))
 
 
 def _torchvision_facts(architecture: Architecture, weights: Any) -> Facts:
@@ -77,9 +79,9 @@ def _torchvision_facts(architecture: Architecture, weights: Any) -> Facts:
 
 
 def _torchvision_kwargs(name: str, weights: Any) -> dict[str, Any]:
-    """What torchvision's builders add when they are given weights, besides the number of classes."""
+    """Return the arguments that torchvision's builders set for given weights, besides the number of classes."""
     if name in ("googlenet", "inception_v3"):
-        return {"transform_input": True}  # trained on inputs normalised another way; the model converts them
+        return {"transform_input": True}  # trained on images that were normalised differently; the model converts them
     if name.startswith("vit_") and weights.meta["min_size"][0] != 224:
         return {"image_size": weights.meta["min_size"][0]}
     return {}
@@ -91,8 +93,8 @@ def _open_timm(architecture: Architecture, *, ema: bool, meta: bool) -> Source:
     if cfg is None or not cfg.has_weights:
         others = timm.list_pretrained(f"{architecture.name}.*")
         raise SourceError(
-            f"timm has no pretrained weights of {full_name}.",
-            hint=f"It has those of {', '.join(others)}." if others else "Give a checkpoint of your own.",
+            f"timm has no pretrained weights for {full_name}.",
+            hint=f"It has weights for {', '.join(others)}." if others else "Give a checkpoint of your own.",
         )
     tagged = Architecture("timm", architecture.name, architecture.kwargs, cfg.tag or architecture.tag)
     if cfg.hf_hub_id:
@@ -101,7 +103,6 @@ def _open_timm(architecture: Architecture, *, ema: bool, meta: bool) -> Source:
         raise SourceError(f"The weights of {tagged.ref} exist only as a JAX archive: {cfg.url}")
     else:
         source = _open_url(cfg.url, tagged.ref, ema=ema, meta=meta)
-    source.tensors = _as_timm_names(source, tagged)
     facts = Facts(
         architecture=tagged.ref,
         architecture_kwargs=dict(architecture.kwargs),
@@ -109,17 +110,18 @@ def _open_timm(architecture: Architecture, *, ema: bool, meta: bool) -> Source:
         pretrained_cfg=preprocessing(tagged),
         labels=imagenet_labels(cfg.num_classes),
     )
-    return source.with_facts(facts)
+    return replace(source, tensors=_as_timm_names(source, tagged), facts=facts)
 
 
 def _as_timm_names(source: Source, architecture: Architecture) -> dict[str, torch.Tensor]:
-    """The tensors under timm's names. Some published files have those of the original code; timm translates them.
+    """Return the tensors under timm's names.
 
-    Only then is the model built: its state dict is what timm itself would have loaded.
+    Some files have the names of the original code, which timm translates while loading. Only for those is the model
+    built; its state dict is then what timm itself loads.
     """
     skeleton = build(architecture, meta=True)
-    expected = {key: tuple(tensor.shape) for key, tensor in skeleton.state_dict().items() if not _is_counter(key)}
-    if {key: shape for key, shape in source.shapes.items() if not _is_counter(key)} == expected:
+    expected = {key: tuple(tensor.shape) for key, tensor in skeleton.state_dict().items() if not is_counter(key)}
+    if {key: shape for key, shape in source.shapes.items() if not is_counter(key)} == expected:
         return source.tensors
     if next(iter(source.tensors.values())).is_meta:
         return dict(skeleton.state_dict())
@@ -135,12 +137,8 @@ def _as_timm_names(source: Source, architecture: Architecture) -> dict[str, torc
     return dict(model.state_dict())
 
 
-def _is_counter(key: str) -> bool:
-    return key.endswith("num_batches_tracked")
-
-
 def _open_url(url: str, name: str, *, ema: bool, meta: bool) -> Source:
-    """Open a file of torch.hub's cache ($TORCH_HOME/hub/checkpoints), downloaded if it is not there."""
+    """Open a file from torch.hub's cache ($TORCH_HOME/hub/checkpoints), after downloading it if needed."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / _file_name(url)
     hashed = _HASHED_NAME.search(path.name)
     if not path.exists():
@@ -148,8 +146,8 @@ def _open_url(url: str, name: str, *, ema: bool, meta: bool) -> Source:
     source = open_file(path, ema=ema, meta=meta, name=name)
     if hashed and source.sha256 is not None and not source.sha256.startswith(hashed[1]):
         raise SourceError(
-            f"{path} is damaged: its SHA-256 starts with {source.sha256[:8]}, its name says {hashed[1]}.",
-            hint=f"Remove it, and it is downloaded again: {url}",
+            f"{path} is damaged: its SHA-256 starts with {source.sha256[:8]}, but its name says {hashed[1]}.",
+            hint=f"Remove it, and fixify downloads it again: {url}",
         )
     return source
 
@@ -162,7 +160,7 @@ def _download(url: str, path: Path, hash_prefix: str | None, name: str) -> None:
         reason = getattr(error, "reason", None) or error
         raise SourceError(
             f"The weights of {name} are not in {path.parent}, and {url} could not be downloaded ({reason}).",
-            hint=f"Download it where there is a network, and put it at {path}",
+            hint=f"Download it on a machine with a network connection, and copy it to {path}",
         ) from error
 
 

@@ -1,14 +1,15 @@
-"""Checkpoints of the paper's published code, whose classifier is fixed already and whose weights are not in the file.
+"""Recognise checkpoints of the paper's reference code, whose classifier is fixed and has no weights in the file.
 
-github.com/eladhoffer/fix_your_classifier (fixed_proj.py; the same in its author's convNet.pytorch) has two layers that
-take the place of `nn.Linear`. Their matrix is a plain attribute, no buffer, so a state dict holds of
+The reference code is what the paper's authors published: github.com/eladhoffer/fix_your_classifier (fixed_proj.py; the
+same file is in the author's convNet.pytorch). Two of its layers replace `nn.Linear`. Their matrix is a plain attribute
+and not a buffer, so a state dict holds only
 
-- `HadamardProj`: `scale` [1] (unless it is fixed) and `bias` [C]. What it computes: see `fixify.heads.kinds`.
-- `Proj`, random orthogonal: `weight` [1], which is its scale, and `bias` [C]. Its matrix comes from
+- of `HadamardProj`: `scale` [1] (unless it is fixed) and `bias` [C] (see `fixify.heads.kinds`);
+- of `Proj` (random orthogonal): `weight` [1], which is its scale, and `bias` [C]; its matrix comes from
   `torch.manual_seed(123)` and torch's initialisation.
 
-A layer that was made to save its matrix has it as `proj` besides. No architecture of timm, torchvision or fixify has a
-module with these names and shapes (all 1,450 were looked through).
+A layer that was changed to save its matrix has it as `proj`. No architecture of timm, torchvision or fixify has a
+module with these names and shapes (all 1,450 were checked).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from fixify.errors import SourceError
 from fixify.heads import REFERENCE_CONSTRUCTION, HeadSpec, codebook
 
-_NEW_HEAD = "--head hadamard puts a new head on its backbone, for which the network then has to be trained."
+_NEW_HEAD = "--head hadamard puts a new head on its backbone; the network must then be trained with it."
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,11 @@ class ReferenceCodeHead:
 
     Attributes:
         path: Its name in the file.
-        num_classes: C, of its bias.
-        num_features: N, taken from the tensor before it; what the architecture says counts more.
-        scale_name: "scale" (Hadamard), "weight" (random orthogonal), or None if it stores none.
-        matrix: The projection matrix, if it was saved.
-        dtype: Of its bias.
+        num_classes: C, the length of its bias.
+        num_features: N, taken from the tensor before it. The architecture's own number takes precedence.
+        scale_name: "scale" (Hadamard), "weight" (random orthogonal), or None if no scale is stored.
+        matrix: The projection matrix if it was saved, else None.
+        dtype: The dtype of its bias.
     """
 
     path: str
@@ -48,22 +49,22 @@ class ReferenceCodeHead:
 
     @property
     def weight_key(self) -> str:
-        """What the weights of a learned classifier in its place are called."""
+        """The name that the weights of a learned classifier in its place would have."""
         return f"{self.path}.weight"
 
     def placeholder(self) -> Tensor:
-        """Such weights, [C, N] on the meta device: a shape and a type."""
+        """Make such weights, [C, N] on the meta device: a shape and a dtype without values."""
         return torch.empty(self.num_classes, self.num_features, dtype=self.dtype, device="meta")
 
     def spec(self, num_features: int, *, fixed_scale: bool = False) -> HeadSpec:
-        """The head spec from which it can be rebuilt.
+        """Return the head spec from which it can be rebuilt.
 
         Args:
-            num_features: Width of its input, as the architecture has it.
+            num_features: Width of its input in the architecture.
             fixed_scale: See `HeadSpec`.
 
         Raises:
-            SourceError: its codes or its scale are not to be had.
+            SourceError: its codes or its scale are unknown.
             HeadSpecError: two classes have the same code.
         """
         if self.scale_name != "scale" and self.matrix is None:
@@ -76,12 +77,12 @@ class ReferenceCodeHead:
                 if self.scale_name is not None:
                     return spec.resolve()
                 raise SourceError(
-                    f"{self.path} has no scale: the paper's published code leaves a fixed one out of its checkpoints.",
-                    hint=f"If it was fixed_scale=S: {self._add_scale()}",
+                    f"{self.path} has no scale: the paper's published code does not save a fixed scale.",
+                    hint=f"If it was made with fixed_scale=S, {self._add_scale()}",
                 )
         shape = [] if self.matrix is None else list(self.matrix.shape)
         raise SourceError(
-            f"{self.path}.proj is a projection matrix of its own, {shape}: no seed gives it back, and a slim "
+            f"{self.path}.proj is a projection matrix of its own, {shape}. No seed reproduces it, and a slim "
             "checkpoint stores no matrix.",
             hint=_NEW_HEAD,
         )
@@ -90,13 +91,13 @@ class ReferenceCodeHead:
         if self.scale_name == "weight":
             return SourceError(
                 f"{self.path} is the random orthogonal classifier of the paper's published code. Its matrix is not in "
-                "the file: torch drew it from seed 123, and another version of torch may draw another.",
+                "the file: torch drew it from seed 123, and another version of torch may draw a different one.",
                 hint=_NEW_HEAD,
             )
         return SourceError(
-            f"{self.path} has a bias and nothing else: the paper's published code leaves a scale that is fixed out of "
-            "its checkpoints, and a random orthogonal matrix too.",
-            hint=f"If it was HadamardProj with fixed_scale=S: {self._add_scale()} Otherwise {_NEW_HEAD}",
+            f"{self.path} has a bias and nothing else: the paper's published code saves neither a fixed scale nor a "
+            "random orthogonal matrix.",
+            hint=f"If it was HadamardProj with fixed_scale=S, {self._add_scale()} Otherwise, {_NEW_HEAD}",
         )
 
     def _add_scale(self) -> str:
@@ -104,10 +105,13 @@ class ReferenceCodeHead:
 
 
 def find_reference_code_head(tensors: Mapping[str, Tensor]) -> ReferenceCodeHead | None:
-    """The classifier layer of the paper's published code in a state dict, if there is one.
+    """Find the classifier layer of the reference code in a state dict; None if there is none.
 
     Raises:
-        SourceError: there is one without a bias, which alone says how many classes it has.
+        SourceError: there is one without a bias, so its number of classes is unknown.
+
+    >>> find_reference_code_head({"fc.scale": torch.ones(1), "fc.bias": torch.zeros(10)}).num_classes
+    10
     """
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -120,7 +124,7 @@ def find_reference_code_head(tensors: Mapping[str, Tensor]) -> ReferenceCodeHead
     path, own = found[0], modules[found[0]]
     if "bias" not in own:
         raise SourceError(
-            f"{path} has a scale and no bias, so that the number of its classes is not in the file.",
+            f"{path} has a scale and no bias, so its number of classes is not in the file.",
             hint=f"Add a bias of zeros to the state dict: state['{path}.bias'] = torch.zeros(C) for C classes",
         )
     keys = list(tensors)
@@ -137,7 +141,7 @@ def find_reference_code_head(tensors: Mapping[str, Tensor]) -> ReferenceCodeHead
 
 
 def as_learned(tensors: Mapping[str, Tensor], head: ReferenceCodeHead | None) -> dict[str, Tensor]:
-    """The tensors as they would be with a learned classifier, whose weights are on the meta device."""
+    """Replace a head of the reference code by a learned classifier whose weights are on the meta device."""
     if head is None:
         return dict(tensors)
     found: dict[str, Tensor] = {}
@@ -161,13 +165,13 @@ def _is_head(own: Mapping[str, Tensor], *, is_last: bool) -> bool:
         return False
     if "proj" in names and own["proj"].ndim != 2:
         return False
-    if bias is None:  # activations with a scale have none either; the classifier is what comes last
+    if bias is None:  # activations with a scale have no bias either; only the last module is a classifier
         return "scale" in names and is_last
     return bias.ndim == 1 and len(bias) > 1
 
 
 def _is_hadamard(matrix: Tensor, spec: HeadSpec) -> bool:
-    """Whether a matrix is the one that follows from the sizes; of a header alone, whether it can be."""
+    """Check that a matrix is the Hadamard matrix of its size; on the meta device, check only its shape."""
     if matrix.is_meta:
         rows, columns = matrix.shape
         return rows == columns == 1 << (rows - 1).bit_length()

@@ -1,9 +1,10 @@
-"""Any way of naming a checkpoint -> `Source`."""
+"""Open a checkpoint however it is named: a path, a model name, or a repository of the Hugging Face hub."""
 
 from __future__ import annotations
 
 import difflib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from fixify.checkpoints.files import CONFIG, SUFFIXES, WEIGHTS, config_facts, op
 from fixify.checkpoints.source import Facts, Source
 from fixify.errors import ArchitectureError, SourceError
 
+# timm, torchvision and the hub's client take seconds to import. The functions below import them only for names that
+# need them.
 if TYPE_CHECKING:
     from fixify.models.architectures import Architecture
 
@@ -23,21 +26,21 @@ def open_source(ref: str | os.PathLike[str], *, ema: bool = False, meta: bool = 
     """Open a checkpoint.
 
     Args:
-        ref: What exists under that path, if anything does: a file, or a folder with config.json and weights. Else a
-            model name: `resnet18`, `timm/resnet18.a1_in1k`, `torchvision/resnet50:IMAGENET1K_V2`,
+        ref: A path that exists (a file, or a folder with weights and perhaps a config.json) takes precedence. Other
+            values are model names: `resnet18`, `timm/resnet18.a1_in1k`, `torchvision/resnet50:IMAGENET1K_V2`,
             `hf-hub:organisation/name@revision`, `local-dir:folder`.
-        ema: Take the moving average of the weights, if the checkpoint holds one.
-        meta: Read only names, shapes and dtypes (tensors on the meta device): of a safetensors file the header.
+        ema: Read the moving average of the weights.
+        meta: Read only names, shapes and dtypes; the tensors are on the meta device.
 
     Raises:
-        UnsafeCheckpointError: it would run code, or lies about what it holds. Nothing was run.
-        SourceError: there is nothing of that name, or it cannot be read.
+        UnsafeCheckpointError: the checkpoint would run code, or lies about what it holds. Nothing was run.
+        SourceError: there is no such file or model, it cannot be read, or it lacks the requested moving average.
     """
     text = os.fspath(ref)
     if not text:
         raise SourceError("The name of the checkpoint is empty.", hint="Give a file, a folder or a model name.")
     path = Path(text).expanduser()
-    # os.path, since Path.exists raises on what cannot be a path (too long, a zero byte)
+    # os.path.exists, because Path.exists raises for impossible paths (too long, with a zero byte)
     if os.path.exists(path):  # noqa: PTH110
         return _open_path(path, ema=ema, meta=meta)
     scheme, colon, rest = text.partition(":")
@@ -48,7 +51,7 @@ def open_source(ref: str | os.PathLike[str], *, ema: bool = False, meta: bool = 
     if colon and scheme == "local-dir":
         return _open_local(rest, ema=ema, meta=meta)
     if scheme in _ADDRESSES:
-        raise SourceError(f"{text} is an address, not a file.", hint=f"Download it first: curl -LO {text}")
+        raise SourceError(f"{text} is a URL, not a file.", hint=f"Download it first: curl -LO {text}")
     if _looks_like_path(text):
         raise _no_such_file(text, path)
     from fixify.checkpoints.pretrained import open_named
@@ -57,10 +60,15 @@ def open_source(ref: str | os.PathLike[str], *, ema: bool = False, meta: bool = 
 
 
 def named_model(ref: str | os.PathLike[str]) -> Architecture | None:
-    """The architecture, if `open_source` would take this for the name of a model that a library publishes weights of.
+    """Return the architecture if `open_source` would read `ref` as a library's model name; None for files and others.
 
     Raises:
-        SourceError: it looks like such a name, and no library has that model.
+        SourceError: `ref` looks like such a name, but no library has that model.
+
+    >>> named_model("resnet18").ref
+    'timm/resnet18'
+    >>> named_model("weights.pth") is None
+    True
     """
     text = os.fspath(ref)
     scheme, colon, _ = text.partition(":")
@@ -75,28 +83,28 @@ def _open_path(path: Path, *, ema: bool, meta: bool) -> Source:
     if path.name in WEIGHTS:
         return open_with_config(path, ema=ema, meta=meta)
     source = open_file(path, ema=ema, meta=meta)
-    source = source.with_facts(source.facts.or_else(_facts_beside(path, source)))
-    if source.architecture is None and "-" in path.name:
-        from fixify.checkpoints.pretrained import published_facts
+    facts = source.facts.or_else(_facts_beside(path, source))
+    if facts.architecture is None and "-" in path.name:
+        from fixify.checkpoints.pretrained import facts_of_download
 
-        source.with_facts(published_facts(path).or_else(source.facts))
-    return source
+        facts = facts_of_download(path).or_else(facts)
+    return replace(source, facts=facts)
 
 
 def _facts_beside(path: Path, source: Source) -> Facts:
-    """What a config.json in the same folder says, if it is about this file: if its tensors fit what it names."""
+    """Return the facts of a config.json in the same folder if the file's tensors fit the architecture it names."""
     if not os.path.exists(path.parent / CONFIG):  # noqa: PTH110
         return Facts()
     try:
         facts = config_facts(path.parent / CONFIG)
-        if source.architecture is not None or facts.architecture is None:
+        if source.facts.architecture is not None or facts.architecture is None:
             return Facts()
         from fixify.models.architectures import parse_architecture
         from fixify.models.identify import fit
 
         fits = fit(parse_architecture(facts.architecture, **facts.architecture_kwargs), source.shapes)
     except (SourceError, ArchitectureError):
-        return Facts()  # of another program, or of another checkpoint in this folder
+        return Facts()  # it belongs to another program, or to another checkpoint in this folder
     return facts if fits is not None else Facts()
 
 
@@ -104,7 +112,7 @@ def _open_local(text: str, *, ema: bool, meta: bool) -> Source:
     folder = Path(text).expanduser()
     if not os.path.isdir(folder):  # noqa: PTH112
         raise SourceError(
-            f"local-dir: there is no folder {text!r}.", hint="Give a folder with model.safetensors in it."
+            f"There is no folder {text!r} for local-dir.", hint="Give a folder that holds model.safetensors."
         )
     return open_folder(folder, ema=ema, meta=meta)
 
@@ -115,7 +123,9 @@ def _model_name(text: str) -> Architecture:
     try:
         return parse_architecture(text.replace(":", ".", 1))
     except ArchitectureError as error:
-        raise SourceError(f"{text[:100]!r} is no file, and no model name: {error.message}", hint=error.hint) from error
+        raise SourceError(
+            f"{text[:100]!r} is neither a file nor a model name: {error.message}", hint=error.hint
+        ) from error
 
 
 def _looks_like_path(text: str) -> bool:
@@ -126,15 +136,15 @@ def _looks_like_path(text: str) -> bool:
 def _no_such_file(text: str, path: Path) -> SourceError:
     folder = path.parent
     if not os.path.isdir(folder):  # noqa: PTH112
-        hint = f"If it is a repository of the Hugging Face hub: hf-hub:{text}" if _could_be_repository(text) else None
+        hint = f"For a repository of the Hugging Face hub, write hf-hub:{text}" if _could_be_repository(text) else None
         return SourceError(f"There is no file {text}: the folder {folder} does not exist.", hint=hint)
     names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(SUFFIXES))
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     if near:
         return SourceError(f"There is no file {text}.", hint=f"Did you mean {' or '.join(near)}?")
     if names:
-        return SourceError(f"There is no file {text}.", hint=f"In {folder} there are {', '.join(names[:5])}.")
-    return SourceError(f"There is no file {text}, and no checkpoint in {folder}.")
+        return SourceError(f"There is no file {text}.", hint=f"{folder} holds {', '.join(names[:5])}.")
+    return SourceError(f"There is no file {text}, and {folder} holds no checkpoint.")
 
 
 def _could_be_repository(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes. Content decides, never the extension."""
+"""Tell what a file is from its first bytes. The content decides, not the extension."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fixify.errors import SourceError
 Kind = Literal["zip", "safetensors", "pickle"]
 
 _HEAD = 512
-_DOWNLOAD_AGAIN = "Download it again, and look at the link: it should lead to the file itself."
+_DOWNLOAD_AGAIN = "Download it again, and check that the link leads to the file itself."
 
-# First bytes -> (what it is, what to do). Only files that people really hand to a checkpoint reader.
+# (first bytes, what the file is, what to do), for files that people really give to a checkpoint reader.
 _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (
         b"version https://git-lfs.github.com/spec/",
-        "a Git LFS pointer: the few lines that stand for the weights, not the weights",
+        "a Git LFS pointer: a few lines of text in place of the weights",
         "Fetch the file itself: git lfs pull (in the repository), or download it from the web page of the repository.",
     ),
     (b"\x1f\x8b", "compressed with gzip", "Unpack it first: gunzip, or tar -xzf."),
@@ -38,16 +38,14 @@ def kind_of(path: Path) -> Kind:
     """Tell which reader a file needs.
 
     Returns:
-        `zip` (what `torch.save` writes today), `safetensors`, or `pickle` (what it wrote before PyTorch 1.6).
+        `zip` (what `torch.save` writes today), `safetensors`, or `pickle` (what `torch.save` wrote before PyTorch 1.6).
 
     Raises:
-        SourceError: it cannot be read, is empty, or is recognisably something else.
+        SourceError: the file cannot be read, is empty, or is recognisably something else.
     """
     head, size = _head_of(path)
     if size == 0:
-        raise SourceError(
-            f"{path} is empty (0 bytes).", hint="The download or the copy did not finish: fetch it again."
-        )
+        raise SourceError(f"{path} is empty (0 bytes).", hint="The download or copy did not finish. Download it again.")
     for magic, what, hint in _FOREIGN:
         if head.startswith(magic):
             raise SourceError(f"{path} is not a checkpoint: it is {what}.", hint=hint)
@@ -63,8 +61,8 @@ def kind_of(path: Path) -> Kind:
     if text is not None:
         _refuse_text(path, text)
     if path.suffix == ".safetensors":
-        return "safetensors"  # its reader says what is wrong with the header
-    return "pickle"  # old protocols have no magic; torch's restricted reader decides
+        return "safetensors"  # its reader reports what is wrong with the header
+    return "pickle"  # old protocols have no magic number; torch's restricted reader decides
 
 
 def _head_of(path: Path) -> tuple[bytes, int]:
@@ -82,7 +80,7 @@ def _as_text(head: bytes) -> str | None:
     try:
         text = head.decode("utf-8")
     except UnicodeDecodeError as error:
-        if error.start < len(head) - 4:  # not merely a character cut in half at the end
+        if error.start < len(head) - 4:  # the invalid bytes are not just a character that was cut off at the end
             return None
         text = head[: error.start].decode("utf-8")
     return text if all(character.isprintable() or character.isspace() for character in text) else None
@@ -92,13 +90,13 @@ def _refuse_text(path: Path, text: str) -> None:
     start = text.lstrip().lower()
     if start.startswith(("<!doctype", "<html", "<?xml", "<head")):
         raise SourceError(
-            f"{path} is not a checkpoint: it is a web page, probably an error page saved in its place.",
+            f"{path} is not a checkpoint: it is a web page, probably an error page that was saved instead.",
             hint=_DOWNLOAD_AGAIN,
         )
     if start.startswith(("{", "[")):
         raise SourceError(
             f"{path} is not a checkpoint: it is JSON.",
-            hint="For a Hugging Face folder give the folder; config.json is read from it.",
+            hint="For a Hugging Face model, give its folder. config.json is read from there.",
         )
     if not _could_be_pickle(text):
         line = text.strip().splitlines()[0][:60] if text.strip() else ""
@@ -106,14 +104,14 @@ def _refuse_text(path: Path, text: str) -> None:
 
 
 def _could_be_pickle(text: str) -> bool:
-    # Protocol 0 is text: "(dp0\n", "cos\nsystem\n". It goes to the restricted reader, which names what it asks for.
+    # Protocol 0 is text: "(dp0\n", "cos\nsystem\n". The restricted reader names the globals that it asks for.
     first = text.split("\n", 1)[0]
     return text.startswith(("(", "c", "}", "]")) and len(first) < _HEAD and " " not in first and "\n" in text
 
 
 def _refuse_tar(path: Path) -> NoReturn:
     raise SourceError(
-        f"{path} is a tar archive: either files packed together, or a checkpoint of PyTorch before 0.1.10, "
-        "which PyTorch's safe reader does not read.",
-        hint=f"If it holds a checkpoint, unpack it first: tar -xf {path.name}",
+        f"{path} is a tar archive. It holds either several files or a checkpoint of PyTorch before 0.1.10, which "
+        "PyTorch's safe reader does not support.",
+        hint=f"If it holds a checkpoint file, unpack it first: tar -xf {path.name}",
     )

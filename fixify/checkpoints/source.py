@@ -1,4 +1,4 @@
-"""What every way of opening a checkpoint ends in."""
+"""The result of opening a checkpoint: its tensors, and what is known about the model."""
 
 from __future__ import annotations
 
@@ -12,15 +12,23 @@ from torch import Tensor
 from fixify.checkpoints.reference_code import ReferenceCodeHead, as_learned, find_reference_code_head
 from fixify.errors import SourceError
 
-# Elements looked at in one go by `check_finite`.
+# Number of elements that `check_finite` looks at in one step.
 _CHUNK = 1 << 22
-# Scalars that bound an activation and are infinite where there is no bound (timm's gemma4_vit).
+# Scalars that bound an activation, and are infinite if there is no bound (timm's gemma4_vit).
 _BOUNDS = ("_min", "_max")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a checkpoint, or a file beside it, says about the model. All of it hints, none of it checked."""
+    """What a checkpoint, or a file beside it, says about the model. These are hints; none has been checked.
+
+    Attributes:
+        architecture: `timm/resnet18` or `torchvision/resnet50`, or None.
+        architecture_kwargs: Arguments that the architecture was built with (`in_chans`, `img_size`, ...), plain values.
+        num_classes: Number of classes, or None.
+        pretrained_cfg: Preprocessing with timm's names (`input_size`, `mean`, `std`, `interpolation`, ...), or None.
+        labels: One label per class, in the order of the logits, or None.
+    """
 
     architecture: str | None = None
     architecture_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -29,7 +37,11 @@ class Facts:
     labels: list[str] | None = None
 
     def or_else(self, other: Facts) -> Facts:
-        """These facts, with what they leave open taken from `other`."""
+        """Return these facts, completed from `other`.
+
+        >>> Facts(num_classes=3).or_else(Facts("timm/resnet18", num_classes=1000)).num_classes
+        3
+        """
         return Facts(
             architecture=self.architecture or other.architecture,
             architecture_kwargs=self.architecture_kwargs if self.architecture else other.architecture_kwargs,
@@ -39,33 +51,26 @@ class Facts:
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
-    """A checkpoint that was read: its weights under the library's key names, and what is known about them.
+    """A checkpoint that was read.
 
     Attributes:
         name: File name or model name; never a path of the machine.
         tensors: Weights in stored order and dtype, without the prefixes that wrappers add (`module.`, `_orig_mod.`,
             `model.`, ...). Memory-mapped where the file allows it; on the meta device if only the header was read.
-        architecture: What the file or the name says it is, as `timm/resnet18` or `torchvision/resnet50`, or None.
-        architecture_kwargs: Arguments the architecture was built with (`in_chans`, `img_size`, ...), plain values.
-        num_classes: Number of classes as the file says it, or None.
-        pretrained_cfg: Preprocessing as found, in timm's words (`input_size`, `mean`, `std`, `interpolation`, ...).
-        labels: One label a class, in the order of the logits, or None.
-        sha256: Of the file, 64 hexadecimal digits; None if only the header was read, or if there are several files.
+        facts: What the checkpoint says about the model.
+        sha256: SHA-256 of the file, 64 hexadecimal digits; None if only the header was read or there are several files.
         num_bytes: Size of the file or files.
-        used_ema: The tensors are the moving average of the weights.
-        has_ema: The file holds a moving average as well.
-        dropped: Names of the entries that were left out: no tensors (`_extra_state`, counters), or not of the model.
+        used_ema: Whether the tensors are the moving average of the weights.
+        has_ema: Whether the file also holds a moving average.
+        dropped: Names of the entries that were left out because they are not tensors (`_extra_state`), are counters, or
+            do not belong to the model.
     """
 
     name: str
     tensors: dict[str, Tensor]
-    architecture: str | None = None
-    architecture_kwargs: dict[str, Any] = field(default_factory=dict)
-    num_classes: int | None = None
-    pretrained_cfg: dict[str, Any] | None = None
-    labels: list[str] | None = None
+    facts: Facts = Facts()
     sha256: str | None = None
     num_bytes: int | None = None
     used_ema: bool = False
@@ -74,42 +79,30 @@ class Source:
 
     @property
     def reference_code_head(self) -> ReferenceCodeHead | None:
-        """Its classifier, if that is a fixed one of the paper's published code.
+        """Its classifier, if that is a fixed one of the paper's reference code.
 
         Raises:
-            SourceError: it does not tell how many classes it has.
+            SourceError: the head does not show how many classes it has.
         """
         return find_reference_code_head(self.tensors)
 
     @property
     def learned(self) -> dict[str, Tensor]:
-        """The tensors; in the place of a published head those of a learned classifier, weights on the meta device."""
+        """The tensors, with a head of the reference code replaced by a learned classifier (weights on meta)."""
         return as_learned(self.tensors, self.reference_code_head)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape, in stored order, of `learned`: what an architecture is identified from."""
+        """Name -> shape of `learned`, in stored order; an architecture is identified from these."""
         return {name: tuple(tensor.shape) for name, tensor in self.learned.items()}
-
-    @property
-    def facts(self) -> Facts:
-        """What the source says about the model."""
-        return Facts(self.architecture, self.architecture_kwargs, self.num_classes, self.pretrained_cfg, self.labels)
-
-    def with_facts(self, facts: Facts) -> Source:
-        """This source, saying what `facts` say instead."""
-        self.architecture = facts.architecture
-        self.architecture_kwargs = facts.architecture_kwargs
-        self.num_classes = facts.num_classes
-        self.pretrained_cfg = facts.pretrained_cfg
-        self.labels = facts.labels
-        return self
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise `SourceError` naming the first tensor that holds a NaN or an infinity.
+    """Raise `SourceError` that names the first tensor with a NaN or an infinity.
 
-    Looks at a few million elements at a time, so that a memory-mapped file is streamed and never copied.
+    A few million elements are checked at a time, so a memory-mapped file is streamed and never copied.
+
+    >>> check_finite({"weight": torch.ones(3)})
     """
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or (tensor.ndim == 0 and name.endswith(_BOUNDS) and bool(tensor.isinf())):
@@ -117,7 +110,8 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
         flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.contiguous().reshape(-1)
         for start in range(0, flat.numel(), _CHUNK):
             piece = flat[start : start + _CHUNK]
-            least, most = torch.aminmax(piece)  # NaN if there is one, and ten times as fast as looking at each
+            # aminmax returns NaN if there is one, and is ten times as fast as testing each element.
+            least, most = torch.aminmax(piece)
             if not bool(least.isfinite() & most.isfinite()):
                 first = start + int((~piece.isfinite()).nonzero()[0])
                 raise SourceError(

@@ -1,4 +1,4 @@
-"""Checking a slim checkpoint: rebuild what is not stored, reload what is, and compare with the original if given."""
+"""Check a slim checkpoint: rebuild its codebook, load it, run it, and compare its backbone with the original's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from fixify.heads import coherence
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: what it is, whether it holds, and what was found."""
+    """The result of one check.
+
+    Attributes:
+        name: What was checked.
+        passed: Whether the check passed.
+        detail: What was found.
+    """
 
     name: str
     passed: bool
@@ -27,10 +33,14 @@ class Check:
 
 
 def verify(path: str | Path, *, source: str | Path | None = None) -> list[Check]:
-    """Check a slim checkpoint, and its backbone against the original's if that is given.
+    """Check a slim checkpoint.
+
+    Args:
+        path: The slim checkpoint.
+        source: The original checkpoint; if given, the backbones are compared bit for bit.
 
     Raises:
-        FormatError: the file is not a slim checkpoint, or so damaged that there is nothing to check.
+        FormatError: the file is not a slim checkpoint, or is too damaged to be checked.
         SourceError: `source` cannot be read.
     """
     path = Path(path)
@@ -46,7 +56,7 @@ def verify(path: str | Path, *, source: str | Path | None = None) -> list[Check]
     except FixifyError as error:
         checks.append(Check("tensors", False, error.message))
         return checks
-    checks.append(Check("tensors", True, f"{len(tensors)} tensors are those of {info.architecture.ref}"))
+    checks.append(Check("tensors", True, f"{len(tensors)} tensors, as {info.architecture.ref} has them"))
     checks.append(_codebook(info, model))
     checks.append(_forward(info, model))
     if source is not None:
@@ -63,7 +73,7 @@ def _finite(tensors: dict[str, torch.Tensor]) -> Check:
 
 
 def _codebook(info: SlimInfo, model: nn.Module) -> Check:
-    """The digest was compared while loading; what is left to see is that the codes are as spread as promised."""
+    """Check that no two classes have the same code; loading has already compared the codebook's digest."""
     found = []
     for record in info.heads:
         head: Any = model.get_submodule(record.path)
@@ -89,7 +99,9 @@ def _against(info: SlimInfo, tensors: dict[str, torch.Tensor], source: str | Pat
     checks = []
     if Path(source).is_file():
         same = sha256_of(Path(source)) == info.source.get("sha256")
-        checks.append(Check("source", same, "the file it was made from" if same else "not the file it was made from"))
+        checks.append(
+            Check("source", same, "the file it was made from" if same else "another file than the one it was made from")
+        )
     heads = tuple(f"{record.path}." for record in info.heads)
     backbone = [key for key in original.tensors if not key.startswith(heads)]
     changed = [key for key in backbone if key not in tensors or not _identical(tensors[key], original.tensors[key])]

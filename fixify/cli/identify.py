@@ -47,8 +47,8 @@ def identify(
     output.result(
         {
             "file": opened.name,
-            "says": opened.architecture,
-            "fits": said is not None if opened.architecture else None,
+            "says": opened.facts.architecture,
+            "fits": said is not None if opened.facts.architecture else None,
             "by": found.by,
             "candidates": candidates,
             "reference_code_head": None if head is None else head.path,
@@ -57,16 +57,15 @@ def identify(
     )
     if said is not None:
         output.say(f"It says that it is {said.architecture.spelled}, and fits.")
-    elif opened.architecture is not None:
+    elif opened.facts.architecture is not None:
         output.warn(
-            f"It says that it is {opened.architecture}, and does not fit it, or the name leaves something open."
+            f"It says that it is {opened.facts.architecture}, and does not fit it, or the name leaves something open."
         )
-    if found.scheme is not None:
-        scheme = found.scheme
-        output.say(f"Its key names are those of {scheme.name}: {scheme.trait} {scheme.value} ({scheme.provenance}).")
+    if found.narrowed_by is not None:
+        output.say(f"Narrowed down by {found.narrowed_by}.")
     if head is not None:
         output.say(f"Its classifier {head.path} is a fixed one {REFERENCE_CODE}: no weights are stored of it.")
-    if said is None and (len(found.candidates) > 1 or opened.architecture is not None):
+    if said is None and (len(found.candidates) > 1 or opened.facts.architecture is not None):
         first = found.candidates[0].architecture.spelled
         output.next_step(f"fixify convert {source} --arch {first}", "say which it is")
     else:

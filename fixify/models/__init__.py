@@ -1,4 +1,4 @@
-"""The architectures that fixify knows, timm's, torchvision's and the paper's: by name, classifier, and a file's shapes.
+"""The architectures of timm, torchvision and the paper: parse names, build, find classifiers, identify state dicts.
 
 Importing this package registers the paper's own networks with timm (see `fixify.models.networks`).
 """

@@ -1,4 +1,7 @@
-"""Architectures by name: parsing, building, preprocessing. Nothing here downloads, except `build(pretrained=True)`."""
+"""Parse the names of architectures, build them, and look up their preprocessing.
+
+Nothing here downloads anything, except `build(pretrained=True)`.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ from fixify.models.networks import NETWORKS
 
 LIBRARIES = ("timm", "torchvision", "fixify")
 
-# Arguments that would make a builder read weights or configuration from somewhere, or that `build` sets itself.
-# An `Architecture` can come out of a file, so they are refused rather than passed on.
+# Arguments that make a builder read weights or configuration from somewhere, or that `build` sets itself. They are
+# refused, because an `Architecture` can come from an untrusted file.
 _RESERVED = {
     *("num_classes", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict"),
     *("pretrained_filter_fn", "pretrained_model_args", "checkpoint_path", "cache_dir", "weights", "weights_backbone"),
@@ -39,7 +42,7 @@ _TORCHVISION_TASKS = {
     "optical_flow": "optical flow",
     "quantization": "quantised inference",
 }
-# torchvision warns until this is said: its default is slow (it draws from SciPy's truncated normal) and will change.
+# torchvision warns without this argument: its default is slow (it draws from SciPy's truncated normal) and will change.
 _TORCHVISION_DEFAULTS: dict[str, dict[str, Any]] = {
     "googlenet": {"init_weights": False},
     "inception_v3": {"init_weights": False},
@@ -48,15 +51,15 @@ _TORCHVISION_DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network that a library can build: which library, under which name, with which arguments.
+    """A network that a library can build: the library, its name there, and the builder's arguments.
 
     Attributes:
-        library: "timm", "torchvision" or "fixify" (the paper's own networks, built by way of timm).
+        library: "timm", "torchvision" or "fixify" (the paper's own networks, built through timm).
         name: The library's name for it, without tag.
         kwargs: Arguments of the builder besides the number of classes (`in_chans`, `img_size`, ...), JSON-safe.
-        tag: Which pretrained weights: timm's tag ("a1_in1k") or the member of torchvision's weights enum
-            ("IMAGENET1K_V2"); None for the library's default. It decides preprocessing and the number of classes,
-            never the shapes of the backbone.
+        tag: The pretrained weights: timm's tag ("a1_in1k") or the member of torchvision's weights enum
+            ("IMAGENET1K_V2"); None for the library's default. The tag determines the preprocessing and the default
+            number of classes, never the shapes of the backbone.
     """
 
     library: str
@@ -66,25 +69,25 @@ class Architecture:
 
     @property
     def ref(self) -> str:
-        """What a person types: "timm/resnet50", "timm/resnet50.a1_in1k", "torchvision/resnet50"."""
+        """The name that a person types: "timm/resnet50", "timm/resnet50.a1_in1k", "torchvision/resnet50"."""
         return f"{self.library}/{self.name}" + (f".{self.tag}" if self.tag else "")
 
     @property
     def spelled(self) -> str:
-        """`ref` with the arguments: "timm/vit_base_patch16_224,img_size=384". `parse_architecture` reads it back."""
+        """`ref` and the arguments: "timm/vit_base_patch16_224,img_size=384". `parse_architecture` reads it back."""
         return ",".join([self.ref, *(f"{key}={json.dumps(value)}" for key, value in self.kwargs.items())])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return {"library": self.library, "name": self.name, "tag": self.tag, "kwargs": dict(self.kwargs)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Architecture:
-        """The inverse of `to_dict`, for values from outside.
+        """Read back what `to_dict` returned; the values may come from an untrusted file.
 
         Raises:
-            ArchitectureError: a missing or unknown key, a name that the installed libraries do not have, or
-                arguments that are not plain ones.
+            ArchitectureError: a key is missing or unknown, the installed libraries do not have the name, or an
+                argument is not a plain value.
         """
         unknown = sorted(set(values) - {"library", "name", "tag", "kwargs"})
         library, name, tag, kwargs = (values.get(key) for key in ("library", "name", "tag", "kwargs"))
@@ -93,30 +96,47 @@ class Architecture:
         if not isinstance(kwargs or {}, Mapping) or not isinstance(tag or "", str):
             raise ArchitectureError(f"The arguments of {library}/{name} must be an object and its tag a string.")
         found = parse_architecture(f"{library}/{name}", **(kwargs or {}))
-        # A tag that this version of the library does not know costs only the preprocessing that goes with it.
+        # A tag that the installed version does not know is kept: only its preprocessing is unavailable.
         return cls(found.library, found.name, found.kwargs, tag or found.tag)
 
 
 def list_architectures(library: str | None = None) -> list[str]:
-    """All image classification architectures that the installed libraries can build, as "library/name"."""
+    """List the image classification architectures that the installed libraries can build, as "library/name".
+
+    Args:
+        library: "timm", "torchvision" or "fixify"; None for all.
+
+    Raises:
+        ArchitectureError: unknown library.
+
+    >>> list_architectures("fixify")[:2]
+    ['fixify/densenet100_bc_cifar', 'fixify/mobilenet_v1_050']
+    """
     if library not in (None, *LIBRARIES):
         raise ArchitectureError(f"Unknown library {library!r}; known: {', '.join(LIBRARIES)}.")
     return [f"{lib}/{name}" for lib in LIBRARIES if library in (None, lib) for name in _names(lib)]
 
 
 def parse_architecture(text: str, **kwargs: Any) -> Architecture:
-    """Read an architecture's name.
+    """Parse the name of an architecture.
 
     Args:
         text: "resnet50", "resnet50.a1_in1k", "timm/resnet50", "torchvision/resnet50",
-            "torchvision/resnet50.IMAGENET1K_V2", "ResNet50_Weights.IMAGENET1K_V2". A name without library is timm's if
-            timm has it, else torchvision's, else fixify's own ("resnet56_cifar").
-            Arguments may follow: "vit_base_patch16_224,img_size=384,in_chans=1".
-        kwargs: More arguments for the builder; None values are dropped.
+            "torchvision/resnet50.IMAGENET1K_V2" or "ResNet50_Weights.IMAGENET1K_V2". A name without library is looked
+            up in timm, then in torchvision, then among fixify's own networks ("resnet56_cifar"). Arguments may follow:
+            "vit_base_patch16_224,img_size=384,in_chans=1".
+        **kwargs: More arguments for the builder; None values are dropped.
 
     Raises:
-        ArchitectureError: unknown name (the nearest are named), a torchvision model that is not an image
-            classifier, or an argument that an architecture may not have.
+        ArchitectureError: the name is unknown (the message lists the nearest ones) or is a torchvision model for
+            another task, or an argument is not allowed.
+
+    >>> parse_architecture("resnet50.a1_in1k").ref
+    'timm/resnet50.a1_in1k'
+    >>> parse_architecture("ResNet50_Weights.IMAGENET1K_V2").ref
+    'torchvision/resnet50.IMAGENET1K_V2'
+    >>> parse_architecture("vit_base_patch16_224,img_size=384").kwargs
+    {'img_size': 384}
     """
     spelled, _, arguments = text.strip().partition(",")
     kwargs = {**_arguments(text, arguments), **kwargs}
@@ -129,7 +149,7 @@ def parse_architecture(text: str, **kwargs: Any) -> Architecture:
     name, tag = split_model_name_tag(rest if slash else spelled)
     kwargs = _checked_kwargs(text, kwargs)
     if prefix == "timm" and slash and name in NETWORKS:
-        prefix = "fixify"  # whoever registered it with timm may well call it timm's
+        prefix = "fixify"  # fixify registers its networks with timm, so timm/NAME is accepted for them
     libraries = (prefix,) if slash else LIBRARIES
     if "timm" in libraries and name in get_deprecated_models():
         current = get_deprecated_models()[name]
@@ -151,18 +171,22 @@ def build(
     blank: bool = False,
     pretrained: bool = False,
 ) -> nn.Module:
-    """Build the network.
+    """Build an architecture.
 
     Args:
-        num_classes: None for the library's own number (`default_num_classes`).
-        meta: Build on the meta device, in a fraction of a second and without memory: for names and shapes. Such a
-            model cannot be run, and moving it to a device does not give its buffers their values.
-        blank: Leave the parameters without initial values, which takes most of the time of a build: for a model whose
-            whole state dict is loaded next.
-        pretrained: Load the library's weights of `arch.tag`, which downloads them if they are not in its cache.
+        arch: The architecture.
+        num_classes: None for the library's default (`default_num_classes`).
+        meta: Build on the meta device, for names and shapes only. This takes a fraction of a second and no memory. Such
+            a model cannot be run, and moving it to a device does not give its buffers their values.
+        blank: Skip drawing initial weights, which takes most of the time of a build. For a model whose whole state dict
+            is loaded next.
+        pretrained: Load the library's weights for `arch.tag`, downloading them if they are not in its cache.
 
     Raises:
-        ArchitectureError: the library refuses the arguments, or has no weights of that tag.
+        ArchitectureError: the library refuses the arguments, or has no weights with that tag.
+
+    >>> build(parse_architecture("resnet18"), num_classes=7, meta=True).get_classifier()
+    Linear(in_features=512, out_features=7, bias=True)
     """
     if pretrained:
         _checked_tag(arch.library, arch.name, arch.tag)
@@ -175,7 +199,7 @@ def build(
         return construct(constructor)
     try:
         return construct(constructor)
-    # What a builder raises on arguments that do not suit it is not specified: all of these occur.
+    # The libraries do not specify what a builder raises for unsuitable arguments; all of these occur.
     except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, KeyError) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in arch.kwargs.items())
         reason = str(error) or type(error).__name__
@@ -183,13 +207,13 @@ def build(
 
 
 def _construct(constructor: Callable[[], nn.Module]) -> nn.Module:
-    # Initial weights are drawn from the global generator; whoever seeded it gets it back as it was.
+    # Initial weights are drawn from the global generator; restore its state for whoever seeded it.
     with torch.random.fork_rng(devices=[]):
         return constructor()
 
 
 def default_num_classes(arch: Architecture) -> int:
-    """The number of classes that the library builds by default; 0 for an encoder without a classifier."""
+    """Return the number of classes that the library builds by default; 0 for an encoder without a classifier."""
     if arch.library == "torchvision":
         return len(_torchvision_weights(arch).meta["categories"])
     cfg = get_pretrained_cfg(_timm_name(arch), allow_unregistered=True)
@@ -197,14 +221,19 @@ def default_num_classes(arch: Architecture) -> int:
 
 
 def preprocessing(arch: Architecture, cfg: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """How images become the network's input when it is evaluated, as plain values.
+    """Return how images are prepared for the network at evaluation, as plain values.
 
     Args:
-        cfg: What came with the weights (timm's `pretrained_cfg`); its values take precedence over the library's.
+        arch: The architecture; its arguments and tag count.
+        cfg: Preprocessing that came with the weights (timm's `pretrained_cfg`). Its values take precedence over the
+            library's.
 
     Returns:
         input_size [channels, height, width], mean and std (of values in 0..1, one per channel), interpolation,
-        crop_pct (of the resized image that is kept), crop_mode.
+        crop_pct (the share of the resized image that is kept), crop_mode.
+
+    >>> preprocessing(parse_architecture("resnet18"))["input_size"]
+    [3, 224, 224]
     """
     known = _torchvision_preprocessing(arch) if arch.library == "torchvision" else _timm_preprocessing(arch)
     known.update({key: value for key, value in (cfg or {}).items() if key in known and value is not None})
@@ -216,13 +245,13 @@ def preprocessing(arch: Architecture, cfg: Mapping[str, Any] | None = None) -> d
     known["input_size"] = (channels, *known["input_size"][1:])
     for key in ("mean", "std"):
         values = tuple(known[key])
-        # Statistics of RGB say nothing about other channels, except that their average suits grey images.
+        # RGB statistics do not apply to other channels. Their average suits grey images.
         known[key] = values if len(values) == channels else (sum(values) / len(values),) * channels
     return {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}
 
 
 def library_versions() -> dict[str, str]:
-    """The installed versions, without the part that tells a build ("+cu130")."""
+    """Return the installed version of each library, without build suffix ("+cu130")."""
     versions = {"timm": timm.__version__, "torchvision": torchvision.__version__, "fixify": __version__}
     return {library: str(version).partition("+")[0] for library, version in versions.items()}
 
@@ -231,7 +260,7 @@ def library_versions() -> dict[str, str]:
 def _names(library: str) -> tuple[str, ...]:
     if library == "fixify":
         return NETWORKS
-    if library == "timm":  # where ours are registered too
+    if library == "timm":  # fixify's own networks are registered there too
         return tuple(name for name in timm.list_models() if name not in NETWORKS)
     return tuple(torchvision.models.list_models(module=torchvision.models))
 
@@ -247,14 +276,16 @@ def _unknown(text: str, name: str, libraries: tuple[str, ...]) -> ArchitectureEr
         task = next((text for key, text in _TORCHVISION_TASKS.items() if key in module), "another task")
         return ArchitectureError(
             f"torchvision's {name} is a model for {task}; fixify converts image classifiers.",
-            hint="fixify report --all lists the architectures it converts.",
+            hint="List the architectures that fixify converts: fixify report --all",
         )
     known = [ref for library in libraries for ref in list_architectures(library)]
     short = {ref.partition("/")[2]: ref for ref in reversed(known)}
     near = [short[match] for match in difflib.get_close_matches(name, short, n=5, cutoff=0.6)]
     return ArchitectureError(
         f"No architecture {text!r} in {' or '.join(f'{lib} {library_versions()[lib]}' for lib in libraries)}.",
-        hint=f"Nearest: {', '.join(near)}." if near else "fixify report --all lists the architectures it converts.",
+        hint=f"Nearest: {', '.join(near)}."
+        if near
+        else "List the architectures that fixify converts: fixify report --all",
     )
 
 
@@ -264,12 +295,14 @@ def _checked_kwargs(text: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         raise ArchitectureError(f"{text}: {', '.join(refused)} cannot be an argument of an architecture.")
     odd = sorted(key for key, value in kwargs.items() if not _is_plain(value))
     if odd:
-        raise ArchitectureError(f"{text}: the value of {', '.join(odd)} must be a number, text, boolean or a list.")
+        raise ArchitectureError(
+            f"{text}: the value of {', '.join(odd)} must be a number, a string, a boolean or a list."
+        )
     return {key: value for key, value in kwargs.items() if value is not None}
 
 
 def _arguments(text: str, arguments: str) -> dict[str, Any]:
-    """Read "img_size=[96,128],in_chans=1"; values are JSON, or text where they are not."""
+    """Parse "img_size=[96,128],in_chans=1". Values are JSON; a value that is not JSON is a string."""
     found: dict[str, Any] = {}
     for argument in re.split(r",(?=\s*\w+=)", arguments) if arguments else ():
         key, equals, value = argument.strip().partition("=")
@@ -297,17 +330,17 @@ def _checked_tag(library: str, name: str, tag: str | None) -> str | None:
     if tag and library == "torchvision":
         enum = torchvision.models.get_model_weights(name)
         tag = tag.removeprefix(f"{enum.__name__}.")
-        tag = enum[tag].name if tag in enum.__members__ else tag  # "DEFAULT" is one of the others
+        tag = enum[tag].name if tag in enum.__members__ else tag  # "DEFAULT" is an alias of another member
     if not tag or tag in (known := _tags(library, name)):
         return tag or None
     raise ArchitectureError(
-        f"{library} has no weights {tag!r} of {name}.",
+        f"{library} has no weights {tag!r} for {name}.",
         hint=f"It has: {', '.join(known)}." if any(known) else f"Type {library}/{name} without a tag.",
     )
 
 
 def _of_weights(text: str) -> str:
-    """`text`, or if it is a member of one of torchvision's weights enums, the model that those weights are of."""
+    """Translate a member of torchvision's weights enums into "torchvision/MODEL.MEMBER"; return other text as it is."""
     enum, dot, member = text.removeprefix("torchvision/").partition(".")
     if dot and enum.endswith("_Weights"):
         for name in _names("torchvision"):
@@ -360,11 +393,11 @@ def _torchvision_constructor(arch: Architecture, num_classes: int | None, pretra
 
 
 def _torchvision_defaults(arch: Architecture) -> dict[str, Any]:
-    """What torchvision's builders set by themselves when they are given weights, and `build` as well."""
+    """Return the arguments that torchvision's builders set themselves when they load weights."""
     defaults = dict(_TORCHVISION_DEFAULTS.get(arch.name, {}))
     if arch.name in _TORCHVISION_DEFAULTS and arch.tag:
         defaults["transform_input"] = True
-    if arch.name.startswith("vit_"):  # position embeddings of one size: that of the weights' preprocessing
+    if arch.name.startswith("vit_"):  # position embeddings have the image size of the weights' preprocessing
         defaults["image_size"] = _torchvision_preprocessing(arch)["input_size"][1]
     return defaults
 

@@ -1,4 +1,9 @@
-"""Building a model without initial values: for its names and shapes only, or because its weights are loaded next."""
+"""Build a model without initial values, and load weights into it.
+
+A model is built without values for two reasons: only its names and shapes are needed (`build_on_meta`), or a whole
+state dict is loaded next (`build_blank`, `load_weights`). Both skip weight initialisation, which takes most of the time
+of a build.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 _STORAGE = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.empty_strided}
 _VALUES = {torch.tensor, torch.as_tensor, torch.arange, torch.linspace, torch.eye, torch.randperm}
-# What weight initialisation does to a tensor in place: most of the time of a build, for values that on the meta device
-# do not exist, and that otherwise are overwritten when weights are loaded. Names, because torch.nn.init's functions and
-# the methods of Tensor are to be skipped alike.
+# The in-place functions that initialise weights. They are listed by name because the functions of torch.nn.init and the
+# methods of Tensor are skipped alike.
 _INITIALISATION = {
     *("normal_", "uniform_", "trunc_normal_", "erfinv_", "bernoulli_", "zero_", "fill_", "copy_"),
     *("mul_", "add_", "sub_", "div_", "clamp_", "constant_", "ones_", "zeros_", "orthogonal_"),
@@ -22,12 +26,74 @@ _INITIALISATION = {
 }
 
 
-class _MetaBuild(TorchFunctionMode):
-    """Tensors are made on the meta device, and giving them values is skipped.
+def build_on_meta(constructor: Callable[[], nn.Module]) -> nn.Module:
+    """Call `constructor` so that every parameter and buffer is on the meta device.
+
+    The model has its modules, names, shapes and dtypes. It cannot be run: neither its parameters nor its buffers
+    (position indices and the like) have values.
+    """
+    try:
+        with _MetaBuild(with_values=True):
+            model = constructor()
+    except NotImplementedError:  # torch: "Cannot copy out of meta tensor; no data!"
+        with _MetaBuild(with_values=False):
+            model = constructor()
+    return model.to("meta")
+
+
+def build_blank(constructor: Callable[[], nn.Module]) -> nn.Module:
+    """Call `constructor` without drawing initial weights, which is ten times as fast for a large vision transformer.
+
+    The parameters are uninitialised memory, so each of them must be loaded next; `load_state_dict` checks that. Buffers
+    have their usual values, including buffers that are not part of the state dict.
+    """
+    # Some constructors still draw from the global generator; restore its state for whoever seeded it.
+    with torch.random.fork_rng(devices=[]), _BlankBuild():
+        return constructor()
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load a state dict strictly; only the batch counters of BatchNorm layers may be missing.
+
+    A state dict of torch carries the version of each module, which modules use to translate old state dicts. A
+    safetensors file does not, and torchvision's MNASNet refuses to load without it. Tensors that fit are therefore
+    treated as the current version.
 
     Args:
-        with_values: Also make on meta what is made with values (`arange`, `linspace`, ...). False leaves those on
-            the CPU, for the constructors that compute their sizes with tensors (torchvision's RegNet).
+        model: The model, changed in place.
+        tensors: Its weights, under the model's own names and with its shapes.
+
+    Raises:
+        RuntimeError: torch's own, if a tensor is missing, unknown or of another shape.
+    """
+    own = model.state_dict()
+    state = OrderedDict(tensors)
+    norms = {path for path, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)}
+    for key, tensor in own.items():
+        # A fixed head counts batches under the same name, and its counter may not be missing.
+        if is_counter(key) and key.rpartition(".")[0] in norms:
+            state.setdefault(key, tensor)
+    state._metadata = own._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(state)
+
+
+def is_counter(key: str) -> bool:
+    """Return whether a state dict's key is the batch counter of a BatchNorm layer.
+
+    Old checkpoints and ports from other frameworks lack the counters, and no prediction depends on them.
+
+    >>> is_counter("layer1.0.bn1.num_batches_tracked"), is_counter("layer1.0.bn1.weight")
+    (True, False)
+    """
+    return key.rpartition(".")[2] == "num_batches_tracked"
+
+
+class _MetaBuild(TorchFunctionMode):
+    """Create tensors on the meta device, and skip giving them values.
+
+    Args:
+        with_values: Also create tensors with given values (`arange`, `linspace`, ...) on the meta device. False leaves
+            those on the CPU, for constructors that compute sizes with tensors (torchvision's RegNet).
     """
 
     def __init__(self, *, with_values: bool) -> None:
@@ -45,7 +111,7 @@ class _MetaBuild(TorchFunctionMode):
 
 
 class _BlankBuild(TorchFunctionMode):
-    """Parameters keep whatever was in their memory; everything else is computed as ever."""
+    """Skip the initialisation of parameters; everything else is computed as usual."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -55,57 +121,9 @@ class _BlankBuild(TorchFunctionMode):
         return target if isinstance(target, nn.Parameter) else func(*args, **kwargs)
 
 
-def _initialised(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The tensor that `func` would give initial values, if that is what it does."""
+def _initialised(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the tensor that `func` initialises, or None if `func` does something else."""
     if getattr(func, "__name__", None) not in _INITIALISATION:
         return None
     target = args[0] if args else kwargs.get("tensor")
-    return target if isinstance(target, torch.Tensor) else None
-
-
-def build_blank(constructor: Callable[[], nn.Module]) -> nn.Module:
-    """Call `constructor` without drawing initial weights: ten times as fast for a large vision transformer.
-
-    The parameters have no values: every one of them is to be loaded from a state dict, as `load_state_dict` makes sure
-    of. Buffers, those that no state dict has included, are as ever.
-    """
-    # What is drawn after all comes from the global generator; whoever seeded it gets it back as it was.
-    with torch.random.fork_rng(devices=[]), _BlankBuild():
-        return constructor()
-
-
-def build_on_meta(constructor: Callable[[], nn.Module]) -> nn.Module:
-    """Call `constructor` so that every parameter and buffer is on the meta device.
-
-    The model has its modules, names, shapes and dtypes and cannot be run: neither its parameters nor its buffers
-    (position indices and the like) have values.
-    """
-    try:
-        with _MetaBuild(with_values=True):
-            model = constructor()
-    except NotImplementedError:  # torch: "Cannot copy out of meta tensor; no data!"
-        with _MetaBuild(with_values=False):
-            model = constructor()
-    return model.to("meta")
-
-
-# Putting weights that are known to fit into a model.
-
-
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load a state dict of the model's own names and shapes, strictly; only BatchNorm's counters may be missing.
-
-    A state dict of torch carries the version of each module, by which modules translate older ones; a safetensors file
-    does not, and torchvision's MNASNet refuses to be loaded without. What fits is taken to be of today's version.
-
-    Raises:
-        RuntimeError: torch's, if anything is missing, unknown or of another shape.
-    """
-    own = model.state_dict()
-    state = OrderedDict(tensors)
-    for path, module in model.named_modules():
-        counter = f"{path}.num_batches_tracked"
-        if isinstance(module, nn.modules.batchnorm._NormBase) and counter in own:
-            state.setdefault(counter, own[counter])
-    state._metadata = own._metadata  # type: ignore[attr-defined]
-    model.load_state_dict(state)
+    return target if isinstance(target, Tensor) else None

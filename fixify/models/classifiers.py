@@ -1,4 +1,7 @@
-"""Where a model's classifier is: the layers, each a linear map from features to one logit a class."""
+"""Find the classifier layers of a model, and list which architectures have one.
+
+A classifier layer is a linear map (a Linear or a 1x1 convolution) from features to one logit per class.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ from torch import nn
 from fixify.errors import ArchitectureError, NoClassifierError
 from fixify.models.architectures import Architecture, build, list_architectures, parse_architecture
 
-# torchvision has no interface for this: every one of its classifiers sits under one of these names, the auxiliary
-# ones of GoogLeNet and Inception v3 included. In each, the last linear layer gives the logits.
+# torchvision has no function that returns the classifier. Each of its classifiers, including the auxiliary ones of
+# GoogLeNet and Inception v3, is under one of these names, and the last linear layer there gives the logits.
 _TORCHVISION_HEADS = ("fc", "classifier", "head", "heads")
 _TORCHVISION_AUXILIARY = ("aux1", "aux2", "AuxLogits")
+_SOME_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,8 @@ class ClassifierSite:
         num_features: Width of its input.
         num_classes: Width of its output.
         channel_dim: The dimension of its input that holds the features: -1 for a Linear, 1 for a Conv2d.
-        num_parameters: Of its weight and its bias.
-        has_bias: Whether it has one.
+        num_parameters: Number of elements of its weight and bias.
+        has_bias: Whether it has a bias.
     """
 
     path: str
@@ -43,16 +47,21 @@ class ClassifierSite:
 def find_classifiers(model: nn.Module, arch: Architecture | None = None) -> list[ClassifierSite]:
     """Find every classifier layer of a model, in the order of `model.named_modules()`.
 
-    Models with one classifier have one; distilled and multi-scale models (DeiT's pairs, CrossViT, EfficientViM) and
-    models with auxiliary classifiers have several, whose logits they average or return. The layer itself is meant:
-    of LeViT's and RepViT's `NormLinear` that is the Linear, and the BatchNorm before it belongs to the backbone; of
-    MetaFormer's `MlpHead` the last layer.
+    Most models have one. Distilled and multi-scale models (DeiT with two heads, CrossViT, EfficientViM) and models with
+    auxiliary classifiers have several. The site is the linear layer itself: in `NormLinear` (LeViT, RepViT) the
+    BatchNorm before it belongs to the backbone, and in MetaFormer's `MlpHead` only the last layer counts.
 
     Args:
-        arch: Used to word the refusal. The model decides how it is searched: timm's have `get_classifier()`.
+        model: The model; one on the meta device will do. Models with `get_classifier()` are searched as timm's, others
+            as torchvision's.
+        arch: The name to use in error messages; the model's class name if None.
 
     Raises:
-        NoClassifierError: an encoder, a model built with `num_classes=0`, or a model that fixify cannot read.
+        NoClassifierError: the model is an encoder, was built with `num_classes=0`, or has a classifier that fixify
+            cannot find.
+
+    >>> [site.path for site in find_classifiers(build(parse_architecture("resnet18"), meta=True))]
+    ['fc']
     """
     name = arch.ref if arch is not None else type(model).__name__
     if hasattr(model, "get_classifier"):
@@ -64,17 +73,74 @@ def find_classifiers(model: nn.Module, arch: Architecture | None = None) -> list
     return [_site(path, layer) for path, layer in layers.items()]
 
 
-def _timm_layers(model: Any, name: str) -> dict[str, nn.Module]:
-    """Leaves below `get_classifier()`, and those that `pretrained_cfg["classifier"]` names.
+@dataclass(frozen=True)
+class Coverage:
+    """What fixify can do with one architecture, as its library builds it by default.
 
-    Neither suffices alone: the first leaves out VOLO's auxiliary head, the second one of levit_384_s8's two. Where
-    both speak of one head the second decides, for the hidden layer of an MLP head can be as wide as there are classes.
+    Attributes:
+        ref: "library/name".
+        sites: Its classifier layers; empty if it has none.
+        reason: Why it cannot be converted as it is; None if it can.
+        takes_classes: Whether it has a classifier when it is built with a number of classes.
+        num_parameters: Number of elements of all parameters.
+    """
+
+    ref: str
+    sites: tuple[ClassifierSite, ...]
+    reason: str | None
+    takes_classes: bool
+    num_parameters: int
+
+    @property
+    def convertible(self) -> bool:
+        """Whether fixify converts its checkpoints."""
+        return bool(self.sites)
+
+    @property
+    def head_parameters(self) -> int:
+        """Number of weights and biases of all its classifier layers."""
+        return sum(site.num_parameters for site in self.sites)
+
+
+def coverage(refs: Iterable[str] | None = None) -> Iterator[Coverage]:
+    """Build architectures on the meta device, one after the other, and find their classifiers.
+
+    Args:
+        refs: Names of architectures; None for all that the libraries have, which takes some minutes.
+    """
+    for ref in list_architectures() if refs is None else refs:
+        arch = parse_architecture(ref)
+        model = build(arch, meta=True)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        try:
+            yield Coverage(arch.ref, tuple(find_classifiers(model, arch)), None, True, size)
+        except NoClassifierError:
+            takes_classes = _takes_classes(arch)
+            reason = "an encoder" + (": no classifier unless built with num_classes" if takes_classes else "")
+            yield Coverage(arch.ref, (), reason, takes_classes, size)
+
+
+def _takes_classes(arch: Architecture) -> bool:
+    try:
+        model: nn.Module = build(arch, num_classes=_SOME_CLASSES, meta=True)
+        return bool(find_classifiers(model, arch))
+    # timm's encoders refuse the argument with different errors.
+    except (NoClassifierError, ArchitectureError, TypeError, ValueError, AssertionError, RuntimeError):
+        return False
+
+
+def _timm_layers(model: Any, name: str) -> dict[str, nn.Module]:
+    """Find the linear layers below `get_classifier()`, and those that `pretrained_cfg["classifier"]` names.
+
+    Neither is enough alone: `get_classifier()` omits VOLO's auxiliary head, and the configuration omits one of the two
+    heads of levit_384_s8. Where both name the same head, the configuration decides, because the hidden layer of an MLP
+    head can be as wide as the number of classes.
     """
     num_classes = getattr(model, "num_classes", 0)
     if not num_classes:
         raise NoClassifierError(
             f"{name} has no classifier: it is an encoder, or was built with num_classes=0.",
-            hint="fixify replaces a classifier that is there. Train one: timm.create_model(name, num_classes=...)",
+            hint="fixify replaces an existing classifier. Train one first: timm.create_model(name, num_classes=...)",
         )
     found = model.get_classifier()
     heads = found if isinstance(found, (tuple, list)) else (found,)
@@ -84,7 +150,9 @@ def _timm_layers(model: Any, name: str) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {}
     for head in heads:
         if head not in paths:
-            raise NoClassifierError(f"{name}: get_classifier() returns a {type(head).__name__} that is not its own.")
+            raise NoClassifierError(
+                f"{name}: get_classifier() returns a {type(head).__name__} that is not a module of the model."
+            )
         below = {
             _join(paths[head], path): layer for path, layer in _linear_layers(head) if _width(layer) == num_classes
         }
@@ -95,7 +163,7 @@ def _timm_layers(model: Any, name: str) -> dict[str, nn.Module]:
     if not layers:
         kinds = ", ".join(type(head).__name__ for head in heads)
         raise NoClassifierError(
-            f"{name}: its classifier is a {kinds}, without a linear layer of {num_classes} outputs in it."
+            f"{name}: its classifier is a {kinds}, which contains no linear layer with {num_classes} outputs."
         )
     return _in_order(model, layers)
 
@@ -116,7 +184,7 @@ def _torchvision_layers(model: nn.Module, name: str) -> dict[str, nn.Module]:
     if not any(path.split(".")[0] in _TORCHVISION_HEADS for path in layers) or len(widths) != 1:
         raise NoClassifierError(
             f"{name} has no classifier that fixify can find.",
-            hint="It looks for timm's get_classifier() and for torchvision's fc, classifier, head or heads.",
+            hint="fixify looks for timm's get_classifier() and for torchvision's fc, classifier, head or heads.",
         )
     return _in_order(model, layers)
 
@@ -152,65 +220,3 @@ def _site(path: str, layer: Any) -> ClassifierSite:
         num_parameters=sum(parameter.numel() for parameter in layer.parameters(recurse=False)),
         has_bias=layer.bias is not None,
     )
-
-
-# Which architectures have a classifier that fixify can replace, and how much of them it is.
-
-
-_ANY_NUMBER = 1000
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """One architecture, as its library builds it by default.
-
-    Attributes:
-        ref: "library/name".
-        sites: Its classifier layers; empty if it has none.
-        reason: Why it cannot be converted as it is; None if it can.
-        takes_classes: Whether it has a classifier once it is built with a number of classes.
-        num_parameters: Of the whole network, learned ones.
-    """
-
-    ref: str
-    sites: tuple[ClassifierSite, ...]
-    reason: str | None
-    takes_classes: bool
-    num_parameters: int
-
-    @property
-    def convertible(self) -> bool:
-        """Whether fixify converts its checkpoints."""
-        return bool(self.sites)
-
-    @property
-    def head_parameters(self) -> int:
-        """Weights and biases of all its classifier layers."""
-        return sum(site.num_parameters for site in self.sites)
-
-
-def coverage(refs: Iterable[str] | None = None) -> Iterator[Coverage]:
-    """Build architectures on the meta device, one after the other, and look for their classifiers.
-
-    Args:
-        refs: Which; default: all of both libraries, which takes some minutes.
-    """
-    for ref in list_architectures() if refs is None else refs:
-        arch = parse_architecture(ref)
-        model = build(arch, meta=True)
-        size = sum(parameter.numel() for parameter in model.parameters())
-        try:
-            yield Coverage(arch.ref, tuple(find_classifiers(model, arch)), None, True, size)
-        except NoClassifierError:
-            takes_classes = _takes_classes(arch)
-            reason = "an encoder" + (": no classifier unless built with num_classes" if takes_classes else "")
-            yield Coverage(arch.ref, (), reason, takes_classes, size)
-
-
-def _takes_classes(arch: Architecture) -> bool:
-    try:
-        model: nn.Module = build(arch, num_classes=_ANY_NUMBER, meta=True)
-        return bool(find_classifiers(model, arch))
-    # The encoders of timm differ in how they refuse the argument.
-    except (NoClassifierError, ArchitectureError, TypeError, ValueError, AssertionError, RuntimeError):
-        return False

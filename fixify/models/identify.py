@@ -1,7 +1,8 @@
-"""Naming schemes of other implementations, as far as they settle what shapes alone leave open.
+"""Find the architecture of a state dict from the names and shapes of its tensors alone.
 
-A checkpoint with foreign key names is identified by the order of its shapes, and several architectures can have the
-same. Some schemes belong to one implementation that is known to compute in one way; that decides between them.
+Names are compared first, with the number of classes, the input channels and the image size left free. If no names
+match, the order of the shapes is compared, which also finds checkpoints of other implementations. Several architectures
+can fit; all of them are returned with what sets them apart, and none is guessed.
 """
 
 from __future__ import annotations
@@ -11,130 +12,25 @@ from dataclasses import dataclass, field, replace
 
 from fixify.errors import AmbiguousArchitectureError, ArchitectureError, NoClassifierError
 from fixify.models.architectures import Architecture, build, list_architectures, preprocessing
+from fixify.models.build import is_counter
 from fixify.models.classifiers import find_classifiers
 from fixify.models.index import Entry, entries_of, load_index, variants
-from fixify.models.signature import StateShapes, Trait, head_positions, is_counter, shapes_of, signature_of, traits
-
-
-@dataclass(frozen=True)
-class NamingScheme:
-    """Key names that one implementation uses.
-
-    Attributes:
-        name: The implementation.
-        keys: Names that occur in every state dict of it, and together in no other known one.
-        trait: The trait (see `fixify.models.signature`) that it settles.
-        value: What the trait's value must contain.
-        provenance: Where that is to be seen.
-    """
-
-    name: str
-    keys: frozenset[str]
-    trait: str
-    value: str
-    provenance: str
-
-
-SCHEMES = (
-    NamingScheme(
-        name="efficientnet-pytorch",
-        keys=frozenset({"_conv_stem.weight", "_bn0.weight", "_blocks.0._depthwise_conv.weight", "_conv_head.weight"}),
-        trait="padding",
-        value="as TensorFlow",
-        # Also the naming of its fork github.com/ml-illustrated/EfficientNet-Lite-PyTorch. Every convolution of both
-        # comes from `get_same_padding_conv2d`; their weights are ports of the TensorFlow checkpoints.
-        provenance="https://github.com/lukemelas/EfficientNet-PyTorch/blob/master/efficientnet_pytorch/model.py",
-    ),
-)
-
-
-def recognise(keys: Collection[str]) -> NamingScheme | None:
-    """The naming scheme of these keys, if it is a known one."""
-    present = set(keys)
-    return next((scheme for scheme in SCHEMES if scheme.keys <= present), None)
-
-
-# Architectures with the same names and shapes: which of them are one network, and what sets the others apart.
-
-
-_LAST = {".class"}  # long, and mostly a consequence of what is said better by another trait
-_MOST_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of one architecture besides its shapes.
-
-    Attributes:
-        library: The traits that are plain attributes of modules (".num_heads") mean the same only within it.
-        values: Its traits, and its preprocessing.
-    """
-
-    library: str
-    values: Mapping[str, Trait]
-
-    @classmethod
-    def of(cls, arch: Architecture, traits: Mapping[str, Trait]) -> Facts:
-        """The facts of an architecture of which the traits are known."""
-        images = {key: _readable(value) for key, value in preprocessing(arch).items()}
-        return cls(arch.library, dict(traits) | {key: (text, text) for key, text in images.items()})
-
-
-def merge(facts: Sequence[Facts]) -> list[list[int]]:
-    """Group architectures that nothing sets apart: the same network with the same preprocessing, under two names.
-
-    Networks of different libraries are never merged: that they are the same cannot be seen from their modules.
-    """
-    groups: list[list[int]] = []
-    for index, found in enumerate(facts):
-        for group in groups:
-            if facts[group[0]] == found:
-                group.append(index)
-                break
-        else:
-            groups.append([index])
-    return groups
-
-
-def set_apart(facts: Sequence[Facts]) -> list[dict[str, str]]:
-    """For each architecture, its values of the traits that are not the same for all, the telling ones first."""
-    shown = []
-    for name in dict.fromkeys(name for found in facts for name in found.values):
-        own = name.startswith(".")
-        values = {(found.library if own else "", found.values.get(name, ("", ""))[0]) for found in facts}
-        if len(values) > (len({library for library, _ in values}) if own else 1):
-            shown.append(name)
-    texts = {name: {found.values[name][1] for found in facts if name in found.values} for name in shown}
-    shown.sort(key=lambda name: (len(texts[name]) == 1, name in _LAST, name.startswith("."), name))
-    return [
-        {
-            name.lstrip("."): found.values[name][1] + (" (placed differently)" if len(texts[name]) == 1 else "")
-            for name in shown[:_MOST_SHOWN]
-            if name in found.values
-        }
-        for found in facts
-    ]
-
-
-def in_words(differences: Mapping[str, str]) -> str:
-    """What sets one architecture apart, for a person: "padding even; mean 0.5 0.5 0.5"."""
-    return "; ".join(f"{trait} {value}" for trait, value in differences.items())
-
-
-def _readable(value: object) -> str:
-    if isinstance(value, list):
-        return " ".join(_readable(item) for item in value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-# Which architecture a state dict is of, from its names and shapes alone.
-#
-# First by names (with the number of classes, the input channels and the image size left free), then by the order of the
-# shapes, for checkpoints of other implementations. Several architectures can fit; all of them are returned, with what
-# sets them apart, and none is guessed.
-
+from fixify.models.signature import StateShapes, Trait, head_positions, shapes_of, signature_of, traits
 
 Progress = Callable[[int, int], object]
+
+# The class names of the modules: a long trait, and mostly a consequence of another trait that says it better.
+_SHOWN_LAST = {".class"}
+_MOST_SHOWN = 5
+# Key names that occur together in every state dict of efficientnet-pytorch and in no other known implementation. The
+# fork github.com/ml-illustrated/EfficientNet-Lite-PyTorch has the same names. Every convolution of both comes from
+# `get_same_padding_conv2d`, since their weights are ports of TensorFlow's checkpoints.
+_EFFICIENTNET_PYTORCH = {
+    *("_conv_stem.weight", "_bn0.weight", "_blocks.0._depthwise_conv.weight", "_conv_head.weight"),
+}
+_EFFICIENTNET_PYTORCH_CODE = (
+    "https://github.com/lukemelas/EfficientNet-PyTorch/blob/master/efficientnet_pytorch/model.py"
+)
 
 
 @dataclass(frozen=True)
@@ -142,12 +38,12 @@ class Candidate:
     """An architecture that a state dict fits.
 
     Attributes:
-        architecture: With the arguments that the shapes ask for (`in_chans`, `img_size`).
-        num_classes: Of its classifier.
-        key_map: Name in the state dict -> name in the architecture; None where they are the same. BatchNorm's
-            counters are left out where the numbers of them differ.
+        architecture: The architecture, with the arguments that the shapes need (`in_chans`, `img_size`).
+        num_classes: Number of classes of its classifier.
+        key_map: Name in the state dict -> name in the architecture; None where they are the same. BatchNorm's counters
+            are omitted if the two have different numbers of them.
         aliases: Other architectures that are the same network with the same preprocessing.
-        differences: What sets it apart from the other candidates, by trait.
+        differences: Trait -> value, for the traits that set it apart from the other candidates.
     """
 
     architecture: Architecture
@@ -159,43 +55,26 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Identification:
-    """What a state dict can be.
+    """The architectures that a state dict fits.
 
     Attributes:
-        candidates: At least one. More than one: they fit equally well and compute different things.
-        by: "keys" or "shapes".
-        scheme: The foreign naming scheme that narrowed the candidates down, if one did.
+        candidates: At least one. If there are several, they fit equally well and compute different things.
+        by: What was compared: "keys" or "shapes"; "name" if the checkpoint names its architecture.
+        narrowed_by: What else left only these candidates, in words, or None.
     """
 
     candidates: tuple[Candidate, ...]
     by: str
-    scheme: NamingScheme | None = None
+    narrowed_by: str | None = None
 
     @property
     def choices(self) -> dict[str, str]:
-        """How each candidate is spelled -> what sets it apart, in words."""
+        """Each candidate as it is typed -> what sets it apart, in words."""
         return {candidate.architecture.spelled: in_words(candidate.differences) for candidate in self.candidates}
 
     def describe(self) -> str:
-        """One line a candidate, with what sets it apart."""
+        """List the candidates, one per line, with what sets each apart."""
         return "\n".join(f"  {name}: {facts}" if facts else f"  {name}" for name, facts in self.choices.items())
-
-
-@dataclass(frozen=True)
-class _Match:
-    entry: Entry
-    choices: Mapping[str, int]
-
-    @property
-    def extra(self) -> dict[str, int]:
-        """Choices that are not the architecture's own."""
-        defaults = self.entry.signature.defaults
-        return {key: value for key, value in self.choices.items() if key in defaults and value != defaults[key]}
-
-    @property
-    def architecture(self) -> Architecture:
-        arch = self.entry.architecture
-        return replace(arch, kwargs={**arch.kwargs, **self.extra})
 
 
 def identify(shapes: Mapping[str, Sequence[int]], *, on_progress: Progress | None = None) -> Identification:
@@ -203,12 +82,12 @@ def identify(shapes: Mapping[str, Sequence[int]], *, on_progress: Progress | Non
 
     Args:
         shapes: Name -> shape of each tensor, in the order in which they are stored.
-        on_progress: Called with (done, total) where architectures have to be built, which takes minutes: only with
-            versions of the libraries that the shipped index does not know.
+        on_progress: Called with (done, total) while architectures are built. This takes minutes, and happens only with
+            library versions that the shipped index does not know.
 
     Raises:
-        ArchitectureError: none fits.
-        NoClassifierError: it is an architecture without its classifier.
+        ArchitectureError: no architecture fits.
+        NoClassifierError: the state dict is an architecture without its classifier.
     """
     state = StateShapes(shapes)
     index = load_index()
@@ -224,20 +103,20 @@ def identify(shapes: Mapping[str, Sequence[int]], *, on_progress: Progress | Non
         _refuse_headless(state, entries)
         raise ArchitectureError(
             f"No architecture of timm, torchvision or the paper has these {len(state.ordered)} tensors.",
-            hint="If it is one that was changed, or half of one, say which: --arch NAME.",
+            hint="If the network is a modified architecture, or a part of one, name the architecture: --arch NAME.",
         )
     return found
 
 
 def fit(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> Candidate | None:
-    """How a state dict fits an architecture that is known.
+    """Fit a state dict to a known architecture.
 
     Args:
-        arch: Arguments that the shapes ask for are added to its own.
+        arch: The architecture. Arguments that the shapes need are added to its own.
         shapes: Name -> shape of each tensor, in the order in which they are stored.
 
     Returns:
-        None if it does not.
+        None if the state dict does not fit.
 
     Raises:
         ArchitectureError: the architecture cannot be built with its arguments.
@@ -245,7 +124,7 @@ def fit(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> Candidate | 
     """
     entries = [entry for variant in variants(arch) if (entry := _entry_of(variant)) is not None]
     if not entries:
-        build(arch, meta=True)  # says so if it is the arguments that it does not take
+        build(arch, meta=True)  # raises if its arguments are the reason
         return None
     state = StateShapes(shapes)
     for by_order in (False, True):
@@ -255,11 +134,11 @@ def fit(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> Candidate | 
             if not match.extra or _confirmed(match, state, by_order=by_order)
         ]
         if len(matches) > 1:
-            apart = set_apart([Facts.of(match.architecture, match.entry.traits) for match in matches])
+            apart = set_apart([Behaviour.of(match.architecture, match.entry.traits) for match in matches])
             choices = {match.architecture.spelled: in_words(facts) for match, facts in zip(matches, apart, strict=True)}
             raise AmbiguousArchitectureError(
-                f"A checkpoint cannot show which it is: {' or '.join(choices)}.",
-                hint=f"Say it in full: --arch {matches[0].architecture.spelled}",
+                f"The checkpoint does not show which of these it is: {' or '.join(choices)}.",
+                hint=f"Give the full name: --arch {matches[0].architecture.spelled}",
                 choices=choices,
             )
         for match in matches:
@@ -268,10 +147,10 @@ def fit(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> Candidate | 
 
 
 def refuse_headless(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise if a state dict is this architecture without a classifier, or if it never has one.
+    """Refuse a state dict that is this architecture without a classifier, and an architecture that never has one.
 
     Raises:
-        NoClassifierError: so it is.
+        NoClassifierError: one of the two is the case.
     """
     entries = [entry for variant in variants(arch) if (entry := _entry_of(variant)) is not None]
     if not entries:
@@ -279,47 +158,97 @@ def refuse_headless(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> 
     _refuse_headless(StateShapes(shapes), entries)
 
 
-def _entry_of(arch: Architecture) -> Entry | None:
-    if not load_index().is_stale(arch.library):
-        for entry in load_index().entries:
-            known = entry.architecture
-            if (known.library, known.name, known.kwargs) == (arch.library, arch.name, arch.kwargs):
-                return replace(entry, architecture=arch)
-    found = signature_of(arch)
-    return None if found is None else Entry(arch, found[0], traits(found[1]))
+@dataclass(frozen=True)
+class Behaviour:
+    """What an architecture computes, beyond its names and shapes.
+
+    Attributes:
+        library: Its library. Traits that are plain attributes of modules (".num_heads") can only be compared between
+            architectures of the same library.
+        values: Its traits and its preprocessing.
+    """
+
+    library: str
+    values: Mapping[str, Trait]
+
+    @classmethod
+    def of(cls, arch: Architecture, traits: Mapping[str, Trait]) -> Behaviour:
+        """Combine the traits of an architecture with its preprocessing."""
+        images = {key: _readable(value) for key, value in preprocessing(arch).items()}
+        return cls(arch.library, dict(traits) | {key: (text, text) for key, text in images.items()})
 
 
-def _refuse_headless(state: StateShapes, entries: Iterable[Entry]) -> None:
-    for entry in entries:
-        signature = entry.signature
-        missing = len(head_positions(signature.free))
-        if len(state.ordered) == signature.num_tensors - missing and (
-            state.headless(signature.free) == signature.headless
-        ):
-            raise NoClassifierError(
-                f"These {len(state.ordered)} tensors are {entry.architecture.ref} without its classifier.",
-                hint="fixify replaces a classifier that is there; convert a checkpoint that still has it.",
-            )
+def merge(behaviours: Sequence[Behaviour]) -> list[list[int]]:
+    """Group the indices of architectures that are the same network with the same preprocessing under several names.
+
+    Networks of different libraries are never grouped, because their modules do not show whether they are the same.
+    """
+    groups: list[list[int]] = []
+    for index, found in enumerate(behaviours):
+        for group in groups:
+            if behaviours[group[0]] == found:
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return groups
 
 
-_built: dict[str, list[Entry]] = {}
-"""What had to be built in this process, because the index does not know the libraries: it takes seconds to minutes."""
+def set_apart(behaviours: Sequence[Behaviour]) -> list[dict[str, str]]:
+    """Return, for each architecture, its values of the traits that differ, the most telling traits first."""
+    shown = []
+    for name in dict.fromkeys(name for found in behaviours for name in found.values):
+        own = name.startswith(".")
+        values = {(found.library if own else "", found.values.get(name, ("", ""))[0]) for found in behaviours}
+        if len(values) > (len({library for library, _ in values}) if own else 1):
+            shown.append(name)
+    texts = {name: {found.values[name][1] for found in behaviours if name in found.values} for name in shown}
+    shown.sort(key=lambda name: (len(texts[name]) == 1, name in _SHOWN_LAST, name.startswith("."), name))
+    return [
+        {
+            name.lstrip("."): found.values[name][1] + (" (placed differently)" if len(texts[name]) == 1 else "")
+            for name in shown[:_MOST_SHOWN]
+            if name in found.values
+        }
+        for found in behaviours
+    ]
 
 
-def _build(refs: Iterable[str], on_progress: Progress | None) -> list[Entry]:
-    names = sorted(refs)
-    new = [name for name in names if name not in _built]
-    for done, name in enumerate(new, start=1):
-        _built[name] = list(entries_of([name]))
-        if on_progress is not None:
-            on_progress(done, len(new))
-    return [entry for name in names for entry in _built[name]]
+def in_words(differences: Mapping[str, str]) -> str:
+    """Write differences as text.
+
+    >>> in_words({"padding": "even", "mean": "0.5 0.5 0.5"})
+    'padding even; mean 0.5 0.5 0.5'
+    """
+    return "; ".join(f"{trait} {value}" for trait, value in differences.items())
+
+
+@dataclass(frozen=True)
+class _Match:
+    """An entry of the index that fits, and the choices that make it fit."""
+
+    entry: Entry
+    choices: Mapping[str, int]
+
+    @property
+    def extra(self) -> dict[str, int]:
+        """Choices that differ from the architecture's defaults."""
+        defaults = self.entry.signature.defaults
+        return {key: value for key, value in self.choices.items() if key in defaults and value != defaults[key]}
+
+    @property
+    def architecture(self) -> Architecture:
+        arch = self.entry.architecture
+        return replace(arch, kwargs={**arch.kwargs, **self.extra})
 
 
 def _search(
     state: StateShapes, shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry], *, confirm: Collection[str]
 ) -> Identification | None:
-    """What fits; those named in `confirm`, and those that need arguments, are built to see whether they really do."""
+    """Find the entries that fit, and build those that are uncertain to check their shapes.
+
+    Entries are uncertain if `confirm` contains their name, because they may be outdated, or if they need arguments.
+    """
     for by_order in (False, True):
         matches = [
             match
@@ -327,10 +256,17 @@ def _search(
             if not (match.extra or match.entry.architecture.ref in confirm)
             or _confirmed(match, state, by_order=by_order)
         ]
-        if matches:
-            scheme = recognise(shapes) if by_order else None
-            matches, scheme = _narrowed(matches, scheme)
-            return Identification(_candidates(matches, shapes, by_order), "shapes" if by_order else "keys", scheme)
+        if not matches:
+            continue
+        narrowed_by = None
+        if by_order and len(matches) > 1 and shapes.keys() >= _EFFICIENTNET_PYTORCH:
+            padded = [match for match in matches if "as TensorFlow" in match.entry.traits.get("padding", ("", ""))[1]]
+            if padded:
+                matches = padded
+                narrowed_by = (
+                    f"the key names of efficientnet-pytorch (padding as TensorFlow, {_EFFICIENTNET_PYTORCH_CODE})"
+                )
+        return Identification(_candidates(matches, shapes, by_order), "shapes" if by_order else "keys", narrowed_by)
     return None
 
 
@@ -354,13 +290,13 @@ def _matches(state: StateShapes, entries: Iterable[Entry], *, by_order: bool) ->
 
 
 def _plainest(matches: list[_Match]) -> list[_Match]:
-    """Those that need the fewest arguments: vit_base_patch16_384, not vit_base_patch16_224 at another image size."""
+    """Keep the matches with the fewest arguments: vit_base_patch16_384, not vit_base_patch16_224,img_size=384."""
     fewest = min((len(match.extra) for match in matches), default=0)
     return [match for match in matches if len(match.extra) == fewest]
 
 
 def _confirmed(match: _Match, state: StateShapes, *, by_order: bool) -> bool:
-    """Whether the architecture, built with these choices, has exactly these shapes."""
+    """Build the architecture with the match's choices, and compare all shapes."""
     try:
         model = build(match.architecture, num_classes=match.choices["num_classes"], meta=True)
     except ArchitectureError:
@@ -371,17 +307,10 @@ def _confirmed(match: _Match, state: StateShapes, *, by_order: bool) -> bool:
     return built.sorted == state.sorted
 
 
-def _narrowed(matches: list[_Match], scheme: NamingScheme | None) -> tuple[list[_Match], NamingScheme | None]:
-    if scheme is None or len(matches) == 1:
-        return matches, None
-    kept = [m for m in matches if scheme.value in m.entry.traits.get(scheme.trait, ("", ""))[1]]
-    return (kept, scheme) if kept else (matches, None)
-
-
 def _candidates(matches: list[_Match], shapes: Mapping[str, Sequence[int]], by_order: bool) -> tuple[Candidate, ...]:
-    facts = [Facts.of(match.architecture, match.entry.traits) for match in matches]
-    groups = merge(facts)
-    differences = set_apart([facts[group[0]] for group in groups])
+    behaviours = [Behaviour.of(match.architecture, match.entry.traits) for match in matches]
+    groups = merge(behaviours)
+    differences = set_apart([behaviours[group[0]] for group in groups])
     return tuple(
         Candidate(
             architecture=matches[first].architecture,
@@ -408,3 +337,48 @@ def _key_map(match: _Match, shapes: Mapping[str, Sequence[int]], by_order: bool)
 
 def _without_counters(keys: Iterable[str]) -> list[str]:
     return [key for key in keys if not is_counter(key)]
+
+
+def _refuse_headless(state: StateShapes, entries: Iterable[Entry]) -> None:
+    for entry in entries:
+        signature = entry.signature
+        missing = len(head_positions(signature.free))
+        if len(state.ordered) == signature.num_tensors - missing and (
+            state.headless(signature.free) == signature.headless
+        ):
+            raise NoClassifierError(
+                f"These {len(state.ordered)} tensors are {entry.architecture.ref} without its classifier.",
+                hint="fixify replaces an existing classifier. Convert a checkpoint that still has it.",
+            )
+
+
+def _entry_of(arch: Architecture) -> Entry | None:
+    """Look an architecture up in the index, or build it; None if it takes no number of classes."""
+    if not load_index().is_stale(arch.library):
+        for entry in load_index().entries:
+            known = entry.architecture
+            if (known.library, known.name, known.kwargs) == (arch.library, arch.name, arch.kwargs):
+                return replace(entry, architecture=arch)
+    found = signature_of(arch)
+    return None if found is None else Entry(arch, found[0], traits(found[1]))
+
+
+# Entries that were built in this process because the index does not know the library's version. Building takes seconds
+# to minutes.
+_built: dict[str, list[Entry]] = {}
+
+
+def _build(refs: Iterable[str], on_progress: Progress | None) -> list[Entry]:
+    names = sorted(refs)
+    new = [name for name in names if name not in _built]
+    for done, name in enumerate(new, start=1):
+        _built[name] = list(entries_of([name]))
+        if on_progress is not None:
+            on_progress(done, len(new))
+    return [entry for name in names for entry in _built[name]]
+
+
+def _readable(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(_readable(item) for item in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

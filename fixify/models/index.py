@@ -1,8 +1,8 @@
-"""The index of signatures that ships with fixify: every architecture of timm and torchvision that takes classes,
-and the paper's own.
+"""Read and build the shipped index of signatures.
 
-Rebuilt by `python -m fixify.models.index`, which takes some minutes. The same libraries give the same entries; versions of
-a library that gave the same ones before stay known.
+The index covers every architecture of timm and torchvision that takes a number of classes, and the paper's own.
+`python -m fixify.models.index` rebuilds it, which takes some minutes. The same library versions give the same entries;
+older versions that gave the same entries remain listed.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from fixify.models.signature import FreeDimensions, Signature, Trait, signature_
 PATH = Path(__file__).with_name("index.json.xz")
 _FORMAT = 2
 
-# What decides which tensors the architectures have and what is computed with them.
+# The source files that define the architectures: which tensors they have and what they compute.
 _SOURCES = {
     "timm": ("models", "layers", "data/config.py", "data/constants.py"),
     "torchvision": ("models", "ops", "transforms/_presets.py"),
 }
 
-# Arguments that change which tensors there are, or what is computed, and that the library itself chooses when it
-# loads its own weights: torchvision then drops the auxiliary classifiers and normalises the input once more.
+# Architectures that torchvision builds differently when it loads its own weights: it drops the auxiliary classifiers
+# and normalises the input once more (`transform_input`).
 _CHOOSING = {"torchvision/googlenet", "torchvision/inception_v3"}
 
 
@@ -43,9 +43,9 @@ class Entry:
     """One architecture in the index.
 
     Attributes:
-        architecture: Which.
-        signature: Of its names and shapes.
-        traits: What it computes, as far as others with the same shapes compute something else.
+        architecture: The architecture, without tag.
+        signature: Its names and shapes.
+        traits: The traits in which it differs from other architectures with the same names or shapes.
     """
 
     architecture: Architecture
@@ -55,12 +55,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """Signatures of many architectures, and what they are of.
+    """Signatures of many architectures, and the library versions they were taken from.
 
     Attributes:
-        versions: Of each library, the versions that build just these architectures.
-        sources: Digests of their source (see `source_digest`): a release that leaves it alone builds the same.
-        entries: The signatures.
+        versions: Library -> the versions that build exactly these architectures.
+        sources: Library -> digests of their source code (see `source_digest`). A release with the same source builds
+            the same architectures.
+        entries: One entry per architecture and variant.
     """
 
     versions: Mapping[str, Collection[str]]
@@ -68,9 +69,9 @@ class Index:
     entries: tuple[Entry, ...]
 
     def is_stale(self, library: str) -> bool:
-        """Whether the library that is installed may build other architectures than those that were indexed.
+        """Return whether the installed library may build architectures other than the indexed ones.
 
-        Never of fixify's own networks: the index ships with them.
+        fixify's own networks are never stale, because the index ships with them.
         """
         if library not in _SOURCES:
             return False
@@ -81,14 +82,14 @@ class Index:
 
 @cache
 def load_index() -> Index:
-    """The index that ships with fixify."""
+    """Load the index that ships with fixify."""
     data = json.loads(lzma.decompress(PATH.read_bytes()))
     return Index(data["versions"], data["sources"], tuple(_entry(values) for values in data["entries"]))
 
 
 @cache
 def source_digest(library: str) -> str:
-    """SHA-256 (64 bits of it) of the Python files of an installed library that define its architectures."""
+    """Hash the Python files of an installed library that define its architectures (64 bits of SHA-256)."""
     spec = importlib.util.find_spec(library)
     folder = Path(spec.origin).parent if spec is not None and spec.origin is not None else Path()
     digest = hashlib.sha256()
@@ -102,15 +103,20 @@ def source_digest(library: str) -> str:
 
 
 def variants(arch: Architecture) -> list[Architecture]:
-    """The ways to build an architecture that its name leaves open; mostly only itself.
+    """Return the ways to build an architecture that its name leaves open: for most, only itself.
 
-    Of torchvision's GoogLeNet and Inception v3, whose auxiliary classifiers a checkpoint has or has not, and which
-    were trained with `transform_input` if they started from torchvision's weights, and without if not.
+    torchvision's GoogLeNet and Inception v3 have several: a checkpoint has auxiliary classifiers or not, and needs
+    `transform_input` if its training started from torchvision's weights.
+
+    >>> [variant.spelled for variant in variants(parse_architecture("torchvision/googlenet,aux_logits=false"))]
+    ... # doctest: +NORMALIZE_WHITESPACE
+    ['torchvision/googlenet,aux_logits=false,transform_input=false',
+     'torchvision/googlenet,aux_logits=false,transform_input=true']
     """
     if f"{arch.library}/{arch.name}" not in _CHOOSING:
         return [arch]
     auxiliary = [arch.kwargs["aux_logits"]] if "aux_logits" in arch.kwargs else [True, False]
-    # Weights that are named by a tag are torchvision's own, and `build` does as torchvision does.
+    # A tag names torchvision's own weights, for which `build` sets transform_input as torchvision does.
     transform = [True] if arch.tag else [False, True]
     transform = [arch.kwargs["transform_input"]] if "transform_input" in arch.kwargs else transform
     return [
@@ -121,9 +127,10 @@ def variants(arch: Architecture) -> list[Architecture]:
 
 
 def entries_of(refs: Iterable[str], on_progress: Callable[[int], object] | None = None) -> Iterator[Entry]:
-    """Build architectures on the meta device and take their signatures. Those that take no classes are left out.
+    """Build architectures on the meta device and yield their entries, except those without a classifier.
 
     Args:
+        refs: Names of architectures.
         on_progress: Called with the number of names done.
     """
     for done, ref in enumerate(refs, start=1):
@@ -136,7 +143,7 @@ def entries_of(refs: Iterable[str], on_progress: Callable[[int], object] | None 
 
 
 def build_index(refs: Iterable[str], on_progress: Callable[[int], object] | None = None) -> Index:
-    """Index architectures; of their traits, keep those that tell apart what shapes do not."""
+    """Index architectures, keeping only the traits that tell apart architectures with the same names or shapes."""
     entries = list(entries_of(refs, on_progress))
     groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
@@ -159,7 +166,7 @@ def build_index(refs: Iterable[str], on_progress: Callable[[int], object] | None
 
 
 def with_known(index: Index, before: Index) -> Index:
-    """The index with the versions and sources of one before it, of each library whose entries are still the same."""
+    """Add the versions and sources of an older index, for each library whose entries have not changed."""
     versions, sources = dict(index.versions), dict(index.sources)
     for library in _SOURCES:
         ours, theirs = (
@@ -173,7 +180,7 @@ def with_known(index: Index, before: Index) -> Index:
 
 
 def dump_index(index: Index) -> bytes:
-    """The index as it is shipped."""
+    """Serialise an index as xz-compressed JSON, the form in which it is shipped."""
     data = {
         "format": _FORMAT,
         "versions": {library: list(versions) for library, versions in index.versions.items()},

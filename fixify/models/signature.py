@@ -1,8 +1,11 @@
-"""What a state dict's names and shapes say about its architecture, with the free dimensions left out.
+"""Describe an architecture by the names and shapes of its tensors, and by what it computes.
 
-The number of classes, of input channels and (where a position embedding depends on it) the image size are a choice of
-whoever trained the checkpoint, not of the architecture. Which dimensions they set is found by building the
-architecture on the meta device with different choices and comparing.
+A signature holds the names and shapes without the dimensions that whoever trained a checkpoint chose: the number of
+classes, of input channels, and (where position embeddings depend on it) the image size. These free dimensions are found
+by building the architecture on the meta device with different choices and comparing the shapes.
+
+Two architectures can have the same names and shapes and still compute different things: timm's `efficientnet_b0` pads
+evenly, `tf_efficientnet_b0` as TensorFlow does. Traits (activation, padding, strides, epsilons, ...) tell these apart.
 """
 
 from __future__ import annotations
@@ -20,22 +23,33 @@ from torch.nn.modules import activation, conv, pooling
 
 from fixify.errors import ArchitectureError
 from fixify.models.architectures import Architecture, build, preprocessing
+from fixify.models.build import is_counter
 
 Shape = tuple[int, ...]
-# A number of classes that no other dimension of a network can be mistaken for.
+# (digest of the values in the order of the modules, the distinct values as text)
+Trait = tuple[str, str]
+
+# A number of classes that cannot be confused with any other dimension of a network.
 _MANY_CLASSES = 1_000_003
-_COUNTER = "num_batches_tracked"  # BatchNorm's; ported and older checkpoints lack it, and no prediction depends on it
+# Attributes that have no effect on predictions, follow from the free dimensions, or are general traits already.
+_IRRELEVANT = {
+    *("training", "drop_prob", "p", "momentum", "inplace", "drop_rate", "checkpointing", "grad_checkpointing"),
+    *("num_classes", "out_features", "out_channels", "num_batches_tracked", "stochastic_depth_prob", "keep_prob"),
+    *("scale_by_keep", "fused_attn", "dynamo", "exportable", "scriptable", "fast_attn", "name", "path_drop_prob"),
+    *("img_size", "grid_size", "num_patches", "input_resolution", "eps", "padding", "stride", "ceil_mode"),
+}
+_ACTIVATION_NAMES = {"Swish": "SiLU", "SwishMe": "SiLU", "HardSwish": "Hardswish", "GELUTanh": "GELU (tanh)"}
 
 
 @dataclass(frozen=True)
 class FreeDimensions:
-    """Dimensions that one choice sets, all in the same way.
+    """Dimensions that depend on one choice in the same way.
 
     Attributes:
-        choice: "num_classes", or the argument of the builder: "in_chans", "img_size", "image_size".
-        samples: (choice, dimension) pairs. The dimension is the polynomial through them: two pairs for what grows
+        choice: "num_classes", or the builder's argument: "in_chans", "img_size", "image_size".
+        samples: (choice, dimension) pairs. The dimension is the polynomial through them: two pairs where it grows
             linearly, three for the image size (tokens and relative positions grow with its square).
-        places: (index of the key in sorted order, index of the key in the state dict's order, dimension).
+        places: (index of the key in sorted order, index of the key in the state dict's order, axis).
     """
 
     choice: str
@@ -43,23 +57,23 @@ class FreeDimensions:
     places: tuple[tuple[int, int, int], ...]
 
     def solve(self, dimension: int) -> set[int]:
-        """The choices, positive integers, that give this dimension."""
+        """Return the positive integer choices that give this dimension."""
         near = {round(root) for root in _roots(self.samples, dimension)}
         return {choice for choice in near if choice > 0 and _interpolate(self.samples, choice) == dimension}
 
 
 @dataclass(frozen=True)
 class Signature:
-    """Fingerprints of an architecture's names and shapes, BatchNorm's counters left out.
+    """Digests of an architecture's names and shapes, without BatchNorm's counters.
 
     Attributes:
-        num_tensors: How many entries there are.
-        keys: Of the sorted names.
-        named: Of the names with their shapes, sorted by name, free dimensions masked.
-        ordered: Of the shapes in the state dict's order, free dimensions masked.
-        headless: Like `named`, of what is left without the classifier.
+        num_tensors: Number of tensors.
+        keys: Digest of the sorted names.
+        named: Digest of the names with their shapes, sorted by name, free dimensions masked.
+        ordered: Digest of the shapes in the state dict's order, free dimensions masked.
+        headless: Like `named`, without the classifier's tensors.
         free: The free dimensions.
-        defaults: What the architecture chooses for itself, for each choice but the number of classes.
+        defaults: The architecture's default for each choice except the number of classes.
     """
 
     num_tensors: int
@@ -72,10 +86,10 @@ class Signature:
 
 
 class StateShapes:
-    """Names and shapes of a state dict without BatchNorm's counters, ready to be compared with many signatures.
+    """Names and shapes of a state dict without BatchNorm's counters, prepared for comparison with many signatures.
 
     Args:
-        shapes: In the order in which they are stored.
+        shapes: Name -> shape, in the order in which the tensors are stored.
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -84,11 +98,11 @@ class StateShapes:
         self.keys = _digest(key for key, _ in self.sorted)
 
     def named(self, free: Iterable[FreeDimensions]) -> str:
-        """What `Signature.named` is for these shapes."""
+        """Compute `Signature.named` for these shapes."""
         return _digest(f"{key} {shape}" for key, shape in _masked(self.sorted, free, 0))
 
     def headless(self, free: Sequence[FreeDimensions]) -> str:
-        """What `Signature.headless` is for these shapes, if they are those of everything but the classifier."""
+        """Compute `Signature.headless` for these shapes, taken as a model without its classifier."""
         entries = list(self.sorted)
         head = head_positions(free)
         for position in head:
@@ -96,14 +110,15 @@ class StateShapes:
         return _headless(entries, free, head)
 
     def by_order(self, free: Iterable[FreeDimensions]) -> str:
-        """What `Signature.ordered` is for these shapes."""
+        """Compute `Signature.ordered` for these shapes."""
         return _digest(str(shape) for _, shape in _masked(self.ordered, free, 1))
 
     def choices(self, free: Iterable[FreeDimensions], *, by_order: bool) -> dict[str, int] | None:
-        """What was chosen, as far as the free dimensions tell; None if they contradict each other.
+        """Read the choices from the free dimensions; None if the dimensions contradict each other.
 
         Args:
-            by_order: Go by the positions in the state dict's order rather than by name.
+            free: The free dimensions of the signature that has the same names, or the same shapes in order.
+            by_order: Find the tensors by their position in the state dict instead of by name.
         """
         entries, column = (self.ordered, 1) if by_order else (self.sorted, 0)
         possible: dict[str, set[int]] = {}
@@ -118,25 +133,20 @@ class StateShapes:
 
 
 def head_positions(free: Iterable[FreeDimensions]) -> list[int]:
-    """Where the classifier's tensors are among the sorted names."""
+    """Return the positions of the classifier's tensors among the sorted names."""
     return sorted({place[0] for group in free if group.choice == "num_classes" for place in group.places})
 
 
-def is_counter(key: str) -> bool:
-    """Whether this is a BatchNorm's count of batches, which a checkpoint may lack."""
-    return key.rpartition(".")[2] == _COUNTER
-
-
 def shapes_of(model: nn.Module) -> dict[str, Shape]:
-    """Names and shapes of a model's state dict, in its order."""
+    """Return the names and shapes of a model's state dict, in its order."""
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 
 def signature_of(arch: Architecture) -> tuple[Signature, nn.Module] | None:
-    """Build an architecture with different choices and compare.
+    """Build an architecture on the meta device with different choices, and compare the shapes.
 
     Returns:
-        Its signature and the model (on the meta device), or None if it takes no number of classes.
+        Its signature and the model (on the meta device), or None if it cannot be built with a number of classes.
     """
     model = _try(arch)
     if model is None:
@@ -165,8 +175,33 @@ def signature_of(arch: Architecture) -> tuple[Signature, nn.Module] | None:
     ), model
 
 
+def traits(model: nn.Module) -> dict[str, Trait]:
+    """Return the traits of a built model.
+
+    Returns:
+        The general traits ("activation", "padding", "stride", "epsilon", "pooling"), which any two networks can be
+        compared by, and one trait for each plain attribute of the modules (".class", ".num_heads", ...), which only
+        networks of the same library can be compared by.
+    """
+    values: dict[str, list[str]] = {}
+    for module in model.modules():
+        for name, value in module_traits(module).items():
+            values.setdefault(name, []).append(value)
+    return {name: (_digest_of(found), _distinct(found)) for name, found in values.items()}
+
+
+def module_traits(module: nn.Module) -> dict[str, str]:
+    """Return the traits of one module, without those of the modules in it; the names are those of `traits`."""
+    plain = {
+        f".{name}": repr(attribute)
+        for name, attribute in vars(module).items()
+        if not name.startswith("_") and name not in _IRRELEVANT and _is_plain(attribute)
+    }
+    return {**_general(module), ".class": type(module).__name__, **plain}
+
+
 def _other_choices(arch: Architecture) -> list[tuple[str, int, list[int]]]:
-    """(argument, its default, other values to try)."""
+    """Return (argument, its default, other values to try) for each choice but the number of classes."""
     channels, height, width = preprocessing(arch)["input_size"]
     sizes = [2 * height, 3 * height]
     if arch.library == "torchvision":
@@ -177,15 +212,15 @@ def _other_choices(arch: Architecture) -> list[tuple[str, int, list[int]]]:
 def _try(arch: Architecture) -> nn.Module | None:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what suits this choice badly is not going to be run
+            warnings.simplefilter("ignore")  # advice about running the model, which is not run here
             return build(arch, num_classes=_MANY_CLASSES, meta=True)
-    # The builders differ in what they say to an argument that they do not have.
+    # The builders raise different errors for an argument that they do not have.
     except (ArchitectureError, TypeError, ValueError, AssertionError, RuntimeError):
         return None
 
 
 def _scaled(shapes: Mapping[str, Shape], num_classes: int) -> dict[str, Shape]:
-    """The shapes with another number of classes, where a dimension is a multiple of it."""
+    """Return the shapes for another number of classes: dimensions that are multiples of it are scaled."""
     return {
         key: tuple(num_classes * (d // _MANY_CLASSES) if d and d % _MANY_CLASSES == 0 else d for d in shape)
         for key, shape in shapes.items()
@@ -193,11 +228,11 @@ def _scaled(shapes: Mapping[str, Shape], num_classes: int) -> dict[str, Shape]:
 
 
 def _free(state: StateShapes, choice: str, built: list[tuple[int, dict[str, Shape]]]) -> list[FreeDimensions]:
-    """Dimensions that differ between builds that chose differently, grouped by how they depend on the choice."""
+    """Find the dimensions that differ between builds, grouped by how they depend on the choice."""
     rank = {key: index for index, (key, _) in enumerate(state.sorted)}
     first = built[0][1]
     if any(list(shapes) != list(first) for _, shapes in built):
-        return []  # this choice changes which tensors there are: another architecture
+        return []  # the choice changes which tensors there are, so it makes another architecture
     groups: dict[tuple[tuple[int, int], ...], list[tuple[int, int, int]]] = {}
     for position, (key, _) in enumerate(state.ordered):
         variants = [shapes[key] for _, shapes in built]
@@ -228,7 +263,7 @@ def _masked(
 
 
 def _interpolate(samples: Sequence[tuple[int, int]], x: int) -> Fraction:
-    """The polynomial through the samples (Lagrange), exactly."""
+    """Evaluate the polynomial through the samples at x, exactly (Lagrange)."""
     total = Fraction(0)
     for index, (xi, yi) in enumerate(samples):
         others = [xj for position, (xj, _) in enumerate(samples) if position != index]
@@ -237,7 +272,7 @@ def _interpolate(samples: Sequence[tuple[int, int]], x: int) -> Fraction:
 
 
 def _roots(samples: Sequence[tuple[int, int]], y: int) -> list[float]:
-    """Where the polynomial of degree one or two through the samples takes the value y."""
+    """Find where the polynomial of degree 1 or 2 through the samples equals y."""
     c = float(_interpolate(samples, 0)) - y
     at_one, at_minus_one = (float(_interpolate(samples, x)) - y for x in (1, -1))
     a, b = (at_one + at_minus_one) / 2 - c, (at_one - at_minus_one) / 2
@@ -251,52 +286,8 @@ def _roots(samples: Sequence[tuple[int, int]], y: int) -> list[float]:
 
 
 def _digest(lines: Iterable[str]) -> str:
-    """64 bits: enough to tell the architectures of a few libraries apart."""
+    """Hash the lines to 64 bits, enough to tell the architectures of a few libraries apart."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-# What a network does that its weights do not show: activation, padding, strides, epsilons and the like.
-#
-# Two architectures can have the same names and shapes and compute different things: timm's `efficientnet_b0` pads
-# evenly, `tf_efficientnet_b0` as TensorFlow does. These are the facts by which such architectures are told apart.
-
-
-# (digest of the values in the order of the modules, the distinct values for a person)
-Trait = tuple[str, str]
-
-# What has no effect on predictions, follows from the choices that a signature leaves free, or is a general trait.
-_IRRELEVANT = {
-    *("training", "drop_prob", "p", "momentum", "inplace", "drop_rate", "checkpointing", "grad_checkpointing"),
-    *("num_classes", "out_features", "out_channels", "num_batches_tracked", "stochastic_depth_prob", "keep_prob"),
-    *("scale_by_keep", "fused_attn", "dynamo", "exportable", "scriptable", "fast_attn", "name", "path_drop_prob"),
-    *("img_size", "grid_size", "num_patches", "input_resolution", "eps", "padding", "stride", "ceil_mode"),
-}
-_ACTIVATION_NAMES = {"Swish": "SiLU", "SwishMe": "SiLU", "HardSwish": "Hardswish", "GELUTanh": "GELU (tanh)"}
-
-
-def traits(model: nn.Module) -> dict[str, Trait]:
-    """The facts of a built model.
-
-    Returns:
-        The general ones ("activation", "padding", "stride", "epsilon", "pooling"), by which any two networks can be
-        compared, and one for each plain attribute of the modules (".class", ".num_heads", ...), by which only networks
-        of one library can.
-    """
-    values: dict[str, list[str]] = {}
-    for module in model.modules():
-        for name, value in module_traits(module).items():
-            values.setdefault(name, []).append(value)
-    return {name: (_digest_of(found), _distinct(found)) for name, found in values.items()}
-
-
-def module_traits(module: nn.Module) -> dict[str, str]:
-    """Return the traits of one module, without those of the modules in it; the names are those of `traits`."""
-    plain = {
-        f".{name}": repr(attribute)
-        for name, attribute in vars(module).items()
-        if not name.startswith("_") and name not in _IRRELEVANT and _is_plain(attribute)
-    }
-    return {**_general(module), ".class": type(module).__name__, **plain}
 
 
 def _general(module: nn.Module) -> dict[str, str]:

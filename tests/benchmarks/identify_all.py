@@ -21,9 +21,10 @@ from typing import Any
 
 from fixify.errors import FixifyError
 from fixify.models import Architecture, build, default_num_classes, parse_architecture
+from fixify.models.build import is_counter
 from fixify.models.identify import Candidate, identify
 from fixify.models.index import load_index
-from fixify.models.signature import is_counter, shapes_of
+from fixify.models.signature import shapes_of
 
 Shapes = dict[str, tuple[int, ...]]
 

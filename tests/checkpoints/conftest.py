@@ -1,4 +1,4 @@
-"""A small state dict, and what attackers and accidents make of a checkpoint."""
+"""A small state dict, and a payload that proves that a pickle ran code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 @pytest.fixture(scope="session")
 def resnet_state() -> dict[str, torch.Tensor]:
-    """timm's test_resnet with 10 classes; values from a generator of its own."""
+    """The state dict of timm's test_resnet with 10 classes; values from a generator of its own."""
     model = timm.create_model("test_resnet", num_classes=10)
     generator = torch.Generator().manual_seed(0)
     return {
@@ -23,7 +23,7 @@ def resnet_state() -> dict[str, torch.Tensor]:
 
 
 class Payload:
-    """Unpickling it would make a file: the proof that code ran."""
+    """An object whose unpickling creates a file, as proof that code ran."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -34,7 +34,7 @@ class Payload:
 
 @pytest.fixture
 def payload(tmp_path: Path) -> Any:
-    """An object whose unpickling runs a command; afterwards nothing of it may be there."""
+    """An object whose unpickling runs a command. After the test, the command must not have run."""
     bomb = Payload(tmp_path / "code-ran")
     yield bomb
     assert not bomb.proof.exists(), "a pickle ran code"

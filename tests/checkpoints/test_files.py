@@ -1,4 +1,4 @@
-"""What training scripts save, opened: the same tensors come out, under the model's own names."""
+"""Open what training scripts save: the same tensors come out, under the model's own names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def save(tree: Any, path: Path, **options: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors", "weights.pth.tar", "weights"])
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors", "weights"])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_the_content_decides_not_the_extension(tmp_path: Path, resnet_state: State, name: str, zipped: bool) -> None:
     path = save(resnet_state, tmp_path / name, _use_new_zipfile_serialization=zipped)
@@ -89,15 +89,6 @@ def test_compiled_and_checkpointed_parts_inside_the_model(tmp_path: Path, resnet
     same(open_source(save(inner, tmp_path / "w.pth")), resnet_state)
 
 
-def test_names_of_an_old_densenet() -> None:
-    from fixify.checkpoints.keys import strip_wrappers
-
-    old = {"features.denseblock1.denselayer1.norm.1.weight": torch.ones(2), "features.norm0.weight": torch.ones(2)}
-    new, dropped = strip_wrappers(old, "densenet121.pth")
-    assert list(new) == ["features.denseblock1.denselayer1.norm1.weight", "features.norm0.weight"]
-    assert dropped == ()
-
-
 def test_a_wrapper_beside_a_loss_with_class_weights(tmp_path: Path, resnet_state: State) -> None:
     tree = {f"model.{key}": value for key, value in resnet_state.items()}
     tree["criterion.weight"] = torch.ones(10)
@@ -116,7 +107,7 @@ def test_a_classifier_outside_the_wrapper_is_not_thrown_away(tmp_path: Path, res
 
 def test_a_name_inside_and_outside_of_a_wrapper(tmp_path: Path, resnet_state: State) -> None:
     tree = resnet_state | {"_orig_mod.fc.bias": torch.zeros(10)}
-    with pytest.raises(SourceError, match=r"fc\.bias twice"):
+    with pytest.raises(SourceError, match=r"fc\.bias"):
         open_source(save(tree, tmp_path / "w.pth"))
 
 
@@ -141,10 +132,10 @@ def test_timm_training_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "last.pth.tar"
     source = open_source(path)
     same(source, model.state_dict())
-    assert source.architecture == "timm/test_resnet"
-    assert source.architecture_kwargs == {"in_chans": 1}
-    assert source.num_classes == 7
-    assert source.pretrained_cfg == {"mean": [0.5], "std": [0.25], "crop_pct": 0.9}
+    assert source.facts.architecture == "timm/test_resnet"
+    assert source.facts.architecture_kwargs == {"in_chans": 1}
+    assert source.facts.num_classes == 7
+    assert source.facts.pretrained_cfg == {"mean": [0.5], "std": [0.25], "crop_pct": 0.9}
     assert source.has_ema and not source.used_ema
     averaged = open_source(path, ema=True)
     same(averaged, average.module.state_dict())
@@ -167,15 +158,15 @@ def test_arguments_of_timms_training_script(
 ) -> None:
     tree = {"arch": options["model"], "state_dict": resnet_state, "args": argparse.Namespace(**options)}
     source = open_source(save(tree, tmp_path / "w.pth"))
-    assert source.architecture == f"timm/{options['model']}"
-    assert source.architecture_kwargs == expected
+    assert source.facts.architecture == f"timm/{options['model']}"
+    assert source.facts.architecture_kwargs == expected
 
 
 def test_timm_checkpoint_without_args_names_a_class_which_is_no_architecture(
     tmp_path: Path, resnet_state: State
 ) -> None:
     tree = {"epoch": 1, "arch": "resnet", "state_dict": resnet_state, "version": 2, "optimizer": {"state": {}}}
-    assert open_source(save(tree, tmp_path / "w.pth")).architecture is None
+    assert open_source(save(tree, tmp_path / "w.pth")).facts.architecture is None
 
 
 def test_torchvision_reference_checkpoint(tmp_path: Path, resnet_state: State) -> None:
@@ -194,8 +185,8 @@ def test_torchvision_reference_checkpoint(tmp_path: Path, resnet_state: State) -
     path = save(tree, tmp_path / "model_4.pth")
     source = open_source(path)
     same(source, model.state_dict())
-    assert source.architecture == "torchvision/resnet18"
-    assert source.num_classes is None
+    assert source.facts.architecture == "torchvision/resnet18"
+    assert source.facts.num_classes is None
     averaged = open_source(path, ema=True)
     same(averaged, average.module.state_dict())
     assert averaged.dropped == ("n_averaged",)
@@ -210,7 +201,7 @@ def test_pytorch_imagenet_example(tmp_path: Path, resnet_state: State) -> None:
     }
     source = open_source(save(tree, tmp_path / "model_best.pth.tar"))
     same(source, resnet_state)
-    assert source.architecture == "torchvision/resnet18"
+    assert source.facts.architecture == "torchvision/resnet18"
 
 
 def test_lightning_checkpoint(tmp_path: Path, resnet_state: State) -> None:
@@ -244,9 +235,9 @@ def test_only_an_average(tmp_path: Path, resnet_state: State) -> None:
 
 def test_no_average(tmp_path: Path, resnet_state: State) -> None:
     path = save({"state_dict": resnet_state}, tmp_path / "w.pth")
-    with pytest.raises(SourceError, match="holds no moving average") as caught:
+    with pytest.raises(SourceError, match=r"w\.pth") as caught:
         open_source(path, ema=True)
-    assert "--ema" in str(caught.value)
+    assert "--ema" in (caught.value.hint or "")
 
 
 def test_what_rides_along_is_read_past(tmp_path: Path, resnet_state: State) -> None:
@@ -272,7 +263,7 @@ def test_what_rides_along_is_read_past(tmp_path: Path, resnet_state: State) -> N
 def test_lightnings_hyper_parameters(
     tmp_path: Path, resnet_state: State, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
-    """They are of a dictionary class of Lightning's, which need not be installed to read the file."""
+    """They are a dictionary class of Lightning, which need not be installed to read the file."""
     defining = types.ModuleType(module)
     defining.AttributeDict = type("AttributeDict", (dict,), {"__module__": module})  # type: ignore[attr-defined]
     with monkeypatch.context() as patch:
@@ -317,7 +308,7 @@ def test_attributes_that_a_file_sets_do_no_harm(tmp_path: Path, resnet_state: St
 
 
 def test_an_unaligned_archive(tmp_path: Path, resnet_state: State) -> None:
-    """Another zip tool does not align the entries; the tensors come out right, at addresses that fit their dtype."""
+    """Other zip tools do not align the entries; the tensors are still right, at addresses that suit their dtype."""
     import zipfile
 
     path, packed = save(resnet_state, tmp_path / "w.pth"), tmp_path / "packed.pth"
@@ -346,25 +337,32 @@ def test_opening_leaves_the_allow_list_of_the_program_alone(tmp_path: Path, resn
 def test_the_real_lite0(lite0: Path) -> None:
     source = open_source(lite0)
     assert source.shapes["_fc.weight"] == (1000, 1280)
-    assert source.architecture is None and source.labels is None
+    assert source.facts.architecture is None and source.facts.labels is None
     assert sum(t.numel() for t in source.tensors.values() if t.is_floating_point()) > 4_652_008
     check_finite(source.tensors)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_check_finite_names_the_tensor_and_the_place(bad: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("bad", "dtype"),
+    [
+        (float("nan"), torch.float32),
+        (float("inf"), torch.bfloat16),
+        (-float("inf"), torch.float16),
+        (float("nan"), torch.float64),
+    ],
+)
+def test_check_finite_names_the_tensor_and_the_element(bad: float, dtype: torch.dtype) -> None:
     tensors = {"a": torch.ones(3, dtype=dtype), "counter": torch.tensor(1), "b": torch.ones(4, 5, dtype=dtype)}
     check_finite(tensors)
     tensors["b"][1, 2] = bad
-    with pytest.raises(SourceError, match=r"in b \(element 7 of 20\)"):
+    with pytest.raises(SourceError, match=r" b .*\b7\b.*\b20\b"):
         check_finite(tensors)
-    with pytest.raises(SourceError, match=r"in b \(element 9 of 20\)"):
+    with pytest.raises(SourceError, match=r" b .*\b9\b.*\b20\b"):
         check_finite({"b": tensors["b"].t()})
 
 
 def test_bounds_may_be_infinite() -> None:
-    """timm's gemma4_vit clamps activations between scalars that are infinite unless it was trained with bounds."""
+    """timm's gemma4_vit clamps activations to scalars that are infinite unless it was trained with bounds."""
     check_finite({"proj.input_max": torch.tensor(float("inf")), "proj.input_min": torch.tensor(-float("inf"))})
     for name, value in (("proj.input_max", float("nan")), ("proj.scale", float("inf"))):
         with pytest.raises(SourceError, match=name):
@@ -374,5 +372,5 @@ def test_bounds_may_be_infinite() -> None:
 def test_check_finite_looks_beyond_the_first_piece() -> None:
     large = torch.zeros((1 << 22) + 5)
     large[-1] = float("nan")
-    with pytest.raises(SourceError, match=f"element {(1 << 22) + 4} of"):
+    with pytest.raises(SourceError, match=rf" large .*\b{(1 << 22) + 4}\b"):
         check_finite({"large": large})

@@ -1,8 +1,9 @@
-"""Folders as the Hugging Face hub lays them out: written by the libraries themselves where they can."""
+"""Open folders as the Hugging Face hub lays them out, written by the libraries themselves where possible."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def shard(folder: Path, state: State, *, suffix: str = "safetensors") -> Path:
-    """Write `state` in two files and an index, as transformers does."""
+    """Write `state` into two files and an index, as transformers does."""
     folder.mkdir(exist_ok=True)
     keys = list(state)
     halves = {"1": keys[: len(keys) // 2], "2": keys[len(keys) // 2 :]}
@@ -51,15 +52,15 @@ def test_what_timm_saves(folder: Path, safe: bool) -> None:
     for ref in (str(folder), f"local-dir:{folder}"):
         source = open_source(ref)
         assert source.name == "my-model"
-        assert source.architecture == "timm/test_resnet.r160_in1k"
-        assert source.architecture_kwargs["in_chans"] == 1
-        assert source.num_classes == 3
-        assert source.labels == ["cat", "dog", "n3"]
-        assert source.pretrained_cfg is not None and source.pretrained_cfg["input_size"][0] == 1
+        assert source.facts.architecture == "timm/test_resnet.r160_in1k"
+        assert source.facts.architecture_kwargs["in_chans"] == 1
+        assert source.facts.num_classes == 3
+        assert source.facts.labels == ["cat", "dog", "n3"]
+        assert source.facts.pretrained_cfg is not None and source.facts.pretrained_cfg["input_size"][0] == 1
         assert all(torch.equal(source.tensors[key], value) for key, value in model.state_dict().items())
         assert source.sha256 is not None
     weights = folder / ("model.safetensors" if safe else "pytorch_model.bin")
-    assert open_source(weights).architecture == "timm/test_resnet.r160_in1k"  # the config.json beside it
+    assert open_source(weights).facts.architecture == "timm/test_resnet.r160_in1k"  # from the config.json beside it
     assert open_source(folder, meta=True).shapes == open_source(folder).shapes
 
 
@@ -71,7 +72,7 @@ def test_shards(folder: Path, resnet_state: State, suffix: str) -> None:
         source = open_source(ref)
         assert source.tensors.keys() == resnet_state.keys()
         assert all(torch.equal(source.tensors[key], value) for key, value in resnet_state.items())
-        assert source.architecture == "timm/test_resnet" and source.num_classes == 10
+        assert source.facts.architecture == "timm/test_resnet" and source.facts.num_classes == 10
         assert source.num_bytes == sum(file.stat().st_size for file in folder.glob("*0000*"))
     assert all(tensor.is_meta for tensor in open_source(folder, meta=True).tensors.values())
 
@@ -79,7 +80,7 @@ def test_shards(folder: Path, resnet_state: State, suffix: str) -> None:
 def test_a_missing_shard(folder: Path, resnet_state: State) -> None:
     shard(folder, resnet_state)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(SourceError, match=r"names model-00002-of-00002\.safetensors, which is not there"):
+    with pytest.raises(SourceError, match=r"model-00002-of-00002\.safetensors"):
         open_source(folder)
 
 
@@ -88,7 +89,7 @@ def test_a_shard_without_its_tensor(folder: Path, resnet_state: State) -> None:
     content = json.loads(index.read_text())
     content["weight_map"]["fc.other"] = "model-00001-of-00002.safetensors"
     index.write_text(json.dumps(content))
-    with pytest.raises(SourceError, match=r"should hold fc\.other"):
+    with pytest.raises(SourceError, match=r"fc\.other"):
         open_source(folder)
 
 
@@ -98,29 +99,29 @@ def test_a_shard_without_its_tensor(folder: Path, resnet_state: State) -> None:
 def test_an_index_that_points_elsewhere(folder: Path, resnet_state: State, name: Any) -> None:
     index = shard(folder, resnet_state)
     index.write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(UnsafeCheckpointError, match="no file beside it"):
+    with pytest.raises(UnsafeCheckpointError, match=re.escape(repr(name))):
         open_source(folder)
 
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": []}'])
 def test_an_index_without_a_map(folder: Path, resnet_state: State, content: str) -> None:
     shard(folder, resnet_state).write_text(content)
-    with pytest.raises(SourceError, match="no weight_map"):
+    with pytest.raises(SourceError, match="weight_map"):
         open_source(folder)
 
 
 def test_no_average_in_shards(folder: Path, resnet_state: State) -> None:
     shard(folder, resnet_state)
-    with pytest.raises(SourceError, match="no moving average"):
+    with pytest.raises(SourceError, match=r"index\.json"):
         open_source(folder, ema=True)
 
 
-@pytest.mark.parametrize(("content", "expected"), [("{", "not valid JSON"), ("[]", "holds a list"), ("\xff", "JSON")])
+@pytest.mark.parametrize(("content", "expected"), [("{", "JSON"), ("[]", "list"), ("\xff", "JSON")])
 def test_a_damaged_config(folder: Path, resnet_state: State, content: str, expected: str) -> None:
     folder.mkdir()
     safetensors.torch.save_file(resnet_state, folder / "model.safetensors")
     (folder / "config.json").write_text(content, encoding="latin-1")
-    with pytest.raises(SourceError, match=expected):
+    with pytest.raises(SourceError, match=rf"config\.json.*{expected}"):
         open_source(folder)
 
 
@@ -139,12 +140,12 @@ def test_configs_of_transformers(folder: Path, resnet_state: State) -> None:
     (folder / "config.json").write_text(json.dumps(wrapper))
     source = open_source(folder)
     assert source.tensors.keys() == resnet_state.keys()
-    assert source.architecture == "timm/test_resnet.r160_in1k" and source.labels is not None
-    assert source.pretrained_cfg == {"mean": [0.5, 0.5, 0.5], "input_size": [3, 160, 160]}
+    assert source.facts.architecture == "timm/test_resnet.r160_in1k" and source.facts.labels is not None
+    assert source.facts.pretrained_cfg == {"mean": [0.5, 0.5, 0.5], "input_size": [3, 160, 160]}
     native = {"architectures": ["ResNetForImageClassification"], "id2label": {"0": "cat", "1": "dog"}}
     (folder / "config.json").write_text(json.dumps(native))
     source = open_source(folder)
-    assert source.architecture is None and source.labels == ["cat", "dog"] and source.num_classes == 2
+    assert source.facts.architecture is None and source.facts.labels == ["cat", "dog"] and source.facts.num_classes == 2
 
 
 def test_the_old_flat_config_of_timm(folder: Path, resnet_state: State) -> None:
@@ -153,8 +154,8 @@ def test_the_old_flat_config_of_timm(folder: Path, resnet_state: State) -> None:
     flat = {"architecture": "test_resnet", "num_classes": 10, "crop_pct": 0.9, "labels": list("abcdefghij")}
     (folder / "config.json").write_text(json.dumps(flat))
     source = open_source(folder)
-    assert source.architecture == "timm/test_resnet" and source.num_classes == 10
-    assert source.pretrained_cfg == {"crop_pct": 0.9} and source.labels == list("abcdefghij")
+    assert source.facts.architecture == "timm/test_resnet" and source.facts.num_classes == 10
+    assert source.facts.pretrained_cfg == {"crop_pct": 0.9} and source.facts.labels == list("abcdefghij")
 
 
 def test_the_one_checkpoint_of_a_folder(folder: Path, resnet_state: State) -> None:
@@ -168,19 +169,19 @@ def test_several_checkpoints(folder: Path, resnet_state: State) -> None:
     folder.mkdir()
     for name in ("checkpoint-1.pth.tar", "checkpoint-2.pth.tar"):
         torch.save(resnet_state, folder / name)
-    with pytest.raises(SourceError, match=r"holds 2 checkpoints: checkpoint-1\.pth\.tar, checkpoint-2") as caught:
+    with pytest.raises(SourceError, match=r"\b2\b.*checkpoint-1\.pth\.tar, checkpoint-2\.pth\.tar") as caught:
         open_source(folder)
-    assert "Name one" in str(caught.value)
+    assert str(folder / "checkpoint-2.pth.tar") in (caught.value.hint or "")
 
 
 def test_no_checkpoint(folder: Path) -> None:
     folder.mkdir()
     (folder / "notes.txt").write_text("none")
-    with pytest.raises(SourceError, match="holds no checkpoint") as caught:
+    with pytest.raises(SourceError, match="my-model") as caught:
         open_source(folder)
-    assert "model.safetensors" in str(caught.value)
+    assert "model.safetensors" in (caught.value.hint or "")
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no folder"):
+    with pytest.raises(SourceError, match="nowhere"):
         open_source(f"local-dir:{tmp_path / 'nowhere'}")

@@ -1,4 +1,4 @@
-"""Damaged files end in a source or in a SourceError; never in anything else, and never in code that runs."""
+"""Opening a damaged file gives a source or a SourceError, nothing else, and never runs code."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ VALID = {format: _valid(format) for format in ("zip", "legacy", "safetensors")}
 
 @st.composite
 def damaged(draw: st.DrawFn, format: str) -> bytes:
-    """A valid file with a few bytes or bits changed, a piece cut out, doubled or cut off."""
+    """A valid file with bits or bytes changed, and pieces removed, doubled, inserted or cut off."""
     content = bytearray(VALID[format])
     for _ in range(draw(st.integers(1, 4))):
         place = draw(st.integers(0, max(len(content) - 1, 0)))
@@ -124,7 +124,7 @@ def test_hints_nested_deeply() -> None:
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(config=_CONFIGS, nested=_CONFIGS)
 def test_hints_of_any_shape(config: dict[str, Any], nested: dict[str, Any]) -> None:
-    """What a file says about itself may be anything; facts that come of it have the types that they promise."""
+    """A file may say anything about itself; the facts made from it have the declared types."""
     metadata = {key: str(value) for key, value in config.items()}
     for facts in (
         facts_of_config(config),

@@ -1,4 +1,4 @@
-"""fixify.checkpoints.learned and fixify.checkpoints.open: making sense of an ordinary checkpoint, or saying why not."""
+"""fixify.checkpoints.learned and open: an ordinary checkpoint is recognised, or refused with what is missing."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from fixify.models import build, parse_architecture
 
 
 def _encoder(folder: Path) -> Path:
-    """A folder as the hub has it, of a model without a classifier."""
+    """A folder with the hub's layout that holds a model without a classifier."""
     model = timm.create_model("vit_small_patch14_dinov2", img_size=28, depth=1)
     safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
     config = {"architecture": "vit_small_patch14_dinov2", "num_classes": 0, "model_args": {"img_size": 28, "depth": 1}}
@@ -25,11 +25,11 @@ def _encoder(folder: Path) -> Path:
 
 
 def test_encoders_say_so(tmp_path: Path) -> None:
-    with pytest.raises(NoClassifierError, match="dinov2 without its classifier"):
+    with pytest.raises(NoClassifierError, match="vit_small_patch14_dinov2"):
         read_original(_encoder(tmp_path), meta=True)
-    with pytest.raises(NoClassifierError, match="mobilenetv5_300m_enc is an encoder"):
+    with pytest.raises(NoClassifierError, match="mobilenetv5_300m_enc"):
         read_original(tmp_path / "model.safetensors", arch="mobilenetv5_300m_enc")
-    with pytest.raises(ArchitectureError, match="its tensors have other shapes"):
+    with pytest.raises(ArchitectureError, match=r"model\.safetensors.*timm/resnet18"):
         read_original(tmp_path / "model.safetensors", arch="resnet18")
 
 
@@ -44,7 +44,7 @@ def test_ambiguous_files_carry_their_choices(tmp_path: Path) -> None:
         read_original(path, arch="torchvision/googlenet", meta=True)
     for error in (unnamed.value, named.value):
         assert len(error.choices) >= 2 and any("transform_input" in facts for facts in error.choices.values())
-        for choice in error.choices:  # each can be typed, and settles it
+        for choice in error.choices:  # each can be typed, and leaves no choice open
             read_original(path, arch=choice, meta=True)
         assert (error.hint or "").endswith(next(iter(error.choices)))
 
@@ -56,7 +56,7 @@ def test_weights_that_are_not_finite_are_not_run(tmp_path: Path, bad: float) -> 
     path = tmp_path / "model.pth"
     torch.save(state, path)
     for use in (lambda: open_model(path, arch="test_vit"), lambda: convert(path, tmp_path / "x", arch="test_vit")):
-        with pytest.raises(SourceError, match=f"The weights hold {bad} in blocks.0.mlp.fc1.weight"):
+        with pytest.raises(SourceError, match=rf"{bad}.*blocks\.0\.mlp\.fc1\.weight"):
             use()
     slim = convert(_finite(path), tmp_path / "slim.fixed.safetensors", arch="test_vit").path
     with safetensors.safe_open(slim, "pt") as file:
@@ -64,7 +64,7 @@ def test_weights_that_are_not_finite_are_not_run(tmp_path: Path, bad: float) -> 
     tensors = safetensors.torch.load_file(slim)
     tensors["norm.weight"][2] = bad
     safetensors.torch.save_file(tensors, slim, metadata=metadata)
-    with pytest.raises(SourceError, match=r"in norm\.weight"):
+    with pytest.raises(SourceError, match=r"norm\.weight"):
         open_model(slim)
 
 
@@ -73,8 +73,8 @@ def _finite(path: Path) -> Path:
     return path
 
 
-def test_a_slim_header_cannot_ask_for_images_of_terabytes(small_pth: Path, tmp_path: Path) -> None:
-    slim = convert(small_pth, tmp_path / "slim.fixed.safetensors").path
+def test_a_slim_header_cannot_ask_for_images_of_terabytes(tiny: Path, tmp_path: Path) -> None:
+    slim = convert(tiny / "learned.pth", tmp_path / "slim.fixed.safetensors").path
     with safetensors.safe_open(slim, "pt") as file:
         metadata = file.metadata()
     info = json.loads(metadata["fixify"])

@@ -1,4 +1,4 @@
-"""fixify.models.architectures: names, arguments and preprocessing of timm's and torchvision's models."""
+"""fixify.models.architectures: names, arguments, builds and preprocessing of timm's and torchvision's models."""
 
 import contextlib
 import json
@@ -50,17 +50,17 @@ def test_every_listed_name_parses_to_itself() -> None:
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
-        ("resnet5", "No architecture 'resnet5' in timm", "timm/resnet50"),
-        ("mobilenet_v4", "No architecture", "torchvision/mobilenet_v2"),
-        ("foo/resnet50", "Unknown library 'foo'", "timm/resnet50"),
-        ("resnet50.no_such_tag", "no weights 'no_such_tag'", "a1_in1k"),
-        ("torchvision/resnet50.V9", "no weights 'V9'", "IMAGENET1K_V2"),
-        ("torchvision/fcn_resnet50", "a model for segmentation", ""),
-        ("fasterrcnn_resnet50_fpn", "a model for object detection", ""),
-        ("torchvision/r3d_18", "a model for video classification", ""),
-        ("quantized_resnet50", "a model for quantised inference", ""),
-        ("raft_small", "a model for optical flow", ""),
-        ("", "No architecture ''", ""),
+        ("resnet5", "'resnet5'", "timm/resnet50"),
+        ("mobilenet_v4", "'mobilenet_v4'", "torchvision/mobilenet_v2"),
+        ("foo/resnet50", "'foo'", "timm/resnet50"),
+        ("resnet50.no_such_tag", "'no_such_tag'", "a1_in1k"),
+        ("torchvision/resnet50.V9", "'V9'", "IMAGENET1K_V2"),
+        ("torchvision/fcn_resnet50", "segmentation", "fixify report --all"),
+        ("fasterrcnn_resnet50_fpn", "object detection", "fixify report --all"),
+        ("torchvision/r3d_18", "video classification", "fixify report --all"),
+        ("quantized_resnet50", "quantised inference", "fixify report --all"),
+        ("raft_small", "optical flow", "fixify report --all"),
+        ("", "''", "fixify report --all"),
     ],
 )
 def test_refused_names(text: str, message: str, hint: str) -> None:
@@ -79,11 +79,11 @@ def test_arguments_that_read_weights_are_refused(name: str) -> None:
 
 
 def test_arguments_must_be_plain_and_suit_the_model() -> None:
-    with pytest.raises(ArchitectureError, match="act_layer must be"):
+    with pytest.raises(ArchitectureError, match="act_layer"):
         parse_architecture("resnet18", act_layer=torch.nn.GELU)
-    with pytest.raises(ArchitectureError, match=r"timm/resnet18 cannot be built with no_such=1"):
+    with pytest.raises(ArchitectureError, match=r"timm/resnet18 .*no_such=1"):
         build(parse_architecture("resnet18", no_such=1), meta=True)
-    with pytest.raises(ArchitectureError, match=r"torchvision/resnet18 cannot be built with in_chans=1"):
+    with pytest.raises(ArchitectureError, match=r"torchvision/resnet18 .*in_chans=1"):
         build(parse_architecture("torchvision/resnet18", in_chans=1), meta=True)
 
 
@@ -95,14 +95,14 @@ def test_round_trip_through_json() -> None:
 
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
 def test_tag_of_another_version(library: str) -> None:
-    """A file may name weights that the installed library does not know; only those weights cannot be had."""
+    """A file may name weights that the installed library does not know; only those weights are unavailable."""
     arch = Architecture.from_dict({"library": library, "name": "resnet18", "tag": "of_tomorrow", "kwargs": {}})
     plain = parse_architecture(f"{library}/resnet18")
     assert Architecture.from_dict(arch.to_dict()) == arch
     assert preprocessing(arch) == preprocessing(plain)
     assert default_num_classes(arch) == 1000
     assert build(arch, meta=True).state_dict().keys() == build(plain, meta=True).state_dict().keys()
-    with pytest.raises(ArchitectureError, match="no weights 'of_tomorrow'"):
+    with pytest.raises(ArchitectureError, match="'of_tomorrow'"):
         build(arch, pretrained=True)
 
 
@@ -128,13 +128,10 @@ def test_from_dict_refuses(values: dict) -> None:
     "ref",
     [
         "timm/resnet18",
-        "timm/vit_tiny_patch16_224",
         "timm/swinv2_cr_tiny_224",
         "torchvision/regnet_y_400mf",
-        "torchvision/googlenet",
         "torchvision/inception_v3",
         "torchvision/swin_t",
-        "torchvision/vit_b_32",
     ],
 )
 def test_meta_build_has_the_names_and_shapes_of_a_real_one(ref: str) -> None:
@@ -203,7 +200,7 @@ def test_arguments_in_the_name() -> None:
     assert parse_architecture("torchvision/googlenet,aux_logits=false").kwargs["aux_logits"] is False
     assert parse_architecture("convnext_atto,head_norm_first=true,act_layer=relu").kwargs["act_layer"] == "relu"
     assert parse_architecture("resnet18,in_chans=1", in_chans=2).kwargs["in_chans"] == 2
-    with pytest.raises(ArchitectureError, match="Not an argument: 'img_size'"):
+    with pytest.raises(ArchitectureError, match="'img_size'"):
         parse_architecture("vit_tiny_patch16_224,img_size")
     with pytest.raises(ArchitectureError, match="checkpoint_path"):
         parse_architecture("resnet18,checkpoint_path=weights.pth")
@@ -223,7 +220,7 @@ def test_spelled_reads_back(text: str) -> None:
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_weights_of_torchvision_want_their_input_transformed(name: str) -> None:
-    """torchvision sets this when it loads its weights, and nothing in a state dict shows it."""
+    """torchvision sets this when it loads its weights; the state dict does not show it."""
     assert build(parse_architecture(f"torchvision/{name}.IMAGENET1K_V1"), meta=True).transform_input
     assert not build(parse_architecture(f"torchvision/{name}"), meta=True).transform_input
     arch = parse_architecture(f"torchvision/{name}.IMAGENET1K_V1,transform_input=false")
@@ -234,9 +231,8 @@ def test_weights_of_torchvision_want_their_input_transformed(name: str) -> None:
     ("text", "size"),
     [
         ("torchvision/vit_b_32", 224),
-        ("torchvision/vit_l_16.IMAGENET1K_SWAG_E2E_V1", 512),
-        ("torchvision/vit_h_14", 518),
-        ("torchvision/vit_h_14,image_size=224", 224),
+        ("torchvision/vit_b_16.IMAGENET1K_SWAG_E2E_V1", 384),
+        ("torchvision/vit_b_16.IMAGENET1K_SWAG_E2E_V1,image_size=224", 224),
     ],
 )
 def test_vision_transformers_of_torchvision_are_built_for_their_preprocessing(text: str, size: int) -> None:
@@ -245,16 +241,14 @@ def test_vision_transformers_of_torchvision_are_built_for_their_preprocessing(te
     assert preprocessing(arch)["input_size"] == [3, size, size]
 
 
-@pytest.mark.parametrize(
-    "ref", ["timm/levit_128s", "timm/swinv2_cr_tiny_224", "torchvision/vit_b_32", "timm/resnet10t"]
-)
+@pytest.mark.parametrize("ref", ["timm/levit_128s", "timm/swinv2_cr_tiny_224", "timm/resnet10t"])
 def test_a_blank_build_is_complete_once_weights_are_loaded(ref: str) -> None:
     arch = parse_architecture(ref)
     real = build(arch, num_classes=7).eval()
     state = torch.random.get_rng_state()
     blank = build(arch, num_classes=7, blank=True).eval()
     assert torch.equal(torch.random.get_rng_state(), state)
-    buffers = dict(real.named_buffers())  # those that no state dict has included
+    buffers = dict(real.named_buffers())  # including those that are not in the state dict
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in blank.named_buffers())
     blank.load_state_dict(real.state_dict())
     x = torch.randn(1, *preprocessing(arch)["input_size"])

@@ -1,9 +1,9 @@
-"""fixify.models.signature and fixify.models.identify: what sets networks of the same shapes apart."""
+"""fixify.models.signature.traits and fixify.models.identify.Behaviour: what sets networks of the same shapes apart."""
 
 from torch import nn
 
 from fixify.models import build, parse_architecture
-from fixify.models.identify import Facts, merge, set_apart
+from fixify.models.identify import Behaviour, merge, set_apart
 from fixify.models.signature import traits
 
 
@@ -36,29 +36,29 @@ def test_number_of_attention_heads() -> None:
     assert {name for name in few if few[name] != many[name]} == {".num_heads", ".head_dim"}
 
 
-def test_what_does_not_matter_is_no_trait() -> None:
+def test_attributes_without_effect_on_predictions_are_no_traits() -> None:
     first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.BatchNorm2d(4))
     second = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Dropout(0.1), nn.BatchNorm2d(4, momentum=0.01)).eval()
     assert traits(first) == traits(second)
 
 
 def test_merge_and_set_apart() -> None:
-    a = Facts("timm", {"padding": ("1", "even"), ".num_heads": ("2", "2"), "mean": ("x", "x")})
-    b = Facts("timm", {"padding": ("1", "even"), ".num_heads": ("4", "4"), "mean": ("x", "x")})
-    c = Facts("torchvision", {"padding": ("1", "even"), ".class": ("r", "ResNet"), "mean": ("y", "y")})
-    d = Facts("torchvision", {"padding": ("1", "even"), ".class": ("r", "ResNet"), "mean": ("x", "x")})
+    a = Behaviour("timm", {"padding": ("1", "even"), ".num_heads": ("2", "2"), "mean": ("x", "x")})
+    b = Behaviour("timm", {"padding": ("1", "even"), ".num_heads": ("4", "4"), "mean": ("x", "x")})
+    c = Behaviour("torchvision", {"padding": ("1", "even"), ".class": ("r", "ResNet"), "mean": ("y", "y")})
+    d = Behaviour("torchvision", {"padding": ("1", "even"), ".class": ("r", "ResNet"), "mean": ("x", "x")})
     assert merge([a, a, b, a, c]) == [[0, 1, 3], [2], [4]]
     assert set_apart([a, b]) == [{"num_heads": "2"}, {"num_heads": "4"}]
-    # Attributes of modules mean nothing between libraries; the preprocessing does.
+    # Attributes of modules cannot be compared between libraries; the preprocessing can.
     assert set_apart([a, c]) == [{"mean": "x"}, {"mean": "y"}]
     assert set_apart([a, d]) == [{}, {}]
     assert merge([a, d]) == [[0], [1]]
-    e = Facts("timm", {"padding": ("9", "even"), ".num_heads": ("2", "2"), "mean": ("x", "x")})
+    e = Behaviour("timm", {"padding": ("9", "even"), ".num_heads": ("2", "2"), "mean": ("x", "x")})
     assert set_apart([a, e]) == [{"padding": "even (placed differently)"}] * 2
     assert set_apart([a, b, d]) == [{"num_heads": "2"}, {"num_heads": "4"}, {}]
 
 
-def test_facts_include_the_preprocessing() -> None:
-    facts = Facts.of(parse_architecture("tf_efficientnet_lite0"), {})
+def test_behaviour_includes_the_preprocessing() -> None:
+    facts = Behaviour.of(parse_architecture("tf_efficientnet_lite0"), {})
     assert facts.values["mean"] == ("0.5 0.5 0.5", "0.5 0.5 0.5")
     assert facts.values["interpolation"][1] == "bicubic"

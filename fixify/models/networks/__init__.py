@@ -1,17 +1,17 @@
-"""The paper's own networks that neither timm nor torchvision has, registered with timm.
+"""The networks of the paper that neither timm nor torchvision has, registered with timm.
 
-`import fixify.models` (or anything of fixify that knows architectures) is enough for `timm.create_model("resnet56_cifar")`
-and for `timm.list_models()`; `import fixify` alone imports neither torch nor timm, and so registers nothing. No
-pretrained weights exist. ResNet-50 and DenseNet-169 of the paper's Table 1 are timm's own.
+After `import fixify.models`, `timm.create_model("resnet56_cifar")` and `timm.list_models()` know them. `import fixify`
+alone imports neither torch nor timm and registers nothing. No pretrained weights exist. For ResNet-50 and DenseNet-169
+of the paper's Table 1, timm's own are used.
 """
 
 from __future__ import annotations
 
 from fixify.models.networks import densenet_bc, mobilenet_v1, residual, shufflenet_v1
 
+# Their names in timm.
 NETWORKS: tuple[str, ...] = tuple(
     sorted(name for module in (densenet_bc, mobilenet_v1, residual, shufflenet_v1) for name in module.default_cfgs)
 )
-"""Their names, as timm knows them."""
 
 __all__ = ["NETWORKS"]

@@ -1,4 +1,7 @@
-"""timm's record of how images are prepared for a network, for those here."""
+"""The common base of the networks in this package: stem, stages, global average pooling, one linear classifier.
+
+It also holds timm's records of how images are prepared for them.
+"""
 
 from __future__ import annotations
 
@@ -11,43 +14,9 @@ from timm.layers import create_classifier
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
-# Of the 50,000 training images, per channel.
+# Per channel, over the 50,000 training images.
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-
-
-def cifar_cfg(num_classes: int, **changes: Any) -> dict[str, Any]:
-    """32 x 32 images as they are; CIFAR-10's statistics for 10 classes, else CIFAR-100's."""
-    small = num_classes == 10
-    return {
-        "num_classes": num_classes,
-        "input_size": (3, 32, 32),
-        "pool_size": (8, 8),
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
-        "mean": CIFAR10_MEAN if small else CIFAR100_MEAN,
-        "std": CIFAR10_STD if small else CIFAR100_STD,
-        "first_conv": "stem.conv",
-        "classifier": "fc",
-    } | changes
-
-
-def imagenet_cfg(**changes: Any) -> dict[str, Any]:
-    """224 x 224 from the middle of 256 x 256, ImageNet's statistics."""
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bilinear",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv",
-        "classifier": "fc",
-    } | changes
-
-
-# What the networks here have in common: stem, stages, global average pooling, one linear classifier.
 
 
 class ConvNet(nn.Module):
@@ -58,12 +27,12 @@ class ConvNet(nn.Module):
     Args:
         stem: First layers.
         stages: One sequence of blocks for each resolution.
-        widths: Channels that each stage gives; the last is `num_features`.
-        strides: Pixels of the image to one of each stage's output.
-        norm: After the last stage; None for nothing.
-        num_classes: 0: no classifier, `forward` returns the pooled features.
-        in_chans: Channels of the images (the stem is built with them).
-        global_pool: timm's pooling type; "" for none.
+        widths: Output channels of each stage; the last is `num_features`.
+        strides: Total stride of each stage's output, in pixels of the image.
+        norm: Layer after the last stage; None for no layer.
+        num_classes: Number of classes. With 0 there is no classifier, and `forward` returns the pooled features.
+        in_chans: Channels of the images (the stem must match).
+        global_pool: timm's pooling type; "" for no pooling.
         drop_rate: Dropout before the classifier.
     """
 
@@ -99,7 +68,7 @@ class ConvNet(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """He et al. (2015) for convolutions, 1 and 0 for norms, zero for biases; the classifier as torch draws it."""
+        """Initialise convolutions as He et al. (2015) and their biases with 0; other layers keep torch's defaults."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -108,28 +77,28 @@ class ConvNet(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers in their order, for layer-wise learning rates and freezing (timm's interface)."""
+        """Return patterns that group the layers in their order, for layer-wise learning rates (timm's interface)."""
         blocks = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": r"^stem", "blocks": blocks}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the stages again on the way back instead of keeping what they computed."""
+        """Recompute the stages in the backward pass instead of storing their activations."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
+        """Return the classifier layer."""
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier, or none (0)."""
+        """Replace the classifier by a new one, or remove it (0)."""
         self.num_classes = num_classes
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] to feature maps [B, num_features, H / stride, W / stride]."""
+        """Map images [B, in_chans, H, W] to feature maps [B, num_features, H / stride, W / stride]."""
         x = self.stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.stages, x, flatten=True)
@@ -138,9 +107,41 @@ class ConvNet(nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Feature maps to logits [B, num_classes], or to the pooled features [B, num_features]."""
+        """Map feature maps to logits [B, num_classes], or with `pre_logits` to pooled features [B, num_features]."""
         x = self.drop(self.global_pool(x))
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map images [B, in_chans, H, W] to logits [B, num_classes]."""
         return self.forward_head(self.forward_features(x))
+
+
+def cifar_cfg(num_classes: int, **changes: Any) -> dict[str, Any]:
+    """Make timm's record for unscaled 32 x 32 images: CIFAR-10's statistics for 10 classes, else CIFAR-100's."""
+    small = num_classes == 10
+    return {
+        "num_classes": num_classes,
+        "input_size": (3, 32, 32),
+        "pool_size": (8, 8),
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "mean": CIFAR10_MEAN if small else CIFAR100_MEAN,
+        "std": CIFAR10_STD if small else CIFAR100_STD,
+        "first_conv": "stem.conv",
+        "classifier": "fc",
+    } | changes
+
+
+def imagenet_cfg(**changes: Any) -> dict[str, Any]:
+    """Make timm's record for the central 224 x 224 pixels of 256 x 256 images, with ImageNet's statistics."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bilinear",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv",
+        "classifier": "fc",
+    } | changes

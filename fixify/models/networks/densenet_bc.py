@@ -1,7 +1,8 @@
 """DenseNet-BC for CIFAR: Huang et al., "Densely connected convolutional networks" (CVPR 2017).
 
-Depth 100, growth rate k = 12: three blocks of (100 - 4) / 6 = 16 bottleneck layers, transitions that keep half the
-channels, 342 features. 800,032 parameters with 100 classes, as in the paper's Table 1.
+Depth 100, growth rate k = 12: three blocks of (100 - 4) / 6 = 16 bottleneck layers, transitions that halve the
+channels, and 342 features. With 100 classes it has 800,032 parameters, as in Table 1 of *Fix your
+classifier*.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def _norm_act_conv(in_channels: int, out_channels: int, kernel: int) -> OrderedD
 
 
 class DenseLayer(nn.Module):
-    """A bottleneck of 4k channels, then k new feature maps beside the old: [B, in, H, W] to [B, in + k, H, W]."""
+    """A bottleneck of 4k channels, then k new feature maps, concatenated to the input."""
 
     def __init__(self, in_channels: int, growth: int) -> None:
         super().__init__()
@@ -33,15 +34,16 @@ class DenseLayer(nn.Module):
         self.grow = nn.Sequential(_norm_act_conv(4 * growth, growth, 3))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [B, in, H, W] to [B, in + k, H, W]."""
         return torch.cat((x, self.grow(self.reduce(x))), dim=1)
 
 
 class DenseNetBC(ConvNet):
-    """Dense blocks with transitions between them.
+    """Three dense blocks with transitions between them.
 
     Args:
-        depth: 6n + 4.
-        growth: New feature maps of each layer, k.
+        depth: 6n + 4 for n layers per block.
+        growth: Number of new feature maps per layer, k.
         num_classes, in_chans, options: See `ConvNet`.
     """
 

@@ -1,6 +1,7 @@
 """MobileNet: Howard et al., "MobileNets: efficient convolutional neural networks for mobile vision applications".
 
-arXiv 1704.04861, Table 1, at width 0.5: N = 512 features for 1,000 classes, a case of the paper's section 4.2.
+arXiv 1704.04861, Table 1, at width 0.5: N = 512 features for 1,000 classes, as in section 4.2
+of *Fix your classifier*.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import nn
 
 from fixify.models.networks.convnet import ConvNet, imagenet_cfg
 
-# Output channels of the separable convolutions of each resolution, at width 1.
+# Output channels of the separable convolutions at each resolution, for width 1.
 _STAGES = ((64,), (128, 128), (256, 256), (512,) * 6, (1024, 1024))
 
 
@@ -32,10 +33,10 @@ def _separable(in_channels: int, out_channels: int, stride: int) -> nn.Sequentia
 
 
 class MobileNet(ConvNet):
-    """Depthwise separable convolutions.
+    """A sequence of depthwise separable convolutions.
 
     Args:
-        width: Multiplier of all channels.
+        width: Factor for the number of channels of every layer.
         num_classes, in_chans, options: See `ConvNet`.
     """
 
@@ -66,7 +67,7 @@ default_cfgs = generate_default_cfgs({"mobilenet_v1_050": imagenet_cfg()})
 
 @register_model
 def mobilenet_v1_050(pretrained: bool = False, **kwargs: Any) -> MobileNet:
-    """MobileNet of half width for ImageNet, N = 512 < C."""
+    """MobileNet with half its channels for ImageNet, N = 512 < C."""
     return build_model_with_cfg(
         MobileNet, "mobilenet_v1_050", pretrained, feature_cfg={"flatten_sequential": True}, width=0.5, **kwargs
     )

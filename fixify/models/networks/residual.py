@@ -1,11 +1,12 @@
-"""Residual networks of two-layer blocks: He et al., "Deep residual learning for image recognition" (CVPR 2016).
+"""Residual networks with two-layer blocks: He et al., "Deep residual learning for image recognition" (CVPR 2016).
 
-For CIFAR (section 4.2 there): a 3x3 convolution of 16 channels and three stages of n blocks with 16, 32 and 64, depth
-6n + 2. He's own have parameter-free shortcuts (option A: 853,018 parameters at depth 56); the paper's 855,770 are those
-of projection shortcuts (option B) in the two blocks that change the width.
+For CIFAR (section 4.2 there): a 3x3 convolution with 16 channels, then three stages of n blocks with 16, 32 and 64
+channels; the depth is 6n + 2. The networks of He et al. have parameter-free shortcuts (option A: 853,018 parameters at
+depth 56). The 855,770 parameters in *Fix your classifier* match projection shortcuts (option B) in the two blocks that
+change the width.
 
-`resnet18_050` is a case of the paper's section 4.2, "reduced version of ResNet where N = 256": the paper does not say
-which; this is ResNet-18 with half its channels.
+`resnet18_050` stands for the "reduced version of ResNet where N = 256" of that paper's section 4.2. The paper does not
+define it; here it is ResNet-18 with half its channels.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fixify.models.networks.convnet import ConvNet, cifar_cfg, imagenet_cfg
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, projected where the shape changes: [B, in, H, W] to [B, out, H/s, W/s]."""
+    """Two 3x3 convolutions and a shortcut, with a projection where the shape changes."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
@@ -36,18 +37,19 @@ class BasicBlock(nn.Module):
         self.act2 = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [B, in, H, W] to [B, out, H / stride, W / stride]."""
         shortcut = self.shortcut(x)
         x = self.act1(self.bn1(self.conv1(x)))
         return self.act2(self.bn2(self.conv2(x)) + shortcut)
 
 
 class ResNet(ConvNet):
-    """Stages of basic blocks; every stage but the first halves the resolution.
+    """Stages of basic blocks; every stage except the first halves the resolution.
 
     Args:
-        depths: Blocks of each stage.
-        widths: Channels of each stage; the stem has as many as the first.
-        small_images: A 3x3 stem at full resolution (CIFAR) instead of 7x7 with stride 2 and max pooling.
+        depths: Number of blocks of each stage.
+        widths: Number of channels of each stage; the stem has as many as the first stage.
+        small_images: Use a 3x3 stem at full resolution (CIFAR) instead of 7x7 with stride 2 and max pooling.
         num_classes, in_chans, options: See `ConvNet`.
     """
 
@@ -105,7 +107,7 @@ def resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
 
 @register_model
 def resnet44_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """ResNet-44 for 32 x 32 images, N = 64: the depth that the author's code takes unless it is told another."""
+    """ResNet-44 for 32 x 32 images, N = 64: the default depth of the paper's reference code."""
     return _create("resnet44_cifar", pretrained, depths=(7, 7, 7), widths=(16, 32, 64), small_images=True, **kwargs)
 
 

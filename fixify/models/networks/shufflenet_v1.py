@@ -1,13 +1,18 @@
 """ShuffleNet: Zhang et al., "ShuffleNet: an extremely efficient CNN for mobile devices" (arXiv 1707.01083), 3 groups.
 
-As published, with biases only in BatchNorm and a bottleneck of a quarter of a *unit's* output, it has 1,865,728
-parameters. The paper prints 1,826,555. Of all combinations of stem (kernel, bias, BatchNorm), biases and BatchNorm of
-each convolution, grouped or plain first convolution and width of the bottleneck, one alone gives that number
-(enumerated in tests/zoo/test_networks.py): every convolution has a bias, the first one no BatchNorm, the
-bottleneck is a quarter of the *branch's* output (the units with stride 2 give only the channels that the shortcut does
-not), and one single number more, as is the scale alpha of the fixed classifier, which must have been counted in. Every
-tensor of a ShuffleNet has an even number of elements, so an odd total needs such a one. This is that network:
-1,826,554 parameters.
+As Zhang et al. describe it, with biases only in BatchNorm and a bottleneck of a quarter of a *unit's* output, it has
+1,865,728 parameters. *Fix your classifier* prints 1,826,555. Variants differ in the stem (kernel, bias, BatchNorm), in
+the bias and BatchNorm of each convolution, in whether the first convolution is grouped, and in the bottleneck's width.
+tests/models/test_networks.py enumerates them, and only one gives the printed number:
+
+- every convolution has a bias;
+- the first convolution has no BatchNorm;
+- the bottleneck is a quarter of the *branch's* output (with stride 2, the branch adds only the channels that the
+  shortcut does not have);
+- one single parameter is added, such as the scale of the fixed classifier. Every tensor of a ShuffleNet has an even
+  number of elements, so an odd total needs it.
+
+This module builds that network without the scale: 1,826,554 parameters.
 """
 
 from __future__ import annotations
@@ -23,15 +28,15 @@ from fixify.models.networks.convnet import ConvNet, imagenet_cfg
 
 
 class ShuffleUnit(nn.Module):
-    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1: [B, in, H, W] to [B, out, H / s, W / s].
+    """A branch of grouped 1x1, shuffle, depthwise 3x3 and grouped 1x1 convolutions, joined with a shortcut.
 
-    With stride 2 the average-pooled input is put beside the branch's output instead of being added.
+    With stride 1 the shortcut is added. With stride 2 it is average-pooled and concatenated.
 
     Args:
-        in_channels, out_channels: Of the whole unit.
-        groups: Of both 1x1 convolutions.
+        in_channels, out_channels: Number of channels of the whole unit.
+        groups: Groups of both 1x1 convolutions.
         stride: 1 or 2.
-        first_groups: Of the first 1x1 convolution: 1 in the very first unit, whose input has few channels.
+        first_groups: Groups of the first 1x1 convolution; 1 in the very first unit, whose input has few channels.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class ShuffleUnit(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [B, in, H, W] to [B, out, H / stride, W / stride]."""
         branch = self.expand(self.depthwise(self.reduce(x)))
         shortcut = self.pool(x)
         return self.act(torch.cat((shortcut, branch), dim=1) if self.stride == 2 else shortcut + branch)
@@ -70,8 +76,8 @@ class ShuffleNet(ConvNet):
     """Three stages of shuffle units.
 
     Args:
-        groups: Of the 1x1 convolutions.
-        widths: Channels of each stage.
+        groups: Groups of the 1x1 convolutions.
+        widths: Number of channels of each stage.
         num_classes, in_chans, options: See `ConvNet`.
     """
 
@@ -105,7 +111,7 @@ default_cfgs = generate_default_cfgs({"shufflenet_v1_g3": imagenet_cfg()})
 
 @register_model
 def shufflenet_v1_g3(pretrained: bool = False, **kwargs: Any) -> ShuffleNet:
-    """ShuffleNet 1x with 3 groups for ImageNet, N = 960: more than half of it is classifier."""
+    """ShuffleNet 1x with 3 groups for ImageNet, N = 960; more than half of its parameters are the classifier's."""
     cfg = {"flatten_sequential": True, "out_indices": (0, 1, 2)}
     return build_model_with_cfg(
         ShuffleNet, "shufflenet_v1_g3", pretrained, feature_cfg=cfg, groups=3, widths=(240, 480, 960), **kwargs

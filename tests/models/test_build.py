@@ -1,11 +1,10 @@
-"""fixify.models.build: state dicts without the versions that torch keeps beside them."""
+"""fixify.models.build.load_weights: state dicts without module versions and without counters."""
 
 import pytest
 import torch
 
 from fixify.models import build, parse_architecture
-from fixify.models.build import load_weights
-from fixify.models.signature import is_counter
+from fixify.models.build import is_counter, load_weights
 
 
 def test_mnasnet_loads_without_the_version_of_its_modules() -> None:
