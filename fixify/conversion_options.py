@@ -1,0 +1,136 @@
+"""Options of a fixed head and of converting a checkpoint.
+
+Importing this module needs neither torch nor timm, because the command line builds its help from these classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import field_validator, model_validator
+
+from fixify._options import CheckedOptions, Conflict, option, refuse
+
+MIN_IMAGES = 8
+"""The fewest images that calibrate a head; a quarter of them is held out."""
+
+
+class HeadConfig(CheckedOptions):
+    """Say which fixed head replaces a classifier. The defaults are those of `fixify convert`.
+
+    A config holds for every classifier layer of a model; `fixify.surgery.make_heads` derives one `HeadSpec` per layer.
+
+    >>> HeadConfig(head="binary", bits_per_class=64).bits_per_class
+    64
+    """
+
+    section: ClassVar[str] = "convert"
+
+    head: Literal["auto", "hadamard", "orthogonal", "simplex", "binary", "identity"] = option(
+        "auto", "Kind of the fixed head; auto is hadamard where such a matrix is known, else orthogonal."
+    )
+    seed: int = option(0, "Seed of the codebook; the same seed gives the same codes.", ge=0, lt=1 << 64)
+    bits_per_class: int | None = option(
+        None, "Signs per class that a binary head stores. Default: one per feature.", ge=1
+    )
+    match: bool = option(True, "Give each class the code nearest to its old class vector, not the next one.")
+    alpha: float | None = option(
+        None,
+        "Initial scale alpha of the logits. Default: softmax reaches 0.95 at cosine 1.",
+        hidden=("--scale",),
+        ge=0,
+        allow_inf_nan=False,
+    )
+    fixed_scale: bool = option(False, "Hold alpha; do not learn it (paper, figure 3).")
+    bias: bool | None = option(True, "Keep one learned bias per class.")
+    standardize: bool = option(True, "Standardise each feature by its running mean and std before normalising.")
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        if self.bits_per_class is not None and self.head != "binary":
+            yield Conflict(
+                ("bits_per_class", "head"),
+                f"bits_per_class belongs to head binary, not {self.head}",
+                "Add --head binary.",
+            )
+        if self.head == "binary" and not self.match:
+            yield Conflict(
+                ("match", "head"),
+                "A binary head takes its signs from the old classifier and has no codes in class order",
+                "Drop --no-match, or take --head hadamard.",
+            )
+
+
+class ConvertOptions(HeadConfig):
+    """Options of `fixify.convert`: which head, what the source is, and how the result is calibrated and stored.
+
+    >>> ConvertOptions.create(head="binary", bits_per_class=64).calibrate_images
+    512
+    """
+
+    bias: bool = option(True, "Keep one learned bias per class.")
+    arch: str | None = option(
+        None, "Architecture, e.g. resnet50, timm/resnet50, torchvision/resnet50. Default: read from SOURCE."
+    )
+    num_classes: int | None = option(
+        None, "Number of classes of a new label set. Default: the classes of SOURCE.", ge=1
+    )
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = option(
+        None, "Type in which the backbone is stored. Default: unchanged."
+    )
+    labels: str | None = option(None, "A file of class names, or imagenet. Default: the names that came with SOURCE.")
+    ema: bool = option(False, "Take the averaged (EMA) weights of a training checkpoint.")
+    calibrate: str | None = option(
+        None,
+        "A folder of images like those that the model is for (no labels needed), or a data name as for finetune: set "
+        "mean and std of the features, and fit codes, scale and bias to the original's answers.",
+        metavar="DATA",
+    )
+    calibrate_images: int = option(
+        512, "Images drawn to calibrate; a quarter of them is held out to count agreement.", ge=MIN_IMAGES
+    )
+    device: str | None = option(
+        None, "Device that calibrates: cpu, cuda, cuda:1, mps. Default: the first accelerator, else cpu."
+    )
+
+    @field_validator("calibrate", "labels", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_name_of_alpha(cls, values: Any) -> Any:
+        """Read `scale` as `alpha`: recipes that were written before it was renamed say so."""
+        if isinstance(values, dict) and "scale" in values:
+            values = dict(values)
+            values["alpha"] = values.pop("scale")
+        return values
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ConvertOptions:
+        """Refuse conflicts between options that are both given here; a recipe may leave one to the command line."""
+        refuse(each for each in self._conflicts() if set(each.options) <= self.model_fields_set)
+        return self
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        yield from super()._conflicts()
+        if self.calibrate is None and self.device is not None:
+            yield Conflict(
+                ("device", "calibrate"),
+                "Only calibrating runs the model on a device",
+                "Add --calibrate FOLDER, or drop --device.",
+            )
+        if self.calibrate is not None and self.num_classes is not None:
+            yield Conflict(
+                ("calibrate", "num_classes"),
+                "Calibrating fits the head to the original's answers, and a new label set has none",
+                "Drop --calibrate: fixify finetune takes mean and std from its training images.",
+            )
+        if self.head == "binary" and self.num_classes is not None:
+            yield Conflict(
+                ("head", "num_classes"),
+                "A binary head takes its signs from the old classifier, and a new label set has none",
+                "Drop --head binary: the codes of a Hadamard head need no old classifier.",
+            )
