@@ -27,6 +27,7 @@ class HeadConfig(CheckedOptions):
     """
 
     section: ClassVar[str] = "convert"
+    machine: ClassVar[tuple[str, ...]] = ("device",)
 
     head: Literal["auto", "hadamard", "orthogonal", "simplex", "binary", "identity"] = option(
         "auto", "Kind of the fixed head; auto is hadamard where such a matrix is known, else orthogonal."

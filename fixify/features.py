@@ -1,9 +1,12 @@
-"""Running the original on images without labels: what its classifier layers are given, and what it answers."""
+"""Record what the classifier layers of a model are given: on images without labels, to calibrate fixed heads.
+
+`record_inputs` is the recorder; `Observation` runs the original on a sample of images for `fixify.convert`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,17 +14,50 @@ import torch
 from torch import Tensor, nn
 
 from fixify.checkpoints.learned import Original
+from fixify.conversion_options import MIN_IMAGES
 from fixify.data import ImageLoader, OpenedData, Subset, default_workers, draw_images, make_loader
 from fixify.errors import DataError
 from fixify.heads import FixedClassifier
 from fixify.metrics import eval_mode
-from fixify.models.classifiers import ClassifierSite
 from fixify.surgery import replace_module
 
-MIN_IMAGES = 8
 _HELD_OUT = 0.25
 _BATCH = 32
 _POSITIONS = 16  # of a feature map; neighbours are much alike, and all of them would take much memory
+
+
+@contextlib.contextmanager
+def record_inputs(
+    model: nn.Module, paths: Iterable[str], keep: Callable[[str, Tensor], Tensor] | None = None
+) -> Iterator[dict[str, list[Tensor]]]:
+    """Record the input of some layers while the block runs the model.
+
+    Args:
+        model: The model.
+        paths: The layers, by their names in `model.named_modules()`.
+        keep: Reduces an input to what is kept, given the path and the input; default: all of it.
+
+    Yields:
+        By path the recorded inputs, float32 on the CPU, one entry per call of the layer. A layer that is not called in
+        eval mode (an auxiliary classifier) keeps an empty list.
+
+    >>> with record_inputs(nn.Sequential(nn.Linear(2, 3)), ["0"]) as seen:
+    ...     pass
+    >>> seen
+    {'0': []}
+    """
+    seen: dict[str, list[Tensor]] = {path: [] for path in paths}
+
+    def record(inputs: tuple[Tensor, ...], path: str) -> None:
+        x = inputs[0].detach()
+        seen[path].append((x if keep is None else keep(path, x)).float().cpu())
+
+    with contextlib.ExitStack() as hooks:
+        for path in seen:
+            layer = model.get_submodule(path)
+            handle = layer.register_forward_pre_hook(lambda _layer, inputs, path=path: record(inputs, path))
+            hooks.callback(handle.remove)
+        yield seen
 
 
 @dataclass(frozen=True)
@@ -30,8 +66,8 @@ class Calibration:
 
     Attributes:
         data: The data's name, without a path of this machine.
-        num_images: Images that center, spread, codes, scale and bias were fitted to, labels unseen.
-        held_out: Further images, that agreement was counted on.
+        num_images: Images that mean, std, codes, scale and bias were fitted to, without labels.
+        held_out: Further images, on which agreement was counted.
         agreement: Percent of those for which the converted model's most probable class is the original's.
     """
 
@@ -41,6 +77,7 @@ class Calibration:
     agreement: float
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
         return asdict(self)
 
 
@@ -51,17 +88,17 @@ class Observation:
         original: The checkpoint.
         name: A folder of images, or a data name as for `fixify.data.open_data`.
         num_images: How many images are drawn; all, if there are fewer.
-        seed: Draws them.
+        seed: Decides which images are drawn.
         device: Where the model runs.
-        on_images: Called after each batch with the number of images that it had.
+        on_images: Called after each batch with its number of images.
 
     Raises:
-        DataError: no such data, too few images, or one that cannot be read.
+        DataError: There is no such data, there are too few images, or one cannot be read.
     """
 
     features: dict[str, Tensor]
-    """By the path of a classifier layer: what it was given, float32 [samples, N] on the CPU. A layer that is not called
-    in eval mode (an auxiliary classifier) is not in it."""
+    """By the path of a classifier layer its inputs, float32 [samples, N] on the CPU. A layer that is not called in eval
+    mode (an auxiliary classifier) is not in it."""
 
     def __init__(
         self,
@@ -87,18 +124,15 @@ class Observation:
         self._on_images = on_images
         self._held_out = _part(drawn, self.num_fitted, len(drawn))
         self._model = original.model().to(device)
-        with _recorded(self._model, original.sites) as seen:
+        channel_dims = {site.path: site.channel_dim for site in original.sites}
+        with record_inputs(self._model, channel_dims, lambda path, x: _samples(x, channel_dims[path])) as seen:
             for _ in self._answers(_part(drawn, 0, self.num_fitted)):
                 pass
         self.features = {path: torch.cat(parts) for path, parts in seen.items() if parts}
         self._expected = torch.cat(list(self._answers(self._held_out)))
 
-    def calibrate_(self, head: FixedClassifier, path: str) -> None:
-        """Set a head's center and spread to those of the features of the layer at `path`."""
-        head.calibrate_(self.features[path].split(_BATCH))
-
     def result(self, heads: Mapping[str, FixedClassifier]) -> Calibration:
-        """Put the heads into the model and count on the images held out how often its answer is the original's."""
+        """Put the heads into the model and count on the held-out images how often its answer is the original's."""
         for path, head in heads.items():
             replace_module(self._model, path, head.to(self._device).eval())
         same = torch.cat(list(self._answers(self._held_out))) == self._expected
@@ -119,24 +153,8 @@ class Observation:
             loader.close()
 
 
-@contextlib.contextmanager
-def _recorded(model: nn.Module, sites: tuple[ClassifierSite, ...]) -> Iterator[dict[str, list[Tensor]]]:
-    """Within the block, keeps what classifier layers are given: features [samples, N] by path, batch by batch."""
-    seen: dict[str, list[Tensor]] = {site.path: [] for site in sites}
-
-    def keep(inputs: tuple[Tensor, ...], site: ClassifierSite) -> None:
-        seen[site.path].append(_samples(inputs[0].detach(), site.channel_dim).float().cpu())
-
-    with contextlib.ExitStack() as hooks:
-        for site in sites:
-            layer = model.get_submodule(site.path)
-            handle = layer.register_forward_pre_hook(lambda _layer, inputs, site=site: keep(inputs, site))
-            hooks.callback(handle.remove)
-        yield seen
-
-
 def _samples(x: Tensor, channel_dim: int) -> Tensor:
-    """A layer's input [B, N], [B, ..., N] or, with channel_dim 1, [B, N, ...] as samples [B * positions, N]."""
+    """Reshape a layer's input [B, N], [B, ..., N] or, with channel_dim 1, [B, N, ...] to samples [B * positions, N]."""
     x = x.movedim(channel_dim, -1)
     x = x.reshape(len(x), -1, x.shape[-1])
     if x.shape[1] > _POSITIONS:

@@ -1,22 +1,25 @@
-"""Surgery: the classifier layers of a model are replaced, in place, by fixed ones."""
+"""Replace the classifier layers of a model by fixed ones.
+
+This is the only place where the head spec, the codes of the classes and the record of a head are decided.
+`fix_classifier_` works on a model in memory, `fixify.convert` on the tensors of a checkpoint; both call `make_heads`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fixify.conversion_options import HeadConfig
 from fixify.errors import FormatError, HeadSpecError, NoClassifierError
-from fixify.heads import FixedClassifier, HeadSpec, choose_kind, replacement
+from fixify.heads import KINDS, FixedClassifier, HeadSpec, choose_kind, replacement
 from fixify.models.architectures import Architecture
 from fixify.models.classifiers import ClassifierSite, find_classifiers
 
-_NO_BIAS = "There is no bias to keep: the old classifier or the new one has none."
+_BATCH = 32  # rows of features per step when only the mean and std of a head are set
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class HeadRecord:
         path: The layer's name in `model.named_modules()`.
         layer_type: Type of the layer that was replaced.
         channel_dim: -1 for features, 1 for feature maps (the layer was a 1x1 convolution).
-        spec: From which the head is rebuilt.
+        spec: The head spec.
     """
 
     path: str
@@ -35,8 +38,13 @@ class HeadRecord:
     channel_dim: int
     spec: HeadSpec
 
+    @classmethod
+    def of(cls, site: ClassifierSite, spec: HeadSpec) -> HeadRecord:
+        """Describe the head that replaces the classifier layer `site`."""
+        return cls(site.path, site.layer_type, site.channel_dim, spec)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return {
             "path": self.path,
             "layer_type": self.layer_type,
@@ -46,11 +54,11 @@ class HeadRecord:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HeadRecord:
-        """The inverse of `to_dict`, for values from outside.
+        """Read what `to_dict` wrote. The values may come from a file and are checked.
 
         Raises:
-            FormatError: a missing or unknown key, or a value of the wrong type.
-            HeadSpecError: the spec is not one.
+            FormatError: A key is missing or unknown, or a value has the wrong type.
+            HeadSpecError: The spec is not valid.
         """
         fields = {"path": str, "layer_type": str, "channel_dim": int, "spec": Mapping}
         if set(values) != set(fields) or not all(isinstance(values[key], kind) for key, kind in fields.items()):
@@ -58,107 +66,132 @@ class HeadRecord:
         return cls(values["path"], values["layer_type"], values["channel_dim"], HeadSpec.from_dict(values["spec"]))
 
 
-@contextlib.contextmanager
-def naming_head(path: str, sites: Sequence[ClassifierSite]) -> Iterator[None]:
-    """Within the block, a `HeadSpecError` says which classifier layer it is about, if there are several."""
-    try:
-        yield
-    except HeadSpecError as error:
-        if len(sites) == 1:
-            raise
-        raise HeadSpecError(f"{path}: {error.message}", hint=error.hint) from error
+@dataclass(frozen=True)
+class NewHead:
+    """A fixed head for one classifier layer.
 
+    Attributes:
+        record: Its description for a slim checkpoint.
+        module: The head; float32 on the CPU unless the old weights are on the meta device.
+        notes: Decisions that a person should know of.
+    """
 
-def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Put `new` where `model.get_submodule(path)` is."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, new)
+    record: HeadRecord
+    module: FixedClassifier
+    notes: tuple[str, ...] = ()
 
 
 def fix_classifier_(
     model: nn.Module,
-    kind: str | HeadSpec = "hadamard",
+    head: str | HeadConfig | HeadSpec = "auto",
     *,
-    seed: int = 0,
-    scale: float | None = None,
-    match: bool = False,
-    features: Mapping[str, torch.Tensor] | None = None,
-    keep_bias: bool | None = None,
+    features: Mapping[str, Tensor] | None = None,
     arch: Architecture | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Replace the classifier of a model by a fixed one, in place. Weights of the old one are dropped.
+    """Replace every classifier layer of a model by a fixed head, in place.
 
-    The codes of a `binary` head, and of a Hadamard one with `match`, are chosen by those weights, which keeps what a
-    trained model knows: most of it with signs, a part with Hadamard codes. Other codes go to the classes in order, as
-    in the paper.
-
-    Every classifier layer of the model is replaced (`zoo.classifiers.find_classifiers`); the new one has the old one's
-    device and floating type, and a bias if the old one had. After that `model.get_classifier()` is the fixed head, or
-    contains it where it is more than a linear layer (RepVit's BatchNorm + Linear). `reset_classifier()` gives the model
-    a learned classifier again. Merging BatchNorm into the classifier (`fuse()` of LeViT, RepVit and the like) is no
+    After that `model.get_classifier()` is the fixed head, or contains it where it is more than a linear layer (RepVit's
+    BatchNorm + Linear). `fixify.save` writes the model as a slim checkpoint. `reset_classifier()` gives a timm model a
+    learned classifier again. Merging BatchNorm into the classifier (`fuse()` of LeViT, RepVit and the like) is no
     longer possible: a fixed classifier has no weights to merge it into.
 
-    All heads of a model get the same seed, so heads of the same width share one codebook: distilled models average the
-    logits of their heads, and the two features of a class are then drawn to the same code.
+    Heads of the same width share one codebook. Distilled models average the logits of their heads, so the features of
+    both heads are drawn to the same code.
 
     Args:
         model: A timm or torchvision classification model, or one with a layer named like torchvision's.
-        kind: "hadamard", "orthogonal", "simplex", "binary" (signs of the old classifier), "auto" (Hadamard where a
-            matrix of that order is known); or a head spec, whose numbers of features and classes must be the model's.
-            If a spec of stored codes has a digest already, or the model is on the meta device, they are not chosen:
-            they come with `load_state_dict`.
-        seed: Seed of the codebook.
-        scale: Initial alpha; default: where softmax reaches 0.95 at cosine 1, or for signs where the new logits are
-            nearest to the old ones.
-        match: Give each class the Hadamard code nearest to its old class vector (`fixify.heads.match`).
-        features: For matched and binary heads: what a classifier layer is given, by its path, [S, N] in random order
-            (no labels needed). Codes are then chosen by what the layer sees, center and spread are set, and scale and
-            bias are fitted to the old answers.
-        keep_bias: Start from the old classifier's bias instead of zero; default: where codes are chosen by its weights.
-        arch: Named in messages.
-        options: Further fields of `HeadSpec`, for example `standardize=True` or `bits_per_class=64`. A binary head
-            neither standardises nor normalises unless there are features or you say so: its logits are the old ones'.
+        head: A kind ("hadamard", "orthogonal", "simplex", "binary", "identity", or "auto": Hadamard where a matrix of
+            that order is known); a `HeadConfig`; or a `HeadSpec`, which is taken as it is and must have the model's
+            numbers of features and classes.
+        features: The input of the classifier layers by path, float [S, N] in random order, without labels. Codes are
+            then chosen by what the layer sees, mean and std are set, and scale and bias are fitted to the old answers.
+        arch: Names the model in messages.
+        options: Options of `HeadConfig` by name: `fix_classifier_(model, "binary", bits_per_class=64)`.
 
     Returns:
-        `model`.
+        `model`. The new heads have the device, the floating type and the training mode of the old layers.
 
     Raises:
-        NoClassifierError: the model has no classifier, or it is fixed already.
-        HeadSpecError: no such codebook, a spec of other sizes than the model's, or no bias to keep. The model is as it
-            was.
+        NoClassifierError: The model has no classifier, or it is fixed already.
+        HeadSpecError: There is no such codebook, or a spec has other sizes than the model. The model is unchanged.
+        UsageError: An option is unknown or out of its range, or options do not go together.
+
+    >>> import torch
+    >>> model = torch.nn.Module()
+    >>> model.fc = torch.nn.Linear(64, 10)
+    >>> fix_classifier_(model, "hadamard").fc(torch.ones(1, 64)).shape
+    torch.Size([1, 10])
     """
-    if isinstance(kind, HeadSpec) and (seed or options):
-        raise HeadSpecError("A HeadSpec already holds seed and options; give one or the other.")
     if any(isinstance(module, FixedClassifier) for module in model.modules()):
         raise NoClassifierError(
             f"The classifier of this {type(model).__name__} is fixed already.",
             hint="model.reset_classifier(num_classes) gives a timm model a learned one again.",
         )
-    features = {} if features is None else features
     sites = find_classifiers(model, arch)
+    layers: dict[str, Any] = {site.path: model.get_submodule(site.path) for site in sites}
+    tensors = {
+        f"{path}.{name}": tensor for path, layer in layers.items() for name, tensor in layer.state_dict().items()
+    }
+    if isinstance(head, HeadSpec):
+        if options:
+            raise HeadSpecError(f"A HeadSpec already holds its options; leave out {next(iter(options))}.")
+        config: HeadConfig | HeadSpec = head
+    else:
+        config = HeadConfig.create(head=head, **options) if isinstance(head, str) else head.replace(**options)
+    for made in make_heads(sites, tensors, config, features=features):
+        old = layers[made.record.path]
+        new = made.module.to(device=old.weight.device, dtype=old.weight.dtype).train(old.training)
+        replace_module(model, made.record.path, new)
+    return model
+
+
+def make_heads(
+    sites: Sequence[ClassifierSite],
+    tensors: Mapping[str, Tensor],
+    head: HeadConfig | HeadSpec,
+    *,
+    features: Mapping[str, Tensor] | None = None,
+    num_classes: int | None = None,
+) -> list[NewHead]:
+    """Make the fixed heads that replace some classifier layers.
+
+    The codes of a binary head, and of a matched Hadamard head, are chosen by the old weights, which keeps what a
+    trained model knows. Other codes go to the classes in order, as in the paper.
+
+    Args:
+        sites: The classifier layers.
+        tensors: A state dict with their weights and biases. A layer without a weight in it, or with one on the meta
+            device, gets a head whose stored codes are empty until `load_state_dict`.
+        head: The config, or one spec for all layers.
+        features: See `fix_classifier_`.
+        num_classes: Size of a new label set; None: the classes of the layers. Codes are then in class order.
+
+    Returns:
+        One head per layer, in the order of `sites`.
+
+    Raises:
+        HeadSpecError: See `fix_classifier_`.
+    """
+    features = features or {}
     unknown = sorted(set(features) - {site.path for site in sites})
     if unknown:
         raise HeadSpecError(
             f"There is no classifier at {unknown[0]}; this model's: {', '.join(site.path for site in sites)}."
         )
-    heads = {}
+    made = []
     for site in sites:
-        given = features.get(site.path)
         with naming_head(site.path, sites):
-            spec = kind if isinstance(kind, HeadSpec) else _spec_for(site, kind, seed, options, given is not None)
-            heads[site.path] = _new_head(model, site, spec, scale, match=match, features=given, keep_bias=keep_bias)
-    for path, head in heads.items():
-        replace_module(model, path, head)
-    return model
+            made.append(_make_head(site, tensors, head, features.get(site.path), num_classes))
+    return made
 
 
 def apply_heads_(model: nn.Module, records: Iterable[HeadRecord]) -> nn.Module:
     """Replace classifier layers by the heads that a slim checkpoint records, in place.
 
     Raises:
-        FormatError: the model has no classifier at a recorded path, or one of another size.
-        CodebookMismatchError: a codebook rebuilt here is not the recorded one. The model is as it was.
+        FormatError: The model has no classifier at a recorded path, or one of another size.
+        CodebookMismatchError: A codebook rebuilt here is not the recorded one. The model is unchanged.
     """
     sites = {site.path: site for site in find_classifiers(model)}
     heads = {}
@@ -169,90 +202,96 @@ def apply_heads_(model: nn.Module, records: Iterable[HeadRecord]) -> nn.Module:
         sizes = (site.num_features, site.num_classes, site.channel_dim)
         if sizes != (record.spec.num_features, record.spec.num_classes, record.channel_dim):
             raise FormatError(f"The head recorded for {record.path} does not have the size of the model's classifier.")
-        heads[record.path] = _head(model, site, record.spec)
-    for path, head in heads.items():
-        replace_module(model, path, head)
+        old: Any = model.get_submodule(record.path)
+        new = FixedClassifier(
+            record.spec, channel_dim=site.channel_dim, device=old.weight.device, dtype=old.weight.dtype
+        )
+        heads[record.path] = new.train(old.training)
+    for path, new in heads.items():
+        replace_module(model, path, new)
     return model
 
 
-def _spec_for(site: ClassifierSite, kind: str, seed: int, options: Mapping[str, Any], has_features: bool) -> HeadSpec:
-    known = {field.name for field in dataclasses.fields(HeadSpec)} - {"kind", "num_features", "num_classes", "seed"}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise HeadSpecError(f"Unknown option {unknown[0]!r}; a head spec has {', '.join(sorted(known))}.")
-    if kind == "auto":
-        kind, _ = choose_kind(site.num_features, site.num_classes)
-    defaults: dict[str, Any] = {"bias": site.has_bias}
-    if kind == "binary":
-        defaults |= {"gains": True, "normalize": has_features, "standardize": "center" if has_features else False}
-        options = {key: value for key, value in options.items() if (key, value) != ("bits_per_class", None)}
-        defaults["bits_per_class"] = site.num_features
-    return HeadSpec(
-        kind=kind, num_features=site.num_features, num_classes=site.num_classes, seed=seed, **defaults | dict(options)
-    )
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put `new` where `model.get_submodule(path)` is."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, new)
 
 
-def _new_head(
-    model: nn.Module,
+@contextlib.contextmanager
+def naming_head(path: str, sites: Sequence[ClassifierSite]) -> Iterator[None]:
+    """Add the path of the layer to a `HeadSpecError` raised in the block, if the model has several classifiers."""
+    try:
+        yield
+    except HeadSpecError as error:
+        if len(sites) == 1:
+            raise
+        raise HeadSpecError(f"{path}: {error.message}", hint=error.hint) from error
+
+
+def _make_head(
     site: ClassifierSite,
-    spec: HeadSpec,
-    scale: float | None,
-    *,
-    match: bool,
-    features: torch.Tensor | None,
-    keep_bias: bool | None,
-) -> FixedClassifier:
-    """A head for a classifier layer: with codes that are chosen by its weights, or in class order."""
-    if match and spec.kind != "hadamard":
-        raise HeadSpecError(
-            f"Codes of a {spec.kind} head are not matched: match belongs to kind 'hadamard'.",
-            hint="A binary head takes its signs from the old classifier anyway."
-            if spec.kind == "binary"
-            else "Leave match out, or use kind 'hadamard'.",
-        )
-    taken = match or spec.stores_codes
-    if features is not None and not taken:
-        raise HeadSpecError("Features are for a head that is fitted to the old classifier: match=True, or 'binary'.")
-    old = model.get_submodule(site.path)
-    weight: torch.Tensor = old.weight  # type: ignore[assignment]
-    if not taken or spec.digest is not None or weight.is_meta:
-        head = _head(model, site, spec, scale)
-        if keep_bias:
-            _copy_bias(old, head)
-        return head
-    _check_sizes(site, spec)
-    bias = old.bias if isinstance(old.bias, torch.Tensor) else None
-    if keep_bias and (bias is None or not spec.bias):
-        raise HeadSpecError(_NO_BIAS)
-    made = replacement(
-        spec,
-        weight,
-        bias if keep_bias is not False else None,
-        features=features,
-        scale=scale,
-        channel_dim=site.channel_dim,
-    )
-    return made.head.to(device=weight.device, dtype=weight.dtype).train(old.training)
-
-
-def _head(model: nn.Module, site: ClassifierSite, spec: HeadSpec, scale: float | None = None) -> FixedClassifier:
-    _check_sizes(site, spec)
-    old = model.get_submodule(site.path)
-    weight: torch.Tensor = old.weight  # type: ignore[assignment]
-    head = FixedClassifier(spec, scale=scale, channel_dim=site.channel_dim, device=weight.device, dtype=weight.dtype)
-    return head.train(old.training)
-
-
-def _check_sizes(site: ClassifierSite, spec: HeadSpec) -> None:
-    if (spec.num_features, spec.num_classes) != (site.num_features, site.num_classes):
+    tensors: Mapping[str, Tensor],
+    head: HeadConfig | HeadSpec,
+    features: Tensor | None,
+    num_classes: int | None,
+) -> NewHead:
+    weight = tensors.get(f"{site.path}.weight")
+    if isinstance(head, HeadSpec):
+        spec, reason, match, alpha = head, None, False, None
+    else:
+        spec, reason = _spec_for(site, head, num_classes or site.num_classes, features is not None)
+        match, alpha = head.match and num_classes is None and spec.can_match, head.alpha
+    if (spec.num_features, spec.num_classes) != (site.num_features, num_classes or site.num_classes):
         raise HeadSpecError(
             f"The head spec is for {spec.num_features} features and {spec.num_classes} classes; the classifier "
-            f"{site.path} has {site.num_features} and {site.num_classes}."
+            f"{site.path} has {site.num_features} and {num_classes or site.num_classes}."
         )
+    by_weights = (match or spec.stores_codes) and spec.digest is None
+    if by_weights and weight is not None and not weight.is_meta:
+        made = replacement(
+            spec,
+            weight,
+            tensors[f"{site.path}.bias"] if site.has_bias else None,
+            features=features,
+            scale=alpha,
+            channel_dim=site.channel_dim,
+        )
+        return NewHead(HeadRecord.of(site, made.head.spec), made.head, (f"{site.path}: {made.note}.",))
+    device = "meta" if weight is not None and weight.is_meta else "cpu"
+    new = FixedClassifier(spec, scale=alpha, channel_dim=site.channel_dim, device=device)
+    notes = []
+    if features is not None and spec.standardize:
+        new.calibrate_(features.split(_BATCH))
+        notes.append(f"{site.path}: codes are not matched, so calibrating sets only mean and std.")
+    if reason is not None:
+        notes.append(f"{site.path}: {spec.kind} head, since {reason}.")
+    return NewHead(HeadRecord.of(site, new.spec), new, tuple(notes))
 
 
-def _copy_bias(old: nn.Module, head: FixedClassifier) -> None:
-    if not isinstance(old.bias, torch.Tensor) or head.bias is None:
-        raise HeadSpecError(_NO_BIAS)
-    with torch.no_grad():
-        head.bias.copy_(old.bias)
+def _spec_for(
+    site: ClassifierSite, config: HeadConfig, num_classes: int, has_features: bool
+) -> tuple[HeadSpec, str | None]:
+    """Derive the spec of one layer's head, and say why the kind was chosen if the config leaves it open."""
+    kind: str = config.head
+    reason = None
+    if kind == "auto":
+        kind, reason = choose_kind(site.num_features, num_classes)
+    options: dict[str, Any] = {
+        "standardize": config.standardize,
+        **KINDS[kind].default_options(site.num_features, has_features=has_features),
+    }
+    if not config.standardize:
+        options["standardize"] = False
+    if config.bits_per_class is not None:
+        options["bits_per_class"] = config.bits_per_class
+    spec = HeadSpec(
+        kind=kind,
+        num_features=site.num_features,
+        num_classes=num_classes,
+        seed=config.seed,
+        bias=site.has_bias if config.bias is None else config.bias,
+        fixed_scale=config.fixed_scale,
+        **options,
+    )
+    return spec, reason

@@ -164,7 +164,7 @@ class Trackio:
 
 @contextlib.contextmanager
 def _talking_to_stderr() -> Iterator[None]:
-    """trackio prints to stdout, where the command's result goes."""
+    """Trackio prints to stdout, where the command's result goes."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 

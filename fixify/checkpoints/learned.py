@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
-from fixify._files import atomic_path, refuse_existing
+from fixify._files import refuse_existing
 from fixify.checkpoints.reference_code import ReferenceCodeHead
 from fixify.checkpoints.resolve import open_source
-from fixify.checkpoints.slim import storable
+from fixify.checkpoints.slim import write_safetensors
 from fixify.checkpoints.source import Source
-from fixify.errors import AmbiguousArchitectureError, ArchitectureError, FixifyError, OutputError, SourceError
+from fixify.errors import AmbiguousArchitectureError, ArchitectureError, FixifyError, SourceError
 from fixify.models.architectures import Architecture, build, parse_architecture, preprocessing
 from fixify.models.build import load_weights
 from fixify.models.classifiers import ClassifierSite, find_classifiers
@@ -74,11 +72,7 @@ def save_ordinary(
         "num_classes": str(num_classes),
         **{key: json.dumps(value, allow_nan=False) for key, value in found.items() if value is not None},
     }
-    with atomic_path(path) as temporary:
-        try:
-            save_file(storable(model.state_dict()), temporary, metadata=metadata)
-        except SafetensorError as error:  # what safetensors makes of a full disk
-            raise OutputError(f"Cannot write {path}: {error}.", hint="Nothing was changed.") from error
+    write_safetensors(path, model.state_dict(), metadata)
     return path
 
 

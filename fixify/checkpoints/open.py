@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fixify.checkpoints.learned import Original, read_original
-from fixify.checkpoints.slim import SlimInfo, is_slim, load
+from fixify.checkpoints.slim import Origin, SlimInfo, is_slim, load, main_dtype, source_record
 from fixify.checkpoints.source import check_finite
 from fixify.models.architectures import Architecture
 
@@ -65,9 +65,17 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
         )
     original: Original = read_original(ref, arch=arch, ema=ema)
     check_finite(original.tensors)
+    model = original.model()
+    model.fixify_origin = Origin(  # type: ignore[assignment]
+        original.architecture,
+        original.preprocessing,
+        original.labels,
+        source_record(original.source),
+        main_dtype(original.tensors),
+    )
     return OpenModel(
         name=original.source.name,
-        model=original.model(),
+        model=model,
         architecture=original.architecture,
         num_classes=original.num_classes,
         preprocessing=original.preprocessing,

@@ -3,7 +3,7 @@
 github.com/eladhoffer/fix_your_classifier (fixed_proj.py; the same in its author's convNet.pytorch) has two layers that
 take the place of `nn.Linear`. Their matrix is a plain attribute, no buffer, so a state dict holds of
 
-- `HadamardProj`: `scale` [1] (unless it is fixed) and `bias` [C]. What it computes: see `fixify.heads.truncated`.
+- `HadamardProj`: `scale` [1] (unless it is fixed) and `bias` [C]. What it computes: see `fixify.heads.kinds`.
 - `Proj`, random orthogonal: `weight` [1], which is its scale, and `bias` [C]. Its matrix comes from
   `torch.manual_seed(123)` and torch's initialisation.
 
@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from fixify.errors import SourceError
-from fixify.heads import HeadSpec, codebook
-from fixify.heads.truncated import TRUNCATED
+from fixify.heads import REFERENCE_CONSTRUCTION, HeadSpec, codebook
 
 _NEW_HEAD = "--head hadamard puts a new head on its backbone, for which the network then has to be trained."
 
@@ -70,7 +69,9 @@ class ReferenceCodeHead:
         if self.scale_name != "scale" and self.matrix is None:
             raise self._without_matrix()
         if self.scale_name != "weight":
-            spec = HeadSpec("hadamard", num_features, self.num_classes, fixed_scale=fixed_scale, construction=TRUNCATED)
+            spec = HeadSpec(
+                "hadamard", num_features, self.num_classes, fixed_scale=fixed_scale, construction=REFERENCE_CONSTRUCTION
+            )
             if self.matrix is None or _is_hadamard(self.matrix, spec):
                 if self.scale_name is not None:
                     return spec.resolve()

@@ -1,15 +1,16 @@
-"""The slim checkpoint, format version 1: reading, writing, loading, saving.
+"""Read, write, load and save slim checkpoints (format version 1).
 
-A slim checkpoint is an ordinary `.safetensors` file. Its tensors are the backbone under its library's own key names
-and, below the classifier's path, `scale`, `bias`, `center`, `spread`, `num_batches_tracked`, `codes` and `gains` as far
-as the head has them. Its metadata holds `format: "pt"`, `fixify.version` and, under `fixify`, one JSON object:
-`SlimInfo`. The codebook is not in the file: it is rebuilt from the head spec and its digest is compared.
+A slim checkpoint is an ordinary `.safetensors` file. Its tensors are the backbone under the key names of its library
+and, below the classifier's path, those of `scale`, `bias`, `center` (the mean), `spread` (the std),
+`num_batches_tracked`, `codes` and `gains` (the row scales) that the head has. Its metadata holds `format: "pt"`,
+`fixify.version` and, under `fixify`, one JSON object: `SlimInfo`. The codebook is not in the file: it is rebuilt from the head spec and its digest is compared.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,16 @@ from torch import nn
 
 from fixify._files import atomic_path, refuse_existing
 from fixify.checkpoints.files import LANGUAGE_KEY, SLIM_KEY, has_metadata
-from fixify.errors import FormatError, HeadSpecError, OutputError, UsageError
-from fixify.models.architectures import Architecture, build
+from fixify.checkpoints.source import Source
+from fixify.errors import ArchitectureError, FormatError, HeadSpecError, OutputError, UsageError
+from fixify.heads import FixedClassifier
+from fixify.models.architectures import Architecture, build, parse_architecture, preprocessing
 from fixify.models.build import load_weights
-from fixify.surgery import HeadRecord, apply_heads_
+from fixify.models.classifiers import find_classifiers
+from fixify.models.identify import fit, identify
+from fixify.models.signature import module_traits
+from fixify.savings import Savings
+from fixify.surgery import HeadRecord, apply_heads_, replace_module
 
 FORMAT_VERSION = "1"
 SUFFIX = ".fixed.safetensors"
@@ -32,17 +39,17 @@ _LARGEST_INPUT = 1 << 14  # of channels and pixels: a header comes from outside,
 
 
 class SlimInfo(BaseModel):
-    """Everything a slim checkpoint says about itself. Plain values; no path of the machine that wrote it.
+    """What a slim checkpoint says about itself: plain values, without a path of the machine that wrote it.
 
     Attributes:
-        architecture: What to build.
+        architecture: The architecture to build.
         heads: The fixed heads, in the order in which the model has them.
         preprocessing: timm's names: input_size, mean, std, interpolation, crop_pct, crop_mode.
         labels: Class names in class order, or None if they are not known.
         source: What was converted: file name, SHA-256, bytes.
         savings: `fixify.savings.Savings` as a dictionary.
         dtype: The floating type of the backbone as stored, for example "float16".
-        calibration: `fixify.features.Calibration` as a dictionary, if images were at hand when it was converted.
+        calibration: `fixify.features.Calibration` as a dictionary, if it was calibrated on images.
         training: Data, options and metrics before and after, if the model was fine-tuned.
     """
 
@@ -60,7 +67,7 @@ class SlimInfo(BaseModel):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; every head of a model has the same."""
+        """Number of classes; all heads of a model have the same."""
         return self.heads[0].spec.num_classes
 
     @field_validator("architecture", mode="before")
@@ -108,19 +115,57 @@ class SlimInfo(BaseModel):
         return [record.to_dict() for record in value]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What is known of a model that was opened from an ordinary checkpoint; `describe` writes it into a slim one.
+
+    Attributes:
+        architecture: What it is.
+        preprocessing: timm's names and plain values.
+        labels: Class names in class order, or None.
+        source: File name, SHA-256, bytes; see `source_record`.
+        dtype: The floating type in which the backbone was stored, for example "float16".
+    """
+
+    architecture: Architecture
+    preprocessing: dict[str, Any]
+    labels: list[str] | None
+    source: dict[str, Any]
+    dtype: str
+
+
+def source_record(source: Source) -> dict[str, Any]:
+    """Say which file a slim checkpoint was made from, without a path of the machine."""
+    return {"name": source.name, "sha256": source.sha256, "bytes": source.num_bytes, "ema": source.used_ema}
+
+
+def main_dtype(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Name the floating type in which most elements of some tensors are stored.
+
+    >>> main_dtype({"a": torch.zeros(3, dtype=torch.float16), "b": torch.zeros(2)})
+    'float16'
+    """
+    elements = dict.fromkeys(DTYPES, 0)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    for tensor in tensors.values():
+        if tensor.dtype in names:
+            elements[names[tensor.dtype]] += tensor.numel()
+    return max(elements, key=lambda name: elements[name])
+
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def is_slim(path: Path | str) -> bool:
-    """Whether the file is a safetensors file that fixify wrote, of whatever version."""
+    """Check whether a file is a slim checkpoint of any version."""
     return has_metadata(path, SLIM_KEY)
 
 
 def read_info(path: Path | str) -> SlimInfo:
-    """Read what a slim checkpoint says about itself. Only the header is read.
+    """Read the description in a slim checkpoint; of the file only the header is read.
 
     Raises:
-        FormatError: not a safetensors file, damaged, not written by fixify, or of a newer version.
+        FormatError: The file is not a safetensors file, is damaged, was not written by fixify, or has a newer version.
     """
     path = Path(path)
     try:
@@ -158,10 +203,10 @@ def read_info(path: Path | str) -> SlimInfo:
 
 
 def read_tensors(path: Path | str) -> dict[str, torch.Tensor]:
-    """The stored tensors, as they are (memory-mapped).
+    """Read the stored tensors as they are (memory-mapped).
 
     Raises:
-        FormatError: the file cannot be read.
+        FormatError: The file cannot be read.
     """
     try:
         return load_file(path)
@@ -172,19 +217,19 @@ def read_tensors(path: Path | str) -> dict[str, torch.Tensor]:
 def load(path: Path | str, *, device: str | torch.device = "cpu") -> nn.Module:
     """Load a slim checkpoint as a model that is ready for inference.
 
-    The architecture is built, the codebook rebuilt from the head spec and compared with its digest, and the stored
-    weights are put in. As with timm, weights stored in half precision become float32.
+    The architecture is built, the codebook is rebuilt from the head spec and compared with its digest, and the stored
+    weights are loaded. As in timm, weights stored in half precision become float32.
 
     Args:
         path: A slim checkpoint.
-        device: Where the model goes.
+        device: The device of the model.
 
     Returns:
-        The model in eval mode. `model.fixify_info` is its `SlimInfo`; `save` needs it.
+        The model in eval mode. Its `SlimInfo` is `model.fixify_info`.
 
     Raises:
-        FormatError: the file is damaged, or its tensors do not fit its architecture.
-        CodebookMismatchError: the codebook rebuilt here is not the one the file was written with.
+        FormatError: The file is damaged, or its tensors do not fit its architecture.
+        CodebookMismatchError: The codebook rebuilt here is not the one that the file was written with.
     """
     path = Path(path)
     info = read_info(path)
@@ -205,30 +250,43 @@ def load(path: Path | str, *, device: str | torch.device = "cpu") -> nn.Module:
     return model.to(device).eval()
 
 
-def save(model: nn.Module, path: Path | str, *, force: bool = False, training: Mapping[str, Any] | None = None) -> Path:
-    """Write a model that came from `load` (or from `fixify.convert`) as a slim checkpoint.
+def save(
+    model: nn.Module,
+    path: Path | str,
+    *,
+    arch: str | Architecture | None = None,
+    labels: list[str] | None = None,
+    force: bool = False,
+    training: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a model with a fixed head as a slim checkpoint.
 
-    Weights are stored in the floating type that the model was loaded from (`SlimInfo.dtype`); the head's own tensors
-    stay as they are.
+    The file has to say what to build. fixify knows that of models from `load`; of any other timm or torchvision model
+    it is recognised from the model itself (see `describe`).
+
+    The weights are stored in the floating type that a loaded model was stored in (`SlimInfo.dtype`), else in the
+    model's own. The tensors of the head stay as they are.
 
     Args:
-        model: A model with a `fixify_info`.
-        path: Where to write.
+        model: A model whose classifier was replaced, by `fixify.fix_classifier_` or by hand.
+        path: The file to write.
+        arch: The architecture, if it cannot be recognised: a name such as "timm/resnet18", or an `Architecture`.
+        labels: Class names in class order; default: those that the model came with.
         force: Replace an existing file.
-        training: What the model was trained on and what came of it; kept in `SlimInfo.training`.
+        training: What the model was trained on and with what result; kept in `SlimInfo.training`.
 
     Raises:
-        UsageError: the model has no `fixify_info`.
-        OutputExistsError, OutputError: the file exists, or cannot be written.
+        UsageError: The model has no fixed head.
+        ArchitectureError: The model is not of a known architecture, or was changed in a way that a reader of the file
+            could not rebuild.
+        OutputExistsError, OutputError: The file exists, or cannot be written.
     """
+    refuse_existing(Path(path), force=force)
     info = getattr(model, "fixify_info", None)
-    if not isinstance(info, SlimInfo):
-        raise UsageError(
-            "This model has no fixify_info, so a reader could not tell what to build.",
-            hint="Save models that came from fixify.load(path) or fixify.convert(source).",
-        )
-    if training is not None:
-        info = info.model_copy(update={"training": dict(training)})
+    if not isinstance(info, SlimInfo) or arch is not None or not _describes(info, model):
+        info = describe(model, arch)
+    changes = {"labels": labels, "training": None if training is None else dict(training)}
+    info = info.model_copy(update={name: value for name, value in changes.items() if value is not None})
     head_keys = tuple(f"{record.path}." for record in info.heads)
     tensors = {
         key: tensor.to(DTYPES[info.dtype]) if tensor.is_floating_point() and not key.startswith(head_keys) else tensor
@@ -237,12 +295,155 @@ def save(model: nn.Module, path: Path | str, *, force: bool = False, training: M
     return write_slim(Path(path), tensors, info, force=force)
 
 
+def describe(model: nn.Module, arch: str | Architecture | None = None) -> SlimInfo:
+    """Describe a model with fixed heads, so that a reader of its slim checkpoint can rebuild it.
+
+    A model that fixify opened from a checkpoint carries its `Origin`. Of other models the architecture is recognised:
+    a timm model names it in its `pretrained_cfg`, a torchvision model is found by the names and shapes of its tensors.
+    The arguments that it was built with follow from the shapes. The architecture is then built, without values, and
+    compared with the model: names, shapes, and what each module computes.
+
+    Args:
+        model: The model.
+        arch: The architecture, if the caller knows it.
+
+    Raises:
+        UsageError: The model has no fixed head.
+        ArchitectureError: See `save`.
+    """
+    heads = {path: module for path, module in model.named_modules() if isinstance(module, FixedClassifier)}
+    if not heads:
+        raise UsageError(
+            f"This {type(model).__name__} has no fixed head, so there is nothing slim about it.",
+            hint="Replace its classifier first: fixify.fix_classifier_(model).",
+        )
+    origin: Origin | None = getattr(model, "fixify_origin", None)
+    if origin is None or arch is not None:
+        architecture = architecture_of(model, heads, arch)
+        cfg = getattr(model, "pretrained_cfg", None)
+        origin = Origin(architecture, preprocessing(architecture, cfg), None, {}, main_dtype(model.state_dict()))
+    num_classes = next(iter(heads.values())).out_features
+    original = build(origin.architecture, num_classes=num_classes, meta=True)
+    sites = {site.path: site for site in find_classifiers(original, origin.architecture)}
+    dtype, head_keys = DTYPES[origin.dtype], tuple(f"{path}." for path in heads)
+    stored = {
+        key: tensor.to("meta", dtype) if tensor.is_floating_point() else tensor.to("meta")
+        for key, tensor in model.state_dict().items()
+        if not key.startswith(head_keys)
+    }
+    learned = {
+        key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in original.state_dict().items()
+    }
+    return SlimInfo(
+        architecture=origin.architecture,
+        heads=tuple(HeadRecord.of(sites[path], head.spec) for path, head in heads.items()),
+        preprocessing=origin.preprocessing,
+        labels=origin.labels,
+        source=origin.source,
+        savings=Savings.measure(
+            original, list(sites.values()), learned=learned, backbone=stored, heads=heads.values()
+        ).to_dict(),
+        dtype=origin.dtype,
+    )
+
+
+def architecture_of(
+    model: nn.Module, heads: Mapping[str, FixedClassifier], arch: str | Architecture | None = None
+) -> Architecture:
+    """Recognise the architecture of a model in memory whose classifier layers are fixed heads.
+
+    Args:
+        model: The model.
+        heads: Its fixed heads by path.
+        arch: The architecture, if the caller knows it; it is then only checked.
+
+    Raises:
+        ArchitectureError: See `save`.
+    """
+    shapes = _learned_shapes(model, heads)
+    name = arch if arch is not None else _name_in_timm(model)
+    if name is None:
+        found = [each for each in identify(shapes).candidates if each.architecture.library == "torchvision"]
+    else:
+        candidate = fit(parse_architecture(name) if isinstance(name, str) else name, shapes)
+        found = [] if candidate is None else [candidate]
+    known = [each for each in found if each.key_map is None]
+    if not known:
+        raise ArchitectureError(
+            f"This {type(model).__name__} is not {name or 'an architecture of torchvision'}: its tensors have "
+            "other names or shapes.",
+            hint="Say what it is: fixify.save(model, path, arch='timm/NAME,option=value').",
+        )
+    differences = {}
+    for each in known:
+        built = build(each.architecture, num_classes=each.num_classes, meta=True)
+        differences[each.architecture] = _difference(built, model, heads)
+        if differences[each.architecture] is None:
+            return each.architecture
+    architecture, what = next(iter(differences.items()))
+    raise ArchitectureError(
+        f"This {type(model).__name__} has the tensors of {architecture.ref} but differs in {what}, so a reader of the "
+        "file would build another network.",
+        hint=f"Say how it was built: fixify.save(model, path, arch='{architecture.spelled},option=value').",
+    )
+
+
+def _describes(info: SlimInfo, model: nn.Module) -> bool:
+    """Check that a header that the model carries still holds: the heads may have been replaced since."""
+    heads = {path: head for path, head in model.named_modules() if isinstance(head, FixedClassifier)}
+    return {record.path: record.spec for record in info.heads} == {path: head.spec for path, head in heads.items()}
+
+
+def _name_in_timm(model: nn.Module) -> str | None:
+    """Return the name under which timm built the model, or None if timm did not."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    name = cfg.get("architecture")
+    return None if name is None else f"timm/{name}"
+
+
+def _learned_shapes(model: nn.Module, heads: Mapping[str, FixedClassifier]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that the model's state dict had with its learned classifier, in the same order."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key, tensor in model.state_dict().items():
+        path = next((path for path in heads if key.startswith(f"{path}.")), None)
+        if path is None:
+            shapes[key] = tuple(tensor.shape)
+        elif f"{path}.weight" not in shapes:
+            head = heads[path]
+            maps = (1, 1) if head.channel_dim == 1 else ()
+            shapes[f"{path}.weight"] = (head.out_features, head.in_features, *maps)
+            if head.bias is not None:
+                shapes[f"{path}.bias"] = (head.out_features,)
+    return shapes
+
+
+def _difference(built: nn.Module, model: nn.Module, heads: Mapping[str, FixedClassifier]) -> str | None:
+    """Name the first thing that two models with the same tensors compute differently; None if there is nothing."""
+    for path in heads:
+        replace_module(built, path, nn.Identity())
+    mine = {path: module for path, module in model.named_modules() if not _inside(path, heads)}
+    theirs = {path: module for path, module in built.named_modules() if not _inside(path, heads)}
+    for path in mine.keys() | theirs.keys():
+        if path not in mine or path not in theirs:
+            return f"the module {path}"
+        ours, wanted = module_traits(mine[path]), module_traits(theirs[path])
+        for name in sorted(ours.keys() | wanted.keys()):
+            if ours.get(name) != wanted.get(name):
+                where = f"{name.removeprefix('.')} of {path or 'the model'}"
+                return f"{where} ({wanted.get(name)} there, {ours.get(name)} here)"
+    return None
+
+
+def _inside(path: str, heads: Mapping[str, FixedClassifier]) -> bool:
+    return any(path == head or path.startswith(f"{head}.") for head in heads)
+
+
 def write_slim(path: Path, tensors: Mapping[str, torch.Tensor], info: SlimInfo, *, force: bool = False) -> Path:
     """Write tensors and their description as a slim checkpoint, in one step.
 
     Raises:
         OutputExistsError: `path` exists and `force` is not given.
-        OutputError: the file cannot be written; nothing half-written is left.
+        OutputError: The file cannot be written; nothing half-written is left.
     """
     refuse_existing(path, force=force)
     metadata = {
@@ -250,16 +451,19 @@ def write_slim(path: Path, tensors: Mapping[str, torch.Tensor], info: SlimInfo, 
         "fixify.version": FORMAT_VERSION,
         SLIM_KEY: json.dumps(info.model_dump(), allow_nan=False, separators=(",", ":"), sort_keys=True),
     }
-    with atomic_path(path) as temporary:
-        try:
-            save_file(storable(tensors), temporary, metadata=metadata)
-        except SafetensorError as error:  # what safetensors makes of a full disk
-            raise OutputError(f"Cannot write {path}: {error}.", hint="Nothing was changed.") from error
+    write_safetensors(path, tensors, metadata)
     return path
 
 
-def storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Detached, on the CPU, contiguous, and tied weights copied (safetensors refuses tensors that share memory)."""
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a `.safetensors` file in one step. The same tensors and metadata give the same bytes.
+
+    Tensors are detached, moved to the CPU and made contiguous. Tied weights are written twice, since safetensors
+    refuses tensors that share memory.
+
+    Raises:
+        OutputError: The file cannot be written; nothing half-written is left.
+    """
     seen: set[int] = set()
     stored = {}
     for key, tensor in tensors.items():
@@ -268,10 +472,27 @@ def storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             tensor = tensor.clone()
         seen.add(tensor.data_ptr())
         stored[key] = tensor
-    return stored
+    with atomic_path(path) as temporary:
+        try:
+            save_file(stored, temporary, metadata=dict(metadata))
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OutputError(f"Cannot write {path}: {error}.", hint="Nothing was changed.") from error
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the keys of a safetensors file's metadata, which the library writes in random order."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _first_problem(error: RuntimeError) -> str:
-    """The first complaint of `load_state_dict`, without the class name and the many lines that follow."""
+    """Return the first complaint of `load_state_dict`, without the class name and the lines that follow."""
     lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
     return lines[0] if lines else str(error)

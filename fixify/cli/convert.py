@@ -34,8 +34,8 @@ def convert(
     match: Annotated[
         bool, typer.Option("--match/--no-match", help="Give each class the code nearest to its old class vector.")
     ] = True,
-    scale: Annotated[
-        float | None, typer.Option(min=0, help="Initial scale alpha. Default: softmax reaches 0.95 at cosine 1.")
+    alpha: Annotated[
+        float | None, typer.Option(min=0, help="Initial alpha. Default: softmax reaches 0.95 at cosine 1.")
     ] = None,
     fixed_scale: Annotated[
         bool, typer.Option("--fixed-scale", help="Alpha stays at --scale and is not learned (paper, figure 3).")
@@ -102,7 +102,7 @@ def convert(
     if done.info.calibration is not None:
         output.say(f"Calibrated {calibration_line(done.info.calibration)}.")
     output.say(f"Wrote {done.path}.")
-    if any(record.spec.truncated for record in done.info.heads):
+    if any(record.spec.is_reference for record in done.info.heads):
         output.next_step(f"fixify eval {done.path} --data DATA", "it is trained already")
         return
     same = f" --recipe {recipe}" if chosen is not None and chosen.finetune is not None else ""

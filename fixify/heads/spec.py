@@ -5,106 +5,92 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from numpy.typing import ArrayLike
 
 from fixify.errors import CodebookMismatchError, HeadSpecError
-from fixify.heads import dense
-from fixify.heads.blocks import construction_of
-from fixify.heads.codebooks import fingerprint, min_blocks
-from fixify.heads.kerdock import has_kerdock_set
-from fixify.heads.matrices import MAX_ORDER, format_construction, is_constructible
-from fixify.heads.truncated import TRUNCATED, refuse_duplicate_rows
+from fixify.heads.codes import same_digest
+from fixify.heads.hadamard import MAX_ORDER, has_kerdock_set, is_constructible
+from fixify.heads.kinds import (
+    KINDS,
+    REFERENCE_HADAMARD,
+    VERSION,
+    SpecFields,
+    StoredTensor,
+    kind_of,
+    min_blocks,
+)
 
-KINDS = ("hadamard", "orthogonal", "simplex", "binary")
-VERSION = 1
-
-# Head specs come from files. These bounds keep a hostile one from filling the memory or the day.
+# Head specs come from files; these are limits like those in `fixify.heads.kinds`.
 MAX_FEATURES = MAX_ORDER
 MAX_CLASSES = 1 << 24
 MAX_BLOCKS = 1 << 16
-MAX_SIGNS = 1 << 34
-MAX_DENSE_NUMBERS = 1 << 27
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sketch:-?[0-9]{1,8}\.[0-9]{5}(,-?[0-9]{1,8}\.[0-9]{5}){31}")
+_UNSET = {"matched": False, "blocks": None, "bits_per_class": None}  # the fields that belong to some kinds only
 
 
 @dataclass(frozen=True)
-class HeadSpec:
-    """A fixed classifier, in a few bytes.
+class HeadSpec(SpecFields):
+    """A fixed classifier in a few bytes. Every instance is valid: the fields are checked when it is made.
+
+    Questions about the kind of head are answered by the properties, so callers need not compare `kind`.
 
     Args:
-        kind: "hadamard", "orthogonal", "simplex" or "binary".
+        kind: A name in `KINDS`: "hadamard", "orthogonal", "simplex", "binary" or "identity".
         num_features: Width N of the last representation.
         num_classes: Number of classes C.
         seed: Seed of everything random in the codebook, 0 <= seed < 2^64.
-        normalize: Per-sample L2 norm of the features (paper, equation 1).
-        bias: Learned bias of each class.
-        standardize: Features are first centered and divided by their deviation (running statistics, stored). "center":
-            they are only centered.
-        fixed_scale: The scale alpha is a buffer instead of a parameter.
-        matched: The code index of each class is stored (`codes`); otherwise it follows from the class number.
-        blocks: Sign-flipped Hadamard blocks in the code space; None: as few as the classes need.
-        bits_per_class: Length d of the codes of a `binary` head, 1 <= d <= N; None for other kinds.
-        gains: The length of every class's code is stored too, in one byte (`gains`); otherwise all have length 1.
+        normalize: Whether features are divided by their L2 norm, per sample (paper, equation 1).
+        bias: Whether each class has a learned bias.
+        standardize: Whether features are standardised first, with running statistics that are stored: True: with mean
+            and std; "center": only the mean is subtracted.
+        fixed_scale: Whether the scale alpha is a buffer instead of a parameter.
+        matched: Whether the code index of each class is stored (`codes`); else it follows from the class number.
+        blocks: Number of sign-flipped Hadamard blocks in the code space; None: as few as the classes need.
+        bits_per_class: Number of signs d per class of a `binary` head, 1 <= d <= N; None for other kinds.
+        gains: Whether a row scale, the length of the class's code, is stored per class, in one byte (`gains`); else all
+            codes have length 1.
         version: Version of this record.
         construction: How the Hadamard matrix is built, for example "sylvester-64*paley1-20"; None: filled in by
-            `resolve`. "truncated-sylvester": the codes of the paper's published code (`fixify.heads.truncated`).
+            `resolve`. "truncated-sylvester": the codes of the paper's published code
+            (`fixify.heads.kinds.ReferenceHadamard`).
         digest: Fingerprint of the codebook ("sha256:..." or "sketch:..."); None: filled in by `resolve`.
 
     Raises:
-        HeadSpecError: A value of the wrong type or out of range, or values that do not go together.
-    """
+        HeadSpecError: A value has the wrong type or is out of range, or values contradict each other.
 
-    kind: str
-    num_features: int
-    num_classes: int
-    seed: int = 0
-    normalize: bool = True
-    bias: bool = True
-    standardize: bool | Literal["center"] = False
-    fixed_scale: bool = False
-    matched: bool = False
-    blocks: int | None = None
-    bits_per_class: int | None = None
-    gains: bool = False
-    version: int = VERSION
-    construction: str | None = None
-    digest: str | None = None
+    >>> spec = HeadSpec("binary", num_features=256, num_classes=1000, bits_per_class=88, gains=True)
+    >>> spec.description
+    '88 bits per class (12 bytes with its length)'
+    >>> HeadSpec.from_dict(spec.to_dict()) == spec
+    True
+    """
 
     def __post_init__(self) -> None:
         self._check_types()
         self._check_sizes()
-        if self.kind == "hadamard":
-            self._check_hadamard()
-        elif self.matched or self.blocks is not None:
-            raise HeadSpecError(f"matched and blocks belong to kind 'hadamard', not {self.kind!r}.")
-        if self.kind == "binary":
-            self._check_binary()
-        elif self.bits_per_class is not None:
-            raise HeadSpecError(f"bits_per_class belongs to kind 'binary', not {self.kind!r}.")
-        if self.construction is not None and not self.needs_matrix:
+        kind = kind_of(self)
+        for name, unset in _UNSET.items():
+            if name not in kind.own_fields and getattr(self, name) is not unset:
+                owner = next(other.name for other in KINDS.values() if name in other.own_fields)
+                raise HeadSpecError(f"{name} belongs to kind {owner!r}, not {self.kind!r}.")
+        kind.check(self)
+        if self.construction is not None and not kind.uses_hadamard(self):
             raise HeadSpecError("A construction belongs to a head that multiplies with a Hadamard matrix.")
-        if self.kind == "simplex" and self.num_classes > self.num_features + 1:
-            raise HeadSpecError(
-                f"A simplex in {self.num_features} features has at most {self.num_features + 1} corners, got "
-                f"{self.num_classes} classes.",
-                hint="Use `--head hadamard` or `--head orthogonal`.",
-            )
 
     def _check_types(self) -> None:
         if type(self.version) is not int or self.version < 1:
             raise HeadSpecError(f"The version of a head spec is a positive integer, got {self.version!r}.")
         if self.version > VERSION:
+            raise _too_new(self.version)
+        if type(self.kind) is not str or self.kind not in KINDS:
             raise HeadSpecError(
-                f"This head spec is of version {self.version}; this fixify knows up to {VERSION}.",
-                hint="Upgrade it: pip install --upgrade fixify",
+                f"Unknown kind of head {self.kind!r}; known: {', '.join(KINDS)}.{_did_you_mean(self.kind, KINDS)}"
             )
-        if self.kind not in KINDS:
-            raise HeadSpecError(f"Unknown kind of head {self.kind!r}; known: {', '.join(KINDS)}.{_nearest(self.kind)}")
         if self.standardize != "center" and type(self.standardize) is not bool:
             raise HeadSpecError(f'standardize must be true, false or "center", got {self.standardize!r}.')
         for name in ("normalize", "bias", "fixed_scale", "matched", "gains"):
@@ -127,102 +113,109 @@ class HeadSpec:
                 continue
             if type(value) is not int or not low <= value <= high:
                 raise HeadSpecError(f"{name} must be an integer from {low} to {high}, got {value!r}.")
-        signs = self.kind in ("hadamard", "binary") and not self.truncated
-        limit = MAX_SIGNS if signs else MAX_DENSE_NUMBERS
+        limit = kind_of(self).max_entries
         if self.num_features * self.num_classes > limit:
             raise HeadSpecError(
                 f"A {self.kind} codebook of {self.num_classes} classes by {self.num_features} features is beyond the "
                 f"limit of {limit} entries."
             )
 
-    def _check_truncated(self) -> None:
-        refuse_duplicate_rows(self.num_features, self.num_classes)
-        if self.matched or self.blocks is not None:
-            raise HeadSpecError(f"A {TRUNCATED} head has its codes in class order: neither matched nor blocks.")
-
-    def _check_hadamard(self) -> None:
-        if self.truncated:
-            self._check_truncated()
-            return
-        construction_of(self)  # raises if there is no such matrix
-        if self.num_features < 64 and self.num_classes > 2**self.num_features:
-            raise HeadSpecError(
-                f"There are only {2**self.num_features} different codes of {self.num_features} signs, got "
-                f"{self.num_classes} classes.",
-                hint="Use `--head orthogonal`.",
-            )
-        needed = min_blocks(self.num_features, self.num_classes)
-        if self.matched:
-            if self.blocks is None or self.blocks < needed:
-                raise HeadSpecError(f"A matched head of this size needs blocks >= {needed}, got {self.blocks}.")
-            if 2 * self.num_features * self.blocks > 2**32:
-                raise HeadSpecError(f"{self.blocks} blocks of {2 * self.num_features} codes are more than 2^32 codes.")
-        elif self.blocks not in (None, needed):
-            raise HeadSpecError(f"An unmatched head of this size has {needed} block(s), got {self.blocks}.")
-
-    def _check_binary(self) -> None:
-        bits, n = self.bits_per_class, self.num_features
-        if type(bits) is not int or not 1 <= bits <= n:
-            raise HeadSpecError(f"bits_per_class must be an integer from 1 to the {n} features, got {bits!r}.")
-        if self.num_classes > 2 ** min(bits, 63):
-            raise HeadSpecError(
-                f"There are only {2**bits} different codes of {bits} signs, got {self.num_classes} classes.",
-                hint="Use more `--bits-per-class`.",
-            )
-        if self.needs_matrix:
-            try:
-                construction_of(self)
-            except HeadSpecError as error:
-                raise HeadSpecError(
-                    f"Fewer signs than features are taken of rotated features. {error.message}",
-                    hint=f"Leave out `--bits-per-class`: of all {n} features signs can be taken as they are.",
-                ) from error
-
     @property
     def stores_codes(self) -> bool:
-        """Whether the class codes cannot be had from the spec alone: code indices if matched, signs if binary."""
-        return self.matched or self.kind == "binary"
+        """Whether the codes do not follow from the spec alone: code indices are stored, or signs."""
+        return self.stored_codes is not None
 
     @property
-    def truncated(self) -> bool:
-        """Whether its codes are rows of a larger matrix that are cut to N columns, as in the paper's published code."""
-        return self.kind == "hadamard" and self.construction == TRUNCATED
+    def stored_codes(self) -> StoredTensor | None:
+        """The stored tensor `codes`, or None if the codes follow from the spec alone."""
+        return kind_of(self).stored_codes(self)
 
     @property
-    def needs_matrix(self) -> bool:
-        """Whether features are multiplied with a Hadamard matrix: as codes, or to rotate before signs are taken.
+    def stored_tensors(self) -> tuple[StoredTensor, ...]:
+        """All tensors that a head of this spec keeps in a state dict."""
+        c, n = (self.num_classes,), (self.num_features,)
+        tensors = [
+            StoredTensor("scale", ()),
+            StoredTensor("bias", c) if self.bias else None,
+            StoredTensor("center", n) if self.standardize else None,
+            StoredTensor("spread", n) if self.standardize is True else None,
+            StoredTensor("num_batches_tracked", (), "int64") if self.standardize else None,
+            self.stored_codes,
+            StoredTensor("gains", c, "uint8") if self.gains else None,
+        ]
+        return tuple(tensor for tensor in tensors if tensor is not None)
 
-        At d = N signs can be taken of the features themselves, and are where no matrix of that order is known.
-        """
-        binary = self.kind == "binary"
-        return self.kind == "hadamard" or (
-            binary and (self.bits_per_class != self.num_features or is_constructible(self.num_features))
-        )
+    @property
+    def row_scales(self) -> bool:
+        """Whether a row scale per class is stored; the field and the stored tensor are called `gains`."""
+        return self.gains
+
+    @property
+    def bytes_per_class(self) -> int:
+        """Bytes stored per class for its code and row scale; 0 if codes are rebuilt from the spec."""
+        return kind_of(self).bytes_per_class(self)
+
+    @property
+    def num_stored_signs(self) -> int:
+        """Number of signs stored in all classes together; 0 if no signs are stored."""
+        return kind_of(self).num_stored_signs(self)
+
+    @property
+    def description(self) -> str:
+        """The codes and their size in words, for example "88 bits per class (12 bytes with its length)"."""
+        return kind_of(self).description(self)
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the codes are those of the paper's published code (truncated Sylvester rows)."""
+        return kind_of(self) is REFERENCE_HADAMARD
+
+    @property
+    def can_match(self) -> bool:
+        """Whether the code of each class can be chosen by matching with an old classifier."""
+        return kind_of(self).can_match
+
+    @property
+    def match_hint(self) -> str:
+        """What to do instead of matching where `can_match` is false."""
+        return kind_of(self).match_hint
+
+    @property
+    def needs_classifier(self) -> bool:
+        """Whether the codes are derived from an old classifier, so there are none without it."""
+        return kind_of(self).needs_classifier
+
+    @property
+    def can_fit(self) -> bool:
+        """Whether `replacement` can choose the codes by an old classifier."""
+        return kind_of(self).can_fit
+
+    @property
+    def has_sign_codebook(self) -> bool:
+        """Whether all codes are +-1/sqrt(N), so that the codebook is exact in integers."""
+        return kind_of(self).has_sign_codebook
 
     def resolve(self, codes: ArrayLike | None = None) -> HeadSpec:
-        """This spec with construction, blocks and digest filled in; what was given already is verified.
+        """Fill in construction, blocks and digest, and verify those that are given.
 
         Args:
             codes: What the head stores: code index of each class, integers [C], if matched; packed signs, uint8
-                [C, ceil(d / 8)], if binary. Without them the digest, which covers them, is left and not verified.
+                [C, ceil(d / 8)], if binary. Without them the digest, which covers them, is neither filled in nor
+                verified.
 
         Raises:
-            CodebookMismatchError: The codebook that this spec gives here is not the one it was written for.
+            CodebookMismatchError: The codebook of this spec, built here, is not the one it was written for.
             HeadSpecError: Two classes have the same code, or `codes` does not fit.
         """
-        spec = self
-        if self.needs_matrix and not self.truncated:
-            spec = dataclasses.replace(spec, construction=format_construction(construction_of(self)))
-        if self.kind == "hadamard" and not self.truncated:
-            spec = dataclasses.replace(spec, blocks=self.blocks or min_blocks(self.num_features, self.num_classes))
+        kind = kind_of(self)
+        spec = dataclasses.replace(self, **kind.resolved_fields(self))
         if spec.stores_codes and codes is None:
             return spec
-        digest = fingerprint(spec, codes)
+        digest = kind.codes(spec, codes).digest()
         if self.digest is None:
             return dataclasses.replace(spec, digest=digest)
-        if not _same_digest(self.digest, digest, self.num_classes):
-            stored = "signs are" if spec.kind == "binary" else "code indices are"
-            what = f"stored {stored}" if spec.stores_codes else "codebook is"
+        if not same_digest(self.digest, digest, self.num_classes):
+            what = f"stored {kind.stored_noun} are" if spec.stores_codes else "codebook is"
             raise CodebookMismatchError(
                 f"The {what} not what this head was written for: the spec says {self.digest[:30]}..., rebuilt here: "
                 f"{digest[:30]}...",
@@ -231,13 +224,16 @@ class HeadSpec:
         return spec
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe dictionary; unset (None) entries are left out, and `gains` if there are none (older readers)."""
+        """Write the spec as a JSON-safe dictionary.
+
+        Fields that are None are left out, and `gains` if it is false, so that older readers know all keys.
+        """
         entries = dataclasses.asdict(self)
         return {key: value for key, value in entries.items() if value is not None and (key, value) != ("gains", False)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> HeadSpec:
-        """The spec that `to_dict` wrote. Checked strictly, since it may come from a file.
+        """Read what `to_dict` wrote. The data is checked strictly, since it may come from a file.
 
         Raises:
             HeadSpecError: An unknown or missing key, an unknown kind or version, or a bad value.
@@ -246,45 +242,46 @@ class HeadSpec:
             raise HeadSpecError(f"A head spec is a JSON object, got {type(data).__name__}.")
         version = data.get("version", VERSION)
         if type(version) is int and version > VERSION:  # before the keys: a newer version may have new ones
-            raise HeadSpecError(
-                f"This head spec is of version {version}; this fixify knows up to {VERSION}.",
-                hint="Upgrade it: pip install --upgrade fixify",
-            )
+            raise _too_new(version)
         known = [field.name for field in dataclasses.fields(cls)]
         for key in data:
             if key not in known:
-                raise HeadSpecError(f"Unknown entry {str(key)[:60]!r} in a head spec.{_nearest(key, known)}")
+                raise HeadSpecError(f"Unknown entry {str(key)[:60]!r} in a head spec.{_did_you_mean(key, known)}")
         missing = [key for key in ("kind", "num_features", "num_classes") if key not in data]
         if missing:
             raise HeadSpecError(f"A head spec needs {', '.join(missing)}.")
         return cls(**data)
 
 
-def _nearest(name: object, known: tuple[str, ...] | list[str] = KINDS) -> str:
-    matches = difflib.get_close_matches(str(name)[:60], known, n=1)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
-
-
-def _same_digest(first: str, second: str, num_classes: int) -> bool:
-    if first.startswith("sketch:") and second.startswith("sketch:"):
-        return dense.same_sketch(first, second, num_classes)
-    return first == second
-
-
 def choose_kind(num_features: int, num_classes: int) -> tuple[str, str]:
-    """The kind of head that `--head auto` means, and why.
+    """Choose the kind of head that `--head auto` stands for.
 
     Returns:
-        ("hadamard" or "orthogonal", one sentence).
+        "hadamard" or "orthogonal", and the reason as a sentence.
+
+    >>> choose_kind(386, 1000)
+    ('orthogonal', 'no Hadamard matrix of order 386 is known here')
     """
-    if not is_constructible(num_features):
-        return "orthogonal", f"no Hadamard matrix of order {num_features} is known here"
-    structured = num_classes <= (num_features**2 if has_kerdock_set(num_features) else 2 * num_features)
-    if not structured and num_classes**2 > 2 ** max(num_features - 10, 0):  # the birthday problem of seeded blocks
-        return "orthogonal", f"{num_classes} random codes of only {num_features} signs are likely to repeat one"
-    if num_classes <= num_features:
-        return "hadamard", f"{num_classes} classes fit into one Hadamard matrix of order {num_features}: orthogonal"
-    if num_classes <= 2 * num_features:
-        return "hadamard", f"{num_classes} classes are +-rows of one Hadamard matrix of order {num_features}"
-    blocks = min_blocks(num_features, num_classes)
-    return "hadamard", f"{num_classes} classes are +-rows of {blocks} Hadamard matrices of order {num_features}"
+    n, c = num_features, num_classes
+    if not is_constructible(n):
+        return "orthogonal", f"no Hadamard matrix of order {n} is known here"
+    structured = c <= (n**2 if has_kerdock_set(n) else 2 * n)
+    if not structured and c**2 > 2 ** max(n - 10, 0):  # seeded blocks may repeat a code: the birthday problem
+        return "orthogonal", f"{c} random codes of only {n} signs are likely to repeat one"
+    if c <= n:
+        return "hadamard", f"{c} classes fit into one Hadamard matrix of order {n}: orthogonal"
+    if c <= 2 * n:
+        return "hadamard", f"{c} classes are +-rows of one Hadamard matrix of order {n}"
+    return "hadamard", f"{c} classes are +-rows of {min_blocks(n, c)} Hadamard matrices of order {n}"
+
+
+def _too_new(version: int) -> HeadSpecError:
+    return HeadSpecError(
+        f"This head spec is of version {version}; this fixify knows up to {VERSION}.",
+        hint="Upgrade it: pip install --upgrade fixify",
+    )
+
+
+def _did_you_mean(name: object, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(str(name)[:60], list(known), n=1)
+    return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -1,4 +1,4 @@
-"""Mean and deviation of every feature: running ones while training, exact ones from calibration features."""
+"""Mean and std of every feature: running ones while training, exact ones from calibration features."""
 
 from __future__ import annotations
 
@@ -13,59 +13,71 @@ from fixify.errors import HeadSpecError
 MOMENTUM = 0.1
 """Weight of the newest batch in the running statistics, as in `nn.BatchNorm1d`."""
 RELATIVE_FLOOR = 0.05
-"""Smallest deviation that is divided by, relative to the mean deviation. A feature that was dead while the statistics
-were taken must not drown all others when it fires: it may count for at most 20 typical ones."""
+"""Smallest std that is divided by, relative to the mean std. A feature that was constant while the statistics were
+taken must not drown all others when it becomes active: it may count for at most 20 typical ones."""
 
 
-def floored(spread: Tensor) -> Tensor:
-    """The deviations that features are divided by: float32 at least, [N], positive."""
-    spread = spread.to(torch.promote_types(spread.dtype, torch.float32))
-    return torch.maximum(spread, (RELATIVE_FLOOR * spread.mean()).clamp_min(1e-6))
+def floor_std(std: Tensor) -> Tensor:
+    """Raise small stds to the floor, so that features can be divided by them.
+
+    Args:
+        std: [N].
+
+    Returns:
+        [N], positive, float32 or wider.
+
+    >>> floor_std(torch.tensor([1.0, 0.0, 2.0]))
+    tensor([1.0000, 0.0500, 2.0000])
+    """
+    std = std.to(torch.promote_types(std.dtype, torch.float32))
+    return torch.maximum(std, (RELATIVE_FLOOR * std.mean()).clamp_min(1e-6))
 
 
 @torch.no_grad()
 def update_running_(
-    center: Tensor, spread: Tensor | None, num_batches: Tensor, features: Tensor, *, synchronized: bool = False
+    mean: Tensor, std: Tensor | None, num_batches: Tensor, features: Tensor, *, synchronized: bool = False
 ) -> None:
-    """One step of the exponentially weighted mean and deviation, in place.
+    """Update the exponentially weighted mean and std by one batch, in place.
 
-    The first batch sets them and the next are averaged evenly until a batch's share has fallen to `MOMENTUM`. What the
-    mean moves by counts as variance, so that batches of one sample are right too. An empty batch changes nothing.
+    The first batch sets them, and the next ones are averaged evenly until the weight of a batch has fallen to
+    `MOMENTUM`. The movement of the mean counts as variance, so batches of one sample give a correct std too. An empty
+    batch changes nothing.
 
     Args:
-        center, spread: Running mean and deviation, [N]; the deviation may be left out.
+        mean: Running mean, [N].
+        std: Running std, [N], or None.
         num_batches: Batches seen, int64 [].
         features: [..., N], float32 or float64.
-        synchronized: The batch is that of all processes of the default group. Each calls this with its part; one may be
-            empty, not all.
+        synchronized: Whether the batch is spread over all processes of the default group. Each process calls this with
+            its share, which may be empty as long as not all are.
     """
     features = features.reshape(-1, features.shape[-1])
     if synchronized:
-        shift, variance = _moments_of_all(features, center)
+        shift, variance = _moments_of_all(features, mean)
     elif features.shape[0] == 0:
         return
     else:
-        mean = features.mean(dim=0)
-        variance = (features - mean).square().mean(dim=0)
-        shift = mean - center
+        batch_mean = features.mean(dim=0)
+        variance = (features - batch_mean).square().mean(dim=0)
+        shift = batch_mean - mean
     weight = (1.0 / (num_batches + 1).to(features.dtype)).clamp_min(MOMENTUM)
-    if spread is not None:
+    if std is not None:
         old_share = torch.where(num_batches == 0, torch.zeros_like(weight), 1.0 - weight)
-        new_variance = old_share * (spread.to(features.dtype).square() + weight * shift.square()) + weight * variance
-        spread.copy_(new_variance.sqrt())
-    center.copy_(center + weight * shift)
+        new_variance = old_share * (std.to(features.dtype).square() + weight * shift.square()) + weight * variance
+        std.copy_(new_variance.sqrt())
+    mean.copy_(mean + weight * shift)
     num_batches.add_(1)
 
 
-def _moments_of_all(features: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean, from the center, and variance [N] of the features [B, N] of all processes; one sum of 2N + 1 numbers.
+def _moments_of_all(features: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute mean (relative to the running mean) and variance [N] over all processes, with one sum of 2N + 1 numbers.
 
-    The sums are of what lies beside the center, which all processes have alike: far from zero they would be large, and
-    their difference inexact.
+    Sums are taken relative to the running mean, which all processes share: sums of values far from zero would be large
+    and their difference inexact.
     """
-    beside = features - center.to(features.dtype)
+    relative = features - mean.to(features.dtype)
     size = features.new_full((1,), features.shape[0])
-    sums = torch.cat([size, beside.sum(dim=0), beside.square().sum(dim=0)])
+    sums = torch.cat([size, relative.sum(dim=0), relative.square().sum(dim=0)])
     dist.all_reduce(sums)
     size, first, second = sums.split([1, *2 * [features.shape[-1]]])
     shift = first / size
@@ -73,19 +85,20 @@ def _moments_of_all(features: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def exact(batches: Iterable[Tensor], num_features: int) -> tuple[Tensor, Tensor, int]:
-    """Mean and (population) deviation over all samples of all batches, streamed, in float64.
+def exact_statistics(batches: Iterable[Tensor], num_features: int) -> tuple[Tensor, Tensor, int]:
+    """Compute the mean and (population) std over all samples of all batches, in one pass and in float64.
 
     Args:
         batches: Feature batches [..., N]; consumed once.
+        num_features: N.
 
     Returns:
-        center and spread, float64 [N] on the CPU, and the number of non-empty batches.
+        Mean and std, float64 [N] on the CPU, and the number of non-empty batches.
 
     Raises:
         HeadSpecError: No samples, features of another width, or features that are not finite.
     """
-    center = torch.zeros(num_features, dtype=torch.float64)
+    mean = torch.zeros(num_features, dtype=torch.float64)
     squares = torch.zeros(num_features, dtype=torch.float64)
     samples = num_batches = 0
     for batch in batches:
@@ -94,15 +107,15 @@ def exact(batches: Iterable[Tensor], num_features: int) -> tuple[Tensor, Tensor,
         features = batch.reshape(-1, num_features).to(dtype=torch.float64, device="cpu")
         if not len(features):
             continue
-        mean = features.mean(dim=0)
-        shift = mean - center
+        batch_mean = features.mean(dim=0)
+        shift = batch_mean - mean
         total = samples + len(features)
-        squares += (features - mean).square().sum(dim=0) + shift.square() * (samples * len(features) / total)
-        center += shift * (len(features) / total)
+        squares += (features - batch_mean).square().sum(dim=0) + shift.square() * (samples * len(features) / total)
+        mean += shift * (len(features) / total)
         samples = total
         num_batches += 1
     if not samples:
         raise HeadSpecError("No calibration features were given.")
-    if not bool(torch.isfinite(center).all() and torch.isfinite(squares).all()):
+    if not bool(torch.isfinite(mean).all() and torch.isfinite(squares).all()):
         raise HeadSpecError("The calibration features are not finite.")
-    return center, (squares / samples).sqrt(), num_batches
+    return mean, (squares / samples).sqrt(), num_batches

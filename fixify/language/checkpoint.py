@@ -18,8 +18,7 @@ from fixify._files import atomic_path
 from fixify.checkpoints.files import LANGUAGE_KEY, has_metadata
 from fixify.checkpoints.verify import Check
 from fixify.errors import CodebookMismatchError, FormatError, HeadSpecError, UsageError
-from fixify.heads import HeadSpec, codebook
-from fixify.heads.packed import unpack
+from fixify.heads import HeadSpec, codebook, unpack_signs
 from fixify.language.model import Size, assemble, size_of
 from fixify.language.network import LanguageModel
 from fixify.language.options import LanguageOptions
@@ -190,7 +189,7 @@ def _vectors(tensors: dict[str, Tensor], info: LanguageInfo) -> Tensor:
     if not info.options.head_signs:
         return tensors.pop(_VECTORS)
     width = info.options.num_features
-    return unpack(tensors.pop(_SIGNS), width, torch.float32) / math.sqrt(width)
+    return unpack_signs(tensors.pop(_SIGNS), width, torch.float32) / math.sqrt(width)
 
 
 # Checking the file of a language model: what can be rebuilt is, what is stored is loaded, and it reads a few words.

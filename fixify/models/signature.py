@@ -284,13 +284,19 @@ def traits(model: nn.Module) -> dict[str, Trait]:
     """
     values: dict[str, list[str]] = {}
     for module in model.modules():
-        for name, value in _general(module).items():
+        for name, value in module_traits(module).items():
             values.setdefault(name, []).append(value)
-        values.setdefault(".class", []).append(type(module).__name__)
-        for name, attribute in vars(module).items():
-            if not name.startswith("_") and name not in _IRRELEVANT and _is_plain(attribute):
-                values.setdefault(f".{name}", []).append(repr(attribute))
     return {name: (_digest_of(found), _distinct(found)) for name, found in values.items()}
+
+
+def module_traits(module: nn.Module) -> dict[str, str]:
+    """Return the traits of one module, without those of the modules in it; the names are those of `traits`."""
+    plain = {
+        f".{name}": repr(attribute)
+        for name, attribute in vars(module).items()
+        if not name.startswith("_") and name not in _IRRELEVANT and _is_plain(attribute)
+    }
+    return {**_general(module), ".class": type(module).__name__, **plain}
 
 
 def _general(module: nn.Module) -> dict[str, str]:

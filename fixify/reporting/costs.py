@@ -16,7 +16,7 @@ from fixify.errors import FormatError, HeadSpecError
 from fixify.heads import KINDS, Coherence, HeadSpec, coherence
 from fixify.models.architectures import build, default_num_classes
 from fixify.models.classifiers import ClassifierSite, find_classifiers
-from fixify.savings import Savings, count_bytes, head_bytes, project, under
+from fixify.savings import Savings, count_bytes, under
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _learned(
         fixed=False,
         num_features=sites[0].num_features,
         num_classes=sites[0].num_classes,
-        savings=project(model, sites, tensors),
+        savings=Savings.project(model, sites, tensors),
         heads=tuple((site.num_features, site.num_classes) for site in sites),
     )
 
@@ -191,7 +191,7 @@ def plan(source: str | Path, *, arch: str | None = None) -> Plan:
 
 
 def _kind(kind: str, found: ModelReport) -> KindPlan:
-    stored = sum(head_bytes(kind, n, c) for n, c in found.heads)
+    stored = sum(KINDS[kind].planned_bytes(n, c) for n, c in found.heads)
     saved = found.savings.classifier_bytes_before - stored
     sizes = dict.fromkeys(found.heads)
     if kind == "binary":

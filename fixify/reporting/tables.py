@@ -68,7 +68,7 @@ def savings_table(savings: Savings) -> Table:
 def removed_line(savings: Savings, heads: Sequence[HeadRecord] = ()) -> str:
     """The saving in one sentence. The weights that a binary head replaces are not gone, but signs now."""
     share = f"{100 * savings.removed_share:.1f} % of {savings.parameters_before:,} parameters"
-    bits = [(record.spec.bits_per_class or 0) * record.spec.num_classes for record in heads]
+    bits = [record.spec.num_stored_signs for record in heads]
     if any(bits):
         return f"{savings.removed:,} classifier weights became {sum(bits):,} signs ({share})."
     return f"{savings.removed:,} classifier weights are gone ({share})."
@@ -111,9 +111,8 @@ def info_table(path: Path, info: SlimInfo) -> Table:
     for record in info.heads:
         spec = record.spec
         made.add_row(f"head {record.path}", f"{spec.kind}, {spec.num_classes} classes x {spec.num_features} features")
-        if spec.bits_per_class is not None:
-            stored = -(-spec.bits_per_class // 8) + spec.gains
-            made.add_row("", f"{spec.bits_per_class} bits a class ({stored} bytes{' with its length' * spec.gains})")
+        if spec.bytes_per_class:
+            made.add_row("", spec.description)
         made.add_row("", ", ".join(part for part in (spec.construction, f"seed {spec.seed}") if part))
         made.add_row("", short_digest(spec.digest))
     made.add_row("preprocessing", ", ".join(f"{key} {_plain(value)}" for key, value in info.preprocessing.items()))

@@ -17,16 +17,14 @@ from torch import nn
 from fixify._files import sha256_of
 from fixify.checkpoints.learned import SUFFIX, save_ordinary
 from fixify.checkpoints.slim import SUFFIX as FIXED_SUFFIX
-from fixify.checkpoints.slim import SlimInfo, load, read_info, save
+from fixify.checkpoints.slim import Origin, SlimInfo, describe, load, read_info, save
 from fixify.data import DataOptions, match_classes, open_train_val, open_unlabelled, override
 from fixify.data.preprocessing import channels_of
 from fixify.data.seeding import Stream, derive_seed, seeded_globals
 from fixify.errors import UsageError
 from fixify.metrics import check_input_size
 from fixify.models.architectures import Architecture, build, parse_architecture, preprocessing
-from fixify.models.classifiers import find_classifiers
-from fixify.savings import Savings, classifier_weights, count_bytes, count_parameters
-from fixify.surgery import HeadRecord, fix_classifier_
+from fixify.surgery import HeadConfig, fix_classifier_
 from fixify.training import distributed
 from fixify.training.checkpointing import SaveModel
 from fixify.training.events import Listener, Warned
@@ -354,44 +352,19 @@ def _size_argument(architecture: Architecture) -> str | None:
 def _fix_(
     model: nn.Module, architecture: Architecture, config: dict[str, Any], options: TrainOptions, class_names: list[str]
 ) -> SlimInfo:
-    sites = find_classifiers(model, architecture)
-    parameters, tensors = count_parameters(model), count_bytes(model.state_dict().values())
-    head_tensors = count_bytes(
-        tensor for site in sites for tensor in model.get_submodule(site.path).state_dict().values()
-    )
-    bias: dict[str, Any] = {} if options.head_bias is None else {"bias": options.head_bias}
-    fix_classifier_(
-        model,
-        options.head,
+    """Give a new network the fixed head that the options say, with codes in class order."""
+    head = HeadConfig.create(
+        head=options.head,
         seed=options.head_seed,
-        scale=options.head_scale,
-        arch=architecture,
-        standardize=options.head_standardize,
+        match=False,
+        alpha=options.head_scale,
         fixed_scale=options.head_fixed_scale,
-        **bias,
+        bias=options.head_bias,
+        standardize=options.head_standardize,
     )
-    heads: list[Any] = [model.get_submodule(site.path) for site in sites]
-    after = count_bytes(tensor for head in heads for tensor in head.state_dict().values())
-    savings = Savings(
-        parameters_before=parameters,
-        parameters_after=count_parameters(model),
-        classifier_parameters=sum(site.num_parameters for site in sites),
-        removed=sum(classifier_weights(site) for site in sites),
-        bytes_before=tensors,
-        bytes_after=tensors - head_tensors + after,
-        classifier_bytes_before=head_tensors,
-        classifier_bytes_after=after,
-    )
-    return SlimInfo(
-        architecture=architecture,
-        heads=tuple(
-            HeadRecord(site.path, site.layer_type, site.channel_dim, head.spec)
-            for site, head in zip(sites, heads, strict=True)
-        ),
-        preprocessing=config,
-        labels=class_names,
-        savings=savings.to_dict(),
-    )
+    fix_classifier_(model, head, arch=architecture)
+    model.fixify_origin = Origin(architecture, config, class_names, {}, "float32")  # type: ignore[assignment]
+    return describe(model)
 
 
 def _saver(network: NewNetwork, class_names: list[str]) -> SaveModel:

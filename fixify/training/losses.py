@@ -48,7 +48,7 @@ def check_cosine_heads(model: nn.Module) -> None:
                 ("a bias", spec.bias),
                 ("a learned scale", not spec.fixed_scale),
                 (f"scale {scale:g}", spec.fixed_scale and scale != 1.0),
-                ("codes of several lengths", spec.gains),
+                ("codes of several lengths", spec.row_scales),
                 ("no norm of the features", not spec.normalize),
             )
             if found

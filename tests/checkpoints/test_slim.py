@@ -5,16 +5,21 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
+import torchvision
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fixify
+from fixify.checkpoints.open import open_model
 from fixify.checkpoints.slim import SlimInfo, is_slim, load, read_info, save
 from fixify.checkpoints.verify import verify
-from fixify.errors import CodebookMismatchError, FormatError, OutputExistsError, UsageError
+from fixify.errors import ArchitectureError, CodebookMismatchError, FormatError, OutputExistsError, UsageError
+from fixify.heads import FixedClassifier
 from fixify.models import build
 from fixify.surgery import apply_heads_
 
@@ -92,9 +97,101 @@ def test_half_precision_stays_half_on_disk_and_is_float32_in_memory(small_pth: P
     assert torch.equal(stored["conv_stem.weight"], load_file(path)["conv_stem.weight"])
 
 
-def test_a_model_of_unknown_origin_is_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="fixify_info"):
+def test_what_has_no_fixed_head_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"(?s)Linear.*fix_classifier_"):
         save(torch.nn.Linear(2, 2), tmp_path / "a.fixed.safetensors")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"head": "hadamard"}, {"head": "binary", "bits_per_class": 40}, {"head": "orthogonal", "seed": 3}],
+    ids=str,
+)
+def test_convert_writes_byte_for_byte_what_surgery_and_save_write(
+    small_pth: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    converted = fixify.convert(small_pth, tmp_path / "a.fixed.safetensors", arch="test_efficientnet", **options).path
+    model = fixify.fix_classifier_(open_model(small_pth, arch="test_efficientnet").model, **options)
+    assert fixify.save(model, tmp_path / "b.fixed.safetensors").read_bytes() == converted.read_bytes()
+
+
+def _with_fixed_head(build_model: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build_model().eval()
+    return fixify.fix_classifier_(model, "hadamard", match=False)
+
+
+@pytest.mark.parametrize(
+    ("spelled", "build_model"),
+    [
+        ("timm/resnet10t", lambda: timm.create_model("resnet10t", num_classes=7)),
+        ("timm/resnet10t,in_chans=1", lambda: timm.create_model("resnet10t", num_classes=7, in_chans=1)),
+        (
+            "timm/vit_tiny_patch16_224,img_size=64",
+            lambda: timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=64),
+        ),
+        ("timm/dla46_c", lambda: timm.create_model("dla46_c", num_classes=7)),
+        (
+            "timm/deit_tiny_distilled_patch16_224",
+            lambda: timm.create_model("deit_tiny_distilled_patch16_224", num_classes=7),
+        ),
+        ("fixify/resnet20_cifar", lambda: timm.create_model("resnet20_cifar", num_classes=10)),
+        ("torchvision/squeezenet1_1", lambda: torchvision.models.get_model("squeezenet1_1", num_classes=7)),
+        (
+            "torchvision/googlenet,aux_logits=true,transform_input=false",
+            lambda: torchvision.models.get_model("googlenet", num_classes=7, init_weights=False),
+        ),
+    ],
+)
+def test_a_model_that_the_user_built_is_saved_and_loaded(
+    spelled: str, build_model: Callable[[], torch.nn.Module], tmp_path: Path
+) -> None:
+    model = _with_fixed_head(build_model)
+    path = save(model, tmp_path / "mine.fixed.safetensors", labels=[f"class {c}" for c in range(model_classes(model))])
+    again = load(path)
+    info = again.fixify_info
+    assert info.architecture.spelled == spelled
+    assert info.labels is not None and info.labels[1] == "class 1"
+    assert info.savings["removed"] == sum(
+        head.in_features * head.out_features for head in model.modules() if isinstance(head, FixedClassifier)
+    )
+    x = torch.rand(1, *info.preprocessing["input_size"], generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
+def model_classes(model: torch.nn.Module) -> int:
+    return next(head.out_features for head in model.modules() if isinstance(head, FixedClassifier))
+
+
+def test_a_model_that_a_reader_could_not_rebuild_is_refused_until_it_is_named(tmp_path: Path) -> None:
+    model = _with_fixed_head(lambda: timm.create_model("resnet10t", num_classes=7, global_pool="max"))
+    with pytest.raises(ArchitectureError, match=r"(?s)global_pool.*arch="):
+        save(model, tmp_path / "a.fixed.safetensors")
+    path = save(model, tmp_path / "a.fixed.safetensors", arch="timm/resnet10t,global_pool=max")
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(load(path)(x), model(x))
+    with pytest.raises(ArchitectureError, match="resnet18"):
+        save(model, tmp_path / "b.fixed.safetensors", arch="timm/resnet18")
+    changed = _with_fixed_head(lambda: timm.create_model("resnet10t", num_classes=7))
+    changed.maxpool = torch.nn.AvgPool2d(3, 2, 1)
+    with pytest.raises(ArchitectureError, match="maxpool"):
+        save(changed, tmp_path / "b.fixed.safetensors")
+    changed.layer1 = torch.nn.Identity()
+    with pytest.raises(ArchitectureError, match="resnet10t"):
+        save(changed, tmp_path / "b.fixed.safetensors")
+    assert not (tmp_path / "b.fixed.safetensors").exists()
+
+
+def test_a_loaded_model_whose_head_is_replaced_again_is_described_anew(slim: Path, tmp_path: Path) -> None:
+    model = load(slim)
+    model.reset_classifier(12)
+    fixify.fix_classifier_(model, "orthogonal")
+    again = load(save(model, tmp_path / "again.fixed.safetensors"))
+    assert again.fixify_info.heads[0].spec.kind == "orthogonal"
+    assert again.fixify_info.num_classes == 12
 
 
 def test_what_is_not_slim_is_refused(slim: Path, tmp_path: Path) -> None:

@@ -1,0 +1,608 @@
+"""The kinds of heads, one class each: which specs are valid, which codes they stand for, and what is stored.
+
+A kind is a stateless object in `KINDS`. Its methods take the bare fields of a head spec. `HeadSpec` asks them, and
+nothing else needs to compare the name of a kind.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fixify.errors import HeadSpecError
+from fixify.heads.codes import (
+    Codes,
+    FeatureRows,
+    HadamardRows,
+    RealRows,
+    Rotation,
+    StoredSigns,
+    TruncatedRows,
+    orthogonal_codes,
+    power_of_two_from,
+    simplex_codes,
+)
+from fixify.heads.hadamard import Construction, factorise, format_construction, is_constructible, parse_construction
+
+VERSION = 1
+"""Version of the head spec record."""
+GAIN_STEPS = 255
+"""Row scales are stored in this many steps of the longest."""
+REFERENCE_CONSTRUCTION = "truncated-sylvester"
+"""`construction` of a head as the paper's published code builds it."""
+SHARED_BLOCKS = 8
+"""Sign vectors tried by matching where all classes share one block (C <= N). More gain nothing: on EfficientNet-Lite0
+(1000 x 1280) the mean cosine with the old class vectors is between 0.0954 and 0.0959 for every one of them."""
+SEARCH_BLOCKS = 4096
+"""Blocks searched by matching where classes do not share one (C > N)."""
+
+# Head specs come from files. These limits keep a hostile one from filling the memory or running for hours.
+MAX_SIGNS = 1 << 34
+MAX_DENSE_NUMBERS = 1 << 27
+
+_SEARCHED_COSINES = 4_000_000_000  # about a minute: fewer blocks are searched where C and N are large
+
+
+@dataclass(frozen=True)
+class SpecFields:
+    """The fields of a head spec, without any check. `fixify.heads.HeadSpec` describes and validates them."""
+
+    kind: str
+    num_features: int
+    num_classes: int
+    seed: int = 0
+    normalize: bool = True
+    bias: bool = True
+    standardize: bool | Literal["center"] = False
+    fixed_scale: bool = False
+    matched: bool = False
+    blocks: int | None = None
+    bits_per_class: int | None = None
+    gains: bool = False
+    version: int = VERSION
+    construction: str | None = None
+    digest: str | None = None
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that a head keeps in a state dict.
+
+    Attributes:
+        name: Its key.
+        shape: Its shape.
+        dtype: NumPy's name of its type in a file; None: the floating-point type of the model.
+        memory_dtype: The type that the layer holds it in, if that is another one. Then any integer type is loaded.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str | None = None
+    memory_dtype: str | None = None
+
+    def num_bytes(self, float_bytes: int = 4) -> int:
+        """Compute its size in a file; `float_bytes` is the size of the model's floating-point type."""
+        return prod(self.shape) * (float_bytes if self.dtype is None else np.dtype(self.dtype).itemsize)
+
+
+class Kind(ABC):
+    """What a kind of head needs, stores and can do. Subclasses are the kinds; none of them has state."""
+
+    name: ClassVar[str]
+    """The `kind` of a head spec, and what `--head` takes."""
+    summary: ClassVar[str]
+    """The codes, in a few words."""
+    own_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields of a head spec that only this kind takes, of `matched`, `blocks` and `bits_per_class`."""
+    max_entries: ClassVar[int] = MAX_DENSE_NUMBERS
+    """Largest size C x N of a codebook."""
+    can_match: ClassVar[bool] = False
+    """Whether `match` can choose the code of each class by an old classifier."""
+    needs_classifier: ClassVar[bool] = False
+    """Whether the codes are derived from an old classifier, so there are none without it."""
+    has_sign_codebook: ClassVar[bool] = False
+    """Whether all codes are +-1/sqrt(N), so that the codebook is exact in integers."""
+    stored_noun: ClassVar[str] = "code indices"
+    """What `codes` holds if a head of this kind stores it."""
+    match_hint: ClassVar[str] = "Leave match out, or use kind 'hadamard'."
+    """What to do instead of matching where `can_match` is false."""
+
+    @property
+    def can_fit(self) -> bool:
+        """Whether `replacement` can choose the codes by an old classifier, by matching or by its signs."""
+        return self.can_match or self.needs_classifier
+
+    def check(self, spec: SpecFields) -> None:  # noqa: B027  # some kinds have nothing to check
+        """Check the fields of a spec of this kind against each other; types and ranges have been checked.
+
+        Raises:
+            HeadSpecError: There is no such head.
+        """
+
+    def uses_hadamard(self, spec: SpecFields) -> bool:
+        """Check whether the features are multiplied with a Hadamard matrix, so `construction` may be set."""
+        return False
+
+    def resolved_fields(self, spec: SpecFields) -> dict[str, Any]:
+        """Return the fields that `HeadSpec.resolve` fills in, apart from the digest."""
+        return {}
+
+    def stored_codes(self, spec: SpecFields) -> StoredTensor | None:
+        """Describe the stored tensor `codes`, or return None if the codes follow from the spec alone."""
+        return None
+
+    @abstractmethod
+    def codes(self, spec: SpecFields, stored: ArrayLike | None = None) -> Codes:
+        """Build the codes of a spec.
+
+        Args:
+            spec: The head spec.
+            stored: What the head stores in `codes`, if anything.
+
+        Raises:
+            HeadSpecError: `stored` is missing, superfluous or does not fit.
+        """
+
+    def bytes_per_class(self, spec: SpecFields) -> int:
+        """Compute the bytes that are stored for each class: its code, and its row scale if there are any."""
+        stored = self.stored_codes(spec)
+        return (0 if stored is None else stored.num_bytes() // spec.num_classes) + spec.gains
+
+    def num_stored_signs(self, spec: SpecFields) -> int:
+        """Count the signs stored in all classes together; 0 for kinds that store none."""
+        return 0
+
+    def description(self, spec: SpecFields) -> str:
+        """Describe the codes and their size, for example "88 bits per class (12 bytes with its length)"."""
+        return f"{self.summary} ({_in_bytes(self.bytes_per_class(spec))} per class)"
+
+    def default_options(self, num_features: int, *, has_features: bool) -> dict[str, Any]:
+        """Return the fields that surgery sets for this kind unless the caller sets them.
+
+        Args:
+            num_features: N.
+            has_features: Whether features are at hand to calibrate the head with.
+        """
+        return {}
+
+    def planned_bytes_per_class(self, num_features: int, num_classes: int) -> int:
+        """Compute the bytes per class as `fixify convert` stores them by default; no such head need exist."""
+        return 0
+
+    def planned_bytes(self, num_features: int, num_classes: int, *, bias: bool = True) -> int:
+        """Compute the bytes of a head's tensors as `fixify convert` stores them by default, in float32.
+
+        These are the scale, the bias, the running statistics (mean, std and the count of batches) and the codes.
+
+        Args:
+            num_features: N.
+            num_classes: C.
+            bias: Whether the head has a bias.
+        """
+        options = self.default_options(num_features, has_features=False)
+        statistics = 8 * num_features + 8 if options.get("standardize", True) else 0
+        codes = num_classes * self.planned_bytes_per_class(num_features, num_classes)
+        return 4 * (1 + (num_classes if bias else 0)) + statistics + codes
+
+    def _refuse_stored(self, stored: ArrayLike | None) -> None:
+        if stored is not None:
+            raise HeadSpecError(f"A head of kind {self.name!r} has no code indices; none can be given.")
+
+
+class Hadamard(Kind):
+    """Rows of an exact Hadamard matrix of order N, as +-1/sqrt(N) (paper, section 2.3).
+
+    C <= N: exactly orthogonal. C <= 2N: +-rows, whose cosines are 0 or -1, Rankin's optimum. Beyond: blocks of
+    sign-flipped matrices, of coherence 1/sqrt(N) where N = 4^k (Kerdock), and seeded elsewhere. The codes go to the
+    classes in order, or are matched to an old classifier; then the code indices are stored.
+    """
+
+    name = "hadamard"
+    summary = "rows of a Hadamard matrix, in class order"
+    own_fields = frozenset({"matched", "blocks"})
+    max_entries = MAX_SIGNS
+    can_match = True
+    has_sign_codebook = True
+
+    def check(self, spec: SpecFields) -> None:
+        """Check that the matrix exists, that there are enough codes, and that `blocks` fits.
+
+        Raises:
+            HeadSpecError: There is no such head.
+        """
+        n, c = spec.num_features, spec.num_classes
+        construction_of(spec)  # raises if there is no such matrix
+        if n < 64 and c > 2**n:
+            raise HeadSpecError(
+                f"There are only {2**n} different codes of {n} signs, got {c} classes.",
+                hint="Use `--head orthogonal`.",
+            )
+        needed = min_blocks(n, c)
+        if spec.matched:
+            if spec.blocks is None or spec.blocks < needed:
+                raise HeadSpecError(f"A matched head of this size needs blocks >= {needed}, got {spec.blocks}.")
+            if 2 * n * spec.blocks > 2**32:
+                raise HeadSpecError(f"{spec.blocks} blocks of {2 * n} codes are more than 2^32 codes.")
+        elif spec.blocks not in (None, needed):
+            raise HeadSpecError(f"An unmatched head of this size has {needed} block(s), got {spec.blocks}.")
+
+    def uses_hadamard(self, spec: SpecFields) -> bool:
+        """Check whether the features are multiplied with a Hadamard matrix: always."""
+        return True
+
+    def resolved_fields(self, spec: SpecFields) -> dict[str, Any]:
+        """Return the construction and the number of blocks."""
+        return {
+            "construction": format_construction(construction_of(spec)),
+            "blocks": spec.blocks or min_blocks(spec.num_features, spec.num_classes),
+        }
+
+    def stored_codes(self, spec: SpecFields) -> StoredTensor | None:
+        """Describe the code indices of a matched head, in the smallest unsigned type that holds the code space."""
+        if not spec.matched:
+            return None
+        # int64 in memory, since distributed training cannot broadcast unsigned buffers of 16 and 32 bits
+        dtype = _index_dtype(spec.num_features, spec.blocks or 1)
+        return StoredTensor("codes", (spec.num_classes,), dtype, memory_dtype="int64")
+
+    def codes(self, spec: SpecFields, stored: ArrayLike | None = None) -> HadamardRows:
+        """Build the codes from the stored code indices of a matched head, else in class order.
+
+        Raises:
+            HeadSpecError: A matched head without indices, an unmatched one with them, or indices that do not fit.
+        """
+        construction = construction_of(spec)
+        if spec.matched:
+            indices = self._checked_indices(spec, stored)
+        elif stored is not None:
+            raise HeadSpecError("This head spec is not matched, so its codes are not stored; none can be given.")
+        else:
+            indices = default_codes(spec.num_features, spec.num_classes)
+        return HadamardRows(construction, spec.seed, indices)
+
+    def _checked_indices(self, spec: SpecFields, stored: ArrayLike | None) -> np.ndarray:
+        if stored is None:
+            raise HeadSpecError("A matched head needs its stored code indices; none were given.")
+        indices = np.asarray(stored)
+        space = 2 * spec.num_features * (spec.blocks or 0)
+        if indices.shape != (spec.num_classes,) or indices.dtype.kind not in "iu":
+            raise HeadSpecError(
+                f"Expected {spec.num_classes} integer code indices, got {indices.dtype} of shape {list(indices.shape)}."
+            )
+        if int(indices.min()) < 0 or int(indices.max()) >= space:
+            raise HeadSpecError(f"Code indices must lie in 0 .. {space - 1}, got {indices.min()} .. {indices.max()}.")
+        return indices.astype(np.int64)
+
+    def description(self, spec: SpecFields) -> str:
+        """Describe the codes and their size; matched codes have a size."""
+        codes = "rows of a Hadamard matrix, matched to an old classifier" if spec.matched else self.summary
+        return f"{codes} ({_in_bytes(self.bytes_per_class(spec))} per class)"
+
+    def planned_bytes_per_class(self, num_features: int, num_classes: int) -> int:
+        """Compute the bytes of one code index, as matching stores it."""
+        return np.dtype(_index_dtype(num_features, default_blocks(num_features, num_classes))).itemsize
+
+
+class ReferenceHadamard(Kind):
+    """The paper's own Hadamard head, as its published code builds it, for checkpoints trained with that code.
+
+    github.com/eladhoffer/fix_your_classifier takes Sylvester's matrix of the next power of two M >= max(C, N), keeps
+    the first C rows and N columns, and computes `logits = -scale * (H[:C, :N] @ (x / |x|)) + bias` (the sign is that of
+    the code). In the terms of this package the code of class c is `-H[c, :N] / sqrt(N)`, and alpha is
+    `sqrt(N) * scale`; `FixedClassifier` converts a scale of shape [1] when it is loaded.
+
+    Truncated rows are not orthogonal, the all-ones row is among them, and two rows are equal if their numbers differ
+    only in bits beyond the kept columns. New heads should use `hadamard`, which builds the matrix at the order N.
+    """
+
+    name = "hadamard"
+    summary = "truncated Sylvester rows of the paper's published code, in class order"
+    own_fields = Hadamard.own_fields  # `check` refuses them with a better message
+    has_sign_codebook = True
+    match_hint = "It is a trained head of the paper's published code; leave match out."
+
+    def check(self, spec: SpecFields) -> None:
+        """Check that all rows differ, and that the codes are in class order.
+
+        Sylvester's first P rows differ in the first N columns, P the next power of two from N; further rows repeat.
+
+        Raises:
+            HeadSpecError: There is no such head.
+        """
+        different, c = power_of_two_from(spec.num_features), spec.num_classes
+        if c > different:
+            raise HeadSpecError(
+                f"Cut to {spec.num_features} features, only {different} rows of a Sylvester matrix differ: of {c} "
+                f"classes, class {different} would have the code of class 0, and {c - different} in all could never be "
+                "told from another.",
+                hint="Such a head (of the paper's published code) cannot be right. Use `--head hadamard`, which "
+                "repeats no code, and train again.",
+            )
+        if spec.matched or spec.blocks is not None:
+            raise HeadSpecError(
+                f"A {REFERENCE_CONSTRUCTION} head has its codes in class order: neither matched nor blocks."
+            )
+
+    def uses_hadamard(self, spec: SpecFields) -> bool:
+        """Check whether the features are multiplied with a Hadamard matrix: always."""
+        return True
+
+    def codes(self, spec: SpecFields, stored: ArrayLike | None = None) -> TruncatedRows:
+        """Build the codes in class order.
+
+        Raises:
+            HeadSpecError: Stored codes are given.
+        """
+        if stored is not None:
+            raise HeadSpecError("This head spec is not matched, so its codes are not stored; none can be given.")
+        return TruncatedRows(spec.num_features, np.arange(spec.num_classes, dtype=np.int64))
+
+
+class Orthogonal(Kind):
+    """The paper's random orthonormal projection (section 2.2); see `fixify.heads.codes.orthogonal_codes`."""
+
+    name = "orthogonal"
+    summary = "random orthonormal rows"
+
+    def codes(self, spec: SpecFields, stored: ArrayLike | None = None) -> RealRows:
+        """Build the codes from the seed.
+
+        Raises:
+            HeadSpecError: Stored codes are given.
+        """
+        self._refuse_stored(stored)
+        return RealRows(orthogonal_codes(spec.num_features, spec.num_classes, spec.seed))
+
+
+class Simplex(Kind):
+    """An equiangular tight frame: C <= N + 1 codes with all cosines -1/(C - 1)."""
+
+    name = "simplex"
+    summary = "corners of a regular simplex"
+
+    def check(self, spec: SpecFields) -> None:
+        """Check that there are at most N + 1 classes.
+
+        Raises:
+            HeadSpecError: There are more.
+        """
+        if spec.num_classes > spec.num_features + 1:
+            raise HeadSpecError(
+                f"A simplex in {spec.num_features} features has at most {spec.num_features + 1} corners, got "
+                f"{spec.num_classes} classes.",
+                hint="Use `--head hadamard` or `--head orthogonal`.",
+            )
+
+    def codes(self, spec: SpecFields, stored: ArrayLike | None = None) -> RealRows:
+        """Build the codes from the seed.
+
+        Raises:
+            HeadSpecError: Stored codes are given.
+        """
+        self._refuse_stored(stored)
+        return RealRows(simplex_codes(spec.num_features, spec.num_classes, spec.seed))
+
+
+class Binary(Kind):
+    """Signs of the classifier being replaced, one bit per weight or fewer; stored packed.
+
+    Not in the paper, whose codes do not depend on what they replace. With `bits_per_class` d < N the signs are those of
+    the first d coordinates of rotated features. At d = N the features are rotated too where a Hadamard matrix of order
+    N is known, and taken as they are elsewhere. `fixify.heads.fitting.encode` chooses the signs.
+    """
+
+    name = "binary"
+    summary = "signs of the old classifier"
+    own_fields = frozenset({"bits_per_class"})
+    max_entries = MAX_SIGNS
+    needs_classifier = True
+    stored_noun = "signs"
+    match_hint = "A binary head takes its signs from the old classifier anyway."
+
+    def check(self, spec: SpecFields) -> None:
+        """Check that d is between 1 and N, that d signs can tell the classes apart, and that a rotation exists.
+
+        Raises:
+            HeadSpecError: There is no such head.
+        """
+        bits, n = spec.bits_per_class, spec.num_features
+        if type(bits) is not int or not 1 <= bits <= n:
+            raise HeadSpecError(f"bits_per_class must be an integer from 1 to the {n} features, got {bits!r}.")
+        if spec.num_classes > 2 ** min(bits, 63):
+            raise HeadSpecError(
+                f"There are only {2**bits} different codes of {bits} signs, got {spec.num_classes} classes.",
+                hint="Use more `--bits-per-class`.",
+            )
+        if self.uses_hadamard(spec):
+            try:
+                construction_of(spec)
+            except HeadSpecError as error:
+                raise HeadSpecError(
+                    f"Fewer signs than features are taken of rotated features. {error.message}",
+                    hint=f"Leave out `--bits-per-class`: of all {n} features signs can be taken as they are.",
+                ) from error
+
+    def uses_hadamard(self, spec: SpecFields) -> bool:
+        """Check whether the features are rotated: for d < N, and for d = N where the matrix is known."""
+        return spec.bits_per_class != spec.num_features or is_constructible(spec.num_features)
+
+    def resolved_fields(self, spec: SpecFields) -> dict[str, Any]:
+        """Return the construction of the rotation, if there is one."""
+        return {"construction": format_construction(construction_of(spec))} if self.uses_hadamard(spec) else {}
+
+    def stored_codes(self, spec: SpecFields) -> StoredTensor:
+        """Describe the packed signs: uint8 [C, ceil(d / 8)]."""
+        return StoredTensor("codes", (spec.num_classes, -(-self._num_signs(spec) // 8)), "uint8")
+
+    def rotation(self, spec: SpecFields) -> Rotation | None:
+        """Return the rotation of the features, or None if they are taken as they are."""
+        if not self.uses_hadamard(spec):
+            return None
+        return Rotation(construction_of(spec), spec.seed, self._num_signs(spec))
+
+    def codes(self, spec: SpecFields, stored: ArrayLike | None = None) -> StoredSigns:
+        """Build the codes from the stored packed signs.
+
+        Raises:
+            HeadSpecError: The signs are missing or do not fit.
+        """
+        if stored is None:
+            raise HeadSpecError("A binary head needs its stored signs; none were given.")
+        packed, bits, shape = np.ascontiguousarray(stored), self._num_signs(spec), self.stored_codes(spec).shape
+        if packed.shape != shape or packed.dtype != np.uint8:
+            raise HeadSpecError(f"Expected packed signs uint8 {list(shape)}, got {packed.dtype} {list(packed.shape)}.")
+        if bits % 8 and bool((packed[:, -1] & (0xFF >> bits % 8)).any()):
+            raise HeadSpecError("The unused bits of packed signs must be 0.")
+        return StoredSigns(spec.num_features, bits, packed, self.rotation(spec))
+
+    def num_stored_signs(self, spec: SpecFields) -> int:
+        """Count the signs stored in all classes together."""
+        return self._num_signs(spec) * spec.num_classes
+
+    def description(self, spec: SpecFields) -> str:
+        """Describe the signs and their size, for example "88 bits per class (12 bytes with its length)"."""
+        size = _in_bytes(self.bytes_per_class(spec)) + (" with its length" if spec.gains else "")
+        return f"{self._num_signs(spec)} bits per class ({size})"
+
+    def default_options(self, num_features: int, *, has_features: bool) -> dict[str, Any]:
+        """Return a sign per feature, stored row scales, and normalisation only with features at hand.
+
+        Without features the old logits are nearest when the features are left as they are. With features only the mean
+        is removed: a std from few scenes would amplify the features that these scenes happen not to use.
+        """
+        return {
+            "gains": True,
+            "bits_per_class": num_features,
+            "normalize": has_features,
+            "standardize": "center" if has_features else False,
+        }
+
+    def planned_bytes_per_class(self, num_features: int, num_classes: int) -> int:
+        """Compute the bytes of one sign per feature and the row scale."""
+        return -(-num_features // 8) + 1
+
+    @staticmethod
+    def _num_signs(spec: SpecFields) -> int:
+        return spec.bits_per_class or spec.num_features
+
+
+class Identity(Kind):
+    """Class c reads feature c: the classifier deleted, as in Qian et al., arXiv:2004.13587. A control.
+
+    There is no multiplication and nothing to store; the backbone has to learn everything.
+    """
+
+    name = "identity"
+    summary = "class c reads feature c"
+
+    def check(self, spec: SpecFields) -> None:
+        """Check that there are at most N classes.
+
+        Raises:
+            HeadSpecError: There are more.
+        """
+        if spec.num_classes > spec.num_features:
+            raise HeadSpecError(
+                f"An identity head reads one feature per class: {spec.num_features} features allow at most "
+                f"{spec.num_features} classes, got {spec.num_classes}.",
+                hint="Use `--head hadamard` or `--head orthogonal`.",
+            )
+
+    def codes(self, spec: SpecFields, stored: ArrayLike | None = None) -> FeatureRows:
+        """Build the codes: the first C rows of the identity.
+
+        Raises:
+            HeadSpecError: Stored codes are given.
+        """
+        self._refuse_stored(stored)
+        return FeatureRows(spec.num_features, spec.num_classes)
+
+
+BINARY = Binary()
+REFERENCE_HADAMARD = ReferenceHadamard()
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {kind.name: kind for kind in (Hadamard(), Orthogonal(), Simplex(), BINARY, Identity())}
+)
+"""The kinds that a user can choose, by name. `REFERENCE_HADAMARD` is not among them: it only comes from checkpoints."""
+
+
+def kind_of(spec: SpecFields) -> Kind:
+    """Return the kind of a spec; `spec.kind` must be a name in `KINDS`."""
+    if spec.kind == Hadamard.name and spec.construction == REFERENCE_CONSTRUCTION:
+        return REFERENCE_HADAMARD
+    return KINDS[spec.kind]
+
+
+def construction_of(spec: SpecFields) -> Construction:
+    """Return the Hadamard matrix of a spec: the one it records, or the one this version would choose.
+
+    Raises:
+        HeadSpecError: There is no such matrix.
+    """
+    if spec.construction is not None:
+        return parse_construction(spec.construction, spec.num_features)
+    return factorise(spec.num_features)
+
+
+def codebook(spec: SpecFields, codes: ArrayLike | None = None) -> np.ndarray:
+    """Build all codes of a head, one unit-norm row per class, for export and analysis.
+
+    The forward pass does not need it.
+
+    Args:
+        spec: The head spec.
+        codes: What the head stores, if anything: code index of each class, integers [C], if matched; packed signs if
+            binary.
+
+    Returns:
+        float32 [C, N].
+
+    Raises:
+        HeadSpecError: `codes` is missing, superfluous or does not fit.
+
+    >>> from fixify.heads import HeadSpec
+    >>> codebook(HeadSpec("hadamard", num_features=4, num_classes=2))
+    array([[ 0.5, -0.5,  0.5, -0.5],
+           [ 0.5,  0.5, -0.5, -0.5]], dtype=float32)
+    """
+    return kind_of(spec).codes(spec, codes).table()
+
+
+def min_blocks(num_features: int, num_classes: int) -> int:
+    """Count the blocks of 2N codes that C classes need."""
+    return -(-num_classes // (2 * num_features))
+
+
+def default_codes(num_features: int, num_classes: int) -> np.ndarray:
+    """Return the code indices of an unmatched `hadamard` head, in class order: int64 [C].
+
+    With fewer classes than features these are rows 1 .. C: features are non-negative after ReLU and pooling, so the
+    all-ones row 0 would take most of every feature vector. Otherwise class c has index c: the rows, their negatives,
+    the next block.
+    """
+    return np.arange(num_classes, dtype=np.int64) + (1 if num_classes < num_features else 0)
+
+
+def default_blocks(num_features: int, num_classes: int) -> int:
+    """Return the number of blocks that `match` searches by default."""
+    n, c = num_features, num_classes
+    if c <= n:
+        return max(1, min(SHARED_BLOCKS, (1 << 16) // (2 * n)))
+    return max(-(-c // n), min(SEARCH_BLOCKS, _SEARCHED_COSINES // (c * n)))
+
+
+def _index_dtype(num_features: int, blocks: int) -> str:
+    """Name the smallest unsigned integer type that holds every index of the code space."""
+    last = 2 * num_features * blocks - 1
+    return "uint8" if last < 1 << 8 else "uint16" if last < 1 << 16 else "uint32"
+
+
+def _in_bytes(size: int) -> str:
+    return f"{size} byte" if size == 1 else f"{size} bytes"

@@ -1,0 +1,310 @@
+"""The product of features with all codes, without building the codebook where that is avoidable.
+
+H_N = H_a (x) H_b makes it two small products: with x reshaped to X [a, b], H_N x = H_a X H_b^T (the standard identity
+for Kronecker products). That costs N (a + b) multiplications for N scores instead of N^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fixify.errors import HeadSpecError
+from fixify.heads.codes import Codes, FeatureRows, HadamardRows, SignRows, StoredSigns
+from fixify.heads.hadamard import Construction, block_signs, elementary, order_of, rows
+from fixify.heads.kinds import SpecFields, default_codes, kind_of
+
+_TABLES = ("left", "right", "rotation_signs", "block_signs", "index", "class_signs", "table", "packed")
+_MAX_UNPACKED = 1 << 24
+"""Stored signs that are held as numbers (64 MB in float32); more are held packed and unpacked in chunks."""
+_CHUNK = 1 << 22
+"""Packed signs that are unpacked at once: 16 MB in float32."""
+
+
+def balanced_split(construction: Construction) -> tuple[Construction, Construction]:
+    """Cut the Kronecker product in two so that the orders a and b of the parts have the smallest sum a + b."""
+    factors = elementary(construction)
+    cuts = [(factors[:i], factors[i:]) for i in range(len(factors) + 1)]
+    return min(cuts, key=lambda cut: order_of(cut[0]) + order_of(cut[1]))
+
+
+def factor_tables(construction: Construction) -> tuple[np.ndarray, np.ndarray]:
+    """Build the two parts of `balanced_split` as matrices: float32 of +-1, [a, a] and [b, b]."""
+    left, right = (rows(part, np.arange(order_of(part))).astype(np.float32) for part in balanced_split(construction))
+    return left, right
+
+
+def fast_product(z: Tensor, left: Tensor | None, right: Tensor) -> Tensor:
+    """Multiply with H = left (x) right: [..., N] -> [..., N].
+
+    Args:
+        z: [..., N].
+        left: [a, a]; None stands for [[1]].
+        right: [b, b], a b = N.
+
+    >>> fast_product(torch.tensor([1.0, 2.0]), None, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+    tensor([ 3., -1.])
+    """
+    b = right.shape[0]
+    a = z.shape[-1] // b
+    scores = F.linear(z.reshape(*z.shape[:-1], a, b), right)
+    if left is not None:
+        scores = torch.matmul(left, scores)
+    return scores.reshape(z.shape)
+
+
+def prefers_dense(num_classes: int, num_blocks: int, left: int, right: int) -> bool:
+    """Check whether one product with all codes is faster than the fast product with so many blocks.
+
+    Multiplications per feature: C against K (a + b), where small products run at about half the rate of a large one.
+    Below 2^16 entries the whole codebook costs less than starting a second product.
+
+    Args:
+        num_classes: C.
+        num_blocks: Number of blocks K that the codes use.
+        left: Order a.
+        right: Order b.
+    """
+    return num_classes < 2 * num_blocks * (left + right) or num_classes * left * right < 1 << 16
+
+
+class CodeProduct(nn.Module):
+    """The product Q z / prescale for the codebook Q [C, N] of a head: [..., N] -> [..., C].
+
+    All its tables are rebuilt from the spec (and the stored codes), so none is in a state dict. Signs are held as
+    +-2^-k, k near log2 sqrt(N): exact in every floating-point type, and no half-precision sum overflows. The rest of
+    the factor 1/sqrt(N), `prescale`, is left to the caller, who multiplies by a scale anyway.
+
+    Args:
+        spec: A resolved head spec.
+        stored: What the head stores in `codes`, if anything (see `HeadSpec.resolve`); None until it is known.
+        device: Device of the tables; None: torch's default.
+        dtype: Floating-point type of the tables; None: torch's default.
+    """
+
+    left: Tensor | None  # H_a; None if a = 1
+    right: Tensor | None  # H_b
+    rotation_signs: Tensor | None  # [N]; if features are rotated by the Hadamard matrix before the table
+    block_signs: Tensor | None  # [K, N]; None if only block 0 is used, whose signs are all plus
+    index: Tensor | None  # position of each class among the K N scores, [C]; None if codes are in class order
+    class_signs: Tensor | None  # sign of each class, [C]
+    table: Tensor | None  # the codebook [C, N], or stored signs [C, d]
+    packed: Tensor | None  # stored signs, uint8 [C, ceil(d / 8)], where they are too many for a table
+
+    def __init__(
+        self,
+        spec: SpecFields,
+        stored: np.ndarray | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.stored: np.ndarray | None = None
+        self.is_ready = False
+        self.prescale = 1.0
+        self.num_kept = spec.num_features
+        for name in _TABLES:
+            self.register_buffer(name, None, persistent=False)
+        self.rebuild(stored, device=device, dtype=dtype)
+
+    def rebuild(
+        self,
+        stored: np.ndarray | None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Fill the tables again.
+
+        Args:
+            stored: Code indices of a matched head, signs of a binary one; None if not known yet: `forward` will raise.
+            device: Device of the tables; None: torch's default.
+            dtype: Floating-point type of the tables; None: torch's default.
+        """
+        kind = kind_of(self.spec)
+        self.stored = stored
+        self.is_ready = stored is not None or kind.stored_codes(self.spec) is None
+        tables: dict[str, np.ndarray] = {}
+        if self.is_ready:
+            codes = kind.codes(self.spec, stored)
+            tables, self.prescale = _tables(codes)
+            self.num_kept = codes.num_signs if isinstance(codes, StoredSigns) else self.spec.num_features
+        device = torch.get_default_device() if device is None else torch.device(device)
+        for name in _TABLES:
+            table = None
+            if name in tables:
+                wanted = {"index": torch.int64, "packed": torch.uint8}.get(name, dtype or torch.get_default_dtype())
+                # `asarray` would share memory with the cached, read-only codes
+                table = torch.tensor(tables[name], device="cpu" if device.type == "meta" else device, dtype=wanted)
+                table = table.to(device)
+            setattr(self, name, table)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodeProduct:
+        tables = [table for table in self._buffers.values() if table is not None]
+        was_meta = any(table.is_meta for table in tables)
+        super()._apply(fn, recurse)
+        tables = [table for table in self._buffers.values() if table is not None]
+        if was_meta and not any(table.is_meta for table in tables):  # `to_empty` gives memory without the values
+            dtype = next((table.dtype for table in tables if table.is_floating_point()), None)
+            self.rebuild(self.stored, device=tables[0].device, dtype=dtype)
+        return self
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Multiply features with all codes.
+
+        Args:
+            z: [..., N].
+
+        Returns:
+            [..., C], in the type that `F.linear` would return.
+
+        Raises:
+            HeadSpecError: The stored codes have not been loaded.
+        """
+        if not self.is_ready:
+            raise HeadSpecError("The codes of this fixed classifier are stored, and have not been loaded yet.")
+        if self.rotation_signs is not None and self.right is not None:
+            z = fast_product(z * self.rotation_signs.to(z.dtype), self.left, self.right)[..., : self.num_kept]
+        if self.packed is not None:
+            product: Tensor = PackedLinear.apply(z, self.packed)
+            return product
+        if self.table is not None:
+            return F.linear(z, self.table)
+        if self.right is None:
+            return _as_linear(z)[..., : self.spec.num_classes]
+        return self._hadamard_scores(z, self.right)
+
+    def _hadamard_scores(self, z: Tensor, right: Tensor) -> Tensor:
+        """Multiply with the blocks of a Hadamard matrix and pick the score of each class."""
+        n, c = self.spec.num_features, self.spec.num_classes
+        k = 1 if self.block_signs is None else self.block_signs.shape[0]
+        lead = z.shape[:-1]
+        if self.block_signs is not None:
+            z = z.unsqueeze(-2) * self.block_signs.to(z.dtype)
+        scores = fast_product(z, self.left, right)  # [..., N] or [..., K, N]
+        if self.index is not None and self.class_signs is not None:
+            return scores.reshape(*lead, k * n).index_select(-1, self.index) * self.class_signs.to(scores.dtype)
+        if c > n:
+            scores = scores.reshape(*lead, k, 1, n)
+            return torch.cat((scores, -scores), dim=-2).reshape(*lead, k * 2 * n)[..., :c]
+        first = 1 if c < n else 0  # see `fixify.heads.kinds.default_codes`
+        return scores[..., first : first + c]
+
+
+def _tables(codes: Codes) -> tuple[dict[str, np.ndarray], float]:
+    """Build the tables for some codes, by name, and the prescale."""
+    match codes:
+        case HadamardRows():
+            return _hadamard_tables(codes)
+        case SignRows():
+            unit, prescale = _unit(codes.shape[1])
+            return {"table": codes.signs() * unit}, prescale
+        case StoredSigns():
+            return _stored_sign_tables(codes)
+        case FeatureRows():
+            return {}, 1.0
+        case _:
+            return {"table": codes.table()}, 1.0
+
+
+def _unit(length: int) -> tuple[np.float32, float]:
+    """Split 1/sqrt(length) into a power of two, at which signs are held, and the rest, the prescale."""
+    exponent = round(np.log2(length) / 2)
+    return np.float32(2.0**-exponent), 2.0**exponent / length**0.5
+
+
+def _hadamard_tables(codes: HadamardRows) -> tuple[dict[str, np.ndarray], float]:
+    c, n = codes.shape
+    unit, prescale = _unit(n)
+    blocks, block = np.unique(codes.block, return_inverse=True)
+    left, right = factor_tables(codes.construction)
+    if prefers_dense(c, len(blocks), len(left), len(right)):
+        return {"table": codes.signs() * unit}, prescale
+    tables = _pair(left, right, unit)
+    if blocks.any():
+        tables["block_signs"] = block_signs(codes.construction, codes.seed, blocks)
+    if not np.array_equal(codes.indices, default_codes(n, c)):
+        tables["index"] = block * n + codes.row
+        tables["class_signs"] = 1.0 - 2.0 * codes.is_negative.astype(np.float32)
+    return tables, prescale
+
+
+def _stored_sign_tables(codes: StoredSigns) -> tuple[dict[str, np.ndarray], float]:
+    unit, prescale = _unit(codes.num_signs)
+    if len(codes.packed) * codes.num_signs > _MAX_UNPACKED:
+        tables = {"packed": codes.packed}
+        prescale *= unit  # packed signs are +-1
+    else:
+        tables = {"table": codes.signs() * unit}
+    if codes.rotation is not None:
+        unit, rotation_prescale = _unit(codes.num_features)
+        prescale *= rotation_prescale
+        tables |= _pair(*factor_tables(codes.rotation.construction), unit)
+        tables["rotation_signs"] = codes.rotation.signs()
+    return tables, prescale
+
+
+def _pair(left: np.ndarray, right: np.ndarray, unit: np.float32) -> dict[str, np.ndarray]:
+    tables = {"right": right * unit}
+    if len(left) > 1:
+        tables["left"] = left
+    return tables
+
+
+def _as_linear(z: Tensor) -> Tensor:
+    """Cast as autocast would for `F.linear`, so that heads without a product return the same type as others."""
+    kind = z.device.type
+    if torch.is_autocast_enabled(kind) and z.is_floating_point() and z.dtype != torch.float64:
+        return z.to(torch.get_autocast_dtype(kind))
+    return z
+
+
+def unpack_signs(packed: Tensor, num_signs: int, dtype: torch.dtype) -> Tensor:
+    """Unpack signs to numbers.
+
+    Args:
+        packed: uint8 [k, ceil(d / 8)]; bit 1 is a minus sign, highest bit first.
+        num_signs: d.
+        dtype: Type of the result.
+
+    Returns:
+        [k, d] of +1 and -1.
+
+    >>> unpack_signs(torch.tensor([[0b01000000]], dtype=torch.uint8), 3, torch.float32)
+    tensor([[ 1., -1.,  1.]])
+    """
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+    bits = (packed[:, :, None] >> shifts) & 1
+    return 1.0 - 2.0 * bits.flatten(1)[:, :num_signs].to(dtype)
+
+
+class PackedLinear(torch.autograd.Function):
+    """The product `z @ signs.T` of z [..., d] with packed signs [C, ceil(d / 8)]: [..., C].
+
+    A chunk of classes is unpacked at a time, forward and backward; the whole codebook never exists as numbers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, packed: Tensor) -> Tensor:
+        """Multiply, a chunk of classes at a time."""
+        ctx.save_for_backward(packed)
+        ctx.num_signs, ctx.dtype = z.shape[-1], z.dtype
+        parts = packed.split(max(1, _CHUNK // z.shape[-1]))
+        return torch.cat([F.linear(z, unpack_signs(part, z.shape[-1], z.dtype)) for part in parts], dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Compute the gradient of z, accumulated in float32; the signs have none."""
+        (packed,), (grad,) = ctx.saved_tensors, grads
+        step = max(1, _CHUNK // ctx.num_signs)
+        total = torch.zeros(*grad.shape[:-1], ctx.num_signs, dtype=torch.float32, device=grad.device)
+        for part, of_part in zip(packed.split(step), grad.split(step, dim=-1), strict=True):
+            total += of_part @ unpack_signs(part, ctx.num_signs, grad.dtype)
+        return total.to(ctx.dtype), None
