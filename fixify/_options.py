@@ -116,8 +116,13 @@ def option(
         metavar: What the help calls its value.
         limits: What `pydantic.Field` takes: ge, gt, le, lt, allow_inf_nan, min_length.
     """
-    flag = {"flags": None if flags is None else tuple(flags), "panel": panel, "hidden": tuple(hidden)}
-    return Field(default, description=description, json_schema_extra=flag | {"metavar": metavar}, **limits)
+    flag: dict[str, Any] = {
+        "flags": None if flags is None else tuple(flags),
+        "panel": panel,
+        "hidden": tuple(hidden),
+        "metavar": metavar,
+    }
+    return Field(default, description=description, json_schema_extra=flag, **limits)
 
 
 def flag_of(name: str, info: FieldInfo) -> Flag:

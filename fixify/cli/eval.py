@@ -1,8 +1,8 @@
-"""`fixify eval CKPT --data DATA`"""
+"""Run `fixify eval CKPT --data DATA`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A slim or ordinary checkpoint, or a model name.")],
     data: Data,
-    options: dict[str, str],
+    options: dict[str, Any],
     against: Annotated[
         str | None,
         typer.Option(help="Another checkpoint: compare, and count how often both agree.", show_default=False),
@@ -66,9 +66,9 @@ def evaluate(
     with output.progress("evaluating") as advance:
         done = 0
 
-        def begin(data: OpenedData) -> None:
-            output.say(f"data: {data.description}")
-            advance(0, total=len(data))
+        def begin(opened_data: OpenedData) -> None:
+            output.say(f"data: {opened_data.description}")
+            advance(0, total=len(opened_data))
 
         def count(images: int) -> None:
             nonlocal done

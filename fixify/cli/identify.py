@@ -1,4 +1,4 @@
-"""`fixify identify FILE`"""
+"""Run `fixify identify FILE`."""
 
 from __future__ import annotations
 

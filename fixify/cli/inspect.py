@@ -1,4 +1,4 @@
-"""`fixify inspect FILE`"""
+"""Run `fixify inspect FILE`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ def inspect(
 ) -> None:
     """Show what a slim checkpoint says about itself. Only its header is read."""
     import fixify
+    from fixify.checkpoints.slim import SlimInfo
     from fixify.reporting.tables import about_table
 
     found = fixify.inspect(file)
-    Output(as_json=as_json).result({"file": file.name, **found.to_dict()}, about_table(file, found))
+    facts = found.model_dump() if isinstance(found, SlimInfo) else found.to_dict()
+    Output(as_json=as_json).result({"file": file.name, **facts}, about_table(file, found))

@@ -1,7 +1,7 @@
 """Options of the commands: those that several share, and those generated from an option class.
 
-A field of an option class (`fixify._options.option`) carries its help, its flags and its default. `takes` gives a command
-one parameter per field, so that a default is written once, in the class.
+A field of an option class (`fixify._options.option`) has a help, flags and a default. `takes` gives a command one
+parameter per field, so that a default is written once, in the class.
 """
 
 from __future__ import annotations
@@ -207,7 +207,8 @@ def help_of(info: FieldInfo) -> str:
     choices = _choices(info.annotation)
     if choices:
         said += f" One of {', '.join(choices)}."
-    if not default and info.default not in (None, False, ()) and not info.is_required():
+    unset = info.default is None or info.default is False or info.default == ()
+    if not default and not unset and not info.is_required():
         default, own = " Default:", f" {_spelled(info.default)}."
     return said + default + own
 

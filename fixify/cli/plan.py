@@ -1,4 +1,4 @@
-"""`fixify plan SOURCE`"""
+"""Run `fixify plan SOURCE`."""
 
 from __future__ import annotations
 

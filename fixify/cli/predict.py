@@ -1,4 +1,4 @@
-"""`fixify predict CKPT IMAGES...`"""
+"""Run `fixify predict CKPT IMAGES...`."""
 
 from __future__ import annotations
 

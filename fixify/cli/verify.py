@@ -1,4 +1,4 @@
-"""`fixify verify FILE`"""
+"""Run `fixify verify FILE`."""
 
 from __future__ import annotations
 

@@ -129,7 +129,8 @@ def _with_current_names(section: str, options: dict[str, Any], parsed: Parsed) -
                 continue
             for path, place in list(parsed.places.items()):
                 if path[:2] == (section, option):
-                    parsed.places[(section, name, *path[2:])] = place
+                    renamed: Path = (section, name, *path[2:])
+                    parsed.places[renamed] = place
         found[name] = value
     return found
 
