@@ -15,8 +15,10 @@ from typing import Any
 
 import yaml
 
-from fixify._options import Path
 from fixify.errors import UsageError
+
+Path = tuple[str | int, ...]  # as in fixify._options, whose pydantic completion does not need
+"""The path of a value: ("finetune", "scale", 0)."""
 
 MAX_BYTES = 1 << 16
 _MAX_DEPTH = 8
