@@ -79,7 +79,10 @@ def test_no_package_imports_what_imports_it() -> None:
         ({"a": "import fixed.b", "b": ""}, False),
         ({"a": "import fixed.b", "b": "def late():\n    from fixed.a import x"}, True),
         ({"a": "from fixed import b", "b": "if TYPE_CHECKING:\n    import fixed.a"}, True),
-        ({"p/__init__": "", "p/a": "from fixed.q import b", "q/__init__": "", "q/b": "", "q/c": "import fixed.p.a"}, True),
+        (
+            {"p/__init__": "", "p/a": "from fixed.q import b", "q/__init__": "", "q/b": "", "q/c": "import fixed.p.a"},
+            True,
+        ),
         ({"p/__init__": "from fixed.p.a import x", "p/a": "from fixed.p import y"}, True),
     ],
 )

@@ -36,13 +36,13 @@ def convert(
     import fixify
     from fixify.cli.common import chosen_recipe, with_architecture
     from fixify.recipes.reading import section_of
-    from fixify.reporting.tables import calibration_line, removed_line, savings_table
 
     output = Output(as_json=as_json)
     chosen = chosen_recipe(recipe, set_)
     section = None if chosen is None else section_of(chosen, "convert")
     wanted = {} if section is None else section.model_dump(exclude_unset=True)
     wanted |= options
+    from fixify.reporting.tables import calibration_line, removed_line, savings_table
 
     def with_arch(known: str | None) -> Conversion:
         bar = output.progress("calibrating") if wanted.get("calibrate") is not None else nullcontext()

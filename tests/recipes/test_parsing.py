@@ -137,7 +137,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert parse(read_text(tmp_path / "bom.yaml")).values == {"a": 1}
     with pytest.raises(UsageError, match="65,536"):
         read_text(tmp_path / "big.yaml")
-    with pytest.raises(RecipeError, match="line 2: .*UTF-8") as caught:
+    with pytest.raises(RecipeError, match=r"line 2: .*UTF-8") as caught:
         read_text(tmp_path / "latin.yaml")
     assert caught.value.exit_code == 2
     with pytest.raises(UsageError, match=r"none\.yaml.*No such file"):
