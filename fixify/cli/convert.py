@@ -42,6 +42,7 @@ def convert(
     section = None if chosen is None else section_of(chosen, "convert")
     wanted = {} if section is None else section.model_dump(exclude_unset=True)
     wanted |= options
+    # Mistakes in a recipe are reported before this import, which takes seconds.
     from fixify.reporting.tables import calibration_line, removed_line, savings_table
 
     def with_arch(known: str | None) -> Conversion:
