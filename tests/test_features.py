@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from fixify.data import Subset, draw_images, make_loader
 from fixify.demo.glyphs import face_images
 from fixify.demo.run import SHIPPED
 from fixify.errors import DataError, UsageError
-from fixify.heads import FixedClassifier, matching
+from fixify.heads import FixedClassifier, kinds
 from fixify.metrics import agreement
 
 CPU = torch.device("cpu")
@@ -26,8 +27,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _short_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thirty-second of the codes that convert searches: a second instead of half a minute."""
-    monkeypatch.setattr(matching, "SEARCH_BLOCKS", 128)
+    """Search 1/32 of the codes that `convert` searches."""
+    monkeypatch.setattr(kinds, "SEARCH_BLOCKS", 128)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,9 @@ def test_a_trained_network_keeps_much_without_training_and_says_how_much(glyphs:
 
 def test_the_seed_draws_the_images(glyphs: Path, tmp_path: Path) -> None:
     done = [
-        fixify.convert(SHIPPED, tmp_path / f"{i}.safetensors", calibrate=glyphs, calibrate_images=64, seed=seed)
+        fixify.convert(
+            SHIPPED, tmp_path / f"{i}.safetensors", head="orthogonal", calibrate=glyphs, calibrate_images=64, seed=seed
+        )
         for i, seed in enumerate((0, 0, 1))
     ]
     states = [fixify.load(one.path).state_dict() for one in done]
@@ -139,40 +142,42 @@ def test_an_auxiliary_classifier_is_not_called_and_is_matched_without(photos: Pa
     assert batches == {"aux1.fc2": 0, "aux2.fc2": 0, "fc": 10}
 
 
-def test_codes_that_are_not_matched_get_center_and_spread_only(glyphs: Path, tmp_path: Path) -> None:
+def test_codes_that_are_not_matched_get_mean_and_std_only(glyphs: Path, tmp_path: Path) -> None:
     done = fixify.convert(
         SHIPPED, tmp_path / "a.safetensors", head="orthogonal", calibrate=glyphs, calibrate_images=16, device="cpu"
     )
     head = _heads(fixify.load(done.path))["classifier"]
     assert head.center is not None and head.center.any() and head.bias is not None and not head.bias.any()
-    assert any("only center and spread" in note for note in done.notes)
+    assert any("not matched" in note for note in done.notes)
 
 
 def test_options_that_are_given_win(glyphs: Path, tmp_path: Path) -> None:
     options = {"calibrate": glyphs, "calibrate_images": 40, "device": "cpu"}
-    done = fixify.convert(SHIPPED, tmp_path / "a.safetensors", scale=7.5, standardize=False, **options)  # type: ignore[arg-type]
+    done = fixify.convert(SHIPPED, tmp_path / "a.safetensors", alpha=7.5, standardize=False, **options)  # type: ignore[arg-type]
     head = _heads(fixify.load(done.path))["classifier"]
     assert head.scale.item() == 7.5 and head.center is None and head.bias is not None and head.bias.any()
 
 
 def test_mistakes_are_told_before_anything_is_written(glyphs: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.safetensors"
-    with pytest.raises(UsageError, match="8 or more, not 7"):
-        fixify.convert(SHIPPED, out, calibrate=glyphs, calibrate_images=7)
-    with pytest.raises(UsageError, match="Only calibrating"):
-        fixify.convert(SHIPPED, out, device="cpu")
-    with pytest.raises(UsageError, match="a new label set has none"):
-        fixify.convert(SHIPPED, out, calibrate=glyphs, num_classes=7)
-    with pytest.raises(DataError, match="no data set of that name"):
+    options: list[tuple[dict[str, Any], str]] = [
+        ({"calibrate": glyphs, "calibrate_images": 7}, "calibrate_images.*8.*7"),
+        ({"device": "cpu"}, "(?i)calibrat"),
+        ({"calibrate": glyphs, "num_classes": 7}, "new label set"),
+    ]
+    for given, said in options:
+        with pytest.raises(UsageError, match=said):
+            fixify.convert(SHIPPED, out, **given)
+    with pytest.raises(DataError, match="nowhere"):
         fixify.convert(SHIPPED, out, calibrate="nowhere")
     few = tmp_path / "few"
     few.mkdir()
     for image in list(glyphs.iterdir())[:7]:
         (few / image.name).write_bytes(image.read_bytes())
-    with pytest.raises(DataError, match="holds 7 images; calibrating takes at least 8"):
+    with pytest.raises(DataError, match=r"7.*8"):
         fixify.convert(SHIPPED, out, calibrate=few)
     (few / "broken.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"Cannot read the image .*broken\.png"):
+    with pytest.raises(DataError, match=r"broken\.png"):
         fixify.convert(SHIPPED, out, calibrate=few)
     assert not out.exists()
 

@@ -1,4 +1,4 @@
-"""Draws accuracy against stored bytes a class from the results of tests/benchmarks/retrofit.py.
+"""Plot top-1 against stored bytes per class, from the results of tests/benchmarks/retrofit.py.
 
 python tests/benchmarks/plot_dial.py tests/benchmarks/results/kanji-256.jsonl tests/benchmarks/results/dial.png
 """
@@ -17,15 +17,15 @@ from matplotlib import pyplot as plt
 from retrofit import chosen, read
 
 FAMILIES = {
-    "binary": ("signs (fixify --bits-per-class)", "#1769aa", "o"),
-    "fixed, matched + centered": ("matched Hadamard codes (fixify)", "#2a8f4b", "D"),
-    "SVD": ("truncated SVD, float16", "#b3541e", "s"),
-    "int": ("integers, 2 to 8 bits", "#7a4fa3", "^"),
+    "binary": ("binary: d signs per class (fixify)", "#1769aa", "o"),
+    "fixed, matched + centered": ("Hadamard codes, matched (fixify)", "#2a8f4b", "D"),
+    "SVD": ("truncated SVD", "#b3541e", "s"),
+    "int": ("integers of 2 to 8 bits", "#7a4fa3", "^"),
 }
 
 
 def points(path: Path, column: int) -> dict[str, list[tuple[float, float]]]:
-    """By family: (bytes a class, mean top-1) of every row that has the column (0: no training, -1: whole budget)."""
+    """Map each family to (bytes per class, mean top-1); column 0 is before fine-tuning, -1 after all steps."""
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row, entries in chosen(read(path)).items():
         family = next((name for name in FAMILIES if row.startswith(name) and not row.endswith("distilled")), None)
@@ -41,22 +41,23 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, constrained_layout=True)
     control = [entry["top1"] for entry in chosen(read(arguments.results))["learned, continued (control)"]]
-    for axis, column, title in ((axes[0], 0, "no training"), (axes[1], -1, "after the whole budget")):
+    for axis, column, title in ((axes[0], 0, "before fine-tuning"), (axes[1], -1, "after fine-tuning")):
         for family, values in points(arguments.results, column).items():
             label, colour, marker = FAMILIES[family]
             axis.plot(*zip(*values, strict=True), color=colour, marker=marker, markersize=4, linewidth=1.3, label=label)
         level = statistics.mean(values[column] for values in control)
-        axis.axhline(level, color="#555555", linewidth=0.8, linestyle="--", label="learned classifier (float32)")
+        axis.axhline(level, color="#555555", linewidth=0.8, linestyle="--", label="learned, float32")
         axis.set_xscale("log", base=2)
         ticks = [2, 4, 8, 16, 32, 64, 128, 256]
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
-        axis.set_xlabel("stored bytes a class")
+        axis.set_xlabel("bytes per class")
         axis.set_title(title, fontsize=10)
         axis.grid(color="#dddddd", linewidth=0.6)
     axes[0].set_ylabel("top-1 on held-out typefaces, %")
-    axes[1].legend(*axes[0].get_legend_handles_labels(), loc="lower right", frameon=False, fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, columnspacing=1.2, frameon=False, fontsize=8)
     figure.savefig(arguments.out, dpi=150)
 
 

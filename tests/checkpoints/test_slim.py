@@ -199,18 +199,18 @@ def test_what_is_not_slim_is_refused(slim: Path, tmp_path: Path) -> None:
     assert is_slim(slim)
     assert not is_slim(tmp_path / "plain.safetensors")
     assert not is_slim(tmp_path / "missing")
-    with pytest.raises(FormatError, match="did not write it"):
+    with pytest.raises(FormatError, match="plain"):
         read_info(tmp_path / "plain.safetensors")
-    with pytest.raises(FormatError, match="no file"):
+    with pytest.raises(FormatError, match="missing"):
         read_info(tmp_path / "missing")
     (tmp_path / "cut.safetensors").write_bytes(slim.read_bytes()[:1000])
-    with pytest.raises(FormatError, match="not a readable"):
+    with pytest.raises(FormatError, match="cut"):
         read_info(tmp_path / "cut.safetensors")
 
 
 def test_a_newer_version_is_refused_with_a_sentence(slim: Path, tmp_path: Path) -> None:
     newer = _rewritten(slim, tmp_path / "newer.safetensors", fixify__version="2")
-    with pytest.raises(FormatError, match="format version 2; this fixify reads version 1"):
+    with pytest.raises(FormatError, match=r"2.*1"):
         read_info(newer)
 
 
@@ -310,14 +310,14 @@ def test_binary_checkpoint_on_the_meta_device(binary: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("gains", lambda gains: gains.float(), r"gains must be uint8 of shape \[300\], not float32 \[300\]"),
-        ("gains", lambda gains: gains[:299], r"gains must be uint8 of shape \[300\], not uint8 \[299\]"),
-        ("gains", lambda gains: gains * 0, "gains must lie in 1 .. 255"),
+        ("gains", lambda gains: gains.float(), r"gains.*uint8.*float32"),
+        ("gains", lambda gains: gains[:299], r"gains.*300.*299"),
+        ("gains", lambda gains: gains * 0, r"gains.*1 \.\. 255"),
         ("gains", lambda gains: None, "gains"),
-        ("codes", lambda codes: codes.long(), r"codes must be uint8 of shape \[300, 6\], not int64 \[300, 6\]"),
-        ("codes", lambda codes: codes[:, :5], r"codes must be uint8 of shape \[300, 6\], not uint8 \[300, 5\]"),
-        ("codes", lambda codes: codes * 0, "Classes 0 and 1 have the same signs"),
-        ("codes", lambda codes: codes | 1, "unused bits"),
+        ("codes", lambda codes: codes.long(), r"codes.*uint8.*int64"),
+        ("codes", lambda codes: codes[:, :5], r"codes.*300, 6.*300, 5"),
+        ("codes", lambda codes: codes * 0, "0 and 1"),
+        ("codes", lambda codes: codes | 1, "bits"),
         ("codes", lambda codes: None, "codes"),
     ],
 )

@@ -7,9 +7,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from fixify.errors import HeadSpecError
-from fixify.heads import FixedClassifier, HeadSpec, codebook, coherence
+from fixify.heads import FixedClassifier, HeadSpec, codebook, coherence, match
 from fixify.heads import matching as module
-from fixify.heads.matching import match
 
 
 def class_vectors(c, n, seed=0, rank=None):
@@ -145,13 +144,6 @@ def test_same_input_same_codes_and_random_state_untouched():
     first, second = (match(class_vectors(100, 32), blocks=500) for _ in range(2))
     assert np.array_equal(first.codes, second.codes)
     assert torch.equal(before, torch.get_rng_state())
-
-
-def test_default_number_of_blocks():
-    assert module.default_blocks(2048, 1000) == 8
-    assert module.default_blocks(256, 200) == 8
-    assert module.default_blocks(256, 2965) == 4096
-    assert 9 <= module.default_blocks(2048, 18_291) < 4096
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,20 @@
 import dataclasses
 import json
+import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixify.errors import CodebookMismatchError, HeadSpecError
-from fixify.heads import HeadSpec, choose_kind
+from fixify.heads import REFERENCE_CONSTRUCTION, FixedClassifier, HeadSpec, choose_kind
+from fixify.heads.codes import same_digest
 from fixify.heads.spec import MAX_CLASSES, MAX_FEATURES
+
+DIFFERENT_SIGNS = np.arange(30, dtype=np.uint8).reshape(10, 3)  # of 10 classes, 24 each
+GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 
 VALID = {"kind": "hadamard", "num_features": 64, "num_classes": 10}
 
@@ -19,7 +26,12 @@ VALID = {"kind": "hadamard", "num_features": 64, "num_classes": 10}
         HeadSpec("orthogonal", 386, 1000, bias=False, fixed_scale=True),
         HeadSpec("simplex", 64, 65, normalize=False),
         HeadSpec("simplex", 64, 65, standardize="center"),
+        HeadSpec("binary", 64, 10, bits_per_class=24, gains=True),
+        HeadSpec("hadamard", 64, 10, matched=True, blocks=3),
+        HeadSpec("hadamard", 48, 60, construction=REFERENCE_CONSTRUCTION),
+        HeadSpec("identity", 64, 10),
     ],
+    ids=lambda spec: spec.kind,
 )
 def test_json_round_trip(spec):
     resolved = spec.resolve()
@@ -27,6 +39,61 @@ def test_json_round_trip(spec):
     assert again == resolved
     assert again.resolve() == resolved
     assert hash(again) == hash(resolved)
+    assert pickle.loads(pickle.dumps(resolved)) == resolved
+
+
+def test_json_keys_are_those_of_version_1():
+    """Readers of the first release know these keys and no others; `gains` is left out where they need not know it."""
+    entries = HeadSpec("binary", 64, 10, bits_per_class=24, gains=True).resolve(DIFFERENT_SIGNS).to_dict()
+    assert list(entries) == [
+        "kind", "num_features", "num_classes", "seed", "normalize", "bias", "standardize", "fixed_scale", "matched",
+        "bits_per_class", "gains", "version", "construction", "digest",
+    ]  # fmt: skip
+    assert "gains" not in HeadSpec("hadamard", 64, 10).to_dict()
+    assert list(HeadSpec("hadamard", 64, 10).resolve().to_dict())[-4:] == [
+        "blocks",
+        "version",
+        "construction",
+        "digest",
+    ]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_digests(name):
+    """Codebooks must never change: existing files are rebuilt from these."""
+    kind, n, c, seed = name.split("-")
+    golden = GOLDEN[name]
+    spec = HeadSpec(kind, int(n), int(c), seed=int(seed), digest=golden).resolve()
+    assert spec.digest == golden
+    again = dataclasses.replace(spec, digest=None, construction=None).resolve()
+    assert same_digest(again.digest, golden, int(c))
+    assert dataclasses.replace(again, digest=golden) == spec
+    other = next(digest for digest in GOLDEN.values() if digest != golden and digest[0] == golden[0])
+    with pytest.raises(CodebookMismatchError):
+        dataclasses.replace(spec, digest=other).resolve()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        HeadSpec("hadamard", 64, 10, matched=True, blocks=3, standardize=True),
+        HeadSpec("hadamard", 64, 10, standardize="center", bias=False, fixed_scale=True, gains=True),
+        HeadSpec("binary", 64, 10, bits_per_class=20, gains=True),
+        HeadSpec("orthogonal", 64, 10),
+    ],
+    ids=lambda spec: spec.kind,
+)
+def test_stored_tensors_are_those_of_the_state_dict(spec):
+    state = FixedClassifier(spec).state_dict()
+    expected = {
+        tensor.name: (tensor.dtype or "float32", tensor.shape, tensor.num_bytes()) for tensor in spec.stored_tensors
+    }
+    assert {
+        name: (str(tensor.dtype).split(".")[1], tuple(tensor.shape), tensor.nbytes) for name, tensor in state.items()
+    } == expected
+    stored = sum(size for name, (*_, size) in expected.items() if name in ("codes", "gains"))
+    assert stored == spec.bytes_per_class * spec.num_classes
+    assert spec.stores_codes == ("codes" in state) and spec.row_scales == ("gains" in state)
 
 
 def test_resolve_fills_in_and_verifies():
@@ -36,7 +103,7 @@ def test_resolve_fills_in_and_verifies():
     assert resolved.digest.startswith("sha256:")
     with pytest.raises(CodebookMismatchError) as error:
         dataclasses.replace(resolved, seed=1).resolve()
-    assert "written for" in error.value.message
+    assert resolved.digest[:30] in error.value.message
     assert error.value.hint
     orthogonal = HeadSpec("orthogonal", 20, 100).resolve()
     with pytest.raises(CodebookMismatchError):
@@ -69,9 +136,15 @@ def test_resolve_fills_in_and_verifies():
         ({"normalize": None}, "normalize must be true or false"),
         ({"matched": True}, "needs blocks >= 1"),
         ({"matched": True, "num_features": 65_536, "blocks": 65_536}, "more than 2\\^32 codes"),
-        ({"matched": True, "kind": "orthogonal"}, "belong to kind 'hadamard'"),
+        ({"matched": True, "kind": "orthogonal"}, "belongs to kind 'hadamard'"),
         ({"construction": "sylvester-64", "kind": "simplex"}, "belongs to a head that multiplies"),
+        ({"blocks": 1, "kind": "binary", "bits_per_class": 8}, "belongs to kind 'hadamard'"),
         ({"bits_per_class": 8}, "belongs to kind 'binary'"),
+        ({"bits_per_class": 0, "kind": "orthogonal"}, "belongs to kind 'binary'"),
+        ({"matched": True, "blocks": 1, "construction": REFERENCE_CONSTRUCTION}, "class order"),
+        ({"blocks": 1, "construction": REFERENCE_CONSTRUCTION}, "class order"),
+        ({"kind": "orthogonal", "construction": REFERENCE_CONSTRUCTION}, "construction belongs"),
+        ({"kind": "identity", "num_classes": 65}, "at most 64 classes, got 65"),
         ({"kind": "binary"}, "bits_per_class must be an integer from 1 to the 64"),
         ({"kind": "binary", "bits_per_class": 65}, "bits_per_class must be an integer"),
         ({"kind": "binary", "bits_per_class": 3}, "only 8 different codes of 3 signs"),

@@ -1,9 +1,11 @@
+import importlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixify.heads import HeadSpec, bounds, coherence, rankin_bound, welch_bound
+from fixify.heads import HeadSpec, codebook, coherence, rankin_bound, welch_bound
 
 
 def test_known_bounds():
@@ -19,8 +21,9 @@ def test_known_bounds():
         (HeadSpec("hadamard", 1280, 1000), 0, 0),
         (HeadSpec("hadamard", 768, 1000), 0, 1),
         (HeadSpec("hadamard", 256, 2965), 1 / 16, 1),
-        (HeadSpec("hadamard", 1024, 3000), 1 / 32, 1),
+        (HeadSpec("hadamard", 1024, 2100), 1 / 32, 1),
         (HeadSpec("simplex", 64, 65), -1 / 64, 1 / 64),
+        (HeadSpec("identity", 64, 64), 0, 0),
     ],
 )
 def test_known_coherences(spec, max_cosine, max_abs):
@@ -41,21 +44,25 @@ def test_no_codebook_beats_the_bounds(kind, n, c):
 
 def test_sums_over_parts_are_those_of_the_whole(monkeypatch):
     spec = HeadSpec("orthogonal", 24, 300)
-    from fixify.heads import codebook
-
     book = codebook(spec).astype(np.float64)
     gram = (book @ book.T)[~np.eye(300, dtype=bool)]
-    monkeypatch.setattr(bounds, "_BLOCK", 37)
+    module = importlib.import_module("fixify.heads.coherence")  # the package's attribute is the function
+    monkeypatch.setattr(module, "_BLOCK", 37)
     result = coherence(spec)
     assert result.max_cosine == pytest.approx(gram.max(), abs=1e-6)
     assert result.max_abs == pytest.approx(np.abs(gram).max(), abs=1e-6)
     assert result.rms_cosine == pytest.approx((gram**2).mean() ** 0.5, abs=1e-6)
-    monkeypatch.setattr(bounds, "_EXACT_CLASSES", 100)
-    monkeypatch.setattr(bounds, "_SAMPLED_CLASSES", 50)
+    monkeypatch.setattr(module, "_EXACT_CLASSES", 100)
+    monkeypatch.setattr(module, "_SAMPLED_CLASSES", 50)
     sampled = coherence(spec)
     assert sampled.classes_checked == 50
     assert sampled.max_cosine <= result.max_cosine
     assert sampled.rms_cosine == pytest.approx(result.rms_cosine, abs=1e-6)
+
+
+def test_one_class_has_no_pairs():
+    result = coherence(HeadSpec("hadamard", 64, 1))
+    assert (result.max_cosine, result.rms_cosine, result.max_abs) == (-1, 0, 0)
 
 
 def test_matched_heads():

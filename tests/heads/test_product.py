@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -5,21 +7,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixify.errors import HeadSpecError
-from fixify.heads import HeadSpec, codebook, transform
-from fixify.heads.matrices import factorise, format_construction, order_of, parse_construction
-from fixify.heads.transform import CodeProduct, balanced_split, prefers_dense
+from fixify.heads import HeadSpec, codebook, unpack_signs
+from fixify.heads import product as module
+from fixify.heads.hadamard import factorise, format_construction, order_of, parse_construction
+from fixify.heads.kinds import default_codes
+from fixify.heads.product import CodeProduct, PackedLinear, balanced_split, prefers_dense
 
 SIZES = [
     (n, c) for n in (1, 2, 4, 12, 20, 28, 36, 64, 96, 256, 320) for c in (1, n - 1, n, n + 1, 2 * n, 2 * n + 3, 5 * n)
 ]
-SIZES += [(1280, 1000), (1280, 2570), (2048, 1000), (2048, 2048), (2048, 5000), (4920, 50)]
+SIZES += [(1280, 1000), (1280, 2570), (2048, 1000), (2048, 4200), (4920, 50)]
 SIZES = sorted({(n, c) for n, c in SIZES if 0 < c <= 2 ** min(n, 30) and (n, c) != (4, 20)})
 
 
 @pytest.fixture(params=[True, False], ids=["dense", "fast"])
 def path(request, monkeypatch):
     """Each of the two ways of computing the same product, whatever the size."""
-    monkeypatch.setattr(transform, "prefers_dense", lambda *_: request.param)
+    monkeypatch.setattr(module, "prefers_dense", lambda *_: request.param)
     return request.param
 
 
@@ -38,24 +42,16 @@ def product_and_book(n, c, blocks=None, dtype=torch.float64):
     return product, book
 
 
-def features(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+@pytest.fixture(scope="module")
+def features(draw):
+    return functools.partial(draw, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("n", "c"), SIZES)
-def test_value_and_gradient_of_the_codebook(path, n, c):
-    product, book = product_and_book(n, c)
-    x = features(3, n).requires_grad_()
-    weights = features(3, c, seed=1)
-    (gradient,) = torch.autograd.grad((product(x) * weights).sum(), x)
-    torch.testing.assert_close(product(x), x @ book.T, rtol=1e-12, atol=1e-11)
-    torch.testing.assert_close(gradient, weights @ book, rtol=1e-12, atol=1e-10)
+MATCHED_SIZES = [(20, 15, 1), (20, 40, 5), (64, 700, 9), (256, 300, 4), (320, 700, 3), (256, 9, 4096)]
 
 
-@pytest.mark.parametrize(
-    ("n", "c", "blocks"), [(20, 15, 1), (20, 40, 5), (64, 700, 9), (256, 300, 4), (320, 700, 3), (256, 9, 4096)]
-)
-def test_value_and_gradient_of_a_matched_codebook(path, n, c, blocks):
+@pytest.mark.parametrize(("n", "c", "blocks"), [(n, c, None) for n, c in SIZES] + MATCHED_SIZES)
+def test_value_and_gradient_are_those_of_the_codebook(path, features, n, c, blocks):
     product, book = product_and_book(n, c, blocks)
     x = features(3, n).requires_grad_()
     weights = features(3, c, seed=1)
@@ -67,7 +63,7 @@ def test_value_and_gradient_of_a_matched_codebook(path, n, c, blocks):
 @pytest.mark.parametrize(
     ("n", "c", "blocks"), [(12, 5, None), (12, 12, None), (12, 17, None), (12, 50, None), (12, 20, 4)]
 )
-def test_gradcheck(path, n, c, blocks):
+def test_gradcheck(path, features, n, c, blocks):
     product, _ = product_and_book(n, c, blocks)
     x = features(2, n).requires_grad_()
     assert torch.autograd.gradcheck(product, (x,))
@@ -76,7 +72,7 @@ def test_gradcheck(path, n, c, blocks):
 
 @settings(deadline=None, max_examples=40)
 @given(st.sampled_from([16, 48, 64, 80, 144]), st.integers(1, 600), st.lists(st.integers(0, 3), max_size=3))
-def test_any_leading_dimensions(n, c, lead):
+def test_any_leading_dimensions(features, n, c, lead):
     product, book = product_and_book(n, c)
     x = features(*lead, n)
     assert product(x).shape == (*lead, c)
@@ -98,7 +94,7 @@ def test_tables_are_exact_in_every_type():
 # An error no larger than a few times that of rounding the dense product's own inputs
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("n", [256, 1280, 2048])
-def test_error_is_that_of_the_dense_product(n, dtype, path):
+def test_error_is_that_of_the_dense_product(n, dtype, path, features):
     product, book = product_and_book(n, n, dtype=dtype)
     x = torch.nn.functional.normalize(features(8, n), dim=-1)
     exact = x @ book.double().T
@@ -130,7 +126,7 @@ def test_dense_is_chosen_where_the_factors_are_degenerate_or_the_head_small():
 
 
 def test_only_blocks_that_are_used_are_multiplied(monkeypatch):
-    monkeypatch.setattr(transform, "prefers_dense", lambda *_: False)
+    monkeypatch.setattr(module, "prefers_dense", lambda *_: False)
     spec = HeadSpec("hadamard", 64, 50, matched=True, blocks=64)
     codes = 2 * 64 * 17 + np.arange(50)
     product = CodeProduct(spec.resolve(codes), codes)
@@ -143,9 +139,55 @@ def test_unknown_codes_are_refused_at_the_first_use():
         product(torch.zeros(1, 64))
 
 
-def test_a_meta_product_gets_its_tables_when_it_gets_memory(path):
+def test_a_meta_product_gets_its_tables_when_it_gets_memory(path, features):
     meta = CodeProduct(HeadSpec("hadamard", 64, 100).resolve(), device="meta")
     assert all(table.is_meta for table in meta.buffers())
     real = CodeProduct(HeadSpec("hadamard", 64, 100).resolve())
     x = features(2, 64, dtype=torch.float32)
     assert torch.equal(meta.to_empty(device="cpu")(x), real(x))
+
+
+def test_matched_codes_in_class_order_need_no_index(path, features):
+    """The scores already are in class order, as those of a head that is not matched."""
+    spec = HeadSpec("hadamard", 64, 50, matched=True, blocks=1)
+    matched = CodeProduct(spec, default_codes(64, 50))
+    assert matched.index is None
+    x = features(3, 64, dtype=torch.float32)
+    assert torch.equal(matched(x), CodeProduct(HeadSpec("hadamard", 64, 50))(x))
+
+
+# --- Identity
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 100), st.lists(st.integers(0, 3), max_size=3), st.data())
+def test_identity_is_a_slice_without_tables(features, n, lead, data):
+    c = data.draw(st.integers(1, n))
+    product = CodeProduct(HeadSpec("identity", n, c), dtype=torch.float64)
+    assert not list(product.buffers()) and product.prescale == 1
+    x = features(*lead, n)
+    assert torch.equal(product(x), x[..., :c])
+    torch.testing.assert_close(product(x), x @ torch.from_numpy(codebook(product.spec)).double().T)
+
+
+# --- Packed signs
+
+
+@pytest.fixture
+def packed():
+    return torch.randint(0, 256, (7, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_packed_value_and_gradient_are_those_of_the_unpacked_signs(packed, features, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK", 3 * 13)  # chunks of three classes
+    z = features(3, 13).requires_grad_()
+    expected = z @ unpack_signs(packed, 13, torch.float64).T
+    ours = PackedLinear.apply(z, packed)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    grads = [torch.autograd.grad(logits.sin().sum(), z)[0] for logits in (ours, expected)]
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-5)  # ours is summed in float32
+
+
+def test_signs_are_unpacked_highest_bit_first(packed):
+    expected = 1.0 - 2.0 * np.unpackbits(packed.numpy(), axis=1, count=13)
+    assert np.array_equal(unpack_signs(packed, 13, torch.float32).numpy(), expected)

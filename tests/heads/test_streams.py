@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from fixify.heads.random import Purpose, gaussian, raw, sign_bits
+from fixify.heads.streams import Purpose, gaussian, raw, sign_bits
 
 
 def test_raw_is_philox_4x64_10():

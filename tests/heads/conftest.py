@@ -1,0 +1,20 @@
+"""Helpers that the tests of several modules share, as fixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[..., Tensor]:
+    """Seeded standard normal numbers of a shape; the same ones every time."""
+
+    def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+        drawn_in = torch.float64 if dtype == torch.float64 else torch.float32
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=drawn_in).to(dtype)
+
+    return drawn
