@@ -14,7 +14,7 @@ from fixify.language.loop import LanguageEpochEnded, LanguageEvent, LanguageStep
 from fixify.language.model import build_model, size_of
 from fixify.language.run import read_language_runs
 from fixify.recipes import read_recipe
-from fixify.recipes.running import run_language_recipe
+from fixify.recipes.running import train
 from fixify.training.interrupt import TrainingInterrupted
 
 WORDS = ["learned", "tied", "orthogonal", "hadamard", "pmi"]
@@ -146,13 +146,13 @@ def test_the_recipe_of_a_run_repeats_it_and_refuses_another_text(
     first = run_language(str(text), tmp_path / "run", small)
     recipe = read_recipe(tmp_path / "run" / "recipe.yaml")
     assert recipe.language is not None
-    again = run_language_recipe(recipe, tmp_path / "again", recipe.language.replace(device="cpu"))
+    again = train(recipe, tmp_path / "again", recipe.language.replace(device="cpu"))
     assert_same(again.last_path, first.last_path)
     with (text / "wiki.test.tokens").open("a") as file:
         file.write("w1\n")
     try:
         with pytest.raises(TrainingError, match="not what this recipe recorded"):
-            run_language_recipe(recipe, tmp_path / "changed")
+            train(recipe, tmp_path / "changed")
     finally:
         lines = (text / "wiki.test.tokens").read_text().removesuffix("w1\n")
         (text / "wiki.test.tokens").write_text(lines)
