@@ -10,7 +10,7 @@ from fixify.errors import OutputExistsError, UsageError
 from fixify.language import LanguageOptions, LanguageResult, run_language
 from fixify.recipes.reading import Recipe, section_of
 from fixify.training import FinetuneOptions, FinetuneResult, Listener, TrainOptions, finetune, train_from_scratch
-from fixify.training.api import goes_on
+from fixify.training.api import is_restarted_run
 from fixify.training.run_folder import RUN_FILE
 
 
@@ -166,7 +166,7 @@ def compare_recipe(
     """
     folders = {name: Path(out) / name for name in runs}
     begun = {name for name, folder in folders.items() if (folder / RUN_FILE).exists()}
-    others = {name for name in begun if not goes_on(folders[name])}
+    others = {name for name in begun if not is_restarted_run(folders[name])}
     if others and not (resume or force):
         raise OutputExistsError(
             f"There is a run in {folders[min(others)]} already.",

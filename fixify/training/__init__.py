@@ -1,7 +1,6 @@
-"""The engine that trains and retrofits: `finetune` on files and names, `train_model` on a model and opened data."""
+"""Train and retrofit classifiers: `finetune` takes files and names, `train_model` a model and opened data."""
 
-from fixify.training.api import finetune, train_from_scratch
-from fixify.training.checkpointing import SaveModel
+from fixify.training.api import finetune, finetune_folder, train_from_scratch
 from fixify.training.events import (
     Calibrated,
     EpochEnded,
@@ -18,11 +17,12 @@ from fixify.training.events import (
     Validated,
     Warned,
 )
+from fixify.training.facts import Inputs, Machine, OpenedInputs, Recorded, RunFacts, RunOutput, SaveModel
 from fixify.training.interrupt import TrainingInterrupted
 from fixify.training.options import FinetuneOptions, TrainOptions
 from fixify.training.run import FinetuneResult, train_model
 from fixify.training.run_folder import BEST_FILE, LAST_FILE, stored_options
-from fixify.training.teacher import OtherModel
+from fixify.training.teacher import ReferenceModel
 
 __all__ = [
     "BEST_FILE",
@@ -36,10 +36,16 @@ __all__ = [
     "Event",
     "FinetuneOptions",
     "FinetuneResult",
+    "Inputs",
     "LastBlockEpoch",
     "Listener",
+    "Machine",
+    "OpenedInputs",
     "OriginalEvaluated",
-    "OtherModel",
+    "Recorded",
+    "ReferenceModel",
+    "RunFacts",
+    "RunOutput",
     "RunStarted",
     "SaveModel",
     "Step",
@@ -47,8 +53,9 @@ __all__ = [
     "TrainingInterrupted",
     "Validated",
     "Warned",
-    "train_model",
     "finetune",
-    "train_from_scratch",
+    "finetune_folder",
     "stored_options",
+    "train_from_scratch",
+    "train_model",
 ]
