@@ -71,7 +71,7 @@ def test_the_recipe_of_a_finetuning_run_repeats_it(digits: Path, tiny: Path, tmp
     again = train_recipe(recipe, tmp_path / "again", recipe.finetune.replace(**MACHINE))
     assert same(first.last_path, again.last_path)
     half = recipe.finetune.replace(**MACHINE, batch_size=recipe.finetune.batch_size // 2)
-    with pytest.raises(TrainingError, match="images in a step") as caught:
+    with pytest.raises(TrainingError, match="images per step") as caught:
         train_recipe(recipe, tmp_path / "half", half)
     assert f"--set finetune.batch_size={recipe.finetune.batch_size}" in str(caught.value.hint)
     fixify.convert(tiny / "learned.pth", slim, num_classes=10, seed=1, head="orthogonal", force=True)

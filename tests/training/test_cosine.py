@@ -12,9 +12,8 @@ from torch import Tensor
 from fixify.errors import UsageError
 from fixify.heads import FixedClassifier, HeadSpec, codebook
 from fixify.surgery import fix_classifier_
-from fixify.training import FinetuneOptions, train_model
-from fixify.training.loop import training_loss
-from fixify.training.losses import check_cosine_heads, cosine_loss
+from fixify.training import FinetuneOptions
+from fixify.training.losses import check_cosine_heads, cosine_loss, training_loss
 from fixify.training.optimisers import parameter_groups
 
 
@@ -91,16 +90,14 @@ def test_learned_heads_are_refused_and_the_right_one_is_not(new_model: Any) -> N
     check_cosine_heads(fix_classifier_(new_model(fixed=False), bias=False, fixed_scale=True, scale=1.0))
 
 
-def test_a_run_with_it_learns(
-    new_model: Any, stripes: Any, preprocessing: Any, save_weights: Any, tmp_path: Path
-) -> None:
+def test_a_run_with_it_learns(run: Any, new_model: Any, tmp_path: Path) -> None:
     model = fix_classifier_(
         new_model(fixed=False, dropout=0.0), bias=False, fixed_scale=True, scale=1.0, standardize=True
     )
     options = FinetuneOptions.create(
         loss="cosine", epochs=6, batch_size=11, lr=0.1, no_aug=True, workers=0, device="cpu", warmup_epochs=0
     )
-    result = train_model(model, *stripes, preprocessing, options, tmp_path / "run", save=save_weights)
+    result = run(tmp_path / "run", options, model)
     assert result.after.val_top1 > 60  # of 4 classes
     assert float(model.fc.scale) == 1.0
 

@@ -160,7 +160,7 @@ def test_losses_that_are_read_late_are_read_before_anything_is_written(
     run: Any, tmp_path: Path, new_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As on an accelerator.
-    monkeypatch.setattr(loop._Pending, "due", False)
+    monkeypatch.setattr(loop._PendingLosses, "due", False)
     options = OPTIONS.replace(nan_skip=0, val_every=4)
     with pytest.raises(TrainingError, match="The loss is nan in epoch 1, batch 3 of 5"):
         run(tmp_path, options, poisoned(new_model(), at=(3,)))

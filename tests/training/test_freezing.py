@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fixify.errors import UsageError
 from fixify.surgery import fix_classifier_
 from fixify.training import FinetuneOptions, RunStarted, Step
-from fixify.training.engine import freeze_
+from fixify.training.optimisers import freeze_
 
 OPTIONS = FinetuneOptions.create(
     epochs=2, batch_size=8, lr=0.05, no_aug=True, workers=0, device="cpu", freeze=3, ema_decay=0.9

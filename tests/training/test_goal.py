@@ -23,7 +23,7 @@ from fixify.training import (
     FinetuneOptions,
     FinetuneResult,
     OriginalEvaluated,
-    OtherModel,
+    ReferenceModel,
     Step,
     TrainingInterrupted,
     Validated,
@@ -138,7 +138,7 @@ def test_the_original_is_measured_once_with_its_own_preprocessing(
     own = {**preprocessing, "input_size": (1, 20, 20)}
     expected = evaluate(learned.eval(), make_loader(stripes[1], own, training=False, batch_size=20), device=CPU)
     events: list[Event] = []
-    original = OtherModel("learned.pth", "0" * 64, learned, own)
+    original = ReferenceModel("learned.pth", "0" * 64, learned, own)
     options = OPTIONS.replace(max_drop=10.0)
     result = run(tmp_path / "run", options, original=original, on_event=events.append)
     (said,) = [event for event in events if isinstance(event, OriginalEvaluated)]
@@ -155,7 +155,7 @@ def test_the_original_is_measured_once_with_its_own_preprocessing(
     assert result.original_top1 == expected.top1
     assert not any(isinstance(event, OriginalEvaluated) for event in again)
     with pytest.raises(TrainingError, match=r"original was .*learned"):
-        run(tmp_path / "run", options, original=OtherModel("other.pth", "1" * 64, learned, own), resume=True)
+        run(tmp_path / "run", options, original=ReferenceModel("other.pth", "1" * 64, learned, own), resume=True)
 
 
 def test_validating_within_epochs_changes_nothing_that_is_trained(run: Run, every_two: Path, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_what_does_not_go_together(run: Run, tmp_path: Path, new_model: Any, pre
     with pytest.raises(UsageError, match=r"at most 0\.5 points needs the original's top-1") as caught:
         run(tmp_path / "run", OPTIONS.replace(max_drop=0.5))
     assert "--against ORIGINAL" in str(caught.value)
-    original = OtherModel("learned.pth", "0" * 64, new_model(fixed=False), preprocessing)
+    original = ReferenceModel("learned.pth", "0" * 64, new_model(fixed=False), preprocessing)
     with pytest.raises(UsageError, match="not both"):
         run(tmp_path / "run", OPTIONS.replace(max_drop=0.5, original_top1=97.8), original=original)
     assert not (tmp_path / "run").exists()

@@ -25,12 +25,12 @@ from fixify.training import (
     FinetuneOptions,
     FinetuneResult,
     LastBlockEpoch,
-    OtherModel,
+    ReferenceModel,
     Step,
     TrainingInterrupted,
     last_block,
 )
-from fixify.training.last_block import divide
+from fixify.training.last_block import split_model
 
 Run = Callable[..., FinetuneResult]
 OPTIONS = FinetuneOptions.create(
@@ -59,17 +59,17 @@ def test_the_parts_are_the_model(name: str) -> None:
         images = torch.randn(3, 3, *((64, 64) if tv else model.default_cfg["input_size"][1:]))
     fix_classifier_(model, "hadamard")
     model.eval()
-    divided = divide(model, images[:2])
-    with torch.no_grad():  # another batch size than the one it was divided with
-        assert torch.allclose(divided.tail(divided.front(images)), model(images), atol=1e-4)
+    split = split_model(model, images[:2])
+    with torch.no_grad():  # another batch size than the one it was split with
+        assert torch.allclose(split.tail(split.front(images)), model(images), atol=1e-4)
     own = {id(parameter) for parameter in model.parameters()}
-    tail = {id(parameter) for parameter in divided.tail.parameters()}
+    tail = {id(parameter) for parameter in split.tail.parameters()}
     assert tail < own  # the very parameters, and not all of them
-    assert any(isinstance(module, FixedClassifier) for module in divided.tail.modules())
-    share = sum(p.numel() for p in divided.tail.parameters()) / sum(p.numel() for p in model.parameters())
+    assert any(isinstance(module, FixedClassifier) for module in split.tail.modules())
+    share = sum(p.numel() for p in split.tail.parameters()) / sum(p.numel() for p in model.parameters())
     assert 0.2 < share < 0.8
     # What acts by its mode still does.
-    divided.tail.train()
+    split.tail.train()
     assert next(m for m in model.modules() if isinstance(m, FixedClassifier)).training
 
 
@@ -142,7 +142,7 @@ def test_more_features_than_the_memory_holds_are_not_kept(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(last_block, "_LARGEST", 20 * 8 * 7 * 7 * 4)  # 20 images of 8 channels of 7 x 7 float32
+    monkeypatch.setattr(last_block, "_MAX_BYTES", 20 * 8 * 7 * 7 * 4)  # 20 images of 8 channels of 7 x 7 float32
     run(tmp_path, ALONE, on_event=lambda e: seen.append(e.images) if isinstance(e, LastBlockEpoch) else None)
     assert seen == [20, 20]
 
@@ -150,7 +150,7 @@ def test_more_features_than_the_memory_holds_are_not_kept(
 def test_a_teacher_alone_is_enough(
     run: Run, tmp_path: Path, new_model: Any, preprocessing: dict[str, Any], stripes: Any
 ) -> None:
-    teacher = OtherModel("learned.pth", "0" * 64, new_model(fixed=False).eval(), preprocessing)
+    teacher = ReferenceModel("learned.pth", "0" * 64, new_model(fixed=False).eval(), preprocessing)
     train = stripes[0]
     none = replace(train, images=ArrayImages(train.images.pixels, 0 * train.images.labels), labelled=False)
     for name, data in (("labels", train), ("none", none)):

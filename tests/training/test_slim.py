@@ -18,7 +18,7 @@ from fixify.data import make_loader, open_data, open_train_val
 from fixify.data.idx import DEBIAN_FOLDER, FASHION_CLASSES, read_idx
 from fixify.errors import DataError, TrainingError, UsageError
 from fixify.metrics import evaluate
-from fixify.training import EpochEnded, FinetuneOptions, FinetuneResult, finetune, train_model
+from fixify.training import EpochEnded, FinetuneOptions, FinetuneResult, OpenedInputs, RunOutput, finetune, train_model
 
 CPU = torch.device("cpu")
 OPTIONS = FinetuneOptions.create(
@@ -65,7 +65,8 @@ def learned(fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
         torch.save({"arch": "test_efficientnet", "state_dict": trained.state_dict()}, path.with_suffix(".pth"))
 
     options = OPTIONS.replace(crop_pct=None, img_size=None)
-    result = train_model(model, train, val, {**preprocessing, "crop_pct": 1.0}, options, out, save=save)
+    opened = OpenedInputs(train, val, {**preprocessing, "crop_pct": 1.0})
+    result = train_model(model, opened, options, RunOutput(out, save))
     return out / "last.fixed.pth", result
 
 
