@@ -1,7 +1,7 @@
-"""Language models with words that are not learned (Hoffer et al., section 3.3).
+"""Language models with fixed word vectors (Hoffer et al., section 3.3).
 
-From here downwards nothing knows of images: a text becomes numbers (`corpus`), words get vectors (`vectors`), an LSTM
-is put between them as embedding and as classifier (`network`, `building`), and trained (`loop`, `run`).
+Nothing here knows of images. A text becomes numbers (`corpus`), words get vectors (`vectors`), these are the embedding
+and the classifier of an LSTM (`network`, `model`), which is trained (`loop`, `run`) and saved (`checkpoint`).
 """
 
 from fixify.language.checkpoint import load_language

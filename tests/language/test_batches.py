@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fixify.language import Corpus, LanguageOptions
-from fixify.language.loop import predict, side_by_side, sequence_bounds
+from fixify.language.loop import predict, sequence_bounds, side_by_side
 from fixify.language.model import build_model
 
 

@@ -64,7 +64,7 @@ def test_training_uses_it() -> None:
     assert not torch.equal(
         training_loss(cosines, targets, None, FinetuneOptions.create()), cosine_loss(cosines, targets)
     )
-    with pytest.raises(UsageError, match="smoothing belongs to the cross-entropy"):
+    with pytest.raises(UsageError, match="smoothing"):
         FinetuneOptions.create(loss="cosine", smoothing=0.1)
     with pytest.raises(UsageError, match="loss"):
         FinetuneOptions.create(loss="cosin")
@@ -85,7 +85,7 @@ def test_other_heads_are_refused(new_model: Any, options: dict[str, Any], messag
 
 
 def test_learned_heads_are_refused_and_the_right_one_is_not(new_model: Any) -> None:
-    with pytest.raises(UsageError, match="a learned one"):
+    with pytest.raises(UsageError, match="learned"):
         check_cosine_heads(new_model(fixed=False))
     check_cosine_heads(fix_classifier_(new_model(fixed=False), bias=False, fixed_scale=True, scale=1.0))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fixify.data import OpenedData, make_loader
 from fixify.data.idx import ArrayImages
 from fixify.errors import TrainingError, UsageError
-from fixify.training import Event, FinetuneOptions, FinetuneResult, ReferenceModel, Step
+from fixify.training import FinetuneOptions, FinetuneResult, ReferenceModel
 from fixify.training.losses import distillation_loss
 from fixify.training.teacher import Teacher
 
@@ -39,14 +39,6 @@ def without_labels(data: OpenedData) -> OpenedData:
     images = data.images
     assert isinstance(images, ArrayImages)
     return replace(data, images=ArrayImages(images.pixels, 0 * images.labels), labelled=False)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory, run: Run, new_model: Any, preprocessing: Any) -> ReferenceModel:
-    """The tiny network with its learned classifier, trained."""
-    model = new_model(fixed=False)
-    run(tmp_path_factory.mktemp("teacher"), OPTIONS.replace(epochs=20, no_aug=True), model)
-    return ReferenceModel("learned.pth", "0" * 64, model.eval(), preprocessing)
 
 
 class TestLoss:
@@ -89,7 +81,7 @@ class TestTeacher:
 
     def test_one_for_other_channels_is_refused(self, run: Run, tmp_path: Path, teacher: ReferenceModel) -> None:
         colour = {**teacher.preprocessing, "input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3}
-        with pytest.raises(UsageError, match=r"images of 3 channels, and the model that is trained images of 1"):
+        with pytest.raises(UsageError, match=r"rgb\.pth .*3 channels.* 1"):
             run(tmp_path / "run", OPTIONS, teacher=ReferenceModel("rgb.pth", "0" * 64, teacher.model, colour))
         assert not (tmp_path / "run").exists()
 
@@ -126,21 +118,14 @@ class TestRun:
         assert all(torch.equal(*pair) for pair in zip(*pairs, strict=True))
 
     def test_resuming_in_mid_epoch_is_exact_and_wants_the_same_teacher(
-        self, run: Run, tmp_path: Path, teacher: ReferenceModel
+        self, run: Run, crash_at: Any, tmp_path: Path, teacher: ReferenceModel
     ) -> None:
-        class Stop(Exception):
-            pass
-
-        def crash(event: Event) -> None:
-            if isinstance(event, Step) and (event.epoch, event.batch) == (1, 4):
-                raise Stop
-
         options = OPTIONS.replace(mixup=0.2, val_every=3, grad_accum=2)
         run(tmp_path / "whole", options, teacher=teacher)
-        with pytest.raises(Stop):
-            run(tmp_path / "stopped", options, teacher=teacher, on_event=crash)
+        with pytest.raises(crash_at.error):
+            run(tmp_path / "stopped", options, teacher=teacher, on_event=crash_at(1, 4))
         for other in (None, ReferenceModel("learned.pth", "1" * 64, teacher.model, teacher.preprocessing)):
-            with pytest.raises(TrainingError, match=r"other facts: teacher was .*learned\.pth"):
+            with pytest.raises(TrainingError, match=r"teacher was .*learned\.pth"):
                 run(tmp_path / "stopped", options, teacher=other, resume=True)
         run(tmp_path / "stopped", options, teacher=teacher, resume=True)
         assert same(tmp_path / "whole", tmp_path / "stopped")
@@ -194,7 +179,7 @@ class TestUnlabelled:
         self, run: Run, tmp_path: Path, teacher: ReferenceModel, stripes: Any
     ) -> None:
         """Against the labels of the validation images, which the teacher never gave."""
-        options = OPTIONS.replace(unlabelled=True, epochs=20, lr=0.1, no_aug=True)
+        options = OPTIONS.replace(unlabelled=True, epochs=16, lr=0.1, no_aug=True)
         result = run(tmp_path, options, teacher=teacher, train=without_labels(stripes[0]))
         assert result.after.val_top1 >= 90 > result.before.top1
 
@@ -220,12 +205,12 @@ class TestUnlabelled:
 
     def test_there_has_to_be_a_teacher(self, run: Run, tmp_path: Path, stripes: Any) -> None:
         for options, val in ((OPTIONS.replace(unlabelled=True), stripes[1]), (OPTIONS, without_labels(stripes[1]))):
-            with pytest.raises(UsageError, match="there has to be a teacher") as caught:
+            with pytest.raises(UsageError, match="teacher") as caught:
                 run(tmp_path / "run", options, val=val)
             assert "--distill ORIGINAL" in str(caught.value)
 
     def test_images_without_labels_have_to_be_said_to_be(
         self, run: Run, tmp_path: Path, teacher: ReferenceModel, stripes: Any
     ) -> None:
-        with pytest.raises(UsageError, match="The training images have no labels"):
+        with pytest.raises(UsageError, match=r"training .*no labels"):
             run(tmp_path / "run", OPTIONS, teacher=teacher, train=without_labels(stripes[0]))

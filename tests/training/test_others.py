@@ -50,7 +50,7 @@ def test_it_is_opened_for_the_images_of_the_run(
     other = open_reference(checkpoint(), stripes[1], options)
     assert other.name == "net.pth"
     assert (list(other.preprocessing["input_size"]), other.preprocessing["crop_pct"]) == ([1, 48, 48], 0.9)
-    with pytest.raises(DataError, match=r"five\.pth has 5 classes, and the checkpoint that is trained 4"):
+    with pytest.raises(DataError, match=r"five\.pth .*5 .*4"):
         open_reference(checkpoint("five.pth", num_classes=5), stripes[1], options)
-    with pytest.raises(UsageError, match="does not take images of 50 x 50"):
+    with pytest.raises(UsageError, match="50 x 50"):
         open_reference(checkpoint("vit.pth", arch="test_vit"), stripes[1], options.replace(img_size=50))
