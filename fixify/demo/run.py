@@ -25,7 +25,7 @@ from fixify.demo.glyphs import FACES, Faces, GlyphData, write_dataset
 from fixify.errors import OutputError, OutputExistsError
 from fixify.metrics import Metrics, evaluate
 from fixify.savings import Savings
-from fixify.training import EpochRecord, Event, FinetuneOptions, Step, finetune, train_model
+from fixify.training import EpochRecord, Event, FinetuneOptions, OpenedInputs, RunOutput, Step, finetune, train_model
 
 _FIXED, _LEARNED, _QUIET = "#0b6e99", "#c2571a", "#6b7280"
 
@@ -278,13 +278,9 @@ def _run(folder: Path, epochs: int, control: bool, faces: Faces, force: bool, te
         # It is measured, not kept: there is nothing to save.
         controlled = train_model(
             opened.model,
-            train,
-            val,
-            opened.preprocessing,
+            OpenedInputs(train, val, opened.preprocessing),
             options,
-            folder / "control",
-            save=lambda _model, _path, _record: None,
-            force=True,
+            RunOutput(folder / "control", save=lambda _model, _path, _record: None, force=True),
             on_event=tell,
         ).history
 

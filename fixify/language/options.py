@@ -101,7 +101,9 @@ class LanguageOptions(CheckedOptions):
         if self.is_learned:
             given = sorted(name for name in self.model_fields_set if name.startswith("head_") and self._changed(name))
             if given:
-                yield Conflict((*given, "words"), f"{', '.join(given)} belong to fixed vectors, and words is {self.words}")
+                yield Conflict(
+                    (*given, "words"), f"{', '.join(given)} belong to fixed vectors, and words is {self.words}"
+                )
 
     def _changed(self, name: str) -> bool:
         return bool(getattr(self, name) != type(self).model_fields[name].default)

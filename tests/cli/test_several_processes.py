@@ -120,7 +120,7 @@ def test_a_signal_saves_and_the_run_goes_on_in_one_process(stripes: Path, tmp_pa
     assert (progress["epoch"] + 1, progress["batch"]) == tuple(map(int, told))
     code, _, err = Started(finetune(stripes, out, "--resume")).wait()
     assert code == 1
-    assert "was started with 2 x 5 images a step, and this would be 5 images a step" in err
+    assert "was started with 2 x 5 images per step; this would be 5 images per step" in err
     assert "Resume with --batch-size 10" in err
 
 
