@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def test_a_stopped_run_goes_on_exactly(text: Path, tmp_path: Path, small: Langua
     whole = run_language(str(text), tmp_path / "whole", options)
     assert any(record.averaged for record in whole.history) == (opt == "asgd")
 
-    stops = iter([5, 12, 33])
+    stops = iter([5, 200])  # the second one after averaging has begun
     at = next(stops)
 
     def stop(event: LanguageEvent) -> None:
@@ -99,8 +100,8 @@ def test_a_stopped_run_goes_on_exactly(text: Path, tmp_path: Path, small: Langua
                 signal.raise_signal(signal.SIGINT)
 
     stop.updates = 0  # type: ignore[attr-defined]
-    for number in range(3):
-        with pytest.raises(TrainingInterrupted, match="everything up to there"):
+    for number in range(2):
+        with pytest.raises(TrainingInterrupted, match=re.escape(str(tmp_path / "stopped"))):
             run_language(str(text), tmp_path / "stopped", options, resume=number > 0, on_event=stop)
     again = run_language(str(text), tmp_path / "stopped", options, resume=True, on_event=stop)
     assert_same(again.last_path, whole.last_path)
@@ -128,7 +129,7 @@ def test_averaging_begins_when_validation_has_not_got_better(
 
 def test_resuming_with_other_options_or_text_is_refused(text: Path, tmp_path: Path, small: LanguageOptions) -> None:
     run_language(str(text), tmp_path / "run", small)
-    with pytest.raises(TrainingError, match=r"other options: lr was 0.01 and is 0.5"):
+    with pytest.raises(TrainingError, match=r"lr was 0\.01 and is 0\.5"):
         run_language(str(text), tmp_path / "run", small.replace(lr=0.5), resume=True)
     other = tmp_path / "other"
     other.mkdir()
