@@ -77,7 +77,7 @@ def finetune(
     from fixify.cli.progress import watching
     from fixify.errors import UsageError
     from fixify.recipes.running import starting_options
-    from fixify.training import FinetuneOptions, stored_options
+    from fixify.training import FinetuneOptions, finetune_folder, stored_options
 
     output = Output(as_json=as_json)
     chosen = chosen_recipe(recipe, set_)
@@ -92,7 +92,7 @@ def finetune(
             hint="Add --data DATA: a folder with train/ and val/, or a name; or a line `data: DATA` to a recipe.",
         )
     source = Path(about["checkpoint"] or the_slim_file_here("finetune"))
-    folder = _default_folder(source) if out is None else out
+    folder = finetune_folder(source) if out is None else out
     for name in ("distill_weight", "distill_temperature"):
         if name in options and about["distill"] is None:
             raise UsageError(f"--{name.replace('_', '-')} needs a teacher.", hint="Add --distill ORIGINAL.")
@@ -120,7 +120,3 @@ def finetune(
             on_event=listener,
         )
     report_run(output, result, run, about["data"])
-
-
-def _default_folder(source: Path) -> Path:
-    return Path(source.name.removesuffix(".safetensors").removesuffix(".fixed") + "-finetuned")

@@ -348,7 +348,9 @@ class LanguageDisplay(RunDisplay):
         """Show an event of the run."""
         from fixify.language import loop as events
 
-        if isinstance(event, events.LanguageRunStarted):
+        if isinstance(event, events.Warned):
+            self.output.warn(event.text)
+        elif isinstance(event, events.LanguageRunStarted):
             self._start(event)
         elif isinstance(event, events.LanguageStep):
             self._step(event)

@@ -29,7 +29,7 @@ from fixify.demo.glyphs import FACES, Faces, GlyphData, write_dataset
 from fixify.errors import OutputError, OutputExistsError
 from fixify.metrics import Metrics, evaluate
 from fixify.savings import Savings
-from fixify.training import EpochRecord, Event, FinetuneOptions, Step, finetune, train_model
+from fixify.training import EpochRecord, Event, FinetuneOptions, OpenedInputs, RunOutput, Step, finetune, train_model
 
 SHIPPED = Path(__file__).with_name("glyphs500.pth")
 DEFAULT_FOLDER = Path("fixify-demo")
@@ -232,13 +232,9 @@ def _run(folder: Path, epochs: int, control: bool, faces: Faces, force: bool, te
         # The control is only measured, so nothing is saved.
         controlled = train_model(
             opened.model,
-            train,
-            val,
-            opened.preprocessing,
+            OpenedInputs(train, val, opened.preprocessing),
             options,
-            folder / "control",
-            save=lambda _model, _path, _record: None,
-            force=True,
+            RunOutput(folder / "control", save=lambda _model, _path, _record: None, force=True),
             on_event=tell,
         ).history
 

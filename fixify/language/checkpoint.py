@@ -1,4 +1,7 @@
-"""The checkpoint of a language model: a .safetensors file with its options, its words, and what cannot be rebuilt."""
+"""Read, write and verify checkpoints of language models.
+
+A checkpoint is a .safetensors file with the options, the words, and the tensors that cannot be rebuilt.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +33,12 @@ _VECTORS, _SIGNS = "embedding.weight", "embedding.signs"
 
 @dataclass(frozen=True)
 class LanguageInfo:
-    """What the file of a language model says about itself.
+    """The header of a language model's file.
 
     Attributes:
-        options: How it was made.
-        words: Its vocabulary.
-        codebook: From which its fixed vectors are rebuilt; None if they are stored, or learned.
+        options: Options of the run that made it.
+        words: The vocabulary.
+        codebook: The spec from which the fixed vectors are rebuilt; None if they are stored or learned.
         training: The record of its training.
     """
 
@@ -46,11 +49,11 @@ class LanguageInfo:
 
     @property
     def size(self) -> Size:
-        """What the model has."""
+        """The number of parameters."""
         return size_of(self.skeleton(), self.options)
 
     def skeleton(self) -> LanguageModel:
-        """The model on the meta device: shapes, no values."""
+        """Build the model on the meta device: shapes without values."""
         vectors = None
         with torch.device("meta"):
             if not self.options.is_learned:
@@ -58,7 +61,7 @@ class LanguageInfo:
             return assemble(self.options, len(self.words), vectors)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """Return the values, JSON-safe."""
         return {
             "options": self.options.recipe(),
             "words": list(self.words),
@@ -70,7 +73,7 @@ class LanguageInfo:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A language model from a file: in eval mode, on the CPU; and what the file says."""
+    """A language model that was read from a file, in eval mode on the CPU, and the header of the file."""
 
     model: LanguageModel
     info: LanguageInfo
@@ -79,7 +82,7 @@ class Loaded:
 def save_language(
     model: LanguageModel, path: Path, options: LanguageOptions, words: tuple[str, ...], training: Mapping[str, Any]
 ) -> None:
-    """Write a model; fixed vectors only where they cannot be rebuilt from a head spec, signs as bits.
+    """Write a model; fixed vectors only if they cannot be rebuilt from a head spec, signs as bits.
 
     Raises:
         OutputError: it cannot be written.
@@ -94,15 +97,15 @@ def save_language(
 
 
 def is_language(path: Path | str) -> bool:
-    """Whether the file is a language model that fixify wrote, of whatever version."""
+    """Check whether a file is a language model that fixify wrote, of any version."""
     return has_metadata(path, LANGUAGE_KEY)
 
 
 def read_language_info(path: Path | str) -> LanguageInfo:
-    """What a language model's file says about itself. Only the header is read.
+    """Read the header of a language model's file, and nothing else.
 
     Raises:
-        FormatError: it is no language model of fixify, is damaged, or of a newer version.
+        FormatError: it is not a language model of fixify, is damaged, or is of another version.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -110,7 +113,7 @@ def read_language_info(path: Path | str) -> LanguageInfo:
     except (OSError, safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise FormatError(f"{path} cannot be read as a .safetensors file: {error}.") from error
     if not isinstance(about, dict):
-        raise FormatError(f"{path} is not a language model that fixify wrote.", hint="Those are made by: fixify train")
+        raise FormatError(f"{path} is not a language model that fixify wrote.", hint="fixify train makes one.")
     if about.get("version") != _VERSION:
         raise FormatError(f"{path} is of version {about.get('version')}; this fixify reads version {_VERSION}.")
     try:
@@ -121,7 +124,7 @@ def read_language_info(path: Path | str) -> LanguageInfo:
     if spec is not None and (spec.kind, spec.num_classes, spec.num_features) != (
         options.words, len(words), options.num_features,
     ):  # fmt: skip
-        raise FormatError(f"{path} is damaged: its codebook is not that of {len(words)} words.")
+        raise FormatError(f"{path} is damaged: its codebook does not have {len(words)} words.")
     training = about.get("training")
     return LanguageInfo(options, words, spec, training if isinstance(training, dict) else {})
 
@@ -130,15 +133,15 @@ def load_language(path: Path | str) -> Loaded:
     """Read a model.
 
     Raises:
-        FormatError: it is no language model of fixify, is damaged, or of a newer version.
-        CodebookMismatchError: its fixed vectors, rebuilt here, are not those that it was written with.
+        FormatError: it is not a language model of fixify, is damaged, or is of another version.
+        CodebookMismatchError: the rebuilt fixed vectors differ from those that it was written with.
     """
     info = read_language_info(path)
     try:
         tensors = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise FormatError(f"{path} cannot be read as a .safetensors file: {error}.") from error
-    _check_shapes(path, tensors, info)  # before anything of the size that the header claims is made
+    _check_shapes(path, tensors, info)  # before allocating anything of the size that the header claims
     vectors = None if info.options.is_learned else _vectors(tensors, info)
     model = assemble(info.options, len(info.words), vectors)
     if vectors is not None:
@@ -150,14 +153,18 @@ def load_language(path: Path | str) -> Loaded:
 
 
 def pack_signs(vectors: Tensor) -> Tensor:
-    """Signs of vectors [C, N] as bits, uint8 [C, ceil(N / 8)]; 1 is a minus sign, highest bit first."""
+    """Pack the signs of vectors [C, N] into bits, uint8 [C, ceil(N / 8)]; 1 is a minus sign, highest bit first.
+
+    >>> pack_signs(torch.tensor([[-1.0, 1.0, -1.0]])).tolist()
+    [[160]]
+    """
     missing = -vectors.shape[1] % 8
     bits = torch.nn.functional.pad((vectors < 0).to(torch.uint8), (0, missing)).view(len(vectors), -1, 8)
     return (bits << torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)).sum(dim=-1).to(torch.uint8)
 
 
 def _stored(state: Mapping[str, Tensor], options: LanguageOptions) -> dict[str, Tensor]:
-    """What a file has of a model's tensors."""
+    """Select the tensors of a state dict that a file holds."""
     tensors = dict(state)
     if options.words == "tied":
         del tensors["classifier.weight"]
@@ -177,13 +184,13 @@ def _check_shapes(path: Path | str, tensors: Mapping[str, Tensor], info: Languag
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise FormatError(
-                f"{path} is damaged: {name} is {found.get(name, 'missing')}, and should be "
+                f"{path} is damaged: {name} is {found.get(name, 'missing')}, but should be "
                 f"{expected.get(name, 'missing')}."
             )
 
 
 def _vectors(tensors: dict[str, Tensor], info: LanguageInfo) -> Tensor:
-    """The fixed vectors [C, N], rebuilt or stored; the latter are taken out of `tensors`."""
+    """Rebuild the fixed vectors [C, N], or take the stored ones out of `tensors`."""
     if info.codebook is not None:
         return torch.tensor(codebook(info.codebook.resolve()))
     if not info.options.head_signs:
@@ -192,14 +199,14 @@ def _vectors(tensors: dict[str, Tensor], info: LanguageInfo) -> Tensor:
     return unpack_signs(tensors.pop(_SIGNS), width, torch.float32) / math.sqrt(width)
 
 
-# Checking the file of a language model: what can be rebuilt is, what is stored is loaded, and it reads a few words.
+# Verifying a file.
 
 
 def verify_language(path: Path | str) -> list[Check]:
-    """Check the file of a language model.
+    """Check a language model's file: rebuild its vectors, load its tensors, and predict a few words.
 
     Raises:
-        FormatError: it is none, or its header is damaged.
+        FormatError: it is not a language model, or its header is damaged.
     """
     info = read_language_info(path)
     checks = [Check("header", True, f"words: {info.options.words}; {len(info.words):,} of them")]
@@ -209,7 +216,7 @@ def verify_language(path: Path | str) -> list[Check]:
         name = "codebook" if isinstance(error, CodebookMismatchError) else "tensors"
         return [*checks, Check(name, False, error.message)]
     state = loaded.model.state_dict()
-    checks.append(Check("tensors", True, f"{len(state)} tensors are those of the model"))
+    checks.append(Check("tensors", True, f"{len(state)} tensors fit the model"))
     bad = next((name for name, tensor in state.items() if not bool(tensor.isfinite().all())), None)
     checks.append(Check("values", bad is None, "all finite" if bad is None else f"{bad} holds a NaN or an infinity"))
     if not info.options.is_learned:
@@ -219,7 +226,7 @@ def verify_language(path: Path | str) -> list[Check]:
 
 def _check_vectors(loaded: Loaded) -> Check:
     spec, lengths = loaded.info.codebook, loaded.model.embedding.weight.norm(dim=1)
-    if spec is not None:  # compared while it was loaded
+    if spec is not None:  # loading has compared the digest
         return Check("codebook", True, "digest as recorded")
     off = float((lengths - 1).abs().max())
     return Check("vectors", off < 1e-4, f"lengths differ from 1 by up to {off:.1g}")

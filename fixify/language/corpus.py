@@ -1,4 +1,4 @@
-"""Text as numbered words: WikiText's layout, Penn Treebank's, or any folder of text files."""
+"""Read a text as numbered words: WikiText's or Penn Treebank's layout, or any folder of text files."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _LAYOUTS = (
 _NAMED = {"wikitext-2": ("wikitext-2", "wikitext-2-v1"), "wikitext-103": ("wikitext-103", "wikitext-103-v1")}
 _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 _HELD_OUT = 0.05
-"""Of each file of a folder of text: so much of its end for each of validation and test."""
+"""Part of each file, from its end, that validation gets; test gets as much."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text in three parts, as numbers of words.
+    """A text in three parts, as word numbers.
 
     Attributes:
-        words: The vocabulary: every word of the training text, in the order of its frequency.
-        counts: How often each occurs there, int64 [C].
+        words: The vocabulary: every word of the training text, the most frequent first.
+        counts: How often each word occurs in the training text, int64 [C].
         train, val, test: Word numbers, int64 [number of words].
-        description: What it is, for a person.
+        description: Description for a person.
         digest: SHA-256 of the vocabulary and the three parts, 64 hexadecimal digits.
     """
 
@@ -52,20 +52,20 @@ class Corpus:
 
 
 def read_corpus(name: str, *, min_count: int = 1, lowercase: bool = False) -> Corpus:
-    """Read the text that a name stands for.
+    """Read a text by name.
 
-    Of a folder in WikiText's or Penn Treebank's layout the words are what stands between blanks, and every line ends
-    with `<eos>`, as in the works that report on them. Of any other folder every `*.txt` in it is cut into words and
-    punctuation marks, and the end of each file is held out: 5 % of its lines for validation, then 5 % for test.
+    In WikiText's and Penn Treebank's layout, words are separated by blanks and every line ends with `<eos>`, as in the
+    papers that report results on them. In any other folder, every `*.txt` file is cut into words and punctuation marks,
+    and the end of each file is held out: 5 % of its lines for validation, then 5 % for test.
 
     Args:
-        name: A folder, here or in $FIXIFY_DATA; or "wikitext-2", "wikitext-103", looked for there and in ./data.
+        name: A folder, here or in $FIXIFY_DATA; or "wikitext-2" or "wikitext-103", searched there and in ./data.
         min_count: Words that occur less often in the training text become `<unk>`.
-        lowercase: Take all words in lower case (`<unk>` stays).
+        lowercase: Convert all words to lower case; `<unk>` stays.
 
     Raises:
-        DataError: there is no such folder, it holds no text, a part is empty, or it has words that the training text
-            does not have while it has no `<unk>` either.
+        DataError: there is no such folder, it has no text, a part is empty, or validation or test has words that
+            training lacks and training has no `<unk>`.
     """
     folder = _find(name)
     files, tokenised = _files(folder)
@@ -105,16 +105,14 @@ def _find(name: str) -> Path:
 
 
 def _files(folder: Path) -> tuple[list[Path], bool]:
-    """The files of the text, and whether they are the three parts of a text whose words are cut already."""
+    """List the files, and tell whether they are the three parts of a text whose words are separated by blanks."""
     for layout in _LAYOUTS:
         found = [folder / name for name in layout]
         if all(path.is_file() for path in found):
             return found, True
     files = sorted(folder.glob("*.txt"))
     if not files:
-        raise DataError(
-            f"{folder} holds no text.", hint=f"Put {', '.join(_LAYOUTS[0])} there, or *.txt files in UTF-8."
-        )
+        raise DataError(f"{folder} has no text.", hint=f"Put {', '.join(_LAYOUTS[0])} there, or *.txt files in UTF-8.")
     return files, False
 
 
@@ -135,7 +133,7 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}.") from error
+        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror}.") from error
 
@@ -145,7 +143,7 @@ def _words(lines: Iterable[str], tokenised: bool, lowercase: bool) -> Iterator[s
         if lowercase:
             line = line.lower()
         found = line.split() if tokenised else _WORD.findall(line)
-        if found or tokenised:  # WikiText's empty lines count, elsewhere they are only layout
+        if found or tokenised:  # empty lines count in WikiText; elsewhere they are layout
             yield from found
             yield END_OF_LINE
 
@@ -167,8 +165,8 @@ def _encode(words: Sequence[str], number: dict[str, int], folder: Path, split: s
         known = number.get(word, unknown)
         if known is None:
             raise DataError(
-                f"{word!r} in the {split} text of {folder} does not occur in its training text.",
-                hint="Let rare words of the training text be <unk>: --set language.min_count=3, or more.",
+                f"The {split} text of {folder} has the word {word!r}, which its training text lacks.",
+                hint="Make rare training words <unk>: --set language.min_count=3, or more.",
             )
         found[index] = known
     return torch.from_numpy(found)

@@ -1,4 +1,4 @@
-"""What the training of a language model tells its listener."""
+"""Train and evaluate a language model: events, batches of a text, truncated backpropagation through time."""
 
 from __future__ import annotations
 
@@ -20,20 +20,24 @@ from fixify.errors import TrainingError
 from fixify.language.network import LanguageModel, Output, State, WordClassifier
 from fixify.language.options import LanguageOptions
 from fixify.metrics import eval_mode
-from fixify.training.interrupt import Stopped, StopRequest
+from fixify.training.events import Warned
+from fixify.training.interrupt import StopRequest
+
+# The events that a run sends to its listener.
 
 
 @dataclass(frozen=True)
 class LanguageRunStarted:
-    """Before anything else.
+    """The run starts or resumes; the first event except for warnings.
 
     Attributes:
-        text: What the text is, for a person.
+        text: Description of the text, for a person.
         device: Where it runs.
         learned: Parameters that learn.
-        epochs, steps: Of the whole run, and of one epoch (an estimate where lengths vary).
-        first_epoch: Where it begins: above 0 when a run is resumed.
-        folder: Of the run.
+        epochs: Epochs of the whole run.
+        steps: Updates per epoch; an estimate if sequence lengths vary.
+        first_epoch: Epoch that it starts with; above 0 when it resumes.
+        folder: Folder of the run.
     """
 
     text: str
@@ -47,7 +51,17 @@ class LanguageRunStarted:
 
 @dataclass(frozen=True)
 class LanguageStep:
-    """After an update. The loss is the mean of the epoch so far, nats a word."""
+    """One update was made.
+
+    Attributes:
+        epoch: Which epoch, from 0.
+        step: Updates of it that are done.
+        steps: Updates per epoch.
+        loss: Mean loss of the epoch so far, nats per word.
+        lr: Learning rate of the update.
+        words_per_second: Training throughput.
+        scale: The fixed head's scale alpha; None with learned words.
+    """
 
     epoch: int
     step: int
@@ -60,18 +74,18 @@ class LanguageStep:
 
 @dataclass(frozen=True)
 class LanguageRecord:
-    """One validation, after an epoch, as it goes into metrics.jsonl. Epochs count from 0.
+    """The record of one epoch and its validation; one line of metrics.jsonl. Epochs count from 0.
 
     Attributes:
         epoch: Which epoch.
         step: Updates since the start of the run.
         lr: Learning rate of the last update.
-        train_loss: Mean over the epoch, with dropout, while the weights moved; nats a word.
-        val_loss: Over the whole validation text.
-        averaged: Whether `val_loss` is that of the mean of the weights ("asgd").
-        scale: The fixed head's alpha; None with learned words.
+        train_loss: Mean training loss over the epoch, with dropout; nats per word.
+        val_loss: Loss on the whole validation text, nats per word.
+        averaged: Whether `val_loss` is that of the averaged weights ("asgd").
+        scale: The fixed head's scale alpha; None with learned words.
         words_per_second: Training throughput.
-        seconds: Training of this epoch.
+        seconds: Training time of this epoch.
     """
 
     epoch: int
@@ -86,40 +100,42 @@ class LanguageRecord:
 
     @property
     def val_perplexity(self) -> float:
-        """e to the validation loss."""
+        """The exponential of the validation loss."""
         return math.exp(self.val_loss)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the record as a line of metrics.jsonl holds it."""
         return {**asdict(self), "val_perplexity": self.val_perplexity}
 
 
 @dataclass(frozen=True)
 class LanguageEpochEnded:
+    """The validation at the end of an epoch."""
+
     record: LanguageRecord
     is_best: bool
 
 
-LanguageEvent = LanguageRunStarted | LanguageStep | LanguageEpochEnded
+LanguageEvent = Warned | LanguageRunStarted | LanguageStep | LanguageEpochEnded
 LanguageListener = Callable[[LanguageEvent], object]
 
 
-# A text as batches, and how well a model predicts it.
-
+# The batches of a text, and how well a model predicts it.
 
 _SHORTEST = 5
-_HALF = 0.05
-_DEVIATION = 5.0
-_EVALUATED_AT_ONCE = 1 << 22
-"""Logits of a step of evaluation; 16 MB as float32."""
+_HALF_PROBABILITY = 0.05
+_STD = 5.0
+_MAX_LOGITS = 1 << 22
+"""Largest number of logits per evaluation step; 16 MB as float32."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """How well a text is predicted.
+    """How well a model predicts a text.
 
     Attributes:
-        loss: Mean negative log likelihood of a word, nats.
-        words: Words that were predicted: all of them.
+        loss: Mean negative log likelihood, nats per word.
+        words: Number of words; all of them are predicted.
     """
 
     loss: float
@@ -127,33 +143,44 @@ class Prediction:
 
     @property
     def perplexity(self) -> float:
-        """e to the loss."""
+        """The exponential of the loss.
+
+        >>> Prediction(loss=0.0, words=3).perplexity
+        1.0
+        """
         return math.exp(self.loss)
 
 
 def side_by_side(text: Tensor, batch_size: int) -> Tensor:
-    """A text [n] as `batch_size` parts of equal length, [n // batch_size, batch_size]; the rest is left out."""
+    """Cut a text [n] into `batch_size` parts of equal length, [n // batch_size, batch_size]; drop the rest.
+
+    >>> side_by_side(torch.arange(7), 3).tolist()
+    [[0, 2, 4], [1, 3, 5]]
+    """
     length = len(text) // batch_size
     return text[: length * batch_size].view(batch_size, length).t().contiguous()
 
 
-def steps_of(length: int, seq_len: int, *, vary: bool, seed: int) -> list[tuple[int, int]]:
-    """Where each update of an epoch begins, and of how many words: of parts of `length` words, all but the last word.
+def sequence_bounds(length: int, seq_len: int, *, vary: bool, seed: int) -> list[tuple[int, int]]:
+    """List the first word and the number of words of each update of an epoch.
 
     Args:
-        length: Words of each part.
-        seq_len: Words of an update.
-        vary: Draw them, as Merity et al. (2017, section 4.1) do: around `seq_len`, or with 5 % around its half, with a
-            deviation of 5.
-        seed: Of what is drawn.
+        length: Words per part; all but the last one are inputs.
+        seq_len: Words per update.
+        vary: Draw the number of words as Merity et al. (2017, section 4.1) do: around `seq_len`, or with probability
+            5 % around its half, with a std of 5.
+        seed: Seed of what is drawn.
+
+    >>> sequence_bounds(8, 3, vary=False, seed=0)
+    [(0, 3), (3, 3), (6, 1)]
     """
     rng = np.random.Generator(np.random.Philox(seed))
     found, begin = [], 0
     while begin < length - 1:
         size = seq_len
         if vary:
-            around = seq_len / 2 if rng.random() < _HALF else seq_len
-            size = max(_SHORTEST, int(rng.normal(around, _DEVIATION)))
+            center = seq_len / 2 if rng.random() < _HALF_PROBABILITY else seq_len
+            size = max(_SHORTEST, int(rng.normal(center, _STD)))
         size = min(size, length - 1 - begin)
         found.append((begin, size))
         begin += size
@@ -162,10 +189,10 @@ def steps_of(length: int, seq_len: int, *, vary: bool, seed: int) -> list[tuple[
 
 @torch.inference_mode()
 def predict(model: LanguageModel, text: Tensor, first: int, device: torch.device) -> Prediction:
-    """How well a model predicts a text: every word of it, each from all words before it.
+    """Predict every word of a text from all words before it.
 
     Args:
-        model: On the device.
+        model: The model, on the device.
         text: Word numbers [n], on the CPU.
         first: The word that is taken to stand before the text.
         device: Where the model is.
@@ -174,21 +201,20 @@ def predict(model: LanguageModel, text: Tensor, first: int, device: torch.device
     loss = 0.0
     state = model.start(1)
     with eval_mode(model):
-        for words, following in _parts(before, text, max(1, _EVALUATED_AT_ONCE // model.num_words)):
+        for words, following in _chunks(before, text, max(1, _MAX_LOGITS // model.num_words)):
             logits, state = model(words.to(device)[:, None], state)
             loss += float(F.cross_entropy(logits[:, 0].float(), following.to(device), reduction="sum"))
     return Prediction(loss / len(text), len(text))
 
 
-def _parts(before: Tensor, text: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(before: Tensor, text: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     yield from zip(before.split(size), text.split(size), strict=True)
 
 
-# Training a language model: truncated backpropagation through time, and the state from which it goes on exactly.
-
+# Training.
 
 _LENGTHS, _DROPOUT = 2, 3
-"""Random streams beside that of `fixify.language.model`."""
+"""Random streams; `fixify.language.model` has another one."""
 
 
 @dataclass
@@ -196,13 +222,13 @@ class Position:
     """How far a run is.
 
     Attributes:
-        epoch: Epoch being trained, from 0; equal to the number of epochs at the end.
+        epoch: Epoch being trained, from 0; the number of epochs at the end.
         step: Updates of it that are done.
-        updates: Updates since the start.
+        updates: Updates since the start of the run.
         loss_sum, words: Sums over this epoch so far.
         seconds: Training time in this epoch so far.
         lr: Learning rate of the last update.
-        history: One record an epoch.
+        history: One record per epoch.
     """
 
     epoch: int = 0
@@ -215,24 +241,27 @@ class Position:
     history: list[LanguageRecord] = field(default_factory=list)
 
     def best(self) -> LanguageRecord | None:
-        """The epoch with the lowest validation loss, of equal ones the first."""
+        """Return the epoch with the lowest validation loss; of equal ones the first."""
         return min(self.history, key=lambda record: record.val_loss, default=None)
 
     def next_epoch(self) -> None:
-        """Close the epoch."""
+        """Go to the next epoch and reset the sums."""
         self.epoch += 1
         self.step = self.words = 0
         self.loss_sum = self.seconds = 0.0
 
 
 class Trainer:
-    """One model in training.
+    """A language model in training, with everything that its state holds.
 
     Args:
-        model: On the CPU; moved to the options' device.
+        model: On the CPU; it is moved to the options' device.
         text: Training text, word numbers [n].
-        options: How.
-        on_event: Told of every update.
+        options: Options of the run.
+        on_event: Called with every update.
+
+    Raises:
+        TrainingError: the text is too short for `options.batch_size`.
     """
 
     def __init__(
@@ -247,57 +276,56 @@ class Trainer:
                 f"{len(text):,} words of training text are too few for {options.batch_size} parts side by side.",
                 hint="Give more text, or a smaller batch_size.",
             )
-        self.optimiser = _optimiser(self.model, options)
-        self.peaks = [float(group["lr"]) for group in self.optimiser.param_groups]
+        self.optimiser = _make_optimiser(self.model, options)
+        self.peak_rates = [float(group["lr"]) for group in self.optimiser.param_groups]
         self.average: AveragedModel | None = None
         self.position = Position()
         self.hidden: State = []
 
     @property
     def evaluated(self) -> LanguageModel:
-        """What is measured and saved: the mean of the weights if there is one, else the model."""
+        """The model that is measured and saved: the average of the weights if there is one, else the trained model."""
         return self.model if self.average is None else cast(LanguageModel, self.average.module)
 
-    def steps(self) -> list[tuple[int, int]]:
-        """Of the current epoch; see `fixify.language.loop.steps_of`."""
+    def sequences(self) -> list[tuple[int, int]]:
+        """Return the `sequence_bounds` of the current epoch."""
         options = self.options
         seed = derive_seed(options.seed, self.position.epoch, _LENGTHS)
-        return steps_of(len(self.text), options.seq_len, vary=options.vary_seq_len, seed=seed)
+        return sequence_bounds(len(self.text), options.seq_len, vary=options.vary_seq_len, seed=seed)
 
-    def epoch(self, stop: StopRequest, save: Any) -> None:
+    def train_epoch(self, stop: StopRequest, after_update: Callable[[], object]) -> None:
         """Train to the end of the current epoch.
 
         Args:
-            stop: Asked before every update.
-            save: Called after every update, to store the state if it is time to.
+            stop: Checked before every update.
+            after_update: Called after every update.
 
         Raises:
-            Stopped: somebody asked.
+            Stopped: a signal asked to stop.
             TrainingError: the loss is not finite.
         """
-        position, steps = self.position, self.steps()
+        position, sequences = self.position, self.sequences()
         if position.step == 0:
             self.hidden = self.model.start(self.options.batch_size)
         self.model.train()
-        for begin, size in steps[position.step :]:
-            if stop.requested():
-                raise Stopped
+        for begin, size in sequences[position.step :]:
+            stop.check()
             started = time.monotonic()
-            loss = self._update(begin, size, len(steps))
+            loss = self._update(begin, size, len(sequences))
             position.step += 1
             position.updates += 1
             position.loss_sum += loss * size
             position.words += size
             position.seconds += time.monotonic() - started
-            self._tell(len(steps))
-            save()
+            self._tell(len(sequences))
+            after_update()
 
     def start_averaging(self) -> None:
-        """Average the weights from here on."""
+        """Average the weights from now on."""
         self.average = AveragedModel(self.model)
 
     def record(self, val_loss: float) -> LanguageRecord:
-        """Of the epoch that is done."""
+        """Make the record of the epoch that is done."""
         at = self.position
         return LanguageRecord(
             epoch=at.epoch,
@@ -312,7 +340,7 @@ class Trainer:
         )
 
     def state(self) -> dict[str, Any]:
-        """Everything from which the run goes on exactly."""
+        """Collect everything that an exact resume needs."""
         return {
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -322,7 +350,11 @@ class Trainer:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Put back what `state` gave; raises RuntimeError, ValueError, KeyError or TypeError if it does not fit."""
+        """Restore what `state` returned.
+
+        Raises:
+            RuntimeError, ValueError, KeyError, TypeError: it does not fit.
+        """
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         if state["average"] is not None:
@@ -332,12 +364,12 @@ class Trainer:
         self.position = Position(**state["position"])
         self.position.history = [LanguageRecord(**record) for record in state["position"]["history"]]
 
-    def _update(self, begin: int, size: int, steps: int) -> float:
+    def _update(self, begin: int, size: int, num_sequences: int) -> float:
         options, position = self.options, self.position
-        factor = self._rate(position.epoch + position.step / steps)
+        factor = self._rate_factor(position.epoch + position.step / num_sequences)
         if options.vary_seq_len:
             factor *= size / options.seq_len
-        for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
+        for group, peak in zip(self.optimiser.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
         position.lr = options.lr * factor
         words, following = self.text[begin : begin + size], self.text[begin + 1 : begin + 1 + size]
@@ -353,8 +385,8 @@ class Trainer:
         value = float(loss.detach())
         if not math.isfinite(value):
             raise TrainingError(
-                f"The loss is {value} in epoch {position.epoch + 1} after {position.step} updates of it.",
-                hint=f"Try a lower rate: --set language.lr={options.lr / 3:.1g}",
+                f"The loss is {value} in epoch {position.epoch + 1} after {position.step} updates.",
+                hint=lower_rate_hint(options),
             )
         self.optimiser.step()
         self.hidden = [(hidden.detach(), cell.detach()) for hidden, cell in output.state]
@@ -363,7 +395,7 @@ class Trainer:
         return value
 
     def _activation_loss(self, output: Output) -> Tensor | float:
-        """Merity et al. (2017), section 4.6: the output is to be small, and to change little."""
+        """Penalise large outputs and large changes from word to word (Merity et al., 2017, section 4.6)."""
         options = self.options
         loss: Tensor | float = 0.0
         if options.activation_decay:
@@ -372,8 +404,8 @@ class Trainer:
             loss = loss + options.activation_change * output.raw.diff(dim=0).pow(2).mean()
         return loss
 
-    def _rate(self, epochs: float) -> float:
-        """Factor of the peak rate, so many epochs after the start."""
+    def _rate_factor(self, epochs: float) -> float:
+        """Return the factor of the peak rate after this many epochs."""
         options = self.options
         if epochs < options.warmup_epochs:
             return max(epochs, 1e-3 * options.warmup_epochs) / options.warmup_epochs
@@ -386,19 +418,27 @@ class Trainer:
         classifier = self.model.classifier
         return float(classifier.scale.detach()) if isinstance(classifier, WordClassifier) else None
 
-    def _tell(self, steps: int) -> None:
+    def _tell(self, num_sequences: int) -> None:
         at = self.position
         speed = at.words * self.options.batch_size / max(at.seconds, 1e-9)
-        self.on_event(LanguageStep(at.epoch, at.step, steps, at.loss_sum / at.words, at.lr, speed, self._scale()))
+        self.on_event(
+            LanguageStep(at.epoch, at.step, num_sequences, at.loss_sum / at.words, at.lr, speed, self._scale())
+        )
 
 
-def _optimiser(model: LanguageModel, options: LanguageOptions) -> torch.optim.Optimizer:
+def lower_rate_hint(options: LanguageOptions) -> str:
+    """Suggest a third of the learning rate."""
+    return f"Try a lower rate: --set language.lr={options.lr / 3:.1g}"
+
+
+def _make_optimiser(model: LanguageModel, options: LanguageOptions) -> torch.optim.Optimizer:
+    """Create the optimiser; scale and bias of a fixed classifier have their own rate."""
     head = model.classifier
-    quick = [head.scale, head.bias] if isinstance(head, WordClassifier) else []
-    known = {id(parameter) for parameter in quick}
+    fast = [head.scale, head.bias] if isinstance(head, WordClassifier) else []
+    known = {id(parameter) for parameter in fast}
     groups: list[dict[str, Any]] = [
         {"params": [each for each in model.parameters() if each.requires_grad and id(each) not in known]},
-        {"params": [each for each in quick if each.requires_grad], "lr": options.lr * options.head_lr_scale},
+        {"params": [each for each in fast if each.requires_grad], "lr": options.lr * options.head_lr_scale},
     ]
     groups = [group for group in groups if group["params"]]
     kinds = {"asgd": torch.optim.SGD, "sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}

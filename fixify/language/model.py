@@ -1,4 +1,4 @@
-"""From options and a text to a language model, and what it costs."""
+"""Build a language model from its options and a text, and count its parameters."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fixify.language.options import LanguageOptions
 from fixify.language.vectors import Kind, word_vectors
 
 _WEIGHTS = 1
-"""Random stream of the initial weights, beside that of `fixify.language.loop`."""
+"""Random stream of the initial weights; `fixify.language.loop` has others."""
 _INIT = 0.1
-"""Learned embeddings and classifiers start uniform within this, as in Merity et al.'s code (2017)."""
+"""Learned embeddings and classifiers start uniform in -0.1 .. 0.1, as in Merity et al.'s code (2017)."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a language model has, as Table 2 of the paper counts it.
+    """Numbers of parameters, as Table 2 of the paper counts them.
 
     Attributes:
-        parameters: Of the model with an embedding and a classifier that are both learned ("# Params").
-        fixed: Weights of the two that are not learned here; of tied ones those that are there once instead of twice.
-        learned: What is learned here.
+        parameters: Parameters of the model if embedding and classifier were both learned ("# Params").
+        fixed: Weights of these two that are not learned; if they are tied, the weights that are shared.
+        learned: Parameters that are learned.
     """
 
     parameters: int
@@ -37,15 +37,20 @@ class Size:
 
     @property
     def share(self) -> float:
-        """Percent of the parameters that are not learned ("% Fixed params")."""
+        """Percent of the parameters that are not learned ("% Fixed params").
+
+        >>> Size(parameters=200, fixed=50, learned=150).share
+        25.0
+        """
         return 100 * self.fixed / self.parameters
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the values, JSON-safe."""
         return {**asdict(self), "share": self.share}
 
 
 def build_model(options: LanguageOptions, corpus: Corpus) -> LanguageModel:
-    """A language model with its initial weights: of one seed the same LSTM, whatever stands for the words.
+    """Build a language model with its initial weights; the LSTM depends on the seed but not on the word vectors.
 
     Raises:
         FixifyError: see `fixify.language.vectors.word_vectors`.
@@ -54,14 +59,14 @@ def build_model(options: LanguageOptions, corpus: Corpus) -> LanguageModel:
     if not options.is_learned:
         vectors = word_vectors(cast(Kind, options.words), corpus, options.num_features, seed=options.seed)
     model = assemble(options, len(corpus.words), vectors)
-    # Every row starts from how frequent the words are; what it has to learn is the context.
+    # The bias starts at the word frequencies, so that only the context has to be learned.
     with torch.no_grad():
         model.classifier.bias.copy_((corpus.counts / corpus.counts.sum()).log())  # type: ignore[operator]
     return model
 
 
 def assemble(options: LanguageOptions, num_words: int, vectors: Tensor | None) -> LanguageModel:
-    """One whose bias is zero, with given vectors of unit length [C, N] unless words are learned."""
+    """Assemble a language model with zero bias, from fixed unit vectors [C, N] or None for learned words."""
     width = options.num_features
     with seeded_globals(derive_seed(options.seed, _WEIGHTS), torch.device("cpu")):
         layers = [nn.LSTM(width, width) for _ in range(options.num_layers)]
@@ -98,7 +103,7 @@ def _fixed(vectors: Tensor, options: LanguageOptions) -> tuple[nn.Embedding, nn.
 
 
 def size_of(model: LanguageModel, options: LanguageOptions) -> Size:
-    """What is learned, and what would be with learned words."""
+    """Count the parameters of a model."""
     words = model.embedding.weight.numel()
     lstm = sum(parameter.numel() for parameter in model.layers.parameters())
     learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,4 +1,4 @@
-"""The language model of section 3.3: an LSTM between an embedding and a classifier of words."""
+"""The language model of the paper's section 3.3: an LSTM between an embedding and a classifier of words."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ State = list[tuple[Tensor, Tensor]]
 
 
 class Dropouts(NamedTuple):
-    """Merity et al. (2017), sections 3 and 4.2 to 4.4; each the share that is dropped.
+    """Dropout probabilities, as in Merity et al. (2017), sections 3 and 4.2 to 4.4.
 
     Attributes:
-        words: Whole words of the embedding, for a batch.
-        inputs, hidden, output: Features of the LSTM's inputs, between its layers, and of its output; of each sequence
-            the same ones at every step.
-        weights: Hidden-to-hidden weights of the LSTM (DropConnect).
+        words: Of whole words of the embedding, for a batch.
+        inputs, hidden, output: Of features of the LSTM's inputs, between its layers, and of its output. A sequence
+            loses the same features at every step.
+        weights: Of hidden-to-hidden weights of the LSTM (DropConnect).
     """
 
     words: float = 0.0
@@ -33,12 +33,12 @@ class Dropouts(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What the model makes of a batch, T steps of B sequences.
+    """The output of the LSTM for a batch of B sequences of T words.
 
     Attributes:
-        features: After dropout, [T, B, N]; what the classifier sees.
-        raw: Before it, [T, B, N].
-        state: Of each layer, to go on with.
+        features: After dropout, [T, B, N]; the input of the classifier.
+        raw: Before dropout, [T, B, N].
+        state: Of each layer, for the next batch.
     """
 
     features: Tensor
@@ -52,12 +52,13 @@ class WordClassifier(nn.Module):
     Learned: `scale` [] (unless it is fixed), `bias` [C], `down` [rank, N] and `up` [C, rank].
 
     Args:
-        codes: Q, the words' vectors, unit length, [C, N], not learned; kept, not copied: the embedding has the same.
-        normalize: Divide features by their norm, as in the paper. Without it the norm says how sure the model is of
-            this word, which one scale for all words cannot.
-        rank: Of a learned correction of Q, `up @ down`; 0: none.
-        scale: Initial alpha; None: `initial_scale` of C if normalised, else 1.
-        fixed_scale: Alpha is not learned.
+        codes: Q, the unit vectors of the words, [C, N], not learned. They are not copied, because the embedding shares
+            them.
+        normalize: Divide features by their norm, as in the paper. Without it the norm expresses the confidence in each
+            prediction, which one scale for all words cannot.
+        rank: Rank of a learned correction of Q, `up @ down`; 0: no correction.
+        scale: Initial alpha; None: `initial_scale` of C if features are normalised, else 1.
+        fixed_scale: Do not learn alpha.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class WordClassifier(nn.Module):
         self.up = nn.Parameter(torch.zeros(num_words, rank)) if rank else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features [..., N] to logits [..., C]."""
+        """Map features [..., N] to logits [..., C]."""
         if self.normalize:
             x = F.normalize(x, dim=-1)
         x = x * self.scale
@@ -94,11 +95,11 @@ class LanguageModel(nn.Module):
     """`classifier(lstm(embedding(words)))`: logits of the next word at each step.
 
     Args:
-        embedding: Words to features [..., N].
-        layers: Of the LSTM, all N wide.
-        classifier: Features [..., N] to logits [..., C].
+        embedding: Maps words to features [..., N].
+        layers: The LSTM's layers, all N wide.
+        classifier: Maps features [..., N] to logits [..., C].
         embedding_scale: Factor of the embedding.
-        dropouts: While training.
+        dropouts: Dropout probabilities in training.
     """
 
     def __init__(
@@ -118,16 +119,16 @@ class LanguageModel(nn.Module):
         self.dropouts = dropouts or Dropouts()
 
     def start(self, batch_size: int) -> State:
-        """The state before any text: zeros."""
+        """Return the state before any text: zeros."""
         zeros = self.embedding.weight.new_zeros(1, batch_size, self.num_features)
         return [(zeros, zeros) for _ in self.layers]
 
     def features(self, words: Tensor, state: State) -> Output:
-        """What the classifier is given for each next word.
+        """Compute the classifier's input for each next word.
 
         Args:
-            words: [T, B] word numbers.
-            state: `start`, or what the text before left.
+            words: Word numbers [T, B].
+            state: From `start`, or from the text before.
         """
         x = self._drop(self._embed(words), self.dropouts.inputs)
         after: State = []
@@ -139,7 +140,7 @@ class LanguageModel(nn.Module):
         return Output(x, raw, after)
 
     def forward(self, words: Tensor, state: State) -> tuple[Tensor, State]:
-        """Word numbers [T, B] to logits of the words that follow [T, B, C], and the state after them."""
+        """Map word numbers [T, B] to logits of the next words [T, B, C] and the state after them."""
         output = self.features(words, state)
         return self.classifier(output.features), output.state
 
@@ -156,14 +157,14 @@ class LanguageModel(nn.Module):
         raw, hidden, cell = torch.lstm(x, list(state), weights, True, 1, 0.0, True, False, False)
         return raw, (hidden, cell)
 
-    def _drop(self, x: Tensor, share: float) -> Tensor:
-        """The same features of a sequence at every step (Gal & Ghahramani, 2016)."""
-        if not self.training or share == 0:
+    def _drop(self, x: Tensor, probability: float) -> Tensor:
+        """Drop the same features of a sequence at every step (Gal & Ghahramani, 2016)."""
+        if not self.training or probability == 0:
             return x
-        return x * F.dropout(torch.ones_like(x[:1]), share)
+        return x * F.dropout(torch.ones_like(x[:1]), probability)
 
     def _embed(self, words: Tensor) -> Tensor:
-        weight, share = self.embedding.weight, self.dropouts.words
-        if self.training and share > 0:
-            weight = weight * F.dropout(weight.new_ones(self.num_words, 1), share)
+        weight, probability = self.embedding.weight, self.dropouts.words
+        if self.training and probability > 0:
+            weight = weight * F.dropout(weight.new_ones(self.num_words, 1), probability)
         return F.embedding(words, weight) * self.embedding_scale

@@ -97,11 +97,13 @@ class LanguageOptions(CheckedOptions):
                 f"warmup_epochs ({self.warmup_epochs:g}) must be less than epochs ({self.epochs})",
             )
         if self.opt == "asgd" and self.sched != "constant":
-            yield Conflict(("sched", "opt"), "opt asgd needs a constant rate; give sched: constant")
+            yield Conflict(("sched", "opt"), "opt asgd averages weights at a constant rate; give sched: constant")
         if self.is_learned:
             given = sorted(name for name in self.model_fields_set if name.startswith("head_") and self._changed(name))
             if given:
-                yield Conflict((*given, "words"), f"{', '.join(given)} need fixed vectors, and words is {self.words}")
+                yield Conflict(
+                    (*given, "words"), f"{', '.join(given)} belong to fixed vectors, and words is {self.words}"
+                )
 
     def _changed(self, name: str) -> bool:
         return bool(getattr(self, name) != type(self).model_fields[name].default)

@@ -1,4 +1,4 @@
-"""Word vectors that are not learned by the language model (Hoffer et al., section 3.3)."""
+"""Compute word vectors that the language model does not learn (Hoffer et al., section 3.3)."""
 
 from __future__ import annotations
 
@@ -19,47 +19,47 @@ from fixify.language.corpus import END_OF_LINE, Corpus
 
 Kind = Literal["orthogonal", "hadamard", "pmi", "word2vec"]
 REBUILT = ("orthogonal", "hadamard")
-"""Kinds that need no text, and are not stored."""
+"""Kinds that need no text and are rebuilt instead of stored."""
 
 WINDOW = 5
-"""Words on either side that are a word's context, as in word2vec's and Levy & Goldberg's experiments."""
+"""Words on each side that are a word's context, as in the experiments of word2vec and of Levy & Goldberg."""
 SHIFT = 1
-"""Levy & Goldberg's k: of the shifted PMI, log k is subtracted; 1 does not shift."""
+"""Levy & Goldberg's k: the shifted PMI subtracts log k; 1 does not shift."""
 SMOOTHING = 0.75
-"""Power of the contexts' counts, against contexts that are rare (Levy, Goldberg & Dagan, 2015)."""
+"""Exponent of the context counts, which weakens rare contexts (Levy, Goldberg & Dagan, 2015)."""
 _PASSES = 15
 
 
 def word_vectors(kind: Kind, corpus: Corpus, width: int, *, seed: int = 0) -> Tensor:
-    """A vector of unit length for each word, float32 [C, width], from nothing but the training text.
+    """Compute a unit vector for each word, float32 [C, width], from the training text alone.
 
     - orthogonal: the paper's random transform; its columns are orthonormal (there are more words than features).
-    - hadamard: codes of sign-flipped Hadamard matrices, in the order of the words' frequency.
+    - hadamard: codes of sign-flipped Hadamard matrices, ordered by word frequency.
     - pmi: positive pointwise mutual information of words and their contexts, factorised by a truncated SVD, U sqrt(S)
-      (Levy & Goldberg, 2014, sections 3.3 and 4.2), and the mean word removed.
-    - word2vec: skip-gram with negative sampling (Mikolov et al., 2013), by gensim, and the mean word removed.
+      (Levy & Goldberg, 2014, sections 3.3 and 4.2), minus the mean word.
+    - word2vec: skip-gram with negative sampling (Mikolov et al., 2013), by gensim, minus the mean word.
 
     Args:
-        kind: Which.
+        kind: Kind of vectors.
         corpus: The text.
-        width: Features.
-        seed: Of what is random in it.
+        width: Number of features.
+        seed: Seed of the random parts.
 
     Raises:
         UsageError: word2vec without gensim.
-        FixifyError: the text has too few words for so many features.
+        FixifyError: the text has fewer words than features.
     """
     if kind in REBUILT:
         return torch.tensor(codebook(rebuilt_spec(kind, len(corpus.words), width, seed=seed)))
     if width >= len(corpus.words):
-        raise FixifyError(f"{len(corpus.words)} words cannot be factorised into {width} features; take fewer.")
+        raise FixifyError(f"{len(corpus.words)} words cannot be factorised into {width} features. Use fewer features.")
     found = _pmi(corpus, width, seed) if kind == "pmi" else _word2vec(corpus, width, seed)
     return F.normalize(found - found.mean(dim=0), dim=1)
 
 
-@functools.cache  # the digest of a large random codebook takes seconds, and every save asks for it
+@functools.cache  # a large random codebook takes seconds to hash, and every save needs the digest
 def rebuilt_spec(kind: str, num_words: int, width: int, *, seed: int = 0) -> HeadSpec:
-    """What vectors of `REBUILT`, which no text is needed for, are rebuilt from; with its digest."""
+    """Make the head spec, with its digest, from which vectors of a `REBUILT` kind are rebuilt."""
     return HeadSpec(kind, width, num_words, seed=seed).resolve()
 
 
@@ -81,10 +81,10 @@ def _pmi(corpus: Corpus, width: int, seed: int) -> Tensor:
 
 
 def _pairs(words: np.ndarray, count: int) -> scipy.sparse.csr_matrix:
-    """How often two words stand within the window of each other, [C, C], symmetric; nearer ones count more."""
+    """Count how often two words are within the window of each other, [C, C], symmetric; nearer ones count more."""
     total = scipy.sparse.csr_matrix((count, count), dtype=np.float64)
     for distance in range(1, WINDOW + 1):
-        weight = (WINDOW + 1 - distance) / WINDOW  # what word2vec's random windows come to
+        weight = (WINDOW + 1 - distance) / WINDOW  # the expectation of word2vec's random windows
         ones = np.full(len(words) - distance, weight)
         total = total + scipy.sparse.coo_matrix((ones, (words[:-distance], words[distance:])), (count, count)).tocsr()
     return total + total.T

@@ -13,7 +13,7 @@ from fixify.language.options import LanguageOptions
 from fixify.language.run import LanguageResult, run_language
 from fixify.recipes.reading import Recipe, read_recipe, section_of
 from fixify.recipes.schema import SECTIONS
-from fixify.training.api import finetune, goes_on, train_from_scratch
+from fixify.training.api import finetune, is_restarted_run, train_from_scratch
 from fixify.training.options import FinetuneOptions, TrainOptions
 from fixify.training.run import FinetuneResult
 from fixify.training.run_folder import RUN_FILE, stored_options
@@ -205,7 +205,7 @@ class Comparison:
         """
         folders = {name: self.folder / name for name in self.runs}
         begun = {name for name, folder in folders.items() if (folder / RUN_FILE).exists()}
-        others = [name for name in folders if name in begun and not goes_on(folders[name])]
+        others = [name for name in folders if name in begun and not is_restarted_run(folders[name])]
         if others and not (resume or force):
             raise OutputExistsError(
                 f"There is a run in {folders[others[0]]} already.",

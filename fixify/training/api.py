@@ -1,4 +1,4 @@
-"""Going on after torchrun has started all processes again, because one was lost (`--max-restarts`)."""
+"""Finetune a slim checkpoint, or train a network from scratch, from file and data names."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from fixify._files import sha256_of
-from fixify.checkpoints.learned import SUFFIX, save_ordinary
+from fixify.checkpoints.learned import SUFFIX as LEARNED_SUFFIX
+from fixify.checkpoints.learned import save_ordinary
 from fixify.checkpoints.slim import SUFFIX as FIXED_SUFFIX
 from fixify.checkpoints.slim import Origin, SlimInfo, describe, load, read_info, save
-from fixify.data import DataOptions, match_classes, open_train_val, open_unlabelled, override
+from fixify.data import DataOptions, OpenedData, match_classes, open_train_val, open_unlabelled, override
 from fixify.data.preprocessing import channels_of
 from fixify.data.seeding import Stream, derive_seed, seeded_globals
 from fixify.errors import UsageError
@@ -26,51 +27,18 @@ from fixify.metrics import check_input_size
 from fixify.models.architectures import Architecture, build, parse_architecture, preprocessing
 from fixify.surgery import HeadConfig, fix_classifier_
 from fixify.training import distributed
-from fixify.training.checkpointing import SaveModel
 from fixify.training.events import Listener, Warned
+from fixify.training.facts import Inputs, NamedFile, OpenedInputs, Recorded, RunFacts, RunOutput, SaveModel
 from fixify.training.options import FinetuneOptions, TrainOptions
 from fixify.training.run import FinetuneResult, train_model
 from fixify.training.run_folder import BEST_FILE, LAST_FILE, RUN_FILE, stored_options
-from fixify.training.teacher import open_other
-
-
-@contextmanager
-def joined(options: FinetuneOptions, out: Path, on_event: Listener | None) -> Iterator[bool]:
-    """Within the block the processes that torchrun started are connected; gives whether the run in `out` goes on after
-    such a restart, and says so.
-    """
-    with distributed.process_group(options.resolved_device()):
-        again = goes_on(out)
-        if again and on_event is not None:
-            count, most = (os.environ[f"TORCHELASTIC_{name}"] for name in ("RESTART_COUNT", "MAX_RESTARTS"))
-            on_event(Warned(f"A process was lost; all were started again ({count} of {most} times)."))
-        yield again
-
-
-def goes_on(out: Path) -> bool:
-    """Whether this is such a restart, and the run in the folder is the one that this launch had begun.
-
-    Another run in the folder is as it would be without the restart: refused, or replaced.
-    """
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    return distributed.on_rank_zero(lambda: again and _launch_of(out) == distributed.launch())
-
-
-def _launch_of(out: Path) -> str | None:
-    try:
-        found = json.loads((out / RUN_FILE).read_text()).get("launch")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return str(found)
-
-
-# From a slim checkpoint and a data name to a finetuned slim checkpoint.
+from fixify.training.teacher import ReferenceModel, open_reference
 
 
 def finetune(
     slim_path: Path | str,
     data_name: str,
-    out_dir: Path | str,
+    out_dir: Path | str | None = None,
     options: FinetuneOptions | None = None,
     *,
     against: Path | str | None = None,
@@ -83,160 +51,154 @@ def finetune(
     recorded: Mapping[str, Any] | None = None,
     on_event: Listener | None = None,
 ) -> FinetuneResult:
-    """Finetune a slim checkpoint; in every process that torchrun started, if it did.
+    """Finetune a slim checkpoint; under torchrun in all of its processes.
 
-    The data gets the labels that the checkpoint means, by the names of the classes where it has them (see
-    `fixify.data.match_classes`); the checkpoint is validated as it came, then trained and validated after each epoch.
+    The data must have the checkpoint's classes. Labels are matched by class name if the checkpoint has names (see
+    `fixify.data.match_classes`). The checkpoint is validated first, then trained and validated after each epoch.
 
     Args:
         slim_path: The checkpoint; it is not changed.
         data_name: See `fixify.data.open_data`.
-        out_dir: Folder of the run; see `fixify.training.train_model`.
-        options: None takes the defaults, or with `resume` those the run was started with.
-        against: The original, a checkpoint or a model name: evaluated once on the validation data before training, and
-            what `options.max_drop` is measured from. None: the teacher, if `max_drop` is given without a number.
-        distill: The teacher, a checkpoint or a model name, usually the original; `options.distill_weight` says how much
-            it counts. With `options.unlabelled` the data may be any images; see `fixify.data.open_unlabelled`.
+        out_dir: Folder of the run; None: see `finetune_folder`.
+        options: How to train; None takes the defaults, or with `resume` those that the run was started with.
+        against: The original, a checkpoint or a model name. It is evaluated once on the validation data before
+            training, and `options.max_drop` is measured from it. None takes the teacher if `max_drop` has no number.
+        distill: The teacher, a checkpoint or a model name, usually the original; `options.distill_weight` is its
+            weight. With `options.unlabelled` the data may be any images; see `fixify.data.open_unlabelled`.
         resume: Continue the run in `out_dir`.
         force: Replace the run in `out_dir`.
-        download: Whether `torch/...` data may be downloaded.
+        download: Allow downloading `torch/...` data.
         class_map: A file that says which class of the data has which label; see `fixify.data.DataOptions`.
         command: What was typed to start the run; recorded.
-        recorded: See `fixify.training.train_model`.
-        on_event: Told what happens.
+        recorded: What a recipe recorded of its inputs (`fixify.training.facts.Recorded`); they must be the same.
+        on_event: Called with each event.
 
     Raises:
         FormatError, CodebookMismatchError: the checkpoint cannot be loaded.
         SourceError, ArchitectureError, NoClassifierError: `against` or `distill` cannot be opened.
-        DataError: the data is missing, not laid out as expected, or not the checkpoint's.
+        DataError: the data is missing, has another layout, or has other classes than the checkpoint.
         ConnectionLost: another process ended.
         TrainingError, OutputExistsError, OutputError: see `fixify.training.train_model`.
-        UsageError: the checkpoint would be overwritten, or `img_size` does not fit the model.
+        UsageError: the run would overwrite the checkpoint, or `img_size` does not fit the model.
     """
-    source, out = Path(slim_path), Path(out_dir)
+    source = Path(slim_path)
+    out = finetune_folder(source) if out_dir is None else Path(out_dir)
     if source.resolve() in {(out / name).resolve() for name in (BEST_FILE, LAST_FILE)}:
         raise UsageError(f"The run in {out} would overwrite {source}.", hint="Choose another folder with -o.")
     if options is None:
         options = stored_options(out, FinetuneOptions) if resume else FinetuneOptions()
     options = options.for_this_process()
-    with joined(options, out, on_event) as again:
+    inputs = Inputs(data_name, source, against, distill, class_map, Recorded.from_dict(recorded))
+    with connected_processes(options, out, on_event) as restarted:
         info = read_info(source)
-        stored = (info.training or {}).get("class_names"), info.labels
-        stored_names = stored[0] or stored[1]
-        reading = DataOptions(options.class_order, class_map, options.input_key, options.target_key)
-        if options.unlabelled:
-            names = stored_names or [str(label) for label in range(info.num_classes)]
-            train, val = open_unlabelled(data_name, names, seed=options.seed, download=download, options=reading)
-            val = match_classes(val, info.num_classes, *stored, subset=True).data
-            train = replace(train, class_names=val.class_names)
-        else:
-            train, val = open_train_val(data_name, download=download, options=reading)
-            # What is noted of the labels is said of the training images alone.
-            matched = match_classes(val, info.num_classes, *stored, subset=True).data
-            val = replace(matched, description=val.description)
-            train = match_classes(train, info.num_classes, *stored).data
-        model = load(source)
-        preprocessing = override(info.preprocessing, img_size=options.img_size, crop_pct=options.crop_pct)
-        if options.img_size is not None:
-            check_input_size(model, preprocessing["input_size"])
-        if val.labelled:
-            stored_names = list(val.class_names)
-        labels = stored_names if info.labels is None else info.labels
-        model.fixify_info = info.model_copy(update={"labels": labels, "preprocessing": preprocessing})  # type: ignore[assignment]
+        train, val = _open_matching(info, inputs, options, download=download)
+        model, info = _load_slim(source, info, val, options)
+        # `info.labels` stay the checkpoint's own names; the facts name the classes as the data does, where it can.
+        class_names = list(val.class_names) if val.labelled else _class_names(info)
+        teacher, original = _open_references(inputs, val, options)
+        if original is None and options.max_drop is not None and options.original_top1 is None:
+            original = teacher
+        opened = OpenedInputs(train, val, info.preprocessing, original, teacher, inputs)
+        facts = replace(
+            RunFacts.of(opened),
+            checkpoint=NamedFile(source.name, sha256_of(source)),
+            class_names=None if class_names is None else tuple(class_names),
+            class_map=None if class_map is None else NamedFile.of(class_map),
+        )
 
         def save_model(trained: nn.Module, path: Path, record: dict[str, Any]) -> None:
             save(trained, path, force=True, training=record)
 
-        facts = {"checkpoint": source.name, "checkpoint_sha256": sha256_of(source), "class_names": stored_names}
-        if class_map is not None:
-            facts["class_map"] = class_map_facts(class_map)
-        teacher = None if distill is None else open_other(distill, val, options)
-        original = None if against is None else open_other(against, val, options)
-        if original is None and options.max_drop is not None and options.original_top1 is None:
-            original = teacher
-        return train_model(
-            model,
-            train,
-            val,
-            preprocessing,
-            options,
-            out,
-            save=save_model,
-            resume=resume or again,
-            force=force,
-            facts=facts,
-            original=original,
-            teacher=teacher,
-            command=command,
-            entries={
-                "checkpoint": source,
-                "data": data_name,
-                "against": against,
-                "distill": distill,
-                "class_map": class_map,
-            },
-            recorded=recorded,
-            on_event=on_event,
-        )
+        output = RunOutput(out, save_model, FIXED_SUFFIX, resume=resume or restarted, force=force, command=command)
+        return train_model(model, opened, options, output, facts=facts, on_event=on_event)
 
 
-def class_map_facts(class_map: Path | str) -> dict[str, str]:
-    """What a run records of its class map."""
-    return {"name": Path(class_map).name, "sha256": sha256_of(Path(class_map))}
+def finetune_folder(slim_path: Path | str) -> Path:
+    """Return the folder that `finetune` uses by default: the checkpoint's name and -finetuned, in the current folder.
 
-
-# Training a network from scratch, with its learned classifier or a fixed one: the paper's experiments.
-
-
-@dataclass(frozen=True)
-class NewNetwork:
-    """A network that was not trained yet.
-
-    Attributes:
-        model: With the head that the options say.
-        architecture: What it is.
-        preprocessing: How images become its input; timm's names.
-        num_classes: Of its classifier.
-        info: What a slim checkpoint says about it; None with a learned head.
+    >>> str(finetune_folder("models/net.fixed.safetensors"))
+    'net-finetuned'
     """
-
-    model: nn.Module
-    architecture: Architecture
-    preprocessing: dict[str, Any]
-    num_classes: int
-    info: SlimInfo | None
-
-    @property
-    def suffix(self) -> str:
-        """Of its checkpoints."""
-        return SUFFIX if self.info is None else FIXED_SUFFIX
+    return Path(Path(slim_path).name.removesuffix(".safetensors").removesuffix(".fixed") + "-finetuned")
 
 
-def new_network(options: TrainOptions, class_names: list[str]) -> NewNetwork:
-    """Build a network with random weights: of one seed the same, except for the head, whichever head it gets.
+def _open_matching(
+    info: SlimInfo, inputs: Inputs, options: FinetuneOptions, *, download: bool
+) -> tuple[OpenedData, OpenedData]:
+    """Open the two splits, with the labels that the checkpoint means."""
+    reading = DataOptions(options.class_order, inputs.class_map, options.input_key, options.target_key)
+    stored = (info.training or {}).get("class_names"), info.labels
+    if options.unlabelled:
+        names = _class_names(info) or [str(label) for label in range(info.num_classes)]
+        train, val = open_unlabelled(inputs.data, names, seed=options.seed, download=download, options=reading)
+        val = match_classes(val, info.num_classes, *stored, subset=True).data
+        return replace(train, class_names=val.class_names), val
+    train, val = open_train_val(inputs.data, download=download, options=reading)
+    # The description says how labels were matched; it is enough to say it of the training images.
+    matched = match_classes(val, info.num_classes, *stored, subset=True).data
+    return match_classes(train, info.num_classes, *stored).data, replace(matched, description=val.description)
 
-    Args:
-        options: Which.
-        class_names: In label order.
+
+def _class_names(info: SlimInfo) -> list[str] | None:
+    """Return the class names of the last training of a checkpoint, else its own."""
+    names: list[str] | None = (info.training or {}).get("class_names") or info.labels
+    return names
+
+
+def _load_slim(source: Path, info: SlimInfo, val: OpenedData, options: FinetuneOptions) -> tuple[nn.Module, SlimInfo]:
+    """Load the checkpoint, and write the labels and the preprocessing of this run into its info."""
+    model = load(source)
+    config = override(info.preprocessing, img_size=options.img_size, crop_pct=options.crop_pct)
+    if options.img_size is not None:
+        check_input_size(model, config["input_size"])
+    labels = info.labels
+    if labels is None:
+        labels = list(val.class_names) if val.labelled else _class_names(info)
+    info = info.model_copy(update={"labels": labels, "preprocessing": config})
+    model.fixify_info = info  # type: ignore[assignment]
+    return model, info
+
+
+def _open_references(
+    inputs: Inputs, data: OpenedData, options: FinetuneOptions
+) -> tuple[ReferenceModel | None, ReferenceModel | None]:
+    """Open the teacher and the original."""
+    teacher, original = (
+        None if ref is None else open_reference(ref, data, options) for ref in (inputs.distill, inputs.against)
+    )
+    return teacher, original
+
+
+@contextmanager
+def connected_processes(options: FinetuneOptions, out: Path, on_event: Listener | None) -> Iterator[bool]:
+    """Connect torchrun's processes within the block; yield whether they were restarted and continue the run in `out`.
 
     Raises:
-        ArchitectureError: no such architecture, or arguments that do not suit it.
-        HeadSpecError: no such codebook for its number of features and classes.
-        UsageError: it does not take images of that size or that many channels.
+        ConnectionLost: another process ended.
     """
-    num_classes = len(class_names)
-    architecture = _architecture(options)
-    with seeded_globals(derive_seed(options.seed, 0, Stream.INIT), torch.device("cpu")):
-        model = build(architecture, num_classes=num_classes)
-    config = override(preprocessing(architecture), img_size=options.img_size, crop_pct=options.crop_pct)
-    for name, values in (("mean", options.mean), ("std", options.std)):
-        if values is not None:
-            if len(values) != channels_of(config):
-                raise UsageError(f"{name} must have {channels_of(config)} numbers, one a channel, not {len(values)}.")
-            config[name] = list(values)
-    check_input_size(model, config["input_size"])
-    info = None if options.head == "learned" else _fix_(model, architecture, config, options, class_names)
-    return NewNetwork(model, architecture, config, num_classes, info)
+    with distributed.process_group(options.resolved_device()):
+        restarted = is_restarted_run(out)
+        if restarted and on_event is not None:
+            count, most = (os.environ[f"TORCHELASTIC_{name}"] for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+            on_event(Warned(f"A process was lost; all were started again ({count} of {most} times)."))
+        yield restarted
+
+
+def is_restarted_run(out: Path) -> bool:
+    """Check whether torchrun restarted its processes (`--max-restarts`), and the same launch began the run in `out`.
+
+    Any other run in the folder is treated as without a restart: it is refused, or replaced.
+    """
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return distributed.on_rank_zero(lambda: restarted and _launch_of(out) == distributed.launch())
+
+
+def _launch_of(out: Path) -> str | None:
+    try:
+        found = json.loads((out / RUN_FILE).read_text()).get("launch")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return str(found)
 
 
 def train_from_scratch(
@@ -254,28 +216,29 @@ def train_from_scratch(
     recorded: Mapping[str, Any] | None = None,
     on_event: Listener | None = None,
 ) -> FinetuneResult:
-    """Train a network from scratch; in every process that torchrun started, if it did.
+    """Train a network from scratch, with its learned classifier or a fixed one (the paper's experiments).
 
-    With a fixed head the run leaves best.fixed.safetensors and last.fixed.safetensors, slim checkpoints; with a learned
-    one best.safetensors and last.safetensors, which `fixify convert` and the others open without being told what they
-    are. To compare the two, train twice: `options.replace(head="learned")` differs in nothing else.
+    Under torchrun all of its processes train. With a fixed head the run leaves best.fixed.safetensors and
+    last.fixed.safetensors, slim checkpoints. With a learned one it leaves best.safetensors and last.safetensors, whose
+    architecture `fixify convert` and the other commands recognise. To compare the two, train twice:
+    `options.replace(head="learned")` changes nothing else.
 
     Args:
         data_name: See `fixify.data.open_data`.
         out_dir: Folder of the run; see `fixify.training.train_model`.
-        options: How; None only with `resume`: those that the run was started with.
+        options: How to train; None only with `resume`: the options that the run was started with.
         against: A model whose top-1 `options.max_drop` is measured from.
         distill: A teacher of the same classes.
         resume: Continue the run in `out_dir`.
         force: Replace the run in `out_dir`.
-        download: Whether `torch/...` data may be downloaded.
+        download: Allow downloading `torch/...` data.
         class_map: A file that says which class of the data has which label; see `fixify.data.DataOptions`.
-        command: What was typed, for the record.
-        recorded: See `fixify.training.train_model`.
-        on_event: Told what happens.
+        command: What was typed to start the run; recorded.
+        recorded: What a recipe recorded of its inputs (`fixify.training.facts.Recorded`); they must be the same.
+        on_event: Called with each event.
 
     Raises:
-        DataError: the data is missing, or not laid out as expected.
+        DataError: the data is missing, or has another layout.
         ArchitectureError, HeadSpecError, UsageError: see `new_network`.
         TrainingError, OutputExistsError, OutputError: see `fixify.training.train_model`.
     """
@@ -285,45 +248,88 @@ def train_from_scratch(
             raise UsageError("Training from scratch needs options: TrainOptions.create(model=...).")
         options = stored_options(out, TrainOptions)
     if options.unlabelled:
-        raise UsageError("unlabelled is for finetuning: from scratch, images need labels.")
+        raise UsageError("unlabelled is for finetuning: training from scratch needs labels.")
     options = options.for_this_process()
-    with joined(options, out, on_event) as again:
+    inputs = Inputs(data_name, None, against, distill, class_map, Recorded.from_dict(recorded))
+    with connected_processes(options, out, on_event) as restarted:
         reading = DataOptions(options.class_order, class_map, options.input_key, options.target_key)
         train, val = open_train_val(data_name, download=download, options=reading)
-        # Validation images need not be of every class; of labels that are numbers it then knows fewer.
+        # Validation images may lack some classes; numeric labels alone would then seem to be fewer classes.
         matched = match_classes(val, train.num_classes, train.class_names, subset=True).data
         val = replace(matched, description=val.description)
         class_names = list(train.class_names)
         network = new_network(options, class_names)
-        return train_model(
-            network.model,
-            train,
-            val,
-            network.preprocessing,
-            options,
-            out,
-            save=_saver(network, class_names),
-            suffix=network.suffix,
-            resume=resume or again,
-            force=force,
-            facts={
-                "architecture": network.architecture.spelled,
-                **({} if class_map is None else {"class_map": class_map_facts(class_map)}),
-            },
-            original=None if against is None else open_other(against, val, options),
-            teacher=None if distill is None else open_other(distill, val, options),
-            command=command,
-            entries={"data": data_name, "class_map": class_map, "against": against, "distill": distill},
-            recorded=recorded,
-            on_event=on_event,
+        teacher, original = _open_references(inputs, val, options)
+        opened = OpenedInputs(train, val, network.preprocessing, original, teacher, inputs)
+        facts = replace(
+            RunFacts.of(opened),
+            architecture=network.architecture.spelled,
+            class_map=None if class_map is None else NamedFile.of(class_map),
         )
+        save_model = _saver(network, class_names)
+        output = RunOutput(out, save_model, network.suffix, resume=resume or restarted, force=force, command=command)
+        return train_model(network.model, opened, options, output, facts=facts, on_event=on_event)
+
+
+# The network that is trained from scratch.
+
+
+@dataclass(frozen=True)
+class NewNetwork:
+    """A network with random weights.
+
+    Attributes:
+        model: The network, with the head that the options ask for.
+        architecture: Its architecture.
+        preprocessing: timm's data configuration.
+        num_classes: Number of classes.
+        info: The info of its slim checkpoints; None with a learned head.
+    """
+
+    model: nn.Module
+    architecture: Architecture
+    preprocessing: dict[str, Any]
+    num_classes: int
+    info: SlimInfo | None
+
+    @property
+    def suffix(self) -> str:
+        """File suffix of its checkpoints."""
+        return LEARNED_SUFFIX if self.info is None else FIXED_SUFFIX
+
+
+def new_network(options: TrainOptions, class_names: list[str]) -> NewNetwork:
+    """Build a network with random weights, which depend on the seed but not on the kind of head.
+
+    Args:
+        options: Architecture, head, image size and seed.
+        class_names: Class names in label order.
+
+    Raises:
+        ArchitectureError: there is no such architecture, or its arguments are wrong.
+        HeadSpecError: there is no such codebook for its number of features and classes.
+        UsageError: the network does not take images of this size or number of channels.
+    """
+    num_classes = len(class_names)
+    architecture = _architecture(options)
+    with seeded_globals(derive_seed(options.seed, 0, Stream.INIT), torch.device("cpu")):
+        model = build(architecture, num_classes=num_classes)
+    config = override(preprocessing(architecture), img_size=options.img_size, crop_pct=options.crop_pct)
+    for name, values in (("mean", options.mean), ("std", options.std)):
+        if values is not None:
+            if len(values) != channels_of(config):
+                raise UsageError(f"{name} must have {channels_of(config)} numbers, one per channel, not {len(values)}.")
+            config[name] = list(values)
+    check_input_size(model, config["input_size"])
+    info = None if options.head == "learned" else _fix_(model, architecture, config, options, class_names)
+    return NewNetwork(model, architecture, config, num_classes, info)
 
 
 def _architecture(options: TrainOptions) -> Architecture:
     found = parse_architecture(options.model, **options.model_args)
     if found.tag is not None:
         raise UsageError(
-            f"{found.ref} names pretrained weights, and training from scratch starts from random ones.",
+            f"{found.ref} names pretrained weights; training from scratch starts from random ones.",
             hint=f"Write model: {found.library}/{found.name}; or convert the weights and finetune: fixify convert",
         )
     extra: dict[str, Any] = {}
@@ -333,7 +339,7 @@ def _architecture(options: TrainOptions) -> Architecture:
         elif options.in_chans != 3:
             raise UsageError(
                 f"torchvision's {found.name} takes images of 3 channels, not of {options.in_chans}.",
-                hint="Leave out in_chans: gray images are then given as RGB. Or take timm's network of that name.",
+                hint="Leave out in_chans to give gray images as RGB; or take timm's network of that name.",
             )
     size_argument = _size_argument(found)
     if options.img_size is not None and size_argument is not None:
@@ -342,7 +348,7 @@ def _architecture(options: TrainOptions) -> Architecture:
 
 
 def _size_argument(architecture: Architecture) -> str | None:
-    """What the builder calls the image size, if the network is built for one."""
+    """Name the builder's argument for the image size; None if the network takes any size."""
     if architecture.library == "torchvision":
         return "image_size" if architecture.name.startswith("vit_") else None
     config = get_pretrained_cfg(architecture.name)

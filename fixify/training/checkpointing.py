@@ -1,17 +1,19 @@
-"""The state of a run, from which it continues exactly.
+"""Save and resume a run exactly.
 
-Stored are the weights, the optimiser's moments, the gradient scaler, the moving average, and how far the run is: epoch,
-batch of it, updates, sums, history. Nothing else changes while training. Order, augmentation, mixing and dropout are
-functions of (seed, epoch, batch, image) (see `fixify.data.seeding`), so there is no random state to store, and the
-position of the sampler is the number of the batch; the learning rate is a function of the number of updates. A run can
-be resumed after any update, by another number of loader processes, and whatever else draws random numbers.
+A state holds the weights, the optimiser's moments, the gradient scaler, the moving average, and the progress: epoch,
+batch, updates, sums and history. Nothing else changes during training. Order, augmentation, mixing and dropout are
+functions of (seed, epoch, batch, image) (see `fixify.data.seeding`), so there is no random state to store; the
+position of the sampler is the number of the batch, and the learning rate is a function of the number of updates. A run
+can resume after any update and with any number of loader processes.
+
+`StateStore` and `StoredState` know nothing of images; `fixify.language` uses them too.
 """
 
 from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,14 +27,13 @@ from fixify.metrics import Confusions, Metrics
 from fixify.training import distributed
 from fixify.training.engine import Engine, head_scale
 from fixify.training.events import EpochEnded, EpochRecord, Listener, Validated, Warned
+from fixify.training.facts import Machine, RunFacts, RunOutput, this_machine
 from fixify.training.options import PATIENCE, FinetuneOptions
-from fixify.training.parallel import load_whole, own_part, whole_moments, whole_weights
+from fixify.training.parallel import gather_optimiser_state, gather_weights, load_gathered, local_part
 from fixify.training.run_folder import (
     PREVIOUS_STATE_FILE,
     STATE_FILE,
     StepRecord,
-    changed,
-    machine_facts,
     read_sealed,
     tidy,
     write_confusions,
@@ -41,7 +42,171 @@ from fixify.training.run_folder import (
     write_unreadable,
 )
 
-_VERSION = 1
+# Any run: find the state, check that it belongs to the run, write a new one.
+
+
+@dataclass(frozen=True)
+class StoredState:
+    """A state that was read.
+
+    Attributes:
+        path: Its file.
+        content: What is in it.
+        unusable: The newer state file, if that is damaged or missing.
+    """
+
+    path: Path
+    content: dict[str, Any]
+    unusable: Path | None = None
+
+    def check_kind(self, version: int, key: str) -> None:
+        """Check the version, and an entry that only this kind of run has.
+
+        Raises:
+            TrainingError: another version or kind of run wrote the state.
+        """
+        found = self.content.get("version")
+        if found != version:
+            raise TrainingError(f"{self.path} is of state version {found}; this fixify reads version {version}.")
+        if key not in self.content:
+            raise TrainingError(
+                f"{self.path} is the state of another kind of run: it has no {key}.",
+                hint="Choose another folder with -o.",
+            )
+
+    def check_same(
+        self, what: str, stored: Mapping[str, Any], given: Mapping[str, Any], *, ignored: Iterable[str] = ()
+    ) -> None:
+        """Refuse to resume a run that was started with other values.
+
+        Args:
+            what: "options" or "facts".
+            stored: The values that the run was started with.
+            given: The values now.
+            ignored: Names that may differ.
+
+        Raises:
+            TrainingError: some differ; each is named.
+        """
+        differences = [
+            f"{key} was {_shortened(stored.get(key))} and is {_shortened(given.get(key))}"
+            for key in sorted({*stored, *given} - set(ignored))
+            if stored.get(key) != given.get(key)
+        ]
+        if differences:
+            raise TrainingError(
+                f"The run in {self.path.parent} was started with other {what}: {'; '.join(differences)}.",
+                hint="Resume with the same ones, or choose another folder with -o.",
+            )
+
+    def load(self, load: Callable[[dict[str, Any]], None]) -> None:
+        """Put the content into a model.
+
+        Raises:
+            TrainingError: it does not fit.
+        """
+        try:
+            load(self.content)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise TrainingError(f"{self.path} does not fit this model: {str(error).splitlines()[0]}") from error
+
+    def to_bytes(self) -> tuple[Path, bytes, Path | None]:
+        """Serialise the state for other processes; pickle cannot restore unsigned 16-bit tensors."""
+        buffer = io.BytesIO()
+        torch.save(self.content, buffer)
+        return self.path, buffer.getvalue(), self.unusable
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def newest_state(folder: Path, device: torch.device) -> StoredState:
+    """Read the newest state of a run that is not damaged.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    newest, previous = folder / STATE_FILE, folder / PREVIOUS_STATE_FILE
+    content = read_sealed(newest, device)
+    if content is not None:
+        return StoredState(newest, content)
+    content = read_sealed(previous, device)
+    if content is not None:
+        return StoredState(previous, content, unusable=newest)
+    if not newest.exists() and not previous.exists():
+        raise TrainingError(f"There is no run to resume in {folder}: {STATE_FILE} is missing.")
+    which = f"{newest} is" if not previous.exists() else f"{newest} and the state before it are"
+    raise TrainingError(f"{which} damaged and cannot be resumed from.", hint="Start anew with --force.")
+
+
+class StateStore:
+    """Writes the states of one run, and reads the newest one.
+
+    Args:
+        folder: Folder of the run.
+        save_minutes: Age at which a state is due; None: it never is.
+        on_warning: Called with a sentence if the newest state cannot be used.
+
+    Attributes:
+        has_state: Whether the run has written or resumed from a state.
+    """
+
+    def __init__(self, folder: Path, save_minutes: float | None, on_warning: Callable[[str], object]) -> None:
+        self.folder, self.save_minutes, self.on_warning = folder, save_minutes, on_warning
+        self.has_state = False
+        self._written = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Check whether the last state is older than `save_minutes`, by rank 0's clock; all processes call this."""
+        if self.save_minutes is None:
+            return False
+        due = time.monotonic() - self._written >= 60 * self.save_minutes
+        return distributed.all_max(int(due and distributed.is_rank_zero())) == (1,)
+
+    def write(self, content: dict[str, Any]) -> None:
+        """Write a state in one step, and keep the one before.
+
+        Raises:
+            OutputError: the disk is full, or the folder cannot be written.
+        """
+        distributed.on_rank_zero(lambda: write_sealed(self.folder, content))
+        self.has_state = True
+        self._written = time.monotonic()
+
+    def read(self, device: torch.device) -> StoredState:
+        """Read the newest state. Rank 0 reads it for all, because other machines may not have the folder.
+
+        Raises:
+            TrainingError: there is none that is not damaged.
+        """
+        if distributed.world_size() == 1:
+            return newest_state(self.folder, device)
+        path, packed, unusable = distributed.on_rank_zero(
+            lambda: newest_state(self.folder, torch.device("cpu")).to_bytes()
+        )
+        return StoredState(path, torch.load(io.BytesIO(packed), weights_only=True), unusable)
+
+    def resume_from(self, stored: StoredState) -> None:
+        """Make a state that was loaded the newest one; else the next one would replace it and keep a damaged one.
+
+        Raises:
+            OutputError: the folder cannot be changed.
+        """
+        self.has_state = True
+        distributed.on_rank_zero(lambda: tidy(self.folder))
+        if stored.unusable is not None:
+            distributed.on_rank_zero(lambda: self._promote(stored.path, stored.unusable))
+
+    def _promote(self, path: Path, unusable: Path | None) -> None:
+        if unusable is not None:
+            problem = "damaged" if unusable.exists() else "missing"
+            self.on_warning(f"{unusable} is {problem}. Resuming from the state before it, {path.name}.")
+            path.replace(unusable)
+
+
+# A run on images: its progress, and the content of its state.
 
 
 @dataclass
@@ -49,19 +214,19 @@ class Progress:
     """How far a run is.
 
     Attributes:
-        epoch: Epoch being trained, from 0; equal to the number of epochs at the end.
+        epoch: Epoch being trained, from 0; the number of epochs at the end.
         batch: Batches of it that are done.
-        updates: Updates of the weights since the start.
+        updates: Updates since the start of the run.
+        skipped: Steps that were skipped since the start because they were not finite.
         loss_sum, right, images: Sums over this epoch so far.
         seconds: Training time in this epoch so far.
-        skipped: Steps that were left out since the start, because they were not finite.
         lr: Learning rate of the last update.
-        original: Metrics of the model whose accuracy is the goal, if it was evaluated.
-        before: Metrics of the model as it came.
-        history: One record a validation.
-        unreadable: What was wrong with the images that could not be read, of "train" and "val".
-        steps: The thin log of steps.
-        window_loss, window_images: Sums since the last record of it.
+        original: Metrics of the original, if it was evaluated.
+        before: Metrics of the model before training.
+        history: One record per validation.
+        unreadable: What is wrong with the images that could not be read, of "train" and "val".
+        steps: The records of steps.jsonl.
+        window_loss, window_images: Sums since the last of these records.
     """
 
     epoch: int = 0
@@ -81,8 +246,19 @@ class Progress:
     window_loss: float = 0.0
     window_images: int = 0
 
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Progress:
+        """Read what `dataclasses.asdict` made of a progress."""
+        progress = cls(**stored)
+        for name in ("original", "before"):
+            metrics = stored.get(name)
+            setattr(progress, name, None if metrics is None else Metrics(**metrics))
+        progress.history = [EpochRecord(**record) for record in stored["history"]]
+        progress.steps = [StepRecord(**record) for record in stored.get("steps", [])]
+        return progress
+
     def best(self) -> EpochRecord | None:
-        """The validation with the highest top-1; of equal ones the lowest loss, then the first."""
+        """Return the validation with the highest top-1; of equal ones that with the lowest loss, then the first."""
         return max(self.history, key=lambda record: (record.val_top1, -record.val_loss), default=None)
 
     def log_step(self, epochs: float, scale: float | None) -> None:
@@ -92,315 +268,228 @@ class Progress:
         self.window_loss, self.window_images = 0.0, 0
 
     def next_epoch(self) -> None:
-        """Close the epoch."""
+        """Go to the next epoch and reset the sums."""
         self.epoch += 1
         self.batch = self.right = self.images = 0
         self.loss_sum = self.seconds = 0.0
 
 
-@dataclass(frozen=True)
-class Trained:
-    """Everything that has tensors to keep."""
-
-    model: nn.Module
-    optimiser: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    ema: nn.Module | None
-    sharded: bool = False
-
-    def state(self) -> dict[str, Any]:
-        """All of it, on the device; of shards gathered on the first process's CPU, for which all have to call this."""
-        return {
-            "model": whole_weights(self.model) if self.sharded else self.model.state_dict(),
-            "optimiser": whole_moments(self.model, self.optimiser) if self.sharded else self.optimiser.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Put back what `state` gave; raises RuntimeError, ValueError or KeyError if it does not fit."""
-        if self.sharded:
-            load_whole(self.model, self.optimiser, state["model"], state["optimiser"])
-        else:
-            self.model.load_state_dict(state["model"])
-            self.optimiser.load_state_dict(state["optimiser"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+_VERSION = 1
 
 
-def write_state(
-    folder: Path,
-    trained: Trained,
-    progress: Progress,
-    options: FinetuneOptions,
-    facts: dict[str, Any],
-    machine: dict[str, Any],
-) -> None:
-    """Write the state in one step, and keep the one before.
+def engine_state(engine: Engine) -> dict[str, Any]:
+    """Collect everything that has tensors.
 
-    Args:
-        folder: The run's folder.
-        trained: What is being trained.
-        progress: How far it is.
-        options: Compared when the run is resumed.
-        facts: What the run is of (data, class names, source checkpoint); compared too.
-        machine: Versions and device; a difference is told.
-
-    Raises:
-        OutputError: the disk is full, or the folder cannot be written.
+    Tensors stay on the device. A sharded model's are gathered on rank 0's CPU, and every process must call this.
     """
-    state = {
-        "version": _VERSION,
-        **trained.state(),
-        "progress": asdict(progress),
-        "recipe": options.recipe(),
-        "facts": facts,
-        "machine": machine,
+    sharded = engine.options.shard
+    return {
+        "model": gather_weights(engine.model) if sharded else engine.model.state_dict(),
+        "optimiser": (
+            gather_optimiser_state(engine.model, engine.optimiser) if sharded else engine.optimiser.state_dict()
+        ),
+        "scaler": engine.scaler.state_dict(),
+        "ema": None if engine.ema is None else engine.ema.module.state_dict(),
     }
-    distributed.on_rank_zero(lambda: write_sealed(folder, state))
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A state that was read.
-
-    Attributes:
-        path: Its file.
-        content: What is in it.
-        damaged: The newer state, if it could not be used.
-    """
-
-    path: Path
-    content: dict[str, Any]
-    damaged: Path | None
-
-    def packed(self) -> tuple[Path, bytes, Path | None]:
-        """The same, to be sent: pickling would not know unsigned 16 bit codes again."""
-        buffer = io.BytesIO()
-        torch.save(self.content, buffer)
-        return self.path, buffer.getvalue(), self.damaged
-
-
-def newest_state(folder: Path, device: torch.device) -> Stored:
-    """The newest state of a run that is whole.
+def load_engine_state(engine: Engine, state: dict[str, Any]) -> None:
+    """Restore what `engine_state` returned.
 
     Raises:
-        TrainingError: there is none.
+        RuntimeError, ValueError, KeyError: it does not fit.
     """
-    newest, previous = folder / STATE_FILE, folder / PREVIOUS_STATE_FILE
-    content = read_sealed(newest, device)
-    if content is not None:
-        return Stored(newest, content, None)
-    content = read_sealed(previous, device)
-    if content is not None:
-        return Stored(previous, content, newest)
-    if not newest.exists() and not previous.exists():
-        raise TrainingError(f"There is no run to resume in {folder}: {STATE_FILE} is missing.")
-    which = f"{newest} is" if not previous.exists() else f"{newest} and the state before it are"
-    raise TrainingError(f"{which} damaged and cannot be resumed from.", hint="Start anew with --force.")
+    if engine.options.shard:
+        load_gathered(engine.model, engine.optimiser, state["model"], state["optimiser"])
+    else:
+        engine.model.load_state_dict(state["model"])
+        engine.optimiser.load_state_dict(state["optimiser"])
+    engine.scaler.load_state_dict(state["scaler"])
+    if engine.ema is not None:
+        engine.ema.module.load_state_dict(state["ema"])
 
 
-def read_state(stored: Stored, trained: Trained, options: FinetuneOptions, facts: dict[str, Any]) -> Progress:
-    """Put a stored state into the model, the optimiser and the rest.
+def check_stored_run(stored: StoredState, facts: RunFacts, options: FinetuneOptions) -> None:
+    """Check that a state belongs to a run with these facts and options.
 
     Raises:
-        TrainingError: it is of a run with other options, data or source.
+        TrainingError: it is of another version, or was started with other data, source or options.
     """
-    path, state, folder = stored.path, stored.content, stored.path.parent
-    version = state.get("version")
-    if version != _VERSION:
-        raise TrainingError(f"{path} is of state version {version}; this fixify reads version {_VERSION}.")
-    _compare_images(folder, state["facts"], facts)
-    _compare(folder, "facts", state["facts"], facts)
-    # An option that is younger than the state had its default's effect.
-    recipe = {**options.defaults(), **state["recipe"]}
-    _compare_batches(folder, recipe["batch_size"], state.get("machine", {}).get("processes", 1), options.batch_size)
-    _compare(folder, "options", recipe, options.recipe(), but=(*PATIENCE, "batch_size"))
+    stored.check_kind(_VERSION, "facts")
+    state, folder = stored.content, stored.path.parent
     try:
-        trained.load(state)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise TrainingError(f"{path} does not fit this model: {str(error).splitlines()[0]}") from error
-    progress = Progress(**state["progress"])
-    for name in ("original", "before"):
-        metrics = state["progress"].get(name)
-        setattr(progress, name, None if metrics is None else Metrics(**metrics))
-    progress.history = [EpochRecord(**record) for record in state["progress"]["history"]]
-    progress.steps = [StepRecord(**record) for record in state["progress"].get("steps", [])]
-    return progress
+        was = RunFacts.from_dict(state["facts"])
+    except (KeyError, TypeError) as error:
+        raise TrainingError(f"{stored.path} does not say what its run is of: {error}.") from error
+    _check_images(folder, was, facts)
+    stored.check_same("facts", was.to_dict(), facts.to_dict())
+    # An option that did not exist when the state was written had the effect of its default.
+    recipe = {**options.defaults(), **state["recipe"]}
+    machine = Machine.from_dict(state.get("machine", {}))
+    _check_batches(folder, recipe["batch_size"], machine.processes, options.batch_size)
+    stored.check_same("options", recipe, options.recipe(), ignored=(*PATIENCE, "batch_size"))
 
 
-def _compare_batches(folder: Path, size_then: int, processes_then: int, size: int) -> None:
-    """Other processes may go on if their batches together are as large: order and augmentation are of those."""
+def _check_images(folder: Path, was: RunFacts, now: RunFacts) -> None:
+    for split, name in (("train", "training"), ("val", "validation")):
+        if getattr(was, f"{split}_listing") == getattr(now, f"{split}_listing"):
+            continue
+        then, found = getattr(was, f"{split}_images"), getattr(now, f"{split}_images")
+        how = (
+            f"there were {then:,} and are {found:,}"
+            if then != found
+            else f"{found:,} as before, with other names, sizes or labels"
+        )
+        raise TrainingError(
+            f"The {name} images are not those that the run in {folder} was started with: {how}.",
+            hint="Restore the original data, or start another run with -o.",
+        )
+
+
+def _check_batches(folder: Path, size_then: int, processes_then: int, size: int) -> None:
+    """Another number of processes may resume if all together have as many images per step."""
     together, processes = size_then * processes_then, distributed.world_size()
     if size * processes == together:
         return
-    fits = together % processes == 0
+    divides = together % processes == 0
     raise TrainingError(
-        f"The run in {folder} was started with {_batches(processes_then, size_then)}, and this would be "
+        f"The run in {folder} was started with {_batches(processes_then, size_then)}; this would be "
         f"{_batches(processes, size)}.",
         hint=f"Resume with --batch-size {together // processes}."
-        if fits
+        if divides
         else f"Resume with {processes_then} processes, or another number that divides {together}.",
     )
 
 
 def _batches(processes: int, size: int) -> str:
-    return f"{size} images a step" if processes == 1 else f"{processes} x {size} images a step"
+    return f"{size} images per step" if processes == 1 else f"{processes} x {size} images per step"
 
 
-def _compare_images(folder: Path, stored: dict[str, Any], given: dict[str, Any]) -> None:
-    for split, which in (("train", "training"), ("val", "validation")):
-        if stored.get(f"{split}_listing") == given.get(f"{split}_listing"):
-            continue
-        was, now = stored[f"{split}_images"], given[f"{split}_images"]
-        how = (
-            f"there were {was:,} and are {now:,}"
-            if was != now
-            else f"{now:,} as before, of other names, sizes or labels"
-        )
-        raise TrainingError(
-            f"The {which} images are not those that the run in {folder} was started with: {how}.",
-            hint="Bring the data back to what it was, or start another run with -o.",
-        )
+# What a run on images keeps.
+
+_ROUNDING = 1e-9  # 97.8 - 97.3 is slightly more than 0.5
 
 
-def _compare(folder: Path, what: str, stored: dict[str, Any], given: dict[str, Any], but: Sequence[str] = ()) -> None:
-    differences = [
-        f"{key} was {_short(stored.get(key))} and is {_short(given.get(key))}"
-        for key in sorted({*stored, *given})
-        if key not in but and stored.get(key) != given.get(key)
-    ]
-    if differences:
-        raise TrainingError(
-            f"The run in {folder} was started with other {what}: {'; '.join(differences)}.",
-            hint="Resume with the same ones, or choose another folder with -o.",
-        )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-# What a run keeps: how far it is, and the files that say so.
-
-
-_ROUNDING = 1e-9  # 97.8 - 97.3 is a little more than 0.5
-
-SaveModel = Callable[[nn.Module, Path, dict[str, Any]], object]
-"""Writes the model to the path, replacing what is there, with the record of its training (JSON-safe)."""
-
-
-class Keeper:
-    """Keeps the progress of a run, and writes its state, its checkpoints and its logs.
+class RunKeeper:
+    """Keeps the progress of a run, and writes its state, checkpoints and logs.
 
     Args:
         engine: What is trained.
-        out: Folder of the run.
-        save: Writes a checkpoint.
-        suffix: Of its file.
-        facts: What the run is of; in every file, and compared on resuming.
-        on_event: Told of every validation.
-        unreadable: Images that cannot be read, of "train" and "val"; counted and listed.
+        output: Where the run goes.
+        facts: What the run is; part of every file, and compared when resuming.
+        on_event: Called with every validation and warning.
+        unreadable: The images of "train" and "val" that cannot be read; they are counted and listed.
     """
 
     def __init__(
         self,
         engine: Engine,
-        out: Path,
-        save: SaveModel,
-        suffix: str,
-        facts: dict[str, Any],
+        output: RunOutput,
+        facts: RunFacts,
         on_event: Listener,
         unreadable: dict[str, UnreadableImages],
     ) -> None:
         self.engine, self.options = engine, engine.options
-        self.out, self.save, self.facts, self.on_event = out, save, facts, on_event
-        self.best_path, self.last_path = out / f"best{suffix}", out / f"last{suffix}"
+        self.output, self.facts, self.on_event, self.unreadable = output, facts, on_event, unreadable
         self.progress = Progress()
-        self.unreadable = unreadable
-        self.has_state = False
-        self.written = time.monotonic()
-        self.machine = machine_facts(engine.device)
+        self.machine = this_machine(engine.device)
+        self.store = StateStore(output.folder, self.options.save_minutes, lambda text: on_event(Warned(text)))
 
-    def read_state(self) -> None:
-        """Continue where the newest whole state in the folder is; raises `TrainingError` if there is none that fits."""
-        stored = self._newest_state()
-        self.progress = read_state(stored, self._trained(), self.options, self.facts)
-        for split, messages in self.progress.unreadable.items():
-            self.unreadable[split].messages.update(dict.fromkeys(messages))
-        self.has_state = True
-        distributed.on_rank_zero(lambda: tidy(self.out))
-        if (difference := changed(stored.content.get("machine", {}), self.machine)) is not None:
-            self.on_event(Warned(f"Other numbers than without the interruption are possible: {difference}."))
-        if stored.damaged is not None:
-            distributed.on_rank_zero(lambda: self._promote(stored))
-        self.engine.schedule.step_update(self.progress.updates)
-
-    def _newest_state(self) -> Stored:
-        """The first process reads it: the folder need not be where the others are."""
-        if distributed.world_size() == 1:
-            return newest_state(self.out, self.engine.device)
-        path, packed, damaged = distributed.on_rank_zero(lambda: newest_state(self.out, torch.device("cpu")).packed())
-        return Stored(path, torch.load(io.BytesIO(packed), weights_only=True), damaged)
-
-    def _promote(self, stored: Stored) -> None:
-        """Make the previous state the newest: else the next one would push the good one out."""
-        if stored.damaged is not None:
-            what = "damaged" if stored.damaged.exists() else "missing"
-            self.on_event(Warned(f"{stored.damaged} is {what}; going on from the state before it, {stored.path.name}."))
-            stored.path.replace(stored.damaged)
-
-    def write_state(self) -> None:
-        """Write how far the run is.
+    def resume(self) -> None:
+        """Restore the newest state of the folder.
 
         Raises:
-            TrainingError: weights are not finite; the state before is kept.
+            TrainingError: there is none, or it does not belong to this run.
+        """
+        stored = self.store.read(self.engine.device)
+        check_stored_run(stored, self.facts, self.options)
+        stored.load(self._load)
+        for split, messages in self.progress.unreadable.items():
+            self.unreadable[split].messages.update(dict.fromkeys(messages))
+        changes = Machine.from_dict(stored.content.get("machine", {})).changes_to(self.machine)
+        if changes is not None:
+            self.on_event(Warned(f"Results may differ from an uninterrupted run: {changes}."))
+        self.store.resume_from(stored)
+        self.engine.schedule.step_update(self.progress.updates)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        load_engine_state(self.engine, state)
+        self.progress = Progress.from_dict(state["progress"])
+
+    def state_is_due(self) -> bool:
+        """Check whether the last state is older than `options.save_minutes`; every process must call this."""
+        return self.store.is_due()
+
+    def write_state(self) -> None:
+        """Write the state.
+
+        Raises:
+            TrainingError: some weights are not finite; the previous state is kept.
             OutputError: the disk is full.
         """
         check_weights(self.engine.model, self.progress.updates)
-        self._count_unreadable()
-        write_state(self.out, self._trained(), self.progress, self.options, self.facts, self.machine)
-        self.has_state = True
-        self.written = time.monotonic()
+        self._share_unreadable()
+        self.store.write(
+            {
+                "version": _VERSION,
+                **engine_state(self.engine),
+                "progress": asdict(self.progress),
+                "recipe": self.options.recipe(),
+                "facts": self.facts.to_dict(),
+                "machine": self.machine.to_dict(),
+            }
+        )
 
-    def _count_unreadable(self) -> None:
-        """Tell all processes what each could not read."""
+    def _share_unreadable(self) -> None:
+        """Tell every process which images the others could not read."""
         for split, images in self.unreadable.items():
             for messages in distributed.all_gather(list(images.messages)):
                 for message in messages:
                     images.add(Unreadable(message))
             self.progress.unreadable[split] = list(images.messages)
 
-    def state_is_due(self) -> bool:
-        """Whether the last state is older than `options.save_minutes`, by the first process's clock."""
-        if self.options.save_minutes is None:
-            return False
-        due = time.monotonic() - self.written >= 60 * self.options.save_minutes
-        return distributed.largest(int(due and distributed.is_rank_zero())) == (1,)
-
     def write_logs(self) -> None:
-        """Write metrics.jsonl, summary.csv and steps.jsonl; unreadable.txt if there is anything to list."""
+        """Write metrics.jsonl, summary.csv and steps.jsonl; unreadable.txt if it has a line."""
         distributed.on_rank_zero(self._write_logs)
 
     def _write_logs(self) -> None:
-        write_logs(self.out, self.progress.history, self.progress.steps)
+        write_logs(self.output.folder, self.progress.history, self.progress.steps)
         if any(self.progress.unreadable.values()):
-            write_unreadable(self.out, self.progress.unreadable)
+            write_unreadable(self.output.folder, self.progress.unreadable)
 
     def record(self, metrics: Metrics, confusions: Confusions, *, fraction: float, seconds: float) -> None:
-        """Add a validation to the history and write everything.
+        """Add a validation to the history, and write every file.
 
         Args:
-            metrics, confusions: Of `engine.evaluated`.
-            fraction: Part of the epoch that was done; 1 closes it.
-            seconds: That it took.
+            metrics: Metrics of `engine.evaluated`.
+            confusions: Its predictions per class.
+            fraction: Part of the epoch that was done; 1 ends it.
+            seconds: Time since the epoch started.
+
+        Raises:
+            TrainingError: some weights are not finite; nothing is written.
+            OutputError: a file cannot be written.
         """
-        progress, evaluated, parallel = self.progress, self.engine.evaluated, self.engine.parallel
-        gradient_bytes, statistics_bytes = (None, None) if parallel is None else parallel.bytes_an_update()
-        self._count_unreadable()
-        record = EpochRecord(
+        progress = self.progress
+        self._share_unreadable()
+        record = self._epoch_record(metrics, fraction=fraction, seconds=seconds)
+        to_save = self.engine.model_to_save()
+        check_weights(self.engine.evaluated, progress.updates)
+        progress.history.append(record)
+        if fraction == 1:
+            progress.next_epoch()
+        is_best = progress.best() is record
+        # The state comes after the checkpoints: after a crash between them, the same steps write the same files again.
+        distributed.on_rank_zero(lambda: self._save(to_save, record, is_best=is_best))
+        self.write_state()
+        self.write_logs()
+        distributed.on_rank_zero(lambda: write_confusions(self.output.folder, record.step, confusions))
+        self.on_event(EpochEnded(record, is_best) if fraction == 1 else Validated(record, is_best))
+
+    def _epoch_record(self, metrics: Metrics, *, fraction: float, seconds: float) -> EpochRecord:
+        progress, parallel = self.progress, self.engine.parallel
+        gradient_bytes, statistics_bytes = (None, None) if parallel is None else parallel.bytes_per_update()
+        return EpochRecord(
             epoch=progress.epoch,
             step=progress.updates,
             lr=progress.lr,
@@ -410,7 +499,7 @@ class Keeper:
             val_top1=metrics.top1,
             val_top5=metrics.top5,
             val_ece=metrics.ece,
-            scale=head_scale(evaluated),
+            scale=head_scale(self.engine.evaluated),
             images_per_second=progress.images / max(progress.seconds, 1e-9),
             seconds=seconds,
             fraction=fraction,
@@ -419,80 +508,64 @@ class Keeper:
             gradient_bytes=gradient_bytes,
             statistics_bytes=statistics_bytes,
         )
-        trained = self.engine.to_save()
-        check_weights(evaluated, progress.updates)
-        progress.history.append(record)
-        if fraction == 1:
-            progress.next_epoch()
-        is_best = progress.best() is record
-        # The state comes last: a crash between the files repeats the steps, and writes the same ones again.
-        distributed.on_rank_zero(lambda: self._save(trained, record, is_best=is_best))
-        self.write_state()
-        self.write_logs()
-        distributed.on_rank_zero(lambda: write_confusions(self.out, record.step, confusions))
-        self.on_event(EpochEnded(record, is_best) if fraction == 1 else Validated(record, is_best))
 
-    def _save(self, trained: nn.Module, record: EpochRecord, *, is_best: bool) -> None:
-        self.save(trained, self.last_path, self._training_record(record))
+    def _save(self, model: nn.Module, record: EpochRecord, *, is_best: bool) -> None:
+        self.output.save(model, self.output.last_path, self._training_record(record))
         if is_best:
-            self.save(trained, self.best_path, self._training_record(record))
-
-    def original_top1(self) -> float | None:
-        """The original's top-1, percent, given or measured."""
-        measured = self.progress.original
-        return self.options.original_top1 if measured is None else measured.top1
-
-    def is_enough(self, top1: float) -> bool:
-        """Whether this top-1 is within `options.max_drop` of the original's."""
-        original, allowed = self.original_top1(), self.options.max_drop
-        return original is not None and allowed is not None and original - top1 <= allowed + _ROUNDING
-
-    def has_reached(self) -> bool:
-        """Whether the last validation's top-1 is enough."""
-        return bool(self.progress.history) and self.is_enough(self.progress.history[-1].val_top1)
+            self.output.save(model, self.output.best_path, self._training_record(record))
 
     def _training_record(self, record: EpochRecord) -> dict[str, Any]:
         before = None if self.progress.before is None else self.progress.before.to_dict()
+        original_top1 = self.original_top1()
         return {
-            **self.facts,
+            **self.facts.to_dict(),
             "options": self.options.recipe(),
             "before": before,
             "after": {key: value for key, value in record.to_dict().items() if key.startswith("val_")},
             "epochs_done": record.epoch + 1 if record.fraction == 1 else round(record.epochs, 4) or 0,
             "updates": record.step,
-            **({} if self.original_top1() is None else {"original_top1": self.original_top1()}),
+            **({} if original_top1 is None else {"original_top1": original_top1}),
         }
 
-    def _trained(self) -> Trained:
-        engine = self.engine
-        average = None if engine.ema is None else engine.ema.module
-        return Trained(engine.model, engine.optimiser, engine.scaler, average, sharded=engine.options.shard)
+    def original_top1(self) -> float | None:
+        """Return the original's top-1 in percent, given or measured; None if it is unknown."""
+        measured = self.progress.original
+        return self.options.original_top1 if measured is None else measured.top1
+
+    def is_enough(self, top1: float) -> bool:
+        """Check whether a top-1 is within `options.max_drop` of the original's."""
+        original, allowed = self.original_top1(), self.options.max_drop
+        return original is not None and allowed is not None and original - top1 <= allowed + _ROUNDING
+
+    def has_reached_goal(self) -> bool:
+        """Check whether the top-1 of the last validation is enough."""
+        return bool(self.progress.history) and self.is_enough(self.progress.history[-1].val_top1)
 
 
 HINT = "Try a lower --lr, a longer --warmup-epochs, or --clip-grad 1."
 
 
 def check_weights(model: nn.Module, updates: int) -> None:
-    """Refuse to go on with weights or statistics that are not finite; to be called before they are written.
+    """Refuse weights and statistics that are not finite, before they are written.
 
-    A loss tells of such weights one step later; the last step of an epoch has none. Buffers may hold an infinity on
-    purpose (masks), so of them only NaN is refused.
+    The loss shows such weights one step later, which is too late after the last step of an epoch. Buffers may hold an
+    infinity on purpose (masks), so only NaN is refused in them.
 
     Args:
         model: What would be written.
-        updates: After how many updates, for the message.
+        updates: Updates so far, for the message.
 
     Raises:
-        TrainingError: some are not; the names of the first are in it.
+        TrainingError: some are not finite; the message names the first ones.
     """
     parameters = {name for name, _ in model.named_parameters()}
-    here = [name for name, value in model.state_dict().items() if _is_bad(own_part(value), name in parameters)]
+    here = [name for name, value in model.state_dict().items() if _is_bad(local_part(value), name in parameters)]
     bad = list(dict.fromkeys(name for names in distributed.all_gather(here) for name in names))
     if bad:
         named = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
         raise TrainingError(
             f"After update {updates} some weights are not finite: {named}.",
-            hint=f"They were not written; the files are those of the last validation or save before. {HINT}",
+            hint=f"They were not written; the files are those of the last validation or save. {HINT}",
         )
 
 

@@ -1,8 +1,8 @@
-"""The processes that train one model together, and what they tell each other.
+"""Helpers for torchrun workers that train one model together: only rank 0 writes and prints.
 
-They are started by torchrun, one a GPU (or a few on a CPU), and are alike: each takes its share of every batch, and
-what is measured is added up, so that all of them know the same and decide the same. The first one (rank 0) alone writes
-and speaks. Without torchrun there is one process and no process group, and nothing here communicates.
+torchrun starts one process per GPU, or several on a CPU. Each takes its shard of every batch. Measurements are summed
+over all processes, so all of them have the same numbers and take the same decisions. Without torchrun there is one
+process and no process group, and nothing here communicates.
 """
 
 from __future__ import annotations
@@ -24,56 +24,63 @@ from fixify.metrics import resolve_device
 
 T = TypeVar("T")
 
-_groups = itertools.count()  # of this process; the others form the same ones in the same order
-_PATIENCE = timedelta(minutes=30)  # while the first process alone reads or writes, the others wait this long
+_group_numbers = itertools.count()  # every process creates the same groups in the same order
+_TIMEOUT = timedelta(minutes=30)  # how long the other processes wait while rank 0 reads or writes
 
 
 class ConnectionLost(TrainingError):
-    """Another process ended, or cannot be reached; why is for it to tell, if it still can."""
+    """Another process ended or cannot be reached; its own error message says why, if it could still write one."""
 
 
 def launched() -> int:
-    """How many processes torchrun started, on all nodes; 1 without torchrun."""
+    """Return how many processes torchrun started, on all nodes; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
 
 
 def local_rank() -> int:
-    """Place of this process among those on this machine, from 0."""
+    """Return the rank of this process on its machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0")) if launched() > 1 else 0
 
 
 def local_world_size() -> int:
-    """Processes on this machine."""
+    """Return the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() > 1 else 1
 
 
 def world_size() -> int:
-    """Processes in the group."""
+    """Return the number of processes in the process group.
+
+    >>> world_size()
+    1
+    """
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Place of this process among all, from 0."""
+    """Return the rank of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def is_rank_zero() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Check whether this is the process that writes and prints."""
     return rank() == 0
 
 
 def device_for(name: str) -> str:
-    """The device of this process, by the name that all of them were given.
+    """Choose the device of this process.
+
+    Args:
+        name: The device that all processes were given.
 
     Raises:
-        UsageError: there are fewer accelerators than processes, one of them was named, or the kind cannot be shared.
+        UsageError: there are fewer accelerators than processes, a single one was named, or processes cannot share it.
     """
     if launched() == 1:
         return name
     if ":" in name:
         raise UsageError(
             f"{launched()} processes cannot share {name}.",
-            hint=f"Each takes its own with --device {name.partition(':')[0]}.",
+            hint=f"Give each its own with --device {name.partition(':')[0]}.",
         )
     kind = resolve_device(name).type
     if kind == "cpu":
@@ -85,41 +92,42 @@ def device_for(name: str) -> str:
     available = torch.accelerator.device_count()
     if local_world_size() > available:
         raise UsageError(
-            f"{local_world_size()} processes were started here, and there are {available} {kind} devices.",
+            f"{local_world_size()} processes were started on this machine, which has {available} {kind} devices.",
             hint=f"Start {available} with --nproc-per-node {available}.",
         )
     return f"{kind}:{local_rank()}"
 
 
 def launch() -> str | None:
-    """What tells one start of torchrun from another, in all of its restarts; None without it.
+    """Identify one start of torchrun, the same in all of its restarts; None without torchrun.
 
-    Its own id is the same every time, unless it was given one.
+    The parent process is part of it, because torchrun's run id is the same every time unless it was given one.
     """
-    own = os.environ.get("TORCHELASTIC_RUN_ID")
-    return None if own is None else f"{own}/{os.getppid()}"
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if run_id is None else f"{run_id}/{os.getppid()}"
 
 
 def launch_record() -> dict[str, Any]:
-    """What a run records about its processes."""
+    """Return what run.json records about the processes."""
     return {"processes": world_size(), **({} if launch() is None else {"launch": launch()})}
 
 
 def local_shard() -> Shard:
-    """What this process gets of each batch."""
+    """Return the shard of each batch that this process gets."""
     return Shard(rank(), world_size())
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Within the block the processes that torchrun started are connected; does nothing for one alone, or inside another
-    such block.
+    """Connect the processes that torchrun started, within the block.
+
+    It does nothing without torchrun, or inside another such block.
 
     Args:
-        device: Of this process: NCCL on CUDA, gloo on the CPU, and for what is on the CPU anyway.
+        device: Device of this process. CUDA tensors go through NCCL, CPU tensors through gloo.
 
     Raises:
-        ConnectionLost: the others cannot be reached, or one of them ended.
+        ConnectionLost: another process cannot be reached, or ended.
     """
     if launched() == 1 or dist.is_initialized():
         yield
@@ -129,20 +137,21 @@ def process_group(device: torch.device) -> Iterator[None]:
     )
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
-    with _translated():
-        store, own_rank, size = next(dist.rendezvous("env://", timeout=_PATIENCE))
-        # torchrun's store outlives its workers, and a group its runs: the addresses of those that ended would be there.
-        place = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}, group {next(_groups)}"
-        attempt = dist.PrefixStore(place, store)
-        dist.init_process_group(backend, store=attempt, rank=own_rank, world_size=size, timeout=_PATIENCE)
+    with _connection_errors():
+        store, own_rank, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+        # torchrun's store outlives its workers. Without a prefix it would still hold addresses of earlier groups.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        own_store = dist.PrefixStore(f"attempt {attempt}, group {next(_group_numbers)}", store)
+        dist.init_process_group(backend, store=own_store, rank=own_rank, world_size=size, timeout=_TIMEOUT)
         yield
-        # Not after an error: the others may be waiting for this process, which would then wait for them.
+        # Skipped after an error: the others may be waiting in another collective call.
         dist.barrier()
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def _translated() -> Iterator[None]:
+def _connection_errors() -> Iterator[None]:
+    """Turn torch's errors about the connection into `ConnectionLost`."""
     try:
         yield
     except RuntimeError as error:
@@ -151,28 +160,32 @@ def _translated() -> Iterator[None]:
             raise
         raise ConnectionLost(
             f"The connection to another process was lost: {text.splitlines()[0]}",
-            hint="What it said before it ended tells why. Go on with the same command and --resume.",
+            hint="The messages of that process say why. Go on with the same command and --resume.",
         ) from error
 
 
 def sum_(tensor: Tensor) -> Tensor:
-    """Add up a tensor over all processes, in place."""
+    """Sum a tensor over all processes, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def largest(*numbers: int) -> tuple[int, ...]:
-    """Of each number the largest that any process has: how they agree on what to do next."""
+def all_max(*numbers: int) -> tuple[int, ...]:
+    """Return the maximum of each number over all processes, so that they can agree on what to do next.
+
+    >>> all_max(3, 0)
+    (3, 0)
+    """
     if world_size() == 1:
         return numbers
-    told = torch.tensor(numbers)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    return tuple(told.tolist())
+    reduced = torch.tensor(numbers)
+    dist.all_reduce(reduced, dist.ReduceOp.MAX)
+    return tuple(reduced.tolist())
 
 
 def all_gather(own: T) -> list[T]:
-    """What each process has, by rank."""
+    """Collect an object from every process, by rank."""
     if world_size() == 1:
         return [own]
     everyone: list[T | None] = [None] * world_size()
@@ -180,8 +193,8 @@ def all_gather(own: T) -> list[T]:
     return cast("list[T]", everyone)
 
 
-def interleaved(own: list[T]) -> list[T]:
-    """The whole list of which each process has every count-th item, beginning with its rank's."""
+def gather_interleaved(own: list[T]) -> list[T]:
+    """Gather a list in data order; rank r holds every world_size-th item, starting at r."""
     parts = all_gather(own)
     whole = [None] * sum(map(len, parts))
     for first, part in enumerate(parts):
@@ -190,7 +203,7 @@ def interleaved(own: list[T]) -> list[T]:
 
 
 def on_rank_zero(do: Callable[[], T]) -> T:
-    """Have it done by the first process; all get what came of it, or the same `FixifyError`."""
+    """Call a function on rank 0; every process gets its result, or the `FixifyError` that it raised."""
     if world_size() == 1:
         return do()
     told: list[T | FixifyError | None] = [None]

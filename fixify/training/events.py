@@ -1,4 +1,4 @@
-"""What a run tells its listener. The engine draws nothing itself."""
+"""The events that a run sends to its listener; training itself prints nothing."""
 
 from __future__ import annotations
 
@@ -14,25 +14,30 @@ Phase = Literal["teacher", "original", "before", "features", "validation"]
 
 @dataclass(frozen=True)
 class Warned:
-    """Something that a person should know and that did not stop the run; a sentence."""
+    """Something that a person should know and that did not stop the run; `text` is a sentence."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class RunStarted:
-    """Before anything else.
+    """The run starts or resumes; the first event except for warnings.
 
     Attributes:
-        epochs, batches: Of the whole run, and of one epoch.
-        first_epoch, first_step: Where it begins: above 0 when a run is resumed. The step counts updates.
-        resumed: Whether it goes on from a state.
-        train, val: What the data is, for a person.
-        device, workers: Where it runs, and its loader processes.
-        parameters, trainable: Of the model, and those that learn.
-        frozen: Names of its stages that do not (`freeze`).
-        folder: Of the run.
-        config: What decides the result: data, model and options, JSON-safe.
+        epochs: Epochs of the whole run.
+        first_epoch: Epoch that it starts with; above 0 when it resumes.
+        batches: Batches per epoch.
+        train, val: Descriptions of the data, for a person.
+        device: Where it runs.
+        processes: World size.
+        workers: Loader processes.
+        parameters: Parameters of the model.
+        trainable: Parameters that learn.
+        frozen: Names of the frozen stages (`freeze`).
+        folder: Folder of the run.
+        first_step: Updates before it starts; above 0 when it resumes.
+        resumed: Whether it resumes from a state.
+        config: What determines the result: data, model and options, JSON-safe.
     """
 
     epochs: int
@@ -54,9 +59,14 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class Evaluating:
-    """During an evaluation: of the "original", of the model "before" training, or a "validation" afterwards; or while
-    the "teacher" is asked what the validation images show, which have no labels, or the "features" of the training
-    images are computed.
+    """Some of the images were evaluated.
+
+    Attributes:
+        phase: "original" or "before": the original, or the model before training, is validated. "validation": the model
+            is validated during training. "teacher": the teacher labels the validation images. "features": the features
+            of training images are computed.
+        images: Images so far.
+        total: Images in this phase.
     """
 
     phase: Phase
@@ -66,7 +76,7 @@ class Evaluating:
 
 @dataclass(frozen=True)
 class OriginalEvaluated:
-    """The model whose accuracy is the goal."""
+    """The original, whose accuracy is the goal, was evaluated."""
 
     name: str
     metrics: Metrics
@@ -74,21 +84,28 @@ class OriginalEvaluated:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The model as it came, before any training."""
+    """The model was evaluated before any training."""
 
     metrics: Metrics
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The statistics of a standardising head were taken from so many training images."""
+    """The statistics of standardising heads were computed from this number of training images."""
 
     images: int
 
 
 @dataclass(frozen=True)
 class LastBlockEpoch:
-    """The last blocks were trained on the features of so many images, before the whole network; `loss` is the mean."""
+    """The last blocks were trained for one epoch, before the whole network.
+
+    Attributes:
+        epoch: Which epoch, from 0.
+        epochs: Epochs in total.
+        images: Images whose features are used.
+        loss: Mean loss of the epoch.
+    """
 
     epoch: int
     epochs: int
@@ -98,17 +115,27 @@ class LastBlockEpoch:
 
 @dataclass(frozen=True)
 class EpochStarted:
+    """An epoch starts, counted from 0."""
+
     epoch: int
     epochs: int
 
 
 @dataclass(frozen=True)
 class Step:
-    """During an epoch; every step on a CPU, every 20th elsewhere.
+    """Progress within an epoch: after every step on a CPU, after every 20th on other devices.
 
-    Loss and accuracy are of the epoch so far, `recent_loss` is of the `recent_images` since the last such event;
-    `scale` is the head's learned alpha, None for other heads; `step` counts updates of the weights since the start of
-    the run.
+    Attributes:
+        epoch: Which epoch, from 0.
+        batch: Batches of it that are done.
+        batches: Batches per epoch.
+        loss, top1: Means over the epoch so far.
+        lr: Learning rate of the last update.
+        images_per_second: Training throughput, loading included.
+        scale: The head's learned scale alpha; None for other heads.
+        step: Updates since the start of the run.
+        recent_loss: Mean loss since the previous event of this kind.
+        recent_images: Images since the previous event of this kind.
     """
 
     epoch: int
@@ -126,25 +153,28 @@ class Step:
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One validation, after an epoch or within it, as it goes into metrics.jsonl. Epochs count from 0, as in timm's
-    summary.csv.
+    """The record of one validation, after an epoch or within it; one line of metrics.jsonl.
+
+    Epochs count from 0, as in timm's summary.csv.
 
     Attributes:
         epoch: Which epoch.
-        step: Updates of the weights since the start of the run.
+        step: Updates since the start of the run.
         lr: Learning rate of the last update.
-        train_loss: Mean loss over the epoch so far, with augmentation, while the weights moved; None at its start.
-        train_top1: Percent; with mixup the label that weighs more counts, without labels the teacher's answer.
+        train_loss: Mean training loss over the epoch so far; None at its start.
+        train_top1: Training top-1 over the epoch so far, percent. With mixup the label with the larger weight counts,
+            without labels the teacher's answer.
         val_loss, val_top1, val_top5, val_ece: See `fixify.metrics.Metrics`; of the moving average if there is one.
         scale: The head's learned scale alpha; None for other heads.
         images_per_second: Training throughput, loading included.
-        seconds: Training since the epoch began, and this validation.
+        seconds: Time since the epoch started, this validation included.
         fraction: Part of the epoch that was done, 1 at its end.
         unreadable: Training images that could not be read and were replaced, since the start of the run.
-        val_unreadable: Validation images that could not be read, and that the metrics leave out.
-        gradient_bytes: Gradients that each process gave into sums over all of them, bytes an update; counted where they
-            are sent (paper, section 4.1). None in one process, before training, and with shards.
-        statistics_bytes: The same of running statistics: of batch norms, and 2N + 1 numbers of a fixed head.
+        val_unreadable: Validation images that could not be read; the metrics leave them out.
+        gradient_bytes: Bytes of gradients per update that each process gave to all-reduce (paper, section 4.1),
+            counted where they are sent. None in one process, before training, and with `shard`.
+        statistics_bytes: Bytes of running statistics per update: those of batch norms, and 2N + 1 numbers per fixed
+            head. None as for `gradient_bytes`.
     """
 
     epoch: int
@@ -171,12 +201,13 @@ class EpochRecord:
         return self.epoch + self.fraction
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the record as a line of metrics.jsonl holds it."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Validated:
-    """Before the end of an epoch (`val_every`), or before any (`max_drop`, `last_block_epochs`)."""
+    """A validation that does not end an epoch (`val_every`, `max_drop`, `last_block_epochs`)."""
 
     record: EpochRecord
     is_best: bool
@@ -184,6 +215,8 @@ class Validated:
 
 @dataclass(frozen=True)
 class EpochEnded:
+    """The validation at the end of an epoch."""
+
     record: EpochRecord
     is_best: bool
 

@@ -1,4 +1,4 @@
-"""Stopping on Ctrl-C or SIGTERM at a step where everything can be saved."""
+"""Stop a run on Ctrl-C or SIGTERM at a step where everything can be saved."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 from fixify.errors import TrainingError
 from fixify.training import distributed
 
+_RESUME = "Resume with the same command and --resume."
+
 
 class TrainingInterrupted(TrainingError):
-    """The run was asked to stop, and did, with its state saved.
+    """The run was stopped by a signal, with its state saved.
 
     Args:
-        number: The signal that asked; the exit code is the shell's for it (130, 143).
+        message: Where it stopped.
+        number: The signal; the exit code is what a shell reports for it (130 for SIGINT, 143 for SIGTERM).
+        hint: How to resume.
     """
 
     def __init__(self, message: str, *, number: int, hint: str | None = None) -> None:
@@ -24,26 +29,53 @@ class TrainingInterrupted(TrainingError):
         self.exit_code = 128 + number
 
 
+class Stopped(Exception):
+    """Raised at a safe step after a signal; the run turns it into `TrainingInterrupted`."""
+
+
 class StopRequest:
-    """Whether somebody asked the run to stop, and by which signal."""
+    """Whether a signal asked the run to stop.
+
+    Attributes:
+        number: The signal; None until one arrives.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
 
     def requested(self) -> bool:
-        """Whether any process was asked; all have to call this together, and get the same answer."""
-        (number,) = distributed.largest(self.number or 0)
+        """Check whether any process got a signal; every process must call this and gets the same answer."""
+        (number,) = distributed.all_max(self.number or 0)
         self.number = number or None
         return number > 0
 
+    def check(self) -> None:
+        """Raise `Stopped` if any process got a signal; every process must call this."""
+        if self.requested():
+            raise Stopped
 
-class Stopped(Exception):
-    """Raised at a safe step after a stop request; `run` turns it into `TrainingInterrupted`."""
+    def interruption(self, where: str, folder: Path) -> TrainingInterrupted:
+        """Make the error for a run that stopped and saved its state.
+
+        Args:
+            where: "in epoch 1 of 5 after 3 of 40 batches".
+            folder: Folder of the run.
+        """
+        message = f"Stopped {where}. Everything up to there is saved in {folder}."
+        return TrainingInterrupted(message, number=self.number or signal.SIGINT, hint=_RESUME)
+
+    def interruption_before_training(self) -> TrainingInterrupted:
+        """Make the error for a run that stopped before it had a state."""
+        return TrainingInterrupted(
+            "Stopped before training began.",
+            number=self.number or signal.SIGINT,
+            hint="Start again with the same command and --resume, or with --force.",
+        )
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Within the block the first SIGINT or SIGTERM only sets the request; a second one acts as usual.
+    """Turn the first SIGINT or SIGTERM within the block into a request; a second one acts as usual.
 
     Outside the main thread signals cannot be caught, and the request stays unset.
     """

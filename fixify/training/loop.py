@@ -1,4 +1,4 @@
-"""One epoch of training."""
+"""Train one epoch."""
 
 from __future__ import annotations
 
@@ -21,47 +21,25 @@ from fixify.training.events import Listener, Step, Warned
 from fixify.training.interrupt import Stopped, StopRequest
 from fixify.training.losses import training_loss
 from fixify.training.optimisers import base_rate, clip_gradients
-from fixify.training.parallel import own_part
+from fixify.training.parallel import local_part
 from fixify.training.run_folder import is_logged
 
-
-class Buffers:
-    """The buffers of a model as they are now: running statistics, which a forward pass changes.
-
-    Args:
-        model: The model. Tables that can be rebuilt (buffers that are not stored) are left out.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        stored = model.state_dict(keep_vars=True)
-        self._kept = [(own, own.clone()) for name, own in model.named_buffers() if stored.get(name) is own]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put them back."""
-        for own, kept in self._kept:
-            own.copy_(kept)
-
-
-def gradients_are_finite(model: nn.Module) -> bool:
-    """Whether all gradients are, in all processes."""
-    gradients = [own_part(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
-    bad = bool(gradients) and not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
-    return distributed.largest(int(bad)) == (0,)
-
-
-# Reading a loss makes an accelerator wait, so there it is done this often; a loss that is not finite is then
-# noticed a little later, but named with its own step.
+# Reading a loss makes an accelerator wait, so there losses are read in groups of this size. One that is not finite is
+# noticed later, but the message names its own step.
 _READ_EVERY = 20
 _AUXILIARY_WEIGHT = 0.3  # Szegedy et al., "Going deeper with convolutions", section 5
 
 
-class Keeping(Protocol):
-    """Writes the state of the run now and then."""
+class StateWriter(Protocol):
+    """Writes the state of the run when it is due."""
 
-    def state_is_due(self) -> bool: ...
+    def state_is_due(self) -> bool:
+        """Check whether the last state is old enough."""
+        ...
 
-    def write_state(self) -> None: ...
+    def write_state(self) -> None:
+        """Write the state."""
+        ...
 
 
 def train_epoch(
@@ -70,122 +48,175 @@ def train_epoch(
     stop: StopRequest,
     on_event: Listener,
     validate: Callable[[], bool],
-    keeper: Keeping,
+    state_writer: StateWriter,
 ) -> bool:
     """Train the rest of the epoch that `progress` is in, and keep `progress` up to date.
 
     Args:
-        engine: What is trained, on what.
-        progress: Where to begin.
-        stop: Looked at after every update.
-        on_event: Told each step.
-        validate: Called within the epoch every `options.val_every` updates, not at its end; adds a record to
-            `progress.history` and says whether that is good enough to stop.
-        keeper: Asked after every update whether the state is to be written.
+        engine: What is trained, on which images.
+        progress: Where to start.
+        stop: Checked after every update.
+        on_event: Called with each step.
+        validate: Called within the epoch every `options.val_every` updates, but not at its end. It adds a record to
+            `progress.history` and returns whether the accuracy is high enough to stop.
+        state_writer: Asked after every update whether to write the state.
 
     Returns:
-        Whether it is good enough; else the epoch is complete.
+        Whether the accuracy is high enough; if not, the epoch is complete.
 
     Raises:
-        TrainingError: a loss is not finite, after `options.nan_skip` others.
-        Stopped: a stop was requested; `progress` and the weights belong together.
-        DataError: an image cannot be read.
+        TrainingError: a loss is not finite, and `options.nan_skip` steps were skipped before.
+        Stopped: a signal asked to stop; `progress` and the weights belong together.
+        DataError: too many images cannot be read.
         OutputError: the state cannot be written.
     """
-    options, batches = engine.options, len(engine.loader)
-    engine.frozen.train(engine.model)
-    engine.loader.set_epoch(progress.epoch, progress.batch)
-    engine.optimiser.zero_grad(set_to_none=True)
-    if _validation_is_due(engine, progress) and validate():  # a stop request had come in its way
-        return True
-    pending = _Pending(engine, progress, on_event, already=progress.seconds)
-    counted = 0  # batches of the group that were not skipped
-    for images, targets in engine.loader:
-        # The last group of an epoch may be smaller; its mean is over its own batches.
-        group_start = progress.batch - progress.batch % options.grad_accum
-        group_size = min(options.grad_accum, batches - group_start)
-        last_of_group = progress.batch == group_start + group_size - 1
-        with _together(engine, last=last_of_group):
-            found = _forward_backward(engine, progress, images, targets, group_size, on_event)
-        progress.batch += 1
-        if found is not None:
-            pending.add(*found, len(images))
-            counted += 1
-        if last_of_group:
-            # Several processes leave out a whole group: gradients are only summed in its last backward pass.
-            apply = counted > 0 if engine.parallel is None else counted == group_size
-            _update(engine, progress, on_event, apply=apply)
-            counted = 0
-        to_stop = last_of_group and stop.requested()
-        to_log = last_of_group and is_logged(progress.updates)
-        if progress.batch == batches or pending.due or to_log or to_stop:
-            pending.read()
-        if to_log and progress.window_images:
-            progress.log_step(progress.epoch + progress.batch / batches, head_scale(engine.model))
-        if to_stop:
-            raise Stopped
-        if last_of_group and keeper.state_is_due():
-            pending.read()  # a state never holds weights of a loss that is not finite
-            keeper.write_state()
-        if last_of_group and _validation_is_due(engine, progress):
-            pending.read()
-            if validate():
-                return True
-            pending = _Pending(engine, progress, on_event, already=progress.seconds)
-    return False
+    return _Epoch(engine, progress, on_event).train(stop, validate, state_writer)
 
 
-def _validation_is_due(engine: Engine, progress: Progress) -> bool:
-    every = engine.options.val_every
-    return (
-        every is not None
-        and progress.batch < len(engine.loader)
-        and progress.updates > 0
-        and progress.updates % every == 0
-        and (not progress.history or progress.history[-1].step < progress.updates)
+class _Epoch:
+    def __init__(self, engine: Engine, progress: Progress, on_event: Listener) -> None:
+        self.engine, self.options = engine, engine.options
+        self.progress, self.on_event = progress, on_event
+        self.batches = len(engine.loader)
+
+    def train(self, stop: StopRequest, validate: Callable[[], bool], state_writer: StateWriter) -> bool:
+        engine, progress, batches = self.engine, self.progress, self.batches
+        accum = self.options.grad_accum
+        engine.frozen.train(engine.model)
+        engine.loader.set_epoch(progress.epoch, progress.batch)
+        engine.optimiser.zero_grad(set_to_none=True)
+        if self._validation_is_due() and validate():  # a signal stopped the run before this validation
+            return True
+        pending = _PendingLosses(engine, progress, self.on_event)
+        finite = 0  # batches of the current group that were not skipped
+        for images, targets in engine.loader:
+            # The last group of an epoch may be smaller; its mean is over its own batches.
+            group_start = progress.batch - progress.batch % accum
+            group_size = min(accum, batches - group_start)
+            last_of_group = progress.batch == group_start + group_size - 1
+            with self._accumulating(last=last_of_group):
+                result = self._forward_backward(images, targets, group_size)
+            progress.batch += 1
+            if result is not None:
+                pending.add(*result, len(images))
+                finite += 1
+            if last_of_group:
+                # Several processes skip a group as a whole: gradients are only averaged in its last backward pass.
+                self._update(apply=finite > 0 if engine.parallel is None else finite == group_size)
+                finite = 0
+            to_stop = last_of_group and stop.requested()
+            to_log = last_of_group and is_logged(progress.updates)
+            if progress.batch == batches or pending.due or to_log or to_stop:
+                pending.read()
+            if to_log and progress.window_images:
+                progress.log_step(progress.epoch + progress.batch / batches, head_scale(engine.model))
+            if to_stop:
+                raise Stopped
+            if last_of_group and state_writer.state_is_due():
+                pending.read()  # a state must not hold weights whose loss is not finite
+                state_writer.write_state()
+            if last_of_group and self._validation_is_due():
+                pending.read()
+                if validate():
+                    return True
+                pending = _PendingLosses(engine, progress, self.on_event)
+        return False
+
+    def _validation_is_due(self) -> bool:
+        every, progress = self.options.val_every, self.progress
+        return (
+            every is not None
+            and progress.batch < self.batches
+            and progress.updates > 0
+            and progress.updates % every == 0
+            and (not progress.history or progress.history[-1].step < progress.updates)
+        )
+
+    def _accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        parallel = self.engine.parallel
+        return contextlib.nullcontext() if parallel is None else parallel.accumulating(last=last)
+
+    def _forward_backward(self, images: Tensor, targets: Tensor, group_size: int) -> tuple[Tensor, Tensor] | None:
+        """Return the loss and the number of right predictions, on the device; None for a skipped batch."""
+        engine, options, progress = self.engine, self.options, self.progress
+        images = images.to(engine.device, non_blocking=True)
+        targets = targets.to(engine.device, non_blocking=True)
+        if options.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        teacher_logits = None if engine.teacher is None else engine.teacher(images)
+        if teacher_logits is not None and options.unlabelled:
+            targets = teacher_logits.argmax(dim=-1)
+        # Reading the loss before the update makes an accelerator wait, so it is done only if steps may be skipped.
+        buffers = SavedBuffers(engine.model) if options.nan_skip else None
+        # The seed includes the rank, so that each process draws its own dropout masks.
+        seed = derive_seed(options.seed, progress.epoch, Stream.DROPOUT, progress.batch, distributed.rank())
+        forward = engine.model if engine.parallel is None else engine.parallel
+        with seeded_torch(seed, engine.device):
+            with autocast(engine.device, options.amp):
+                logits, auxiliary = _split_outputs(forward(images))
+                loss = training_loss(logits, targets, teacher_logits, options)
+                for other in auxiliary:
+                    loss = loss + _AUXILIARY_WEIGHT * training_loss(other, targets, teacher_logits, options)
+            if buffers is not None:
+                mean = float(distributed.sum_(loss.detach().clone())) / distributed.world_size()
+                if not math.isfinite(mean):
+                    buffers.restore_()
+                    self._skip(f"The loss is {mean}", progress.batch)
+                    return None
+            engine.scaler.scale(loss / group_size).backward()
+        labels = targets if targets.ndim == 1 else targets.argmax(dim=-1)
+        return loss.detach(), (logits.detach().argmax(dim=-1) == labels).sum()
+
+    def _update(self, *, apply: bool) -> None:
+        """Update the weights; if not `apply`, only go on in the schedule."""
+        engine, options, progress = self.engine, self.options, self.progress
+        if apply and engine.parallel is not None:
+            engine.parallel.before_update()
+        if apply and options.clip_grad is not None:
+            engine.scaler.unscale_(engine.optimiser)
+            clip_gradients(engine.model, options)
+        # With fp16 the gradient scaler checks the gradients itself and skips the update; that is normal operation.
+        if apply and options.nan_skip and not engine.scaler.is_enabled() and not gradients_are_finite(engine.model):
+            self._skip("A gradient is not finite", progress.batch - 1)
+            apply = False
+        progress.lr = base_rate(engine.optimiser)
+        if apply:
+            engine.scaler.step(engine.optimiser)
+            engine.scaler.update()
+        engine.optimiser.zero_grad(set_to_none=True)
+        progress.updates += 1
+        engine.schedule.step_update(progress.updates)
+        if engine.parallel is not None:
+            engine.parallel.after_update()
+        if apply and engine.ema is not None:
+            engine.ema.update(engine.model, step=progress.updates)
+
+    def _skip(self, problem: str, batch: int) -> None:
+        """Warn that a step is skipped, or stop if too many were."""
+        progress, allowed = self.progress, self.options.nan_skip
+        if progress.skipped >= allowed:
+            raise _not_finite(
+                self.engine, progress, problem, batch, f"; {allowed} steps were skipped before (--nan-skip)"
+            )
+        progress.skipped += 1
+        count = f"skipped {progress.skipped} of at most {allowed}"
+        self.on_event(Warned(f"{problem} in {_place(self.engine, progress, batch)}: {count}."))
+
+
+def _not_finite(engine: Engine, progress: Progress, problem: str, batch: int, more: str = "") -> TrainingError:
+    return TrainingError(
+        f"{problem} in {_place(engine, progress, batch)} (learning rate {progress.lr:.3g}){more}.",
+        hint=f"The last saved state is kept. {HINT} Or skip such steps: --resume --nan-skip "
+        f"{max(5, 2 * engine.options.nan_skip)}",
     )
 
 
-def _forward_backward(
-    engine: Engine, progress: Progress, images: Tensor, targets: Tensor, group_size: int, on_event: Listener
-) -> tuple[Tensor, Tensor] | None:
-    """Loss and number of right answers, on the device; None for a batch that was skipped."""
-    options = engine.options
-    images = images.to(engine.device, non_blocking=True)
-    targets = targets.to(engine.device, non_blocking=True)
-    if options.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    teacher_logits = None if engine.teacher is None else engine.teacher(images)
-    if teacher_logits is not None and options.unlabelled:
-        targets = teacher_logits.argmax(dim=-1)
-    # Losses are looked at before they do harm only if a run may go on after one: that makes an accelerator wait.
-    buffers = Buffers(engine.model) if options.nan_skip else None
-    # Of each process another: what is dropped of one image must not be dropped of the others' images too.
-    seed = derive_seed(options.seed, progress.epoch, Stream.DROPOUT, progress.batch, distributed.rank())
-    forward = engine.model if engine.parallel is None else engine.parallel
-    with seeded_torch(seed, engine.device):
-        with autocast(engine.device, options.amp):
-            logits, auxiliary = _outputs(forward(images))
-            loss = training_loss(logits, targets, teacher_logits, options)
-            for other in auxiliary:
-                loss = loss + _AUXILIARY_WEIGHT * training_loss(other, targets, teacher_logits, options)
-        if buffers is not None:
-            found = float(distributed.sum_(loss.detach().clone())) / distributed.world_size()
-            if not math.isfinite(found):
-                buffers.restore()
-                _skip(engine, progress, f"The loss is {found}", progress.batch, on_event)
-                return None
-        engine.scaler.scale(loss / group_size).backward()
-    labels = targets if targets.ndim == 1 else targets.argmax(dim=-1)
-    return loss.detach(), (logits.detach().argmax(dim=-1) == labels).sum()
+def _place(engine: Engine, progress: Progress, batch: int) -> str:
+    return f"epoch {progress.epoch + 1}, batch {batch + 1} of {len(engine.loader)}"
 
 
-def _together(engine: Engine, *, last: bool) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if engine.parallel is None else engine.parallel.accumulating(last=last)
-
-
-def _outputs(outputs: Any) -> tuple[Tensor, list[Tensor]]:
-    """The logits, and those of auxiliary classifiers (torchvision's GoogLeNet and Inception have them in training)."""
+def _split_outputs(outputs: Any) -> tuple[Tensor, list[Tensor]]:
+    """Split off the logits of auxiliary classifiers, which torchvision's GoogLeNet and Inception have in training."""
     if isinstance(outputs, Tensor):
         return outputs, []
     if isinstance(outputs, tuple) and outputs and isinstance(outputs[0], Tensor):
@@ -197,74 +228,56 @@ def _outputs(outputs: Any) -> tuple[Tensor, list[Tensor]]:
     )
 
 
-def _update(engine: Engine, progress: Progress, on_event: Listener, *, apply: bool) -> None:
-    """Make one update of the gradients, or, if not `apply`, only go on in the schedule."""
-    options = engine.options
-    if apply and engine.parallel is not None:
-        engine.parallel.before_update()
-    if apply and options.clip_grad is not None:
-        engine.scaler.unscale_(engine.optimiser)
-        clip_gradients(engine.model, options)
-    # In half precision the scaler looks at the gradients and leaves out the update, as a matter of course.
-    if apply and options.nan_skip and not engine.scaler.is_enabled() and not gradients_are_finite(engine.model):
-        _skip(engine, progress, "A gradient is not finite", progress.batch - 1, on_event)
-        apply = False
-    progress.lr = base_rate(engine.optimiser)
-    if apply:
-        engine.scaler.step(engine.optimiser)
-        engine.scaler.update()
-    engine.optimiser.zero_grad(set_to_none=True)
-    progress.updates += 1
-    engine.schedule.step_update(progress.updates)
-    if engine.parallel is not None:
-        engine.parallel.after_update()
-    if apply and engine.ema is not None:
-        engine.ema.update(engine.model, step=progress.updates)
+class SavedBuffers:
+    """A copy of the buffers of a model that a forward pass changes: the running statistics.
+
+    Args:
+        model: The model. Buffers that are not in its state dict (tables that can be rebuilt) are left out.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        stored = model.state_dict(keep_vars=True)
+        self._kept = [(own, own.clone()) for name, own in model.named_buffers() if stored.get(name) is own]
+
+    @torch.no_grad()
+    def restore_(self) -> None:
+        """Copy the saved values back into the model."""
+        for own, kept in self._kept:
+            own.copy_(kept)
 
 
-def _skip(engine: Engine, progress: Progress, what: str, batch: int, on_event: Listener) -> None:
-    """Say that a step was skipped, or stop if there were too many."""
-    allowed = engine.options.nan_skip
-    if progress.skipped >= allowed:
-        raise _not_finite(engine, progress, what, batch, f"; {allowed} steps were skipped before (--nan-skip)")
-    progress.skipped += 1
-    which = f"skipped {progress.skipped} of at most {allowed}"
-    on_event(Warned(f"{what} in {_place(engine, progress, batch)}: {which}."))
+def gradients_are_finite(model: nn.Module) -> bool:
+    """Check whether all gradients are finite in all processes."""
+    gradients = [local_part(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    bad = bool(gradients) and not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+    return distributed.all_max(int(bad)) == (0,)
 
 
-def _not_finite(engine: Engine, progress: Progress, what: str, batch: int, more: str = "") -> TrainingError:
-    return TrainingError(
-        f"{what} in {_place(engine, progress, batch)} (learning rate {progress.lr:.3g}){more}.",
-        hint=f"What was last saved is kept. {HINT} Or leave such steps out: --resume --nan-skip "
-        f"{max(5, 2 * engine.options.nan_skip)}",
-    )
-
-
-def _place(engine: Engine, progress: Progress, batch: int) -> str:
-    return f"epoch {progress.epoch + 1}, batch {batch + 1} of {len(engine.loader)}"
-
-
-class _Pending:
+class _PendingLosses:
     """Losses that are still on the device."""
 
-    def __init__(self, engine: Engine, progress: Progress, on_event: Listener, *, already: float) -> None:
-        self.engine = engine
-        self.progress = progress
-        self.on_event = on_event
-        self.already = already
+    def __init__(self, engine: Engine, progress: Progress, on_event: Listener) -> None:
+        self.engine, self.progress, self.on_event = engine, progress, on_event
+        self.seconds_before, self.images_before = progress.seconds, progress.images
         self.started = time.perf_counter()
-        self.first_images = progress.images
         self.every = 1 if engine.device.type == "cpu" else _READ_EVERY
         self.entries: list[tuple[Tensor, Tensor, int, int]] = []
 
     @property
     def due(self) -> bool:
+        """Whether there are enough of them to read."""
         return len(self.entries) >= self.every
 
     def add(self, loss: Tensor, right: Tensor, images: int) -> None:
+        """Add the loss of the last batch."""
         self.entries.append((loss, right, images, self.progress.batch - 1))
 
     def read(self) -> None:
+        """Add the losses to the progress, and send a `Step` event.
+
+        Raises:
+            TrainingError: one is not finite.
+        """
         if not self.entries:
             return
         progress = self.progress
@@ -272,7 +285,7 @@ class _Pending:
         rows = (rows.cpu() if rows.device.type == "mps" else rows).double()  # MPS has no float64
         sizes = rows.new_tensor([[images] for *_, images, _ in self.entries])
         sums = distributed.sum_(torch.cat([rows[:, :1] * sizes, rows[:, 1:], sizes], dim=1))
-        sums_before = (progress.loss_sum, progress.images)
+        loss_before, images_before = progress.loss_sum, progress.images
         for (*_, batch), (loss, right, images) in zip(self.entries, sums.tolist(), strict=True):
             if not math.isfinite(loss):
                 raise _not_finite(self.engine, progress, f"The loss is {loss / images}", batch)
@@ -282,9 +295,9 @@ class _Pending:
             progress.window_loss += loss
             progress.window_images += int(images)
         self.entries.clear()
-        recent_images = progress.images - sums_before[1]
+        recent_images = progress.images - images_before
         elapsed = time.perf_counter() - self.started
-        progress.seconds = self.already + elapsed
+        progress.seconds = self.seconds_before + elapsed
         self.on_event(
             Step(
                 epoch=progress.epoch,
@@ -293,10 +306,10 @@ class _Pending:
                 loss=progress.loss_sum / progress.images,
                 top1=100 * progress.right / progress.images,
                 lr=progress.lr,
-                images_per_second=(progress.images - self.first_images) / max(elapsed, 1e-9),
+                images_per_second=(progress.images - self.images_before) / max(elapsed, 1e-9),
                 scale=head_scale(self.engine.model),
                 step=progress.updates,
-                recent_loss=(progress.loss_sum - sums_before[0]) / max(recent_images, 1),
+                recent_loss=(progress.loss_sum - loss_before) / max(recent_images, 1),
                 recent_images=recent_images,
             )
         )

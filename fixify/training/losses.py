@@ -1,4 +1,4 @@
-"""The paper's loss without a softmax (section 2.2): the cosine of features and code of the class."""
+"""Training losses: cross-entropy, the paper's cosine loss (section 2.2), and distillation."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from fixify.training.options import FinetuneOptions
 
 
 def cosine_loss(cosines: Tensor, targets: Tensor) -> Tensor:
-    """1 - q_t x for the right class plus the mean of 1 + q_i x over the others; mean over the batch, 0 to 4.
+    """Compute 1 - q_t x for the right class t, plus the mean of 1 + q_i x over the others; a batch mean in 0 .. 4.
 
     The paper prints a brace with "q_i x - 1 if i = t" and "q_i x + 1 otherwise", without a sum over i and without a
     norm. Minimised as printed, the first line would turn features *away* from their code. So both lines are read as
-    distances of a cosine from where it should be, |q_t x - 1| and |q_i x + 1|, which for -1 <= q x <= 1 are 1 - q_t x
-    and 1 + q_i x. The others are averaged, not added up: of their sum the best features for C orthonormal codes have
-    a cosine of only 1 / sqrt(C) with their own code (0.03 for 1,000 classes), of the mean sqrt((C - 1) / C).
+    the distance of a cosine from its target, |q_t x - 1| and |q_i x + 1|, which for -1 <= q x <= 1 are 1 - q_t x and
+    1 + q_i x. The distances of the other classes are averaged, not summed: with a sum, the best features for C
+    orthonormal codes have a cosine of only 1 / sqrt(C) with their own code (0.03 for 1,000 classes), with the mean
+    sqrt((C - 1) / C).
 
     Args:
-        cosines: Of features and codes, [B, C], in -1 .. 1: the logits of a head as `check_cosine_heads` wants it.
-        targets: Labels int64 [B], or distributions [B, C] (of mixed images), by which the two parts are weighted.
+        cosines: Cosines of features and codes, [B, C], in -1 .. 1: the logits of a head that passes
+            `check_cosine_heads`.
+        targets: Labels int64 [B], or distributions [B, C] of mixed images, which weight the two parts.
     """
     classes = cosines.shape[-1]
     right = F.one_hot(targets, classes).to(cosines.dtype) if targets.ndim == 1 else targets.to(cosines.dtype)
@@ -31,15 +33,15 @@ def cosine_loss(cosines: Tensor, targets: Tensor) -> Tensor:
 
 
 def check_cosine_heads(model: nn.Module) -> None:
-    """Refuse a model whose logits are not cosines.
+    """Check that the logits of a model are cosines.
 
     Raises:
-        UsageError: it has no fixed head, or one with a bias, a scale other than a fixed 1, lengths of codes, or without
-            the norm of the features.
+        UsageError: it has no fixed head, or one with a bias, a scale other than a fixed 1, codes of several lengths, or
+            features that are not normalised.
     """
     heads = {path: module for path, module in model.named_modules() if isinstance(module, FixedClassifier)}
     if not heads:
-        raise UsageError("The cosine loss is for a fixed classifier, and this model has a learned one.")
+        raise UsageError("The cosine loss needs a fixed classifier; this model has a learned one.")
     for path, head in heads.items():
         spec, scale = head.spec, float(head.scale.detach())
         wrong = [
@@ -55,19 +57,20 @@ def check_cosine_heads(model: nn.Module) -> None:
         ]
         if wrong:
             raise UsageError(
-                f"The cosine loss needs a head whose logits are cosines; {path or 'the head'} has {', '.join(wrong)}.",
-                hint="Make one: fixify convert SOURCE --head hadamard --scale 1 --fixed-scale --no-bias",
+                f"The cosine loss needs logits that are cosines; {path or 'the head'} has {', '.join(wrong)}.",
+                hint="Convert with: fixify convert SOURCE --head hadamard --scale 1 --fixed-scale --no-bias",
             )
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 times the divergence KL(teacher || student) of the softmaxes at temperature T, mean over the batch, nats.
+    """Compute T^2 KL(teacher || student) of the softmaxes at temperature T; batch mean, in nats.
 
-    Hinton, Vinyals & Dean, "Distilling the knowledge in a neural network" (2015), section 2; the factor keeps the
-    gradients' size as the temperature changes.
+    Hinton, Vinyals & Dean, "Distilling the knowledge in a neural network" (2015), section 2. The factor keeps the size
+    of the gradients when the temperature changes.
 
     Args:
-        logits, teacher_logits: Float32 [B, C].
+        logits: Of the student, float32 [B, C].
+        teacher_logits: Of the teacher, float32 [B, C].
         temperature: T > 0.
     """
     ours = F.log_softmax(logits / temperature, dim=-1)
@@ -76,12 +79,12 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
 
 
 def training_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, options: FinetuneOptions) -> Tensor:
-    """What is minimised: cross-entropy with the labels (or the cosine loss), and what the teacher would rather see.
+    """Compute the loss that is minimised: cross-entropy or the cosine loss, mixed with the distillation loss.
 
     Args:
         logits: [B, C].
         targets: Labels int64 [B], or distributions [B, C].
-        teacher_logits: The teacher's logits, float32 [B, C], if there is one.
+        teacher_logits: Float32 [B, C]; None without a teacher.
         options: Which loss, the teacher's weight and temperature, and label smoothing.
     """
     logits = logits.float()
@@ -90,10 +93,10 @@ def training_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None
     if options.loss == "cosine":
         loss = cosine_loss(logits, targets)
     else:
-        # Mixed targets are distributions that include the smoothing already.
+        # Targets that are distributions are smoothed already.
         smoothing = options.smoothing if targets.ndim == 1 else 0.0
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
     if teacher_logits is None:
         return loss
-    share = options.distill_weight
-    return (1 - share) * loss + share * distillation_loss(logits, teacher_logits, options.distill_temperature)
+    weight = options.distill_weight
+    return (1 - weight) * loss + weight * distillation_loss(logits, teacher_logits, options.distill_temperature)

@@ -1,10 +1,12 @@
-"""Which parameters make a stage or a layer of a model, in the order of the computation."""
+"""Decide which parameters learn and how fast: layers and stages, freezing, groups, optimiser and schedule (timm's)."""
 
 from __future__ import annotations
 
 import fnmatch
 import math
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,31 +19,36 @@ from torch import nn
 
 from fixify.errors import UsageError
 from fixify.heads import FixedClassifier
+from fixify.models.classifiers import find_classifiers
 from fixify.training.options import FinetuneOptions
-from fixify.training.parallel import clip_shards_
+from fixify.training.parallel import clip_sharded_gradients_
 
-# Up to the first part of a dotted name that has a digit, and the part after it if that is a number.
+# Layers and stages.
+
+# Matches up to the first part of a dotted name that has a digit; group 2 is the next part if that is a number.
 _NUMBERED = re.compile(r"((?:[^.\d]+\.)*[^.]*\d[^.]*)(\.\d+(?=\.))?")
 
 
-def groups_of(model: nn.Module, *, coarse: bool, option: str) -> dict[str, int]:
-    """Number the parameters by groups, from 0 at the input; fixed heads are in the last one, or in one of their own.
+def number_groups(model: nn.Module, *, coarse: bool, option: str) -> dict[str, int]:
+    """Assign the parameters to layers or stages, numbered from the input; fixed heads are last.
 
-    timm's models tell their groups (`group_matcher`). torchvision's do not, and theirs are read off the names of the
-    modules, whose order is that of the computation: up to the first name with a number in it (`layer1`, `features.3`,
-    `encoder.layers.encoder_layer_0`), and unless `coarse` a number after it too (`layer1.0`). What comes before all of
-    these is one group, and a norm is in the group that it follows.
+    They are in the last group, or in one of their own.
+
+    timm's models define their groups (`group_matcher`). torchvision's do not; their groups follow from the names of
+    their modules, whose order is that of the computation. A group extends to the first name with a number in it
+    (`layer1`, `features.3`, `encoder.layers.encoder_layer_0`), and unless `coarse` to a number after it (`layer1.0`).
+    Everything before the first such name is one group, and a norm belongs to the group before it.
 
     Args:
-        model: All of it.
-        coarse: Stages rather than layers.
-        option: What they are for, as it is typed.
+        model: The whole model.
+        coarse: Stages instead of layers.
+        option: The option that needs the groups, as it is typed.
 
     Returns:
-        Name -> number, of all parameters.
+        The group of each parameter, by name.
 
     Raises:
-        UsageError: the model is of another library.
+        UsageError: the model is neither timm's nor torchvision's.
     """
     matcher: Any = getattr(model, "group_matcher", None)
     if matcher is not None:
@@ -49,21 +56,21 @@ def groups_of(model: nn.Module, *, coarse: bool, option: str) -> dict[str, int]:
         return found
     if not type(model).__module__.startswith("torchvision."):
         raise UsageError(
-            f"A {type(model).__name__} does not tell its layers, as timm's models do (group_matcher), and it is not "
+            f"{type(model).__name__} does not define its layers as timm's models do (group_matcher), and is not "
             "torchvision's.",
             hint=f"Leave out {option}.",
         )
-    return _by_names(model, coarse=coarse)
+    return _groups_by_name(model, coarse=coarse)
 
 
-def _by_names(model: nn.Module, *, coarse: bool) -> dict[str, int]:
+def _groups_by_name(model: nn.Module, *, coarse: bool) -> dict[str, int]:
     head = {
         f"{path}.{name}"
         for path, module in model.named_modules()
         if isinstance(module, FixedClassifier)
         for name, _ in module.named_parameters()
     }
-    ordinals: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     number, last = -1, ""
     for name, _ in model.named_parameters():
         module = name.rpartition(".")[0]
@@ -71,37 +78,133 @@ def _by_names(model: nn.Module, *, coarse: bool) -> dict[str, int]:
         own = "head" if name in head else "" if match is None else match[1] + ("" if coarse else match[2] or "")
         if number < 0 or (own != last and (name in head or _has_matrix(model, module, own))):
             number, last = number + 1, own
-        ordinals[name] = number
-    return ordinals
+        numbers[name] = number
+    return numbers
 
 
 def _has_matrix(model: nn.Module, module: str, group: str) -> bool:
-    """Whether the group is more than a norm."""
+    """Check whether a group is more than a norm."""
     return any(parameter.ndim > 1 for parameter in model.get_submodule(group or module).parameters())
 
 
-# Parameter groups, optimiser and schedule, on timm's.
+# Freezing the first stages.
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The parts of a model that do not learn.
+
+    Attributes:
+        stages: Names of the frozen stages, the first at the input.
+        modules: The largest modules that are frozen as a whole. They stay in eval mode, so that batch norms keep their
+            statistics and nothing is dropped.
+    """
+
+    stages: tuple[str, ...] = ()
+    modules: tuple[nn.Module, ...] = ()
+
+    def train(self, model: nn.Module) -> None:
+        """Put a model into training mode, except for the frozen modules."""
+        model.train()
+        for module in self.modules:
+            module.eval()
+
+
+def freeze_(model: nn.Module, depth: int) -> Frozen:
+    """Freeze the first stages of a model: its coarse groups from the stem on, without the classifier.
+
+    Args:
+        model: Its parameters in those stages no longer require gradients.
+        depth: How many stages to freeze; 0 freezes nothing.
+
+    Raises:
+        UsageError: the model has fewer stages, or does not define them (see `number_groups`).
+    """
+    if depth == 0:
+        return Frozen()
+    stages = _stages(model)
+    labels = _stage_labels(stages)
+    if depth > len(stages):
+        listed = "\n".join(f"  {number} {label}" for number, label in enumerate(labels, start=1))
+        raise UsageError(
+            f"The model has {len(stages)} stages that can be frozen, not {depth}:\n{listed}",
+            hint=f"Give --freeze a number from 0 to {len(stages)}.",
+        )
+    parameters = dict(model.named_parameters())
+    for names in stages[:depth]:
+        for name in names:
+            parameters[name].requires_grad_(False)
+    return Frozen(tuple(labels[:depth]), tuple(_frozen_modules(model)))
+
+
+def _stages(model: nn.Module) -> list[list[str]]:
+    """List the parameter names of each stage before the classifier."""
+    groups = number_groups(model, coarse=True, option="--freeze")
+    heads = [path for path, module in model.named_modules() if isinstance(module, FixedClassifier)]
+    heads = heads or [site.path for site in find_classifiers(model)]
+    end = min(number for name, number in groups.items() if name.rpartition(".")[0] in heads)
+    stages: list[list[str]] = [[] for _ in range(end)]
+    for name, number in groups.items():
+        if number < end:
+            stages[number].append(name)
+    return stages
+
+
+def _frozen_modules(module: nn.Module) -> list[nn.Module]:
+    """List the largest modules that have parameters of which none learns."""
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        return [module]
+    return [found for child in module.children() for found in _frozen_modules(child)]
+
+
+def _stage_labels(stages: Sequence[Sequence[str]]) -> list[str]:
+    """Find the shortest names that belong to one stage alone: `layer1`, `blocks.3`, or `conv1, bn1`."""
+    labels = []
+    stages = [[_module_name(name, stage, stages) for name in stage] for stage in stages]
+    for stage in stages:
+        others = [name for other in stages if other is not stage for name in other]
+        deepest = max(name.count(".") for name in stage)
+        for depth in range(1, deepest + 2):
+            own = dict.fromkeys(_shortened(name, depth) for name in stage)
+            if not own.keys() & {_shortened(name, depth) for name in others}:
+                break
+        labels.append(", ".join(own))
+    return labels
+
+
+def _module_name(name: str, stage: Sequence[str], stages: Sequence[Sequence[str]]) -> str:
+    """Name the module of a parameter; the parameter if that module is in other stages too (`encoder.pos_embedding`)."""
+    module = name.rpartition(".")[0]
+    others = (other for each in stages if each is not stage for other in each)
+    return name if not module or any(other.startswith(f"{module}.") for other in others) else module
+
+
+def _shortened(name: str, depth: int) -> str:
+    return ".".join(name.split(".")[:depth])
+
+
+# Parameter groups, optimiser and schedule.
 
 
 def parameter_groups(
     model: nn.Module, options: FinetuneOptions, *, part: nn.Module | None = None
 ) -> list[dict[str, Any]]:
-    """Trainable parameters in groups: decayed, not decayed, those of fixed heads; with `options.layer_decay` these of
-    each layer.
+    """Group the trainable parameters: decayed, not decayed, those of fixed heads; per layer with `options.layer_decay`.
 
-    Not decayed are vectors and scalars, biases, and what the model's `no_weight_decay()` names (timm's rule). The
-    scale of a fixed head is not decayed either, since it only sets the temperature of the softmax, unless
-    `options.decay_alpha` wants the paper's way.
+    Vectors, scalars, biases, and what the model's `no_weight_decay()` names are not decayed (timm's rule). The scale of
+    a fixed head only sets the temperature of the softmax, so it is not decayed either, unless `options.decay_alpha`
+    asks for the paper's way.
 
     Args:
-        model: All of it: names and layers are those in here.
+        model: The whole model, which defines names and layers.
         options: Rates and decays.
-        part: Only the parameters that this has too; None takes all.
+        part: Take only the parameters that this module has too; None takes all.
 
     Raises:
-        UsageError: a layer decay for a model that does not tell its layers (see `groups_of`).
+        UsageError: `layer_decay` for a model that does not define its layers (see `number_groups`).
     """
-    heads = _parameters_of_heads(model)
+    heads = _head_parameters(model)
     wanted = None if part is None else {id(parameter) for parameter in part.parameters()}
     no_weight_decay: Any = getattr(model, "no_weight_decay", tuple)
     patterns = no_weight_decay()
@@ -132,7 +235,7 @@ def parameter_groups(
     ]
 
 
-def _parameters_of_heads(model: nn.Module) -> set[int]:
+def _head_parameters(model: nn.Module) -> set[int]:
     return {id(parameter) for head in _heads(model) for parameter in head.parameters()}
 
 
@@ -141,28 +244,28 @@ def _heads(model: nn.Module) -> list[FixedClassifier]:
 
 
 def _layer_scales(model: nn.Module, options: FinetuneOptions) -> dict[int, float]:
-    """Of each parameter, by its id: layer_decay to the power of its distance from the top."""
+    """Compute layer_decay to the power of each parameter's distance from the top, by the parameter's id."""
     if options.layer_decay is None:
         return {}
-    groups = groups_of(model, coarse=False, option="--layer-decay")
+    groups = number_groups(model, coarse=False, option="--layer-decay")
     top = max(groups.values())
     return {id(parameter): options.layer_decay ** (top - groups[name]) for name, parameter in model.named_parameters()}
 
 
 def clip_gradients(model: nn.Module, options: FinetuneOptions) -> None:
-    """Clip by `options.clip_grad` and `clip_mode`, if there is one.
+    """Clip the gradients by `options.clip_grad` and `clip_mode`; do nothing without `clip_grad`.
 
-    Adaptive clipping leaves heads alone, as in the paper (Brock et al. 2021, section 4) and in timm: it would hold each
-    step of a fixed head's scale to a share of the scale, which is what `head_lr_scale` is there to avoid.
+    Adaptive clipping leaves heads alone, as in the paper (Brock et al. 2021, section 4) and in timm. It would limit
+    each step of a fixed head's scale to a part of the scale, which defeats `head_lr_scale`.
     """
     if options.clip_grad is None:
         return
     if options.shard:
-        clip_shards_(model, options.clip_grad)
+        clip_sharded_gradients_(model, options.clip_grad)
         return
-    spared = _parameters_of_heads(model) if options.clip_mode == "agc" else set()
+    exempt = _head_parameters(model) if options.clip_mode == "agc" else set()
     dispatch_clip_grad(
-        [parameter for parameter in model.parameters() if id(parameter) not in spared],
+        [parameter for parameter in model.parameters() if id(parameter) not in exempt],
         options.clip_grad,
         mode=options.clip_mode,
     )
@@ -171,19 +274,19 @@ def clip_gradients(model: nn.Module, options: FinetuneOptions) -> None:
 def make_optimiser(
     model: nn.Module, options: FinetuneOptions, *, part: nn.Module | None = None
 ) -> torch.optim.Optimizer:
-    """timm's optimiser of that name over `parameter_groups`."""
+    """Create timm's optimiser of the name `options.opt`, over `parameter_groups`."""
     groups = parameter_groups(model, options, part=part)
     return create_optimizer_v2(groups, opt=options.opt, lr=options.lr, momentum=options.momentum, weight_decay=0.0)
 
 
 def base_rate(optimiser: torch.optim.Optimizer) -> float:
-    """The learning rate that the groups' own scales multiply."""
+    """Return the learning rate before the groups' own factors."""
     group = optimiser.param_groups[0]
     return float(group["lr"] / group.get("lr_scale", 1.0))
 
 
 def make_schedule(optimiser: torch.optim.Optimizer, options: FinetuneOptions, updates_per_epoch: int) -> Scheduler:
-    """timm's schedule, stepped every update with `schedule.step_update(updates)`.
+    """Create timm's schedule, to be stepped after every update with `schedule.step_update(updates)`.
 
     It holds no state: the rate is a function of the number of updates, so resuming needs nothing else.
     """
@@ -192,7 +295,7 @@ def make_schedule(optimiser: torch.optim.Optimizer, options: FinetuneOptions, up
     if options.sched == "multistep":
         schedule = MultiStepLRScheduler(
             optimiser,
-            # timm decays one update before a milestone (its own docstring says so); 82 epochs are all of 82 here.
+            # timm decays one update before a milestone, as its docstring says; a milestone of 82 means after 82 epochs.
             decay_t=[round(epochs * updates_per_epoch) + 1 for epochs in options.decay_milestones],
             decay_rate=options.decay_rate,
             warmup_t=warmup,
@@ -211,7 +314,7 @@ def make_schedule(optimiser: torch.optim.Optimizer, options: FinetuneOptions, up
     schedule, _ = create_scheduler_v2(
         optimiser,
         **decays[options.sched],
-        num_epochs=max(options.epochs, 1),  # none is trained with 0, but timm divides by it
+        num_epochs=max(options.epochs, 1),  # timm divides by it, also when only the last blocks are trained
         warmup_epochs=warmup / updates_per_epoch,
         warmup_lr=options.warmup_lr,
         min_lr=options.min_lr,

@@ -1,4 +1,8 @@
-"""The running statistics of a model of which each process has a copy: of batch norms and of fixed heads."""
+"""A model in several processes: replicated (DistributedDataParallel) or sharded (FSDP2).
+
+A fixed classifier has no gradients to synchronise (paper, section 4.1); `CountedAllReduce` counts the bytes that are
+sent for those that remain.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +35,11 @@ from fixify.heads import FixedClassifier
 from fixify.training import distributed
 from fixify.training.options import FinetuneOptions
 
+# Running statistics, which both kinds of model have.
+
 
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with batch norms whose batch is that of all processes; timm's conversion, the state dict stays.
+    """Convert batch norms to those that use the batch of all processes (timm's conversion; the state dict stays).
 
     Raises:
         UsageError: torch has none for this device.
@@ -47,14 +53,17 @@ def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 class RunningStatistics:
-    """Keeps them alike after every update, so that whichever process is asked, and whenever, has the model.
+    """Keeps the running statistics of all processes equal after every update, so that each has the whole model.
 
-    Those of a fixed head are of the batch of all processes. Those of a batch norm are of the process's own share, and
-    then averaged, or the first process's (`options.dist_bn`); neither changes what is learned.
+    Fixed heads compute theirs from the batch of all processes. Batch norms compute theirs from the shard of their
+    process; they are then averaged, or rank 0's are taken (`options.dist_bn`). Neither changes what is learned.
 
     Args:
-        model: What is trained.
-        options: How.
+        model: The model that is trained.
+        options: Its options.
+
+    Attributes:
+        num_bytes: Bytes that this process gave to collective calls so far.
     """
 
     def __init__(self, model: nn.Module, options: FinetuneOptions) -> None:
@@ -70,11 +79,11 @@ class RunningStatistics:
         self.num_bytes = 0
 
     def count_forward(self) -> None:
-        """Count what the heads add up in one forward pass."""
+        """Count the bytes that the heads send in one forward pass."""
         self.num_bytes += sum(4 * (2 * head.in_features + 1) for head in self.heads if head.center is not None)
 
     def after_update(self) -> None:
-        """Bring those of batch norms together; frozen ones do not change."""
+        """Make the statistics of batch norms equal; those of frozen ones do not change."""
         buffers = [
             buffer
             for norm in self.norms
@@ -95,46 +104,48 @@ class RunningStatistics:
         torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
 
     def close(self) -> None:
-        """Leave the heads as those of a model that is trained alone."""
+        """Make the heads use the batch of their own process again."""
         for head in self.heads:
             head.synchronized = False
 
 
-# Counting what DistributedDataParallel sends: a fixed classifier has no gradients to synchronise (paper, 4.1).
-
-
-# Annotations have to be real here, not strings: torch looks at those of a hook.
+# Replicated.
 
 
 class CountedAllReduce:
-    """The communication hook that does what DistributedDataParallel does by itself, and counts the bytes of it.
+    """A communication hook that does what DistributedDataParallel does by default, and counts the bytes.
 
     Attributes:
-        num_bytes: Of the gradients that this process gave into sums over all processes, so far.
+        num_bytes: Bytes of gradients that this process gave to all-reduce so far.
     """
 
     def __init__(self) -> None:
         self.num_bytes = 0
 
     def hook(self, state: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """Start the all-reduce of one bucket of gradients."""
         self.num_bytes += bucket.buffer().nbytes
         return allreduce_hook(state, bucket)
 
 
-# One model in several processes: each has a copy, and the gradients are averaged (DistributedDataParallel).
+# torch compares the annotations of a hook with these classes, and `from __future__ import annotations` makes strings.
+CountedAllReduce.hook.__annotations__ = {
+    "state": dist.ProcessGroup,
+    "bucket": dist.GradBucket,
+    "return": torch.futures.Future[torch.Tensor],
+}
 
 
-class Replicas:
-    """Copies of a model, one in each process, that stay alike.
+class ReplicatedModel:
+    """A model of which each process has a copy; gradients are averaged (DistributedDataParallel).
 
-    DistributedDataParallel is not let near the buffers: it would send all of them before every step, the tables of a
-    fixed head among them, which never change.
+    DistributedDataParallel does not synchronise the buffers: it would send all of them before every step, including
+    the tables of a fixed head, which never change.
 
     Args:
-        model: The first process's parameters and floating-point buffers are given to all; others are never trained.
-        options: How.
-        device: Of this process.
-
+        model: Rank 0's parameters and floating-point buffers are copied to all; other buffers are never trained.
+        options: Options of the run.
+        device: Device of this process.
     """
 
     def __init__(self, model: nn.Module, options: FinetuneOptions, device: torch.device) -> None:
@@ -148,36 +159,36 @@ class Replicas:
         self.module.register_comm_hook(dist.group.WORLD, self.counted.hook)
 
     def __call__(self, images: Tensor) -> Any:
-        """The model's outputs for this process's share of a batch."""
+        """Compute the model's outputs for this process's shard of a batch."""
         self.statistics.count_forward()
         return self.module(images)
 
     def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around a forward and a backward pass: gradients are averaged in the last one before an update."""
+        """Wrap a forward and a backward pass; gradients are averaged only in the last one before an update."""
         return contextlib.nullcontext() if last else self.module.no_sync()
 
     def before_update(self) -> None:
-        """The gradients are what they have to be."""
+        """Do nothing: the gradients are averaged already."""
 
     def after_update(self) -> None:
-        """Bring the running statistics together."""
+        """Make the running statistics equal."""
         self.updates += 1
         self.statistics.after_update()
 
-    def bytes_an_update(self) -> tuple[float | None, float | None]:
-        """Of gradients and of statistics, as this process gave them into sums over all."""
+    def bytes_per_update(self) -> tuple[float | None, float | None]:
+        """Return the bytes of gradients and of statistics per update that this process sent; None before the first."""
         if self.updates == 0:
             return None, None
         return self.counted.num_bytes / self.updates, self.statistics.num_bytes / self.updates
 
     def close(self) -> None:
-        """Leave the model as one that is trained alone."""
+        """Make the model usable in a single process."""
         self.statistics.close()
 
 
 @torch.no_grad()
 def broadcast_parameters(model: nn.Module) -> None:
-    """Give all processes the first one's parameters and floating-point buffers, shards aside."""
+    """Copy rank 0's parameters and floating-point buffers to all processes, except for sharded ones."""
     if distributed.world_size() == 1:
         return
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -185,42 +196,46 @@ def broadcast_parameters(model: nn.Module) -> None:
             dist.broadcast(tensor.detach(), src=0)
 
 
-# One model spread over several processes (FSDP2), for backbones that do not fit on one device.
+# Sharded, for backbones that do not fit on one device.
 
 
 def check_shard(options: FinetuneOptions) -> None:
-    """Raise `UsageError` if the model cannot be sharded, or not with the other options."""
+    """Check that the model can be sharded, together with the other options.
+
+    Raises:
+        UsageError: it cannot.
+    """
     if distributed.world_size() == 1:
         raise UsageError(
-            "--shard spreads the model over several processes, and this is one.",
+            "--shard needs several processes, and this is one.",
             hint="Add --nproc-per-node N, or leave out --shard.",
         )
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
-        raise UsageError(f"--shard needs torch 2.7 or newer, and this is {torch.__version__}.")
+        raise UsageError(f"--shard needs torch 2.7 or newer, not {torch.__version__}.")
     reasons = {
-        "--ema-decay": (options.ema_decay is not None, "the average is a second model that no process has whole"),
-        "--last-block-epochs": (options.last_block_epochs > 0, "the last blocks are divided off a whole model"),
-        "--compile": (options.compile, "a whole graph has no place for gathering the shards"),
+        "--ema-decay": (options.ema_decay is not None, "the average is a second model, which no process has whole"),
+        "--last-block-epochs": (options.last_block_epochs > 0, "splitting off the last blocks needs a whole model"),
+        "--compile": (options.compile, "a whole graph cannot gather the shards"),
         "--amp fp16": (options.amp == "fp16", "each process would scale its own shards; use bf16"),
-        f"--clip-mode {options.clip_mode}": (options.clip_mode != "norm", "its gradients are clipped by their norm"),
+        f"--clip-mode {options.clip_mode}": (options.clip_mode != "norm", "sharded gradients are clipped by norm"),
     }
     for name, (given, reason) in reasons.items():
         if given:
-            raise UsageError(f"--shard does not go together with {name}: {reason}.", hint="Leave out one of the two.")
+            raise UsageError(f"--shard cannot be combined with {name}: {reason}.", hint="Leave out one of the two.")
 
 
 def shard_(model: nn.Module, device: torch.device) -> nn.Module | None:
-    """Spread the parameters of a model over the processes, in place.
+    """Shard the parameters of a model over the processes, in place.
 
-    What is gathered together is each element of the outermost sequences (a transformer's blocks, a ResNet's
-    bottlenecks), and the rest. A fixed head has nothing to shard: its scale and bias stay whole in each process.
+    Each element of the outermost sequences (a transformer's blocks, a ResNet's bottlenecks) is gathered as a whole, and
+    the rest together. A fixed head has nothing to shard: its scale and bias stay whole in each process.
 
     Args:
-        model: Whole, in each process the same; on the CPU if it is too large for a device.
-        device: Of this process.
+        model: A whole model, the same in each process; on the CPU if it is too large for a device.
+        device: Device of this process.
 
     Returns:
-        A copy on the CPU that is still whole, for writing checkpoints; in the first process only.
+        On rank 0 a copy on the CPU that stays whole, for writing checkpoints; None elsewhere.
     """
     whole = copy.deepcopy(model).cpu() if distributed.is_rank_zero() else None
     heads = [module for module in model.modules() if isinstance(module, FixedClassifier)]
@@ -241,91 +256,93 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
             yield from _parts(child)
 
 
-class Shards:
-    """A model that was sharded, in training; the same as `Replicas` otherwise.
+class ShardedModel:
+    """A model that `shard_` has sharded (FSDP2); it is used like `ReplicatedModel`.
 
     Args:
-        model: From `shard_`.
-        options: How.
+        model: The model.
+        options: Options of the run.
     """
 
     def __init__(self, model: nn.Module, options: FinetuneOptions) -> None:
         self.module: Any = model
         self.statistics = RunningStatistics(model, options)
-        self.plain = [parameter for head in self.statistics.heads for parameter in head.parameters()]
+        self.unsharded = [parameter for head in self.statistics.heads for parameter in head.parameters()]
 
     def __call__(self, images: Tensor) -> Any:
-        """The model's outputs for this process's share of a batch."""
+        """Compute the model's outputs for this process's shard of a batch."""
         self.statistics.count_forward()
         return self.module(images)
 
     @contextlib.contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
-        """Around a forward and a backward pass: gradients are averaged in the last one before an update."""
+        """Wrap a forward and a backward pass; gradients are averaged only in the last one before an update."""
         self.module.set_requires_gradient_sync(last)
         yield
 
     def before_update(self) -> None:
-        """Average the gradients of what is not sharded."""
-        for parameter in self.plain:
+        """Average the gradients of parameters that are not sharded."""
+        for parameter in self.unsharded:
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= distributed.world_size()
 
     def after_update(self) -> None:
-        """Bring the running statistics together."""
+        """Make the running statistics equal."""
         self.statistics.after_update()
 
-    def bytes_an_update(self) -> tuple[float | None, float | None]:
-        """Not counted: FSDP2 sends pieces of weights and gradients, with no hook of ours."""
+    def bytes_per_update(self) -> tuple[float | None, float | None]:
+        """Return None twice: FSDP2 sends pieces of weights and gradients, and has no hook to count them."""
         return None, None
 
     def close(self) -> None:
-        """Leave the heads as those of a model that is trained alone."""
+        """Make the heads usable in a single process."""
         self.statistics.close()
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor that may be sharded."""
+def local_part(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor, sharded or not, that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def clip_shards_(model: nn.Module, most: float) -> None:
-    """Scale the gradients down to a norm over all of them, sharded and not, of at most so much."""
+def clip_sharded_gradients_(model: nn.Module, max_norm: float) -> None:
+    """Scale the gradients so that the norm over all of them, sharded and not, is at most `max_norm`."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
-    plain = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-    norms = [nn.utils.get_total_norm(plain)] if plain else []
+    unsharded = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    norms = [nn.utils.get_total_norm(unsharded)] if unsharded else []
     if sharded:
         norm = nn.utils.get_total_norm(sharded)
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    factor = (most / (torch.stack(norms).norm() + 1e-6)).clamp(max=1.0)  # torch's clip_grad_norm_
+    factor = (max_norm / (torch.stack(norms).norm() + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
     for gradient in gradients:
         gradient.mul_(factor)
 
 
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def whole_weights(model: nn.Module) -> dict[str, Any]:
-    """The state dict gathered on the CPU of the first process, empty in the others; all have to call it."""
-    return get_model_state_dict(model, options=_WHOLE)
+def gather_weights(model: nn.Module) -> dict[str, Any]:
+    """Gather the state dict on rank 0's CPU; it is empty elsewhere. Every process must call this."""
+    return get_model_state_dict(model, options=_GATHERED)
 
 
-def whole_moments(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's state, by the names of the parameters; as `whole_weights`. Empty before the first update: torch
-    would make a first one of nothing to have something to gather, and moments that count their updates would be off.
+def gather_optimiser_state(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+    """Gather the optimiser's state by parameter name, like `gather_weights`; empty before the first update.
+
+    torch would otherwise create a state by a step without gradients, and optimisers that count their updates would be
+    off by one.
     """
     if not optimiser.state:
         return {}
-    return get_optimizer_state_dict(model, optimiser, options=_WHOLE)
+    return get_optimizer_state_dict(model, optimiser, options=_GATHERED)
 
 
-def load_whole(
-    model: nn.Module, optimiser: torch.optim.Optimizer, weights: dict[str, Any], moments: dict[str, Any]
+def load_gathered(
+    model: nn.Module, optimiser: torch.optim.Optimizer, weights: dict[str, Any], optimiser_state: dict[str, Any]
 ) -> None:
-    """Give each process its shards of what was gathered, which each has whole."""
+    """Give each process its shards of gathered states, which every process has as a whole."""
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, weights, options=options)
-    if moments:
-        set_optimizer_state_dict(model, optimiser, moments, options=options)
+    if optimiser_state:
+        set_optimizer_state_dict(model, optimiser, optimiser_state, options=options)

@@ -14,7 +14,7 @@ from torch import nn
 
 from fixify import fix_classifier_
 from fixify.training import FinetuneOptions, distributed
-from fixify.training.parallel import Replicas
+from fixify.training.parallel import ReplicatedModel
 
 STEPS, IMAGES, SIDE = 2, 2, 64
 CPU = torch.device("cpu")
@@ -24,14 +24,14 @@ def bytes_a_step(model: nn.Module, num_classes: int) -> tuple[float, float]:
     """Of gradients and of running statistics."""
     options = FinetuneOptions(device="cpu")
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
-    replicas = Replicas(model.train(), options, CPU)
+    replicas = ReplicatedModel(model.train(), options, CPU)
     for _ in range(STEPS):
         images, labels = torch.rand(IMAGES, 3, SIDE, SIDE), torch.randint(num_classes, (IMAGES,))
         nn.functional.cross_entropy(replicas(images), labels).backward()
         optimiser.step()
         optimiser.zero_grad()
         replicas.after_update()
-    gradients, statistics = replicas.bytes_an_update()
+    gradients, statistics = replicas.bytes_per_update()
     assert gradients is not None and statistics is not None
     return gradients, statistics
 

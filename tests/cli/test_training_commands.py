@@ -36,7 +36,7 @@ def test_finetune_then_eval(run: Run, stripes: Path, tmp_path: Path) -> None:
     assert [record["epoch"] for record in said["history"]] == [0, 1]
     assert "epoch 2/2: loss " in err
     assert f"next: fixify eval {said['best']} --data {data}" in err
-    assert "20 images of 4 classes from val/" in err
+    assert "20 images of 4 classes" in err
 
     code, out, err = run("eval", said["best"], "--data", data, "--json", "--workers", 0)
     (measured,) = json.loads(out)["models"]
@@ -50,7 +50,7 @@ def test_finetune_then_eval(run: Run, stripes: Path, tmp_path: Path) -> None:
     assert page["runs"][0]["best"] == said["after"]
     assert page["runs"][0]["command"].startswith(f"fixify finetune --data {data} --epochs 2 --img-size 32")
     code, _, err = run("finetune", slim, "--data", data, "--track", "tensorbord")
-    assert code == 2 and "did you mean 'tensorboard'" in err
+    assert code == 2 and "'tensorboard'" in err
 
     # Done already; and again only when told to.
     assert "--force" in run("finetune", slim, "--data", data, *QUICK)[2]
@@ -71,8 +71,8 @@ def test_a_drop_that_is_allowed_stops_the_run_and_one_that_is_not_met_is_code_3(
         "models"
     ][0]["top1"]
     assert said["reached"] is True and said["original_top1"] == top1
-    assert f"original: learned.pth, top-1 {top1:.2f} %" in err
-    assert f"stopped before training: validation top-1 {said['after']['val_top1']:.2f} % is within 99 points" in err
+    assert "learned.pth" in err and f"{top1:.2f} %" in err
+    assert f"{said['after']['val_top1']:.2f} % is within 99 points" in err
     slim_info = json.loads(run("inspect", said["best"], "--json")[1])
     assert slim_info["training"]["original"]["name"] == "learned.pth"
     assert str(stripes) not in json.dumps(slim_info)
@@ -101,7 +101,7 @@ def test_a_folder_of_unlabelled_images_is_enough_with_a_teacher(run: Run, stripe
     assert code in (0, 3), err
     said = json.loads(out)
     assert said["original_top1"] == 100  # the teacher is the original, and agrees with itself
-    assert "4 other images from photos/; top-1 is agreement with the teacher" in err
+    assert "photos/" in err and "agreement with the teacher" in err
     info = json.loads(run("inspect", said["last"], "--json")[1])
     assert info["training"]["teacher"]["name"] == "learned.pth"
     assert info["training"]["class_names"] is None and info["labels"] is None  # nobody said what they are called
@@ -124,7 +124,7 @@ def test_a_folder_of_unlabelled_images_is_enough_with_a_teacher(run: Run, stripe
 
     assert "--distill ORIGINAL" in run("finetune", *given, "-o", "third")[2]
     code, _, err = run("finetune", *given, "-o", "third", "--distill-weight", 0.3)
-    assert code == 2 and "--distill-weight needs a teacher" in err
+    assert code == 2 and "--distill-weight" in err and "--distill ORIGINAL" in err
 
 
 def test_a_teacher_of_other_classes_is_refused(run: Run, stripes: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_teacher_of_other_classes_is_refused(run: Run, stripes: Path) -> None:
     model = timm.create_model("test_efficientnet", in_chans=1, num_classes=5)
     torch.save({"arch": "test_efficientnet", "state_dict": model.state_dict()}, "five.pth")
     code, _, err = run("finetune", *given, "--distill", "five.pth")
-    assert code == 1 and "five.pth has 5 classes" in err
+    assert code == 1 and "five.pth" in err and "5 classes" in err
 
 
 def test_eval_compares_an_original_with_its_conversion(run: Run, stripes: Path) -> None:
@@ -193,8 +193,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(stripes: Path, tmp_path: Path) -> No
         os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers as well
         _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
-    assert "Stopped in epoch " in err and "--resume" in err
+    assert "--resume" in err
     assert "Traceback" not in err
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     progress = state["progress"]
-    assert f"Stopped in epoch {progress['epoch'] + 1} of 100000 after {progress['batch']} of 4 batches" in err
+    assert f"epoch {progress['epoch'] + 1} of 100000 after {progress['batch']} of 4" in err

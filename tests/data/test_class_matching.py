@@ -7,7 +7,7 @@ from timm.data import ImageNetInfo
 from timm.utils.misc import natural_key
 
 from fixify.data import OpenedData, check_classes, match_classes
-from fixify.data.class_matching import natural_order
+from fixify.data.dataset import natural_order
 from fixify.errors import DataError
 
 

@@ -7,7 +7,7 @@ import torch
 from matplotlib.ft2font import FT2Font
 from tools.demo_classes import NUM_CLASSES, distances, select
 
-from fixify.data.class_matching import natural_order
+from fixify.data.dataset import natural_order
 from fixify.demo.glyphs import (
     ALL_FACES,
     TRAIN_FACES,

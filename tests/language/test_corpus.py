@@ -31,7 +31,7 @@ def test_wikitext_layout_is_cut_at_blanks_and_every_line_ends(tmp_path: Path) ->
 
 def test_words_of_validation_that_training_lacks_are_unknown_or_refused(tmp_path: Path) -> None:
     name = layout(tmp_path, "a b\n", "a z\n")
-    with pytest.raises(DataError, match=r"'z' in the val text .* does not occur"):
+    with pytest.raises(DataError, match=r"val text .*'z'"):
         read_corpus(name)
     corpus = read_corpus(layout(tmp_path, "a b a <unk>\n", "a z\n"))
     assert decoded(corpus.words, corpus.val) == ["a", "<unk>", "<eos>"]
@@ -60,14 +60,14 @@ def test_the_digest_is_of_the_words_and_of_each_part(tmp_path: Path) -> None:
 
 def test_named_text_is_looked_for_in_the_data_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FIXIFY_DATA", str(tmp_path))
-    with pytest.raises(DataError, match="no text 'wikitext-2'"):
+    with pytest.raises(DataError, match="wikitext-2"):
         read_corpus("wikitext-2")
     (tmp_path / "wikitext-2").mkdir()
     layout(tmp_path / "wikitext-2", "a b\n")
     assert len(read_corpus("wikitext-2").words) == 3
 
 
-@pytest.mark.parametrize(("files", "message"), [({}, "holds no text"), ({"a.txt": b"caf\xe9\n"}, "not text in UTF-8")])
+@pytest.mark.parametrize(("files", "message"), [({}, "no text"), ({"a.txt": b"caf\xe9\n"}, "UTF-8 .* byte 3")])
 def test_refusals(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -77,5 +77,5 @@ def test_refusals(tmp_path: Path, files: dict[str, bytes], message: str) -> None
 
 def test_an_empty_part_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one line\n")
-    with pytest.raises(DataError, match="no text for train"):
+    with pytest.raises(DataError, match="train"):
         read_corpus(str(tmp_path))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from fixify.language.loop import LanguageEpochEnded, LanguageEvent, LanguageStep
 from fixify.language.model import build_model, size_of
 from fixify.language.run import read_language_runs
 from fixify.recipes import read_recipe
-from fixify.recipes.running import run_language_recipe
+from fixify.recipes.running import train
 from fixify.training.interrupt import TrainingInterrupted
 
 WORDS = ["learned", "tied", "orthogonal", "hadamard", "pmi"]
@@ -87,7 +88,7 @@ def test_a_stopped_run_goes_on_exactly(text: Path, tmp_path: Path, small: Langua
     whole = run_language(str(text), tmp_path / "whole", options)
     assert any(record.averaged for record in whole.history) == (opt == "asgd")
 
-    stops = iter([5, 12, 33])
+    stops = iter([5, 200])  # the second one after averaging has begun
     at = next(stops)
 
     def stop(event: LanguageEvent) -> None:
@@ -99,8 +100,8 @@ def test_a_stopped_run_goes_on_exactly(text: Path, tmp_path: Path, small: Langua
                 signal.raise_signal(signal.SIGINT)
 
     stop.updates = 0  # type: ignore[attr-defined]
-    for number in range(3):
-        with pytest.raises(TrainingInterrupted, match="everything up to there"):
+    for number in range(2):
+        with pytest.raises(TrainingInterrupted, match=re.escape(str(tmp_path / "stopped"))):
             run_language(str(text), tmp_path / "stopped", options, resume=number > 0, on_event=stop)
     again = run_language(str(text), tmp_path / "stopped", options, resume=True, on_event=stop)
     assert_same(again.last_path, whole.last_path)
@@ -128,7 +129,7 @@ def test_averaging_begins_when_validation_has_not_got_better(
 
 def test_resuming_with_other_options_or_text_is_refused(text: Path, tmp_path: Path, small: LanguageOptions) -> None:
     run_language(str(text), tmp_path / "run", small)
-    with pytest.raises(TrainingError, match=r"other options: lr was 0.01 and is 0.5"):
+    with pytest.raises(TrainingError, match=r"lr was 0\.01 and is 0\.5"):
         run_language(str(text), tmp_path / "run", small.replace(lr=0.5), resume=True)
     other = tmp_path / "other"
     other.mkdir()
@@ -146,13 +147,13 @@ def test_the_recipe_of_a_run_repeats_it_and_refuses_another_text(
     first = run_language(str(text), tmp_path / "run", small)
     recipe = read_recipe(tmp_path / "run" / "recipe.yaml")
     assert recipe.language is not None
-    again = run_language_recipe(recipe, tmp_path / "again", recipe.language.replace(device="cpu"))
+    again = train(recipe, tmp_path / "again", recipe.language.replace(device="cpu"))
     assert_same(again.last_path, first.last_path)
     with (text / "wiki.test.tokens").open("a") as file:
         file.write("w1\n")
     try:
-        with pytest.raises(TrainingError, match="not what this recipe recorded"):
-            run_language_recipe(recipe, tmp_path / "changed")
+        with pytest.raises(TrainingError, match=r"text .*SHA-256"):
+            train(recipe, tmp_path / "changed")
     finally:
         lines = (text / "wiki.test.tokens").read_text().removesuffix("w1\n")
         (text / "wiki.test.tokens").write_text(lines)

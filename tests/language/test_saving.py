@@ -48,18 +48,18 @@ def test_signs_are_bits(width: int) -> None:
 def test_other_and_damaged_files_are_refused(corpus: Corpus, small: LanguageOptions, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"nothing")
-    with pytest.raises(FormatError, match="cannot be read"):
+    with pytest.raises(FormatError, match=r"model\.safetensors"):
         load_language(path)
     safetensors.torch.save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(FormatError, match="not a language model"):
+    with pytest.raises(FormatError, match=r"model\.safetensors"):
         load_language(path)
     save_language(build_model(small, corpus), path, small, corpus.words, {})
     tensors = safetensors.torch.load_file(path)
     with safetensors.safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()[LANGUAGE_KEY])
     changes: list[tuple[dict[str, object], str, str]] = [
-        ({"version": 2}, "", "of version 2"),
-        ({"options": {"words": "glove"}}, "", "is damaged: words: must be"),
+        ({"version": 2}, "", "version 2"),
+        ({"options": {"words": "glove"}}, "", "words: must be"),
         ({"words": [*corpus.words, "more"]}, "", "classifier.bias is float32"),
         ({}, "embedding.weight", "embedding.weight is missing, and should be float32"),
         ({}, "layers.0.bias_ih_l0", "layers.0.bias_ih_l0 is missing"),
@@ -103,7 +103,7 @@ def test_verify_tells_what_does_not_hold(corpus: Corpus, small: LanguageOptions,
         load_language(path)
     assert "values: classifier.scale holds a NaN" in failed({**tensors, "classifier.scale": torch.tensor(torch.nan)})[0]
     assert "tensors: " in failed({**tensors, "more": torch.zeros(1)})[0]
-    with pytest.raises(FormatError, match="codebook is not that of"):
+    with pytest.raises(FormatError, match="codebook"):
         failed(tensors, codebook=HeadSpec("hadamard", 16, 7).to_dict())
 
 

@@ -21,7 +21,7 @@ from fixify.language import run_language
 from fixify.recipes import RecipeError, find_recipe, list_recipes, read_recipe, shipped
 from fixify.recipes.measured import Measured
 from fixify.savings import count_parameters
-from fixify.training import LAST_FILE, FinetuneOptions, finetune, train_model
+from fixify.training import LAST_FILE, FinetuneOptions, OpenedInputs, RunOutput, finetune, train_model
 from fixify.training.api import new_network
 
 NAMES = shipped.recipe_names()
@@ -138,9 +138,8 @@ def test_each_from_scratch_does_a_real_step(name: str, tmp_path: Path) -> None:
     ]
     before = {key: tensor.clone() for key, tensor in network.model.state_dict().items()}
     short = options.replace(epochs=1, batch_size=4, workers=0, device="cpu")
-    (record,) = train_model(
-        network.model, *images, network.preprocessing, short, tmp_path / "run", save=lambda *_: None
-    ).history
+    opened = OpenedInputs(*images, network.preprocessing)
+    (record,) = train_model(network.model, opened, short, RunOutput(tmp_path / "run", lambda *_: None)).history
     assert record.step == 1 and record.lr == options.lr and record.train_loss is not None
     moved = {key for key, tensor in network.model.state_dict().items() if not torch.equal(before[key], tensor)}
     (head,) = (key.removesuffix(".scale") for key in before if key.endswith(".scale"))

@@ -50,9 +50,8 @@ def write_folder(
     }
     before = Metrics(50.0 if fixed else 88.0, 80.0, 2.0, 5.0, 600, 1.0).to_dict()
     command = "fixify finetune net.fixed.safetensors --data 'my data' --epochs 3"
-    write_run(
-        folder, options, facts, {"command": command, "model": model, "before": before, "device": "cpu", **started}, {}
-    )
+    started = {"command": command, "model": model, "before": before, "device": "cpu", **started}
+    write_run(folder, {**facts, **started}, options)
     history, steps = [], []
     for epoch in range(epochs if done is None else done):
         top1 = (90.0 if fixed else 91.0) - 20 / 2**epoch

@@ -20,7 +20,7 @@ from fixify.data import OpenedData
 from fixify.data.idx import ArrayImages
 from fixify.heads import HeadSpec
 from fixify.surgery import fix_classifier_
-from fixify.training import FinetuneOptions, train_model
+from fixify.training import Event, FinetuneOptions, OpenedInputs, ReferenceModel, RunOutput, Step, train_model
 
 NUM_CLASSES = 4
 PREPROCESSING = {
@@ -104,68 +104,103 @@ def save_weights() -> Callable[[nn.Module, Path, dict[str, Any]], None]:
     return save_weights_
 
 
+class Stop(Exception):
+    """Stands for a crash."""
+
+
+@pytest.fixture(scope="session")
+def crash_at() -> Callable[..., Any]:
+    """Makes a listener that crashes at a step: crash_at(epoch, batch)."""
+
+    def make(epoch: int, batch: int) -> Callable[[Event], None]:
+        def listen(event: Event) -> None:
+            if isinstance(event, Step) and (event.epoch, event.batch) == (epoch, batch):
+                raise Stop
+
+        return listen
+
+    make.error = Stop  # type: ignore[attr-defined]
+    return make
+
+
 class Runs:
     """Starts runs of the tiny network."""
 
     def __init__(self, model: Any, data: Any, preprocessing: Any, save: Any) -> None:
         self.model, self.data, self.preprocessing, self.save = model, data, preprocessing, save
 
-    def __call__(self, out: Path, options: FinetuneOptions, model: nn.Module | None = None, **given: Any) -> Any:
-        train, val = self.data
-        model = self.model() if model is None else model
-        given = {"train": train, "val": val, "save": self.save, **given}
-        return train_model(model, preprocessing=self.preprocessing, options=options, out=out, **given)
+    def __call__(
+        self, out: Path, options: FinetuneOptions, model: nn.Module | None = None, *, on_event: Any = None, **given: Any
+    ) -> Any:
+        train, val = given.pop("train", self.data[0]), given.pop("val", self.data[1])
+        references = {name: given.pop(name, None) for name in ("original", "teacher")}
+        return train_model(
+            self.model() if model is None else model,
+            OpenedInputs(train, val, self.preprocessing, **references),
+            options,
+            RunOutput(out, **{"save": self.save, **given}),
+            on_event=on_event,
+        )
 
 
 @pytest.fixture(scope="session")
 def run(new_model: Any, stripes: Any, preprocessing: Any, save_weights: Any) -> Runs:
-    """Starts a run in a folder: run(out, options, model=None, **what `finetune` takes)."""
+    """Start a run: run(out, options, model=None, **fields of OpenedInputs and RunOutput)."""
     return Runs(new_model, stripes, preprocessing, save_weights)
 
 
-class Several:
-    """Runs of the tiny network in several processes, which one process that has imported torch forks."""
+class Processes:
+    """Forks processes of one that has imported torch, and runs programs in them."""
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["torch", "timm", "fixify.training", "numpy", "pytest"])
 
-    def __call__(
-        self, out: Path, processes: int, *, val_images: int = 20, model: Any = None, given: Any = None, **options: Any
-    ) -> list[dict[str, Any]]:
-        """Each process's answer: what came of the run, the events that it was told, its weights."""
+    def start(self, program: str, **given: Any) -> Any:
+        """Start a program of this folder; it finds `given` as GIVEN."""
+        path = str(Path(__file__).with_name(program))
+        process = self.context.Process(target=runpy.run_path, args=(path, {"GIVEN": given}, "__main__"))
+        process.start()
+        return process
+
+    def together(self, folder: Path, runs: dict[str, dict[str, Any]], *, count: int = 2) -> dict[str, list[Any]]:
+        """Do runs one after the other, each in `count` processes that train together.
+
+        Args:
+            folder: For the folders of the runs.
+            runs: What `together.py` takes for each, by name.
+
+        Returns:
+            What each process tells of each run: its result, the events that it got, its weights.
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         started = []
-        for rank in range(processes):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            arguments = {
-                "environment": {
-                    **{name: str(value) for name, value in place.items()},
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
-                },
-                "options": {"workers": 0, "device": "cpu", **options},
-                "model": model or {},
-                "val_images": val_images,
-                "given": given or {},
-                "out": str(out),
-                "answer": str(out.with_suffix(f".{rank}")),
-            }
-            worker = str(Path(__file__).with_name("several.py"))
-            process = self.context.Process(
-                target=runpy.run_path, args=(worker, {"ARGUMENTS": arguments}, "__main__"), daemon=True
-            )
-            process.start()
-            started.append((process, Path(arguments["answer"])))
+        for rank in range(count):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            environment = {name: str(value) for name, value in {**place, "MASTER_PORT": port}.items()}
+            environment["MASTER_ADDR"] = "127.0.0.1"
+            answer = folder / f"answer.{rank}"
+            process = self.start("together.py", environment=environment, runs=runs, folder=folder, answer=answer)
+            started.append((process, answer))
         for process, _ in started:
-            process.join(120)
+            process.join(300)
             assert process.exitcode == 0
-        return [pickle.loads(answer.read_bytes()) for _, answer in started]
+        told = [pickle.loads(answer.read_bytes()) for _, answer in started]
+        return {name: [each[name] for each in told] for name in runs}
 
 
 @pytest.fixture(scope="session")
-def several() -> Several:
-    """Starts a run in several processes: several(out, processes, **options)."""
-    return Several()
+def processes() -> Processes:
+    """Starts programs in processes of their own."""
+    return Processes()
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory, run: Runs) -> ReferenceModel:
+    """The tiny network with its learned classifier, trained; over 80 % right."""
+    model = make_model(fixed=False)
+    options = FinetuneOptions.create(epochs=16, batch_size=8, lr=0.05, no_aug=True, workers=0, device="cpu")
+    run(tmp_path_factory.mktemp("teacher"), options, model)
+    return ReferenceModel("learned.pth", "0" * 64, model.eval(), PREPROCESSING)

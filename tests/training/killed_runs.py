@@ -1,11 +1,9 @@
-"""Kills runs at random moments, resumes them, and compares them with one that was never killed.
+"""Kill runs at random moments, resume them, and compare them with one that was never killed.
 
-    python tests/training/killed_runs.py FOLDER KILLS SEED
-
-A program of its own, so that torch is imported once: every run is a fork of this process, which never trains itself.
-Prints one JSON object a killed run. Moments are of three kinds, in turn: SIGKILL after a random part of a run's time;
-in the middle of writing a file, at a random byte of it (the kernel kills at RLIMIT_FSIZE); and before a random one of
-the files that are opened, renamed or removed in the folder.
+It runs in a process of its own, which `Processes.start` in conftest.py starts and which never trains itself: every run
+is a fork of it. It writes one JSON object per killed run. There are three kinds of moments, in turn: SIGKILL after a
+random part of a run's time; in the middle of writing a file, at a random byte (the kernel kills at RLIMIT_FSIZE); and
+before a random one of the calls that open, rename or remove a file in the folder.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import json
 import os
 import random
 import resource
+import runpy
 import signal
 import sys
 import time
@@ -23,18 +22,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import conftest  # the tiny network and its images
 import torch
 from safetensors.torch import load_file, save_file
 
 from fixify._files import atomic_path
-from fixify.heads import HeadSpec
-from fixify.surgery import fix_classifier_
 from fixify.training import Event, FinetuneOptions, Step
+
+CONFTEST = runpy.run_path(str(Path(__file__).with_name("conftest.py")))  # the tiny network and its images
 
 # Every source of randomness: augmentation of both stages, dropout; and every kind of state: moments, averages.
 OPTIONS = FinetuneOptions.create(
-    epochs=3,
+    epochs=2,
     batch_size=8,
     lr=0.02,
     opt="adamw",
@@ -48,25 +46,12 @@ OPTIONS = FinetuneOptions.create(
     device="cpu",
     save_minutes=1e-9,
 )
-DATA = conftest._stripes(44, 0, "train"), conftest._stripes(20, 1, "val")
-PREPROCESSING = {
-    "input_size": (1, 16, 16),
-    "mean": (0.4,),
-    "std": (0.25,),
-    "interpolation": "bilinear",
-    "crop_pct": 1.0,
-}
+DATA = CONFTEST["_stripes"](44, 0, "train"), CONFTEST["_stripes"](20, 1, "val")
 
+ANSWER = "answer.jsonl"
 CALLS, CALLS_FILE = [0], "calls"  # how many a run made, and where it leaves the number
 
 Prepare = Callable[[Path], Callable[[Event], object]]
-
-
-def new_model() -> torch.nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = conftest.Small()
-    return fix_classifier_(model, HeadSpec("hadamard", 32, conftest.NUM_CLASSES, standardize=True))
 
 
 def save(model: torch.nn.Module, path: Path, record: dict[str, Any]) -> None:
@@ -81,7 +66,7 @@ def start(out: Path, prepare: Prepare, *, resume: bool) -> int:
         return child
     try:
         torch.set_num_threads(1)
-        runs = conftest.Runs(new_model, DATA, PREPROCESSING, save)
+        runs = CONFTEST["Runs"](CONFTEST["make_model"], DATA, CONFTEST["PREPROCESSING"], save)
         runs(out, OPTIONS, resume=resume, on_event=prepare(out))
         (out.parent / CALLS_FILE).write_text(str(CALLS[0]))
         os._exit(0)
@@ -162,8 +147,8 @@ def same(ours: Any, theirs: Any) -> bool:
     return ours == theirs
 
 
-def main() -> None:
-    folder, kills, rng = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
+def main(folder: Path, kills: int, seed: int) -> None:
+    rng, lines = random.Random(seed), list[str]()
     whole = folder / "whole"
     began = time.monotonic()
     wait(start(whole, at_call(0), resume=False))
@@ -189,7 +174,7 @@ def main() -> None:
         wait(start(out, never, resume="run.json" in left))
         found = contents(out)
         leftover = [path.name for path in out.iterdir() if path.name.endswith(".tmp")]
-        print(
+        lines.append(
             json.dumps(
                 {
                     "kind": kind,
@@ -198,13 +183,13 @@ def main() -> None:
                     "resumed": "state.pt" in left or "state-previous.pt" in left,
                     "same": same(found, expected) and not leftover,
                 }
-            ),
-            flush=True,
+            )
         )
         killed += 1
         if killed == kills:
             break
+    (folder / ANSWER).write_text("\n".join(lines))
 
 
 if __name__ == "__main__":
-    main()
+    main(**GIVEN)  # type: ignore[name-defined]  # noqa: F821

@@ -66,8 +66,8 @@ def test_a_run_is_the_same_with_and_without(run: Any, tmp_path: Any) -> None:
 
 def test_a_model_without_it_is_refused_before_anything_else(run: Any, tmp_path: Any, new_model: Any) -> None:
     options = FinetuneOptions.create(workers=0, device="cpu", grad_checkpointing=True)
-    with pytest.raises(UsageError, match="has no gradient checkpointing"):
+    with pytest.raises(UsageError, match=r"Small .*set_grad_checkpointing"):
         run(tmp_path / "run", options, new_model())
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UsageError, match="A InceptionV4 has no gradient checkpointing"):
+    with pytest.raises(UsageError, match="InceptionV4"):
         check_checkpointing(timm.create_model("inception_v4", num_classes=2))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fixify.training import FinetuneOptions, Step, train_model
+from fixify.training import FinetuneOptions, Step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,9 +17,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
-def test_a_run_and_a_resume(
-    new_model: Any, stripes: Any, preprocessing: Any, save_weights: Any, tmp_path: Path, amp: str
-) -> None:
+def test_a_run_and_a_resume(run: Any, tmp_path: Path, amp: str) -> None:
     options = FinetuneOptions.create(
         epochs=3,
         batch_size=8,
@@ -39,11 +37,8 @@ def test_a_run_and_a_resume(
         if isinstance(event, Step) and event.epoch == 2:
             raise Stop
 
-    def run(out: Path, **given: Any) -> Any:
-        return train_model(new_model(), *stripes, preprocessing, options, out, save=save_weights, **given)
-
-    whole = run(tmp_path / "whole")
+    whole = run(tmp_path / "whole", options)
     with pytest.raises(Stop):
-        run(tmp_path / "stopped", on_event=stop)
-    resumed = run(tmp_path / "stopped", resume=True)
+        run(tmp_path / "stopped", options, on_event=stop)
+    resumed = run(tmp_path / "stopped", options, resume=True)
     assert resumed.history[-1].val_loss == pytest.approx(whole.history[-1].val_loss, rel=0.05)

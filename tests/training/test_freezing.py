@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fixify.errors import UsageError
 from fixify.surgery import fix_classifier_
-from fixify.training import FinetuneOptions, RunStarted, Step
-from fixify.training.engine import freeze_
+from fixify.training import FinetuneOptions, RunStarted
+from fixify.training.optimisers import freeze_
 
 OPTIONS = FinetuneOptions.create(
     epochs=2, batch_size=8, lr=0.05, no_aug=True, workers=0, device="cpu", freeze=3, ema_decay=0.9
@@ -54,8 +54,9 @@ def test_stages_and_their_names() -> None:
 def test_too_many_stages_are_listed_and_the_head_is_none_of_them(resnet: nn.Module) -> None:
     with pytest.raises(UsageError) as caught:
         freeze_(deepcopy(resnet), 6)
-    assert caught.value.message.splitlines() == [
-        "The model has 5 stages that can be frozen, not 6:",
+    first, *stages = caught.value.message.splitlines()
+    assert "5" in first and "6" in first
+    assert stages == [
         "  1 conv1, bn1",
         "  2 layer1",
         "  3 layer2",
@@ -69,16 +70,24 @@ def test_too_many_stages_are_listed_and_the_head_is_none_of_them(resnet: nn.Modu
 
 
 def test_a_model_without_stages_is_refused(new_model: Any) -> None:
-    with pytest.raises(UsageError, match="does not tell its layers"):
+    with pytest.raises(UsageError, match="Small"):
         freeze_(new_model(), 1)
 
 
-def test_frozen_stages_stay_bit_for_bit_and_the_rest_learns(run: Any, tmp_path: Path, resnet: nn.Module) -> None:
-    model = deepcopy(resnet)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    events: list[Any] = []
-    run(tmp_path, OPTIONS, model, on_event=events.append)
-    for key, value in state(tmp_path)["model"].items():
+@pytest.fixture(scope="module")
+def frozen_run(
+    run: Any, resnet: nn.Module, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, nn.Module, list[Any]]:
+    """A run with three frozen stages: its folder, the model afterwards, its events."""
+    out, model, events = tmp_path_factory.mktemp("frozen"), deepcopy(resnet), list[Any]()
+    run(out, OPTIONS, model, on_event=events.append)
+    return out, model, events
+
+
+def test_frozen_stages_stay_bit_for_bit_and_the_rest_learns(frozen_run: Any, resnet: nn.Module) -> None:
+    out, model, events = frozen_run
+    before = resnet.state_dict()
+    for key, value in state(out)["model"].items():
         if key.startswith(FROZEN):
             assert torch.equal(value, before[key]), key
         elif "num_batches" not in key and key != "fc.codes":
@@ -90,19 +99,14 @@ def test_frozen_stages_stay_bit_for_bit_and_the_rest_learns(run: Any, tmp_path: 
     assert started.trainable == sum(count for count, frozen in counts if not frozen)
     # Nothing of them is with the optimiser.
     learning = [name for name, _ in model.named_parameters() if not name.startswith(FROZEN)]
-    assert sum(len(group["params"]) for group in state(tmp_path)["optimiser"]["param_groups"]) == len(learning)
+    assert sum(len(group["params"]) for group in state(out)["optimiser"]["param_groups"]) == len(learning)
 
 
-def test_a_resumed_run_is_exact(run: Any, tmp_path: Path, resnet: nn.Module) -> None:
-    def crash(event: Any) -> None:
-        if isinstance(event, Step) and (event.epoch, event.batch) == (1, 2):
-            raise KeyError
-
-    run(tmp_path / "whole", OPTIONS, deepcopy(resnet))
-    with pytest.raises(KeyError):
-        run(tmp_path / "parts", OPTIONS, deepcopy(resnet), on_event=crash)
-    run(tmp_path / "parts", OPTIONS, deepcopy(resnet), resume=True)
-    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+def test_a_resumed_run_is_exact(run: Any, crash_at: Any, frozen_run: Any, tmp_path: Path, resnet: nn.Module) -> None:
+    with pytest.raises(crash_at.error):
+        run(tmp_path, OPTIONS, deepcopy(resnet), on_event=crash_at(1, 2))
+    run(tmp_path, OPTIONS, deepcopy(resnet), resume=True)
+    whole, parts = state(frozen_run[0]), state(tmp_path)
     assert all(torch.equal(value, parts["model"][key]) for key, value in whole["model"].items())
     assert all(torch.equal(value, parts["ema"][key]) for key, value in whole["ema"].items())
 

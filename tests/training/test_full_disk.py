@@ -37,7 +37,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def epoch_in(folder: Path) -> int:
-
     state = read_sealed(folder / "state.pt", torch.device("cpu"))
     assert state is not None
     return int(state["progress"]["epoch"])
@@ -53,9 +52,9 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(run:
             except OSError:
                 os.close(filler)
 
-    with pytest.raises(OutputError, match=r"Cannot write .*state\.pt: the disk is full; the state takes") as caught:
+    with pytest.raises(OutputError, match=r"state\.pt.* disk is full") as caught:
         run(small_disk / "run", PLAIN, on_event=fill, save=lambda _model, _path, _record: None)
-    assert "make room" in str(caught.value)
+    assert "--resume" in str(caught.value.hint)
     assert epoch_in(small_disk / "run") == 1
     assert not list((small_disk / "run").glob(".*.tmp"))
     (small_disk / "filler").unlink()
@@ -70,11 +69,11 @@ def test_a_file_that_may_not_grow_is_one_sentence_and_keeps_the_state_before(run
             resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
 
     try:
-        with pytest.raises(OutputError, match=r"Cannot write .*state\.pt: writing its 0\.0 MB failed\.") as caught:
+        with pytest.raises(OutputError, match=r"state\.pt.* 0\.0 MB") as caught:
             run(tmp_path, PLAIN, on_event=fill, save=lambda _model, _path, _record: None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "make room" in str(caught.value)
+    assert "--resume" in str(caught.value.hint)
     assert epoch_in(tmp_path) == 1
     assert not list(tmp_path.glob(".*.tmp"))
     assert len(run(tmp_path, PLAIN, resume=True).history) == 2

@@ -13,8 +13,7 @@ from torch import nn
 from fixify.models import build, parse_architecture
 from fixify.surgery import fix_classifier_
 from fixify.training import FinetuneOptions
-from fixify.training.engine import freeze_
-from fixify.training.optimisers import groups_of, parameter_groups
+from fixify.training.optimisers import freeze_, number_groups, parameter_groups
 
 # One of each kind, and how many stages and layers it has with the head.
 NETWORKS = {
@@ -54,7 +53,7 @@ def test_the_order_is_that_of_the_computation(name: str) -> None:
     side = 299 if name == "inception_v3" else 224
     model(torch.empty(1, 3, side, side, device="meta"))
     for coarse, count in zip((True, False), NETWORKS[name], strict=True):
-        groups = groups_of(model, coarse=coarse, option="--freeze")
+        groups = number_groups(model, coarse=coarse, option="--freeze")
         assert list(groups) == [key for key, _ in model.named_parameters()]
         assert sorted(set(groups.values())) == list(range(count))
         own = {path: model.get_submodule(path).named_parameters(path, recurse=False) for path in called}
@@ -66,7 +65,7 @@ def test_the_order_is_that_of_the_computation(name: str) -> None:
 
 def test_the_head_is_alone_and_last() -> None:
     for name in NETWORKS:
-        groups = groups_of(network(name), coarse=True, option="--freeze")
+        groups = number_groups(network(name), coarse=True, option="--freeze")
         last = [key for key, number in groups.items() if number == max(groups.values())]
         kinds = {key.rpartition(".")[2] for key in last}
         assert "scale" in kinds and kinds <= {"scale", "bias"}  # MaxVit's classifier has no bias
@@ -77,7 +76,7 @@ def test_torchvisions_resnet_has_the_groups_of_timms(coarse: bool) -> None:
     with torch.device("meta"):
         theirs = timm.create_model("resnet50", num_classes=20)
     expected = group_parameters(theirs, theirs.group_matcher(coarse=coarse), reverse=True)
-    assert groups_of(network("resnet50", fixed=False), coarse=coarse, option="") == expected
+    assert number_groups(network("resnet50", fixed=False), coarse=coarse, option="") == expected
 
 
 @pytest.mark.parametrize(

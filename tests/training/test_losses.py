@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fixify.training import FinetuneOptions
-from fixify.training.loop import training_loss
+from fixify.training.losses import training_loss
 
 
 @pytest.fixture

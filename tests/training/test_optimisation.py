@@ -81,7 +81,7 @@ class TestGroups:
         assert base_rate(optimiser) == pytest.approx(0.8)
 
     def test_a_model_without_layers_cannot_decay_them(self, new_model: Callable[..., nn.Module]) -> None:
-        with pytest.raises(UsageError, match="does not tell its layers"):
+        with pytest.raises(UsageError, match=r"Small .*group_matcher"):
             make_optimiser(new_model(), FinetuneOptions.create(layer_decay=0.7))
 
     def test_part_of_a_model_has_the_rates_that_it_has_in_the_whole(self) -> None:
@@ -147,9 +147,9 @@ class TestSchedule:
         he = FinetuneOptions.create(**{**plain, "epochs": 164, "lr": 0.1}, decay_milestones=(82, 123))
         found = rates(he, 390)
         assert [update for update in range(1, len(found)) if found[update] < found[update - 1]] == [31_980, 47_970]
-        with pytest.raises(UsageError, match="needs decay_milestones"):
+        with pytest.raises(UsageError, match="decay_milestones"):
             FinetuneOptions.create(sched="multistep")
-        with pytest.raises(UsageError, match="must rise, not be 3 2"):
+        with pytest.raises(UsageError, match=r"decay_milestones .*3 2"):
             FinetuneOptions.create(sched="multistep", decay_milestones=(3, 2))
 
     def test_part_of_a_short_epoch_is_at_least_one_step(self) -> None:

@@ -29,7 +29,7 @@ OPTIONS = TrainOptions.create(
     std=(0.35,),
     crop_pct=1.0,
     head="hadamard",
-    epochs=4,
+    epochs=3,
     batch_size=24,
     lr=0.05,
     no_aug=True,
@@ -37,6 +37,18 @@ OPTIONS = TrainOptions.create(
     device="cpu",
 )
 DIGITS = [str(digit) for digit in range(10)]
+
+
+@pytest.fixture(scope="module")
+def few(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the digits 3 images per class to train on, and 1 to validate."""
+    folder = tmp_path_factory.mktemp("data") / "few"
+    for split, count in (("train", 3), ("val", 1)):
+        for source in sorted((digits / split).iterdir()):
+            (folder / split / source.name).mkdir(parents=True)
+            for image in sorted(source.iterdir())[:count]:
+                shutil.copy(image, folder / split / source.name)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +143,11 @@ def test_options_of_the_head() -> None:
     assert float(head.scale) == 10 and "scale" not in dict(head.named_parameters())
 
 
-def test_torchvision_and_networks_that_are_built_for_one_size(digits: Path, tmp_path: Path) -> None:
+def test_torchvision_and_networks_that_are_built_for_one_size(few: Path, tmp_path: Path) -> None:
     options = OPTIONS.replace(model="torchvision/shufflenet_v2_x0_5", in_chans=None, mean=None, std=None, epochs=1)
-    result = train_from_scratch(str(digits), tmp_path / "fixed", options.replace(head="simplex"))
+    result = train_from_scratch(str(few), tmp_path / "fixed", options.replace(head="simplex"))
     assert read_info(result.best_path).architecture.ref == "torchvision/shufflenet_v2_x0_5"
-    result = train_from_scratch(str(digits), tmp_path / "learned", options.replace(head="learned"))
+    result = train_from_scratch(str(few), tmp_path / "learned", options.replace(head="learned"))
     assert open_model(result.best_path).architecture.ref == "torchvision/shufflenet_v2_x0_5"
     vit = new_network(OPTIONS.replace(model="test_vit", img_size=64), DIGITS)
     assert vit.architecture.spelled == "timm/test_vit,in_chans=1,img_size=64"
@@ -144,25 +156,25 @@ def test_torchvision_and_networks_that_are_built_for_one_size(digits: Path, tmp_
 
 
 def test_what_cannot_be_trained_is_refused() -> None:
-    with pytest.raises(UsageError, match="names pretrained weights"):
+    with pytest.raises(UsageError, match=r"resnet50.a1_in1k"):
         new_network(OPTIONS.replace(model="resnet50.a1_in1k"), DIGITS)
-    with pytest.raises(UsageError, match="takes images of 3 channels, not of 1"):
+    with pytest.raises(UsageError, match=r"3 channels.* 1"):
         new_network(OPTIONS.replace(model="torchvision/resnet18"), DIGITS)
-    with pytest.raises(UsageError, match="mean must have 1 numbers"):
+    with pytest.raises(UsageError, match=r"mean .*1 .*3"):
         new_network(OPTIONS.replace(mean=(0.1, 0.2, 0.3), std=(1, 1, 1)), DIGITS)
     with pytest.raises(ArchitectureError, match="resnet1"):
         new_network(OPTIONS.replace(model="resnet1"), DIGITS)
-    with pytest.raises(HeadSpecError, match="corners"):
+    with pytest.raises(HeadSpecError, match="1000"):
         new_network(OPTIONS.replace(head="simplex"), [str(number) for number in range(1000)])
-    with pytest.raises(UsageError, match="mean and std go together"):
+    with pytest.raises(UsageError, match="mean and std"):
         OPTIONS.replace(std=None)
-    with pytest.raises(UsageError, match="did you mean 'head_scale'"):
+    with pytest.raises(UsageError, match="head_scale"):
         TrainOptions.create(model="resnet18", head_scal=1)
 
 
 def test_a_crash_and_a_resume_are_bit_for_bit_the_whole_run(fixed: Path, digits: Path, tmp_path: Path) -> None:
     def crash(event: Event) -> None:
-        if isinstance(event, EpochEnded):
+        if isinstance(event, EpochEnded) and event.record.epoch == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -174,7 +186,7 @@ def test_a_crash_and_a_resume_are_bit_for_bit_the_whole_run(fixed: Path, digits:
         train_from_scratch(str(digits), tmp_path / "run", OPTIONS.replace(head="learned"), resume=True)
 
 
-def test_force_clears_the_other_heads_checkpoints(learned: Path, digits: Path, tmp_path: Path) -> None:
+def test_force_clears_the_other_heads_checkpoints(learned: Path, few: Path, tmp_path: Path) -> None:
     shutil.copytree(learned, tmp_path / "run")
-    train_from_scratch(str(digits), tmp_path / "run", OPTIONS.replace(epochs=1), force=True)
+    train_from_scratch(str(few), tmp_path / "run", OPTIONS.replace(epochs=1), force=True)
     assert not (tmp_path / "run" / "best.safetensors").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fixify.data import make_loader, open_data, open_train_val
 from fixify.data.idx import DEBIAN_FOLDER, FASHION_CLASSES, read_idx
 from fixify.errors import DataError, TrainingError, UsageError
 from fixify.metrics import evaluate
-from fixify.training import EpochEnded, FinetuneOptions, FinetuneResult, finetune, train_model
+from fixify.training import EpochEnded, FinetuneOptions, FinetuneResult, OpenedInputs, RunOutput, finetune, train_model
 
 CPU = torch.device("cpu")
 OPTIONS = FinetuneOptions.create(
@@ -65,7 +66,8 @@ def learned(fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
         torch.save({"arch": "test_efficientnet", "state_dict": trained.state_dict()}, path.with_suffix(".pth"))
 
     options = OPTIONS.replace(crop_pct=None, img_size=None)
-    result = train_model(model, train, val, {**preprocessing, "crop_pct": 1.0}, options, out, save=save)
+    opened = OpenedInputs(train, val, {**preprocessing, "crop_pct": 1.0})
+    result = train_model(model, opened, options, RunOutput(out, save))
     return out / "last.fixed.pth", result
 
 
@@ -118,7 +120,7 @@ def test_a_resumed_run_takes_its_stored_options(few: Path, slim: Path, tmp_path:
     assert [record.epoch for record in result.history] == [0, 1]
     other = tmp_path / "other.fixed.safetensors"
     other.write_bytes(result.last_path.read_bytes())
-    with pytest.raises(TrainingError, match=r"other facts: checkpoint was 'fresh\.fixed.* and is 'other\.fixed"):
+    with pytest.raises(TrainingError, match=r"checkpoint was 'fresh\.fixed.* and is 'other\.fixed"):
         finetune(other, str(few), out, resume=True)
 
 
@@ -149,7 +151,7 @@ def test_data_of_another_label_set_is_refused_before_anything_is_written(slim: P
         for name in ("ant", "bee"):
             (tmp_path / "insects" / split / name).mkdir(parents=True)
             Image.new("L", (8, 8), shade).save(tmp_path / "insects" / split / name / "0.png")
-    with pytest.raises(DataError, match=r"The checkpoint has 10 classes and the data at .* has 2"):
+    with pytest.raises(DataError, match=r"10 classes .* 2"):
         finetune(slim, str(tmp_path / "insects"), tmp_path / "run", OPTIONS)
     assert not (tmp_path / "run").exists()
 
@@ -161,7 +163,7 @@ def test_class_names_of_an_earlier_training_are_checked(few: Path, slim: Path, t
             folder = tmp_path / "sorted" / split / name.replace("/", "-")
             folder.mkdir(parents=True)
             Image.new("L", (8, 8), 10 * label + len(split)).save(folder / "0.png")
-    with pytest.raises(DataError, match="'T-shirt/top'; 1 of the data's classes are not in the checkpoint"):
+    with pytest.raises(DataError, match="T-shirt/top"):
         finetune(result.last_path, str(tmp_path / "sorted"), tmp_path / "again", OPTIONS)
 
 
@@ -169,5 +171,5 @@ def test_the_checkpoint_itself_is_never_overwritten(few: Path, slim: Path, tmp_p
     best = tmp_path / "run" / "best.fixed.safetensors"
     best.parent.mkdir()
     best.write_bytes(slim.read_bytes())
-    with pytest.raises(UsageError, match="would overwrite"):
+    with pytest.raises(UsageError, match=re.escape(str(best))):
         finetune(best, str(few), best.parent, OPTIONS, force=True)

@@ -12,7 +12,7 @@ from PIL import Image
 from fixify.data import OpenedData
 from fixify.data.idx import ArrayImages
 from fixify.errors import DataError
-from fixify.training import FinetuneOptions, Step, Warned
+from fixify.training import FinetuneOptions, Warned
 
 OPTIONS = FinetuneOptions.create(
     epochs=2, batch_size=8, lr=0.02, mixup=0.2, workers=0, device="cpu", max_unreadable=0.5, ema_decay=0.9
@@ -49,9 +49,8 @@ def test_they_are_named_counted_and_listed(run: Any, tmp_path: Path, damaged: An
     told = [event.text for event in events if isinstance(event, Warned)]
     assert "Cannot read the image 2.png: it is not an image; it is left out." in told
     assert sum(text.endswith("it is left out.") for text in told) == 3
-    assert [text for text in told if text.startswith("More")] == [
-        "More training images cannot be read: metrics.jsonl counts, unreadable.txt lists them."
-    ]
+    (more,) = [text for text in told if text.startswith("More")]
+    assert "training" in more and "unreadable.txt" in more
     assert result.before.num_images == 17  # 20, less three
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["val_unreadable"] for line in lines] == [3, 3]
@@ -62,14 +61,10 @@ def test_they_are_named_counted_and_listed(run: Any, tmp_path: Path, damaged: An
     assert "train: Cannot read the image 40.png: it is not an image." in listed
 
 
-def test_a_resumed_run_is_exact(run: Any, tmp_path: Path, damaged: Any) -> None:
-    def crash(event: Any) -> None:
-        if isinstance(event, Step) and (event.epoch, event.batch) == (1, 2):
-            raise KeyError
-
+def test_a_resumed_run_is_exact(run: Any, crash_at: Any, tmp_path: Path, damaged: Any) -> None:
     run(tmp_path / "whole", OPTIONS, **damaged)
-    with pytest.raises(KeyError):
-        run(tmp_path / "parts", OPTIONS, on_event=crash, **damaged)
+    with pytest.raises(crash_at.error):
+        run(tmp_path / "parts", OPTIONS, on_event=crash_at(1, 2), **damaged)
     run(tmp_path / "parts", OPTIONS, resume=True, **damaged)
     whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
     for key in ("model", "ema"):
@@ -83,7 +78,7 @@ def test_a_resumed_run_is_exact(run: Any, tmp_path: Path, damaged: Any) -> None:
 def test_too_many_stop_the_run_and_it_may_be_resumed_with_more(run: Any, tmp_path: Path, stripes: Any) -> None:
     few = {"train": damage(stripes[0], {3, 7}), "val": stripes[1]}
     options = OPTIONS.replace(max_unreadable=0.03, calibration_images=2)
-    with pytest.raises(DataError, match=r"2 of 44 images cannot be read, and 0\.03 of them may be"):
+    with pytest.raises(DataError, match=r"2 of 44 images.* 0\.03"):
         run(tmp_path, options, **few)
     assert len(run(tmp_path, options.replace(max_unreadable=0.1), resume=True, **few).history) == 2
 
