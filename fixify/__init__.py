@@ -1,25 +1,24 @@
-"""fixify: the classifier of a pretrained model should cost nothing.
+"""Replace the learned classifier of a pretrained image model with a fixed one that is rebuilt from a few bytes.
 
-Replaces the learned classifier of a pretrained image model with a fixed orthogonal or Hadamard one that is rebuilt
-from a few bytes (Hoffer, Hubara & Soudry, "Fix your classifier", ICLR 2018).
+The method is Hoffer, Hubara & Soudry, "Fix your classifier" (ICLR 2018).
 
     import fixify
 
     fixify.convert("model.pth")                            # writes model.fixed.safetensors
+    fixify.finetune("model.fixed.safetensors", "data")     # recovers the accuracy; data/ has train/ and val/
+    fixify.evaluate("model.fixed.safetensors", "data")     # top-1, top-5, loss, calibration error
     model = fixify.load("model.fixed.safetensors")         # an ordinary nn.Module in eval mode
     fixify.fix_classifier_(timm_model, "hadamard")         # surgery in place, to train as you like
     fixify.report("resnet50").removable                    # 2_048_000 weights that a fixed head makes superfluous
 
-The names below are imported when they are first used, so that `import fixify` needs neither torch nor timm. So timm
-knows the paper's own networks (`timm.create_model("resnet56_cifar")`) once `fixify.models` is imported, by yourself or by
-any use of an architecture.
+Every command of the command line is a function of its name here (`fixify eval` is `fixify.evaluate`). The names are
+imported when they are first used, so `import fixify` needs neither torch nor timm. timm knows the paper's own networks
+(`timm.create_model("resnet56_cifar")`) once `fixify.models` is imported, by yourself or by any use of an architecture.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+from fixify._lazy import lazy
 from fixify._version import __version__
 
 _EXPORTS = {
@@ -28,33 +27,38 @@ _EXPORTS = {
     "HeadSpec": "fixify.heads",
     "codebook": "fixify.heads",
     "convert": "fixify.conversion",
+    "evaluate": "fixify.evaluation",
+    "finetune": "fixify.training.api",
     "fix_classifier_": "fixify.surgery",
+    "identify": "fixify.inspection",
+    "inspect": "fixify.inspection",
     "load": "fixify.checkpoints.slim",
-    "report": "fixify.reporting",
+    "plan": "fixify.reporting.costs",
+    "predict": "fixify.prediction",
+    "report": "fixify.reporting.costs",
     "save": "fixify.checkpoints.slim",
+    "train": "fixify.recipes.running",
+    "verify": "fixify.inspection",
 }
 
 __all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604, RUF100
+__getattr__, __dir__ = lazy(__name__, _EXPORTS)
 
 if TYPE_CHECKING:
     from fixify.checkpoints.slim import load as load
     from fixify.checkpoints.slim import save as save
     from fixify.conversion import convert as convert
     from fixify.errors import FixifyError as FixifyError
+    from fixify.evaluation import evaluate as evaluate
     from fixify.heads import FixedClassifier as FixedClassifier
     from fixify.heads import HeadSpec as HeadSpec
     from fixify.heads import codebook as codebook
-    from fixify.reporting import report as report
+    from fixify.inspection import identify as identify
+    from fixify.inspection import inspect as inspect
+    from fixify.inspection import verify as verify
+    from fixify.prediction import predict as predict
+    from fixify.recipes.running import train as train
+    from fixify.reporting.costs import plan as plan
+    from fixify.reporting.costs import report as report
     from fixify.surgery import fix_classifier_ as fix_classifier_
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'fixify' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    from fixify.training.api import finetune as finetune

@@ -1,4 +1,4 @@
-"""`python -m fixify`, also what torchrun starts."""
+"""Run `python -m fixify`, which is also what torchrun starts."""
 
 from fixify.cli import main
 

@@ -1,22 +1,30 @@
-"""pydantic's errors as sentences for the person who wrote the value: what is allowed, and what was given."""
+"""Option classes: fields with help and flags, checks that report every mistake at once, and sentences for a person."""
 
 from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from fixify.errors import UsageError
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
     from typing_extensions import Self
 
-_CONFLICTS = "conflicts"
+Path = tuple[str | int, ...]
+"""Where a value is within nested sections: ("finetune", "scale", 0)."""
+
+CONFLICT = "conflict"
+"""Kind of a mistake: options that exclude each other."""
+UNKNOWN = "extra_forbidden"
+MISSING = "missing"
+NOT_A_SECTION = ("model_type", "model_attributes_type")
 
 _ALLOWED = {
     "int_type": "a whole number",
@@ -36,12 +44,12 @@ _ALLOWED = {
 
 @dataclass(frozen=True)
 class Conflict:
-    """Options that do not go together.
+    """Options that exclude each other.
 
     Attributes:
         options: Their names, the one to change first.
         sentence: What is wrong, naming them; without a full stop.
-        hint: What to type next, where the sentence does not say it.
+        hint: What to type next, if the sentence does not say it.
     """
 
     options: tuple[str, ...]
@@ -49,65 +57,184 @@ class Conflict:
     hint: str | None = None
 
 
+@dataclass(frozen=True)
+class Mistake:
+    """One thing that is wrong with some values.
+
+    Attributes:
+        path: The value; for a conflict, the section that holds the options.
+        kind: `CONFLICT`, or pydantic's type of the error.
+        text: What is wrong, to be read after the name of the value; a whole sentence for a conflict.
+        given: The value, or the section.
+        options: The names of the options in conflict.
+        hint: What to type next.
+    """
+
+    path: Path
+    kind: str
+    text: str
+    given: Any = field(compare=False)
+    options: tuple[str, ...] = ()
+    hint: str | None = None
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How the command line shows a field.
+
+    Attributes:
+        names: Its spellings; empty if the field has no flag and only recipes and Python set it.
+        panel: The part of the help that lists it; None for the first part.
+        hidden: Old spellings that still work but are not listed.
+        metavar: What the help calls its value; None for the type.
+    """
+
+    names: tuple[str, ...]
+    panel: str | None = None
+    hidden: tuple[str, ...] = ()
+    metavar: str | None = None
+
+
+def option(
+    default: Any,
+    description: str,
+    *,
+    flags: Sequence[str] | None = None,
+    panel: str | None = None,
+    hidden: Sequence[str] = (),
+    metavar: str | None = None,
+    **limits: Any,
+) -> Any:
+    """Declare a field of an option class, with everything that the command line needs to offer it.
+
+    Args:
+        default: Its default; `...` if the field is required.
+        description: Its help. The default and the allowed values of a `Literal` are appended from the class.
+        flags: Its spellings on the command line; None for `--the-name`, () for no flag.
+        panel: See `Flag`, like `hidden` and `metavar`.
+        hidden: Old spellings.
+        metavar: What the help calls its value.
+        limits: What `pydantic.Field` takes: ge, gt, le, lt, allow_inf_nan, min_length.
+    """
+    flag: dict[str, Any] = {
+        "flags": None if flags is None else tuple(flags),
+        "panel": panel,
+        "hidden": tuple(hidden),
+        "metavar": metavar,
+    }
+    return Field(default, description=description, json_schema_extra=flag, **limits)
+
+
+def flag_of(name: str, info: FieldInfo) -> Flag:
+    """Return how the command line shows a field that `option` declared."""
+    extra: Any = info.json_schema_extra or {}
+    names = extra.get("flags")
+    names = (f"--{name.replace('_', '-')}",) if names is None else names
+    return Flag(names, extra.get("panel"), extra.get("hidden", ()), extra.get("metavar"))
+
+
+class CheckedOptions(BaseModel):
+    """Options that are checked when they are made, and that explain every mistake at once."""
+
+    # The validator is built on first use: the command line reads the fields for its help and needs none.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+    machine: ClassVar[tuple[str, ...]] = ()
+    """Options that suit the machine and do not change the result."""
+
+    @classmethod
+    def create(cls, **given: Any) -> Self:
+        """Create options from these values and the defaults.
+
+        Raises:
+            UsageError: there are unknown names (the message names the nearest) or values out of range; all at once.
+        """
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            found = mistakes(cls.model_validate, given)
+            hints = dict.fromkeys(each.hint for each in found if each.hint is not None)
+            sentences = "\n".join(_sentence(each, cls.model_fields) for each in found)
+            raise UsageError(sentences, hint=" ".join(hints) or None) from error
+
+    def replace(self, **given: Any) -> Self:
+        """Return these options with some changed; raises like `create`."""
+        return self.create(**{**self.model_dump(), **given})
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what determines the result, JSON-safe: everything except `machine`."""
+        return self.model_dump(mode="json", exclude=set(self.machine))
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Return `recipe()` of the defaults, without the options that are required."""
+        made = cls.model_construct().recipe()
+        return {name: made[name] for name, info in cls.model_fields.items() if name in made and not info.is_required()}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> CheckedOptions:
+        refuse(self._conflicts())
+        return self
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        """Find options that exclude each other."""
+        yield from ()
+
+
 def refuse(conflicts: Iterable[Conflict]) -> None:
-    """For a model's validator of mode "after": raise if there are any; `mistakes` tells them one by one."""
+    """Raise if there are conflicts; for a model's validator of mode "after", and for `mistakes`."""
     found = list(conflicts)
     if found:
         raise PydanticCustomError(
-            _CONFLICTS, "{sentences}", {"sentences": ". ".join(each.sentence for each in found), "conflicts": found}
+            CONFLICT, "{sentences}", {"sentences": ". ".join(each.sentence for each in found), "conflicts": found}
         )
 
 
-def mistakes(validate: Callable[[dict[str, Any]], object], values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Everything that is wrong with some values, at once.
+def mistakes(validate: Callable[[dict[str, Any]], object], values: Mapping[str, Any]) -> list[Mistake]:
+    """List everything that is wrong with some values.
 
-    pydantic looks at what goes together only when each field is right by itself. Here the fields that are wrong are
-    left out, and what is said about the others is told too.
+    pydantic looks for conflicts only when each field is right by itself. Therefore a second pass leaves out the fields
+    that are wrong, and adds the conflicts between the others.
 
     Args:
         validate: Raises `pydantic.ValidationError`.
-        values: What to validate, possibly sections of such.
-
-    Returns:
-        Items as of `ValidationError.errors()`. Each conflict is an item of type "conflicts" with its sentence as
-        "msg", and the names of the options as "options"; its "loc" is that of the section.
+        values: What to validate; may hold nested sections.
     """
-    problems = _problems(validate, values)
+    found = _mistakes(validate, values)
     rest = copy.deepcopy(dict(values))
-    left_out: set[tuple[Any, ...]] = set()
-    for problem in problems:
-        if problem["type"] != _CONFLICTS and (path := _remove(rest, problem["loc"])):
+    left_out: set[Path] = set()
+    for each in found:
+        if each.kind != CONFLICT and (path := _remove(rest, each.path)):
             left_out.add(path)
     if left_out:
-        problems += [
-            problem
-            for problem in _problems(validate, rest)
-            if problem["type"] == _CONFLICTS
-            and problem not in problems
+        found += [
+            each
+            for each in _mistakes(validate, rest)
+            if each.kind == CONFLICT
+            and each not in found
             # A wrong value was replaced by its default, about which there is nothing to say.
-            and not any((*problem["loc"], option) in left_out for option in problem["options"])
+            and not any((*each.path, name) in left_out for name in each.options)
         ]
-    return problems
+    return found
 
 
-def _problems(validate: Callable[[dict[str, Any]], object], values: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _mistakes(validate: Callable[[dict[str, Any]], object], values: Mapping[str, Any]) -> list[Mistake]:
     try:
         validate(dict(values))
     except ValidationError as error:
-        found: list[dict[str, Any]] = []
+        found: list[Mistake] = []
         for problem in error.errors(include_url=False):
-            if problem["type"] == _CONFLICTS:
-                common = {"type": _CONFLICTS, "loc": problem["loc"], "input": problem["input"]}
+            path, given = problem["loc"], problem["input"]
+            if problem["type"] == CONFLICT:
                 conflicts: list[Conflict] = problem["ctx"]["conflicts"]
-                found += [{**common, "msg": each.sentence, "options": each.options} for each in conflicts]
+                found += [Mistake(path, CONFLICT, each.sentence, given, each.options, each.hint) for each in conflicts]
             else:
-                found.append(dict(problem))
+                found.append(Mistake(path, problem["type"], explain(problem), given))
         return found
     return []
 
 
-def _remove(values: dict[str, Any], location: tuple[int | str, ...]) -> tuple[Any, ...]:
-    """Take the value at a location out of nested sections, or the list that it is in; its path, () if none is."""
+def _remove(values: dict[str, Any], location: Path) -> Path:
+    """Remove the value at a location of nested sections, or the list that holds it; return its path, () if none."""
     section: Any = values
     for depth, part in enumerate(location, start=1):
         if not isinstance(section, dict) or part not in section:
@@ -119,21 +246,19 @@ def _remove(values: dict[str, Any], location: tuple[int | str, ...]) -> tuple[An
     return ()
 
 
-def explain(problem: Any) -> str:
-    """What is wrong with one value, to be read after its name: "must be a whole number, not the text 'five'".
+def explain(problem: Mapping[str, Any]) -> str:
+    """Say what is wrong with one value, to be read after its name: "must be a whole number, not the text 'five'".
 
     Args:
         problem: One item of `pydantic.ValidationError.errors()`.
     """
     kind, context = problem["type"], problem.get("ctx", {})
-    if kind == _CONFLICTS:
-        return str(problem["msg"])
     if kind == "value_error":  # our own validators, whose sentences say what was given
         return str(problem["msg"]).removeprefix("Value error, ")
     if kind in ("too_short", "too_long") and problem["loc"]:
         bound = context.get("min_length") if kind == "too_short" else context.get("max_length")
         return f"must be a list of {bound}, not of {context.get('actual_length')}: {shown(problem['input'])}"
-    if kind == "missing":
+    if kind == MISSING:
         place = problem["loc"][-1]
         return f"has no value number {place + 1}: {shown(problem['input'])}" if isinstance(place, int) else "is missing"
     allowed = _ALLOWED.get(kind)
@@ -143,7 +268,11 @@ def explain(problem: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as YAML and the command line spell it, shortened; text is called text, so that '3' is not taken for 3."""
+    """Spell a value as YAML and the command line do, shortened; text is marked as text, so that '3' is not 3.
+
+    >>> shown(True), shown("3"), shown([0.5, 1])
+    ('true', "the text '3'", '[0.5, 1]')
+    """
     if value is None:
         text = "null"
     elif isinstance(value, bool):
@@ -160,51 +289,17 @@ def shown(value: Any) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'epochs'?`, or a full stop if nothing is near."""
+    """Name the nearest known name; a full stop if none is near.
+
+    >>> did_you_mean("epoch", ["lr", "epochs"])
+    "; did you mean 'epochs'?"
+    """
     near = difflib.get_close_matches(name[:60], list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else "."
 
 
-class CheckedOptions(BaseModel):
-    """Options that are checked when they are made, and explain every mistake at once."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    machine: ClassVar[tuple[str, ...]] = ()
-    """Options that suit a machine and do not change the result."""
-
-    @classmethod
-    def create(cls, **given: Any) -> Self:
-        """Options with these values and the defaults.
-
-        Raises:
-            UsageError: unknown names (the nearest is named) and values out of range, all of them at once.
-        """
-        try:
-            return cls(**given)
-        except ValidationError as error:
-            problems = mistakes(cls.model_validate, given)
-            raise UsageError("\n".join(_sentence(problem, cls.model_fields) for problem in problems)) from error
-
-    def replace(self, **given: Any) -> Self:
-        """These options with some changed; raises like `create`."""
-        return self.create(**{**self.model_dump(), **given})
-
-    def recipe(self) -> dict[str, Any]:
-        """What determines the result, JSON-safe: everything except `machine`."""
-        return self.model_dump(mode="json", exclude=set(self.machine))
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> CheckedOptions:
-        refuse(self._conflicts())
-        return self
-
-    def _conflicts(self) -> Iterator[Conflict]:
-        """What does not go together."""
-        yield from ()
-
-
-def _sentence(problem: Any, known: Iterable[str]) -> str:
-    name = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
+def _sentence(mistake: Mistake, known: Iterable[str]) -> str:
+    name = ".".join(str(part) for part in mistake.path)
+    if mistake.kind == UNKNOWN:
         return f"There is no option {name!r}{did_you_mean(name, known)}"
-    return f"{name}: {explain(problem)}." if name else f"{explain(problem)}."
+    return f"{name}: {mistake.text}." if name else f"{mistake.text}."

@@ -1,4 +1,4 @@
-"""Options of surgery and of `fixify convert`.
+"""Options of a fixed head and of converting a checkpoint.
 
 Importing this module needs neither torch nor timm, because the command line builds its help from these classes.
 """
@@ -9,18 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
-from fixify._options import CheckedOptions, Conflict, refuse
+from fixify._options import CheckedOptions, Conflict, option, refuse
 
 MIN_IMAGES = 8
-"""Fewest images that a head is calibrated on."""
+"""The fewest images that calibrate a head; a quarter of them is held out."""
 
 
 class HeadConfig(CheckedOptions):
     """Say which fixed head replaces a classifier. The defaults are those of `fixify convert`.
 
-    A config holds for every classifier layer of a model; `make_heads` derives one `HeadSpec` per layer from it.
+    A config holds for every classifier layer of a model; `fixify.surgery.make_heads` derives one `HeadSpec` per layer.
 
     >>> HeadConfig(head="binary", bits_per_class=64).bits_per_class
     64
@@ -29,30 +29,24 @@ class HeadConfig(CheckedOptions):
     section: ClassVar[str] = "convert"
     machine: ClassVar[tuple[str, ...]] = ("device",)
 
-    head: Literal["auto", "hadamard", "orthogonal", "simplex", "binary", "identity"] = Field(
-        default="auto",
-        description="Kind of head; auto is hadamard where a matrix of that order is known, else orthogonal.",
+    head: Literal["auto", "hadamard", "orthogonal", "simplex", "binary", "identity"] = option(
+        "auto", "Kind of the fixed head; auto is hadamard where such a matrix is known, else orthogonal."
     )
-    seed: int = Field(
-        default=0, ge=0, lt=1 << 64, description="Seed of the codebook; the same seed gives the same codes."
+    seed: int = option(0, "Seed of the codebook; the same seed gives the same codes.", ge=0, lt=1 << 64)
+    bits_per_class: int | None = option(
+        None, "Signs per class that a binary head stores. Default: one per feature.", ge=1
     )
-    bits_per_class: int | None = Field(
-        default=None, ge=1, description="Signs that a binary head stores per class; as many as features if not given."
-    )
-    match: bool = Field(
-        default=True, description="Give each class the Hadamard code nearest to its old class vector, not the next one."
-    )
-    alpha: float | None = Field(
-        default=None,
+    match: bool = option(True, "Give each class the code nearest to its old class vector, not the next one.")
+    alpha: float | None = option(
+        None,
+        "Initial scale alpha of the logits. Default: softmax reaches 0.95 at cosine 1.",
+        hidden=("--scale",),
         ge=0,
         allow_inf_nan=False,
-        description="Initial scale alpha; softmax reaches 0.95 at cosine 1 if not given.",
     )
-    fixed_scale: bool = Field(default=False, description="Keep alpha as it is; do not learn it (paper, figure 3).")
-    bias: bool | None = Field(default=True, description="Keep one learned bias per class.")
-    standardize: bool = Field(
-        default=True, description="Standardise each feature by its running mean and std before normalising."
-    )
+    fixed_scale: bool = option(False, "Hold alpha; do not learn it (paper, figure 3).")
+    bias: bool | None = option(True, "Keep one learned bias per class.")
+    standardize: bool = option(True, "Standardise each feature by its running mean and std before normalising.")
 
     def _conflicts(self) -> Iterator[Conflict]:
         if self.bits_per_class is not None and self.head != "binary":
@@ -70,39 +64,35 @@ class HeadConfig(CheckedOptions):
 
 
 class ConvertOptions(HeadConfig):
-    """Options of `convert`: which head, what the source is, and how the result is calibrated and stored.
+    """Options of `fixify.convert`: which head, what the source is, and how the result is calibrated and stored.
 
     >>> ConvertOptions.create(head="binary", bits_per_class=64).calibrate_images
     512
     """
 
-    bias: bool = Field(default=True, description="Keep one learned bias per class.")
-    arch: str | None = Field(
-        default=None,
-        description="Architecture, such as resnet50, timm/resnet50 or torchvision/resnet50; recognised if not given.",
+    bias: bool = option(True, "Keep one learned bias per class.")
+    arch: str | None = option(
+        None, "Architecture, e.g. resnet50, timm/resnet50, torchvision/resnet50. Default: read from SOURCE."
     )
-    num_classes: int | None = Field(
-        default=None, ge=1, description="Number of classes of a new label set; the classes of SOURCE if not given."
+    num_classes: int | None = option(
+        None, "Number of classes of a new label set. Default: the classes of SOURCE.", ge=1
     )
-    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = Field(
-        default=None, description="Store the backbone as float32, float16 or bfloat16; unchanged if not given."
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = option(
+        None, "Type in which the backbone is stored. Default: unchanged."
     )
-    labels: str | None = Field(
-        default=None, description="A file of class names, or imagenet; the names that came with SOURCE if not given."
+    labels: str | None = option(None, "A file of class names, or imagenet. Default: the names that came with SOURCE.")
+    ema: bool = option(False, "Take the averaged (EMA) weights of a training checkpoint.")
+    calibrate: str | None = option(
+        None,
+        "A folder of images like those that the model is for (no labels needed), or a data name as for finetune: set "
+        "mean and std of the features, and fit codes, scale and bias to the original's answers.",
+        metavar="DATA",
     )
-    ema: bool = Field(default=False, description="Take the averaged (EMA) weights of a training checkpoint.")
-    calibrate: str | None = Field(
-        default=None,
-        description="A folder of images like those that the model is for (no labels needed), or a data name as for "
-        "finetune: set mean and std of the features, and fit codes, scale and bias to the original's answers.",
+    calibrate_images: int = option(
+        512, "Images drawn to calibrate; a quarter of them is held out to count agreement.", ge=MIN_IMAGES
     )
-    calibrate_images: int = Field(
-        default=512,
-        ge=MIN_IMAGES,
-        description="Images drawn to calibrate; a quarter of them is held out to count agreement.",
-    )
-    device: str | None = Field(
-        default=None, description="Device that calibrates: cpu, cuda, cuda:1, mps; the first accelerator if not given."
+    device: str | None = option(
+        None, "Device that calibrates: cpu, cuda, cuda:1, mps. Default: the first accelerator, else cpu."
     )
 
     @field_validator("calibrate", "labels", mode="before")
@@ -121,7 +111,7 @@ class ConvertOptions(HeadConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> ConvertOptions:
-        """Refuse options that do not go together, both given here: the other one may come by the command line."""
+        """Refuse conflicts between options that are both given here; a recipe may leave one to the command line."""
         refuse(each for each in self._conflicts() if set(each.options) <= self.model_fields_set)
         return self
 

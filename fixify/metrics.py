@@ -1,4 +1,8 @@
-"""Which classes a model confuses, without a matrix of C x C: it works for 10 classes and for 10,000."""
+"""Measure classifiers: accuracy, loss, calibration, agreement of two models, and which classes are confused.
+
+All metrics are computed from sums over images, never from means of batches. Confusions are counted without a C x C
+matrix, so they work for 10 classes and for 10,000.
+"""
 
 from __future__ import annotations
 
@@ -12,120 +16,30 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fixify.errors import DataError, UsageError
 
+Precision = Literal["none", "bf16", "fp16"]
+Batches = Iterable[tuple[Tensor, Tensor]]
+
 WORST = 20
 _MOST_TAKEN_FOR = 3
-
-
-@dataclass(frozen=True)
-class WorstClass:
-    """A class that a model gets wrong.
-
-    Attributes:
-        label: Its number.
-        taken_for: The (number, images) of the classes that its images were taken for most often, most often first.
-    """
-
-    label: int
-    taken_for: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Confusions:
-    """What a model answered on a data set, class by class.
-
-    Attributes:
-        images: Images of each class, C numbers.
-        right: Those that the model got right, C numbers.
-        worst: The classes with the smallest share of right answers, smallest first, at most 20; of equal shares the
-            class with more images. Classes without a wrong answer are not among them.
-    """
-
-    images: tuple[int, ...]
-    right: tuple[int, ...]
-    worst: tuple[WorstClass, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Confusions:
-        """Read back what `to_dict` wrote; raises ValueError, KeyError or TypeError if it is something else."""
-        images, right = (tuple(int(count) for count in values[name]) for name in ("images", "right"))
-        if len(images) != len(right):
-            raise ValueError("as many classes with images as with answers are expected")
-        worst = tuple(
-            WorstClass(int(row["label"]), tuple((int(label), int(count)) for label, count in row["taken_for"]))
-            for row in values["worst"]
-        )
-        named = {row.label for row in worst} | {label for row in worst for label, _ in row.taken_for}
-        if not all(0 <= label < len(images) for label in named):
-            raise ValueError(f"a class beyond the {len(images)} is named")
-        return cls(images, right, worst)
-
-
-class Predictions:
-    """The label and the answer of every image, collected on the device and read once at the end.
-
-    Eight bytes an image: of a million images less than one batch takes.
-    """
-
-    def __init__(self) -> None:
-        self._batches: list[Tensor] = []
-
-    def add(self, labels: Tensor, guesses: Tensor) -> None:
-        """Add a batch: int64 [B] and [B], on the same device."""
-        self._batches.append(torch.stack([labels, guesses]).to(torch.int32))
-
-    def pairs(self) -> Tensor:
-        """Every (label, answer) so far, int32 [2, images], on the CPU."""
-        return torch.cat(self._batches, dim=1).cpu() if self._batches else torch.zeros(2, 0, dtype=torch.int32)
-
-
-def confusions(pairs: np.ndarray, num_classes: int, *, worst: int = WORST) -> Confusions:
-    """Count the answers to each class.
-
-    Args:
-        pairs: (label, answer) of every image, integers [2, images].
-        num_classes: C.
-        worst: For how many classes what they were taken for is kept.
-    """
-    labels, guesses = pairs.astype(np.int64)
-    wrong = labels != guesses
-    images = np.bincount(labels, minlength=num_classes)
-    missed = np.bincount(labels[wrong], minlength=num_classes)
-    candidates = np.flatnonzero(missed)
-    share = (images - missed)[candidates] / images[candidates]
-    chosen = candidates[np.lexsort((candidates, -images[candidates], share))][:worst]
-    rows = []
-    for label in chosen:
-        taken, counts = np.unique(guesses[wrong & (labels == label)], return_counts=True)
-        most = np.lexsort((taken, -counts))[:_MOST_TAKEN_FOR]
-        rows.append(WorstClass(int(label), tuple(zip(taken[most].tolist(), counts[most].tolist(), strict=True))))
-    return Confusions(tuple(images.tolist()), tuple((images - missed).tolist()), tuple(rows))
-
-
-# Metrics over a whole data set: sums over images, never means of batch means.
-
-
-Precision = Literal["none", "bf16", "fp16"]
 _BINS = 15
 _CONFIDENT = 0.5
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a model gets right.
+    """How well a model classifies a data set.
 
     Attributes:
-        top1: Percent of images whose most probable class is the label.
-        top5: Percent of images whose label is among the 5 most probable classes (100 with 5 classes or fewer).
-        loss: Mean cross-entropy, nats.
-        ece: Expected calibration error, percent, over 15 equally wide bins of confidence (Guo et al., 2017).
-        num_images: Images counted.
+        top1: Percentage of images whose most probable class is the label.
+        top5: Percentage of images whose label is among the 5 most probable classes (100 with 5 classes or fewer).
+        loss: Mean cross-entropy in nats.
+        ece: Expected calibration error in percent, over 15 equally wide bins of confidence (Guo et al., 2017).
+        num_images: Number of images.
         seconds: Time taken, loading included.
     """
 
@@ -137,20 +51,25 @@ class Metrics:
     seconds: float
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """As JSON knows it: a loss that is not finite becomes None."""
+        """Return values that JSON knows: a loss that is not finite becomes None.
+
+        >>> Metrics(top1=0.0, top5=0.0, loss=math.nan, ece=0.0, num_images=1, seconds=0.5).to_dict()["loss"] is None
+        True
+        """
         return {key: value if math.isfinite(value) else None for key, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How often two models name the same class.
+    """How often two models predict the same class.
 
     Attributes:
-        same: Percent of images to which both give the same most probable class.
-        confident_same: The same among the images on which the first model is more than 50 % sure; None without any.
-        confident_images: Number of those.
-        only_first_right: Images that the first model gets right and the second wrong.
-        only_second_right: Images that the second model gets right and the first wrong.
+        same: Percentage of images for which both predict the same class.
+        confident_same: The same percentage among the images on which the first model is more than 50 % confident; None
+            if there are none.
+        confident_images: Number of those images.
+        only_first_right: Number of images that the first model gets right and the second gets wrong.
+        only_second_right: Number of images that the second model gets right and the first gets wrong.
     """
 
     same: float
@@ -162,63 +81,122 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same images."""
+    """Metrics of two models on the same images, and how often they agree."""
 
     first: Metrics
     second: Metrics
     agreement: Agreement
 
 
+@dataclass(frozen=True)
+class WorstClass:
+    """A class that a model gets wrong.
+
+    Attributes:
+        label: The class.
+        taken_for: (class, number of images) for the classes that its images are most often mistaken for, the most
+            frequent first.
+    """
+
+    label: int
+    taken_for: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Confusions:
+    """What a model predicts on a data set, per class.
+
+    Attributes:
+        images: Number of images per class, C numbers.
+        right: Number of those that the model gets right, C numbers.
+        worst: The classes with the lowest accuracy, lowest first, at most 20. Of classes with equal accuracy the one
+            with more images comes first. Classes without a wrong prediction are not included.
+    """
+
+    images: tuple[int, ...]
+    right: tuple[int, ...]
+    worst: tuple[WorstClass, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Confusions:
+        """Read back what `to_dict` returned.
+
+        Raises:
+            ValueError, KeyError, TypeError: the values are something else.
+        """
+        images, right = (tuple(int(count) for count in values[name]) for name in ("images", "right"))
+        if len(images) != len(right):
+            raise ValueError(f"There are {len(images)} classes with images and {len(right)} with right predictions.")
+        worst = tuple(
+            WorstClass(int(row["label"]), tuple((int(label), int(count)) for label, count in row["taken_for"]))
+            for row in values["worst"]
+        )
+        named = {row.label for row in worst} | {label for row in worst for label, _ in row.taken_for}
+        if unknown := sorted(label for label in named if not 0 <= label < len(images)):
+            raise ValueError(f"There is no class {unknown[0]} among {len(images)} classes.")
+        return cls(images, right, worst)
+
+
 def evaluate(
     model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Batches,
     *,
     device: torch.device,
     amp: Precision = "none",
     channels_last: bool = False,
     on_batch: Callable[[int], object] | None = None,
-    answers: Predictions | None = None,
+    predictions: Predictions | None = None,
 ) -> Metrics:
-    """Metrics of a classifier over every image of a loader.
+    """Measure a classifier on every image of a loader.
 
     Args:
-        model: Maps images [B, channels, height, width] to logits [B, C]. Runs in eval mode; its modes are restored.
+        model: Maps images [B, channels, height, width] to logits [B, C]. It runs in eval mode; the modes of its modules
+            are restored afterwards.
         loader: Batches of (images, labels int64 [B]).
         device: Where the model is.
-        amp: Autocast precision of the forward pass; the metrics themselves are computed in float32 and float64.
+        amp: Autocast precision of the forward pass. The metrics are computed in float32 and float64.
         channels_last: Whether the model is in that memory format.
         on_batch: Called after each batch with the number of images so far.
-        answers: Is given the label and the answer of every image.
+        predictions: Collects the label and the predicted class of every image.
 
     Raises:
         DataError: there are no images.
+
+    >>> batches = [(torch.eye(3), torch.tensor([0, 1, 0]))]
+    >>> found = evaluate(nn.Identity(), batches, device=torch.device("cpu"))
+    >>> round(found.top1, 1), found.num_images
+    (66.7, 3)
     """
     started = time.perf_counter()
     sums = add_up(
-        model, loader, device=device, amp=amp, channels_last=channels_last, on_batch=on_batch, answers=answers
+        model, loader, device=device, amp=amp, channels_last=channels_last, on_batch=on_batch, predictions=predictions
     )
     return sums.metrics(time.perf_counter() - started)
 
 
 def add_up(
     model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Batches,
     *,
     device: torch.device,
     amp: Precision = "none",
     channels_last: bool = False,
     on_batch: Callable[[int], object] | None = None,
-    answers: Predictions | None = None,
+    predictions: Predictions | None = None,
 ) -> MetricSums:
-    """What `evaluate` makes its metrics of, for a part of the images; there may be none."""
+    """Compute the sums behind `evaluate`, with the same arguments. The loader may be empty."""
     sums = MetricSums(device)
     with eval_mode(model), torch.no_grad():
         for images, labels in loader:
             logits = _logits(model, images, device, amp, channels_last)
             labels = labels.to(device, non_blocking=True)
             sums.add(logits, labels)
-            if answers is not None:
-                answers.add(labels, logits.argmax(dim=-1))
+            if predictions is not None:
+                predictions.add(labels, logits.argmax(dim=-1))
             if on_batch is not None:
                 on_batch(sums.num_images)
     return sums
@@ -227,20 +205,21 @@ def add_up(
 def compare(
     first: nn.Module,
     second: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    second_loader: Iterable[tuple[Tensor, Tensor]] | None = None,
+    loader: Batches,
+    second_loader: Batches | None = None,
     *,
     device: torch.device,
     amp: Precision = "none",
     on_batch: Callable[[int], object] | None = None,
 ) -> Comparison:
-    """Metrics of two models, and how often they agree.
+    """Measure two models on the same images, and how often they agree.
 
     Args:
-        first: The reference, for example the original; both models have the same classes in the same order.
-        second: The other, for example the converted model.
+        first: The reference, for example the original. Both models have the same classes in the same order.
+        second: The other model, for example the converted one.
         loader: Batches of (images, labels) for the first model.
-        second_loader: The same images in the same batches, preprocessed for the second model; None if alike.
+        second_loader: The same images in the same batches, preprocessed for the second model. None means that both
+            models take the images of `loader`.
         device: Where both models are.
         amp: As in `evaluate`.
         on_batch: As in `evaluate`.
@@ -287,22 +266,115 @@ def compare(
     )
 
 
-def agreement(
-    model_a: nn.Module, model_b: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: torch.device
-) -> Agreement:
-    """How often two models that take the same images name the same class; `compare` gives their metrics as well."""
-    return compare(model_a, model_b, loader, device=device).agreement
+class MetricSums:
+    """Running sums on the device. They are read once at the end, because each read makes the device wait.
+
+    Attributes:
+        totals: float64 [34]: number of images, loss, top-1 and top-5, then per bin the sum of confidences (15) and of
+            right predictions (15). The sums of the parts of a data set add up to those of the whole.
+        num_images: Images added here.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.num_images = 0
+        # float32 is exact enough for the sums of one batch, but not for those of a data set. MPS has no float64.
+        home = torch.device("cpu") if device.type == "mps" else device
+        self.totals = torch.zeros(4 + 2 * _BINS, dtype=torch.float64, device=home)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: logits [B, C], labels int64 [B]."""
+        logits = logits.float()
+        confidence, predicted = logits.softmax(dim=-1).max(dim=-1)
+        right = predicted == labels
+        five = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+        # Bins are (0, 1/15], ..., (14/15, 1], as in the paper's code; NaN goes to the last one.
+        bins = (confidence * _BINS).ceil().sub(1).nan_to_num(_BINS - 1).clamp(0, _BINS - 1).long()
+        per_bin = F.one_hot(bins, _BINS).float()
+        sums = torch.cat(
+            [
+                logits.new_tensor([len(labels)]),
+                F.cross_entropy(logits, labels, reduction="sum").reshape(1),
+                right.sum().reshape(1).float(),
+                (five == labels[:, None]).sum().reshape(1).float(),
+                (confidence[None] @ per_bin).flatten(),
+                (right.float()[None] @ per_bin).flatten(),
+            ]
+        )
+        self.totals += sums.to(self.totals.device).double()
+        self.num_images += len(labels)
+
+    def metrics(self, seconds: float) -> Metrics:
+        """Compute the metrics of all images that were added.
+
+        Raises:
+            DataError: there are none.
+        """
+        totals = self.totals.cpu()
+        num_images = int(totals[0])
+        if num_images == 0:
+            raise DataError("There are no images to evaluate on.")
+        loss, top1, top5 = (totals[1:4] / num_images).tolist()
+        confidences, rights = totals[4 : 4 + _BINS], totals[4 + _BINS :]
+        ece = float((confidences - rights).abs().sum()) / num_images
+        return Metrics(100 * top1, 100 * top5, loss, 100 * ece, num_images, seconds)
+
+
+class Predictions:
+    """The label and the predicted class of every image, collected on the device and read once at the end.
+
+    They take 8 bytes per image; those of a million images take less memory than one batch.
+    """
+
+    def __init__(self) -> None:
+        self._batches: list[Tensor] = []
+
+    def add(self, labels: Tensor, predicted: Tensor) -> None:
+        """Add a batch: two int64 [B] on the same device."""
+        self._batches.append(torch.stack([labels, predicted]).to(torch.int32))
+
+    def pairs(self) -> Tensor:
+        """Return every (label, predicted class) so far, int32 [2, num_images] on the CPU."""
+        return torch.cat(self._batches, dim=1).cpu() if self._batches else torch.zeros(2, 0, dtype=torch.int32)
+
+
+def count_confusions(pairs: NDArray[np.integer[Any]], num_classes: int, *, worst: int = WORST) -> Confusions:
+    """Count what is predicted for each class.
+
+    Args:
+        pairs: (label, predicted class) of every image, integers [2, num_images].
+        num_classes: C.
+        worst: How many of the worst classes to keep.
+
+    >>> found = count_confusions(np.array([[0, 0, 1, 1], [0, 0, 1, 2]]), num_classes=3)
+    >>> found.images, found.right
+    ((2, 2, 0), (2, 1, 0))
+    >>> found.worst
+    (WorstClass(label=1, taken_for=((2, 1),)),)
+    """
+    labels, predicted = pairs.astype(np.int64)
+    wrong = labels != predicted
+    images = np.bincount(labels, minlength=num_classes)
+    missed = np.bincount(labels[wrong], minlength=num_classes)
+    candidates = np.flatnonzero(missed)
+    accuracy = (images - missed)[candidates] / images[candidates]
+    chosen = candidates[np.lexsort((candidates, -images[candidates], accuracy))][:worst]
+    rows = []
+    for label in chosen:
+        taken, counts = np.unique(predicted[wrong & (labels == label)], return_counts=True)
+        most = np.lexsort((taken, -counts))[:_MOST_TAKEN_FOR]
+        rows.append(WorstClass(int(label), tuple(zip(taken[most].tolist(), counts[most].tolist(), strict=True))))
+    return Confusions(tuple(images.tolist()), tuple((images - missed).tolist()), tuple(rows))
 
 
 def check_input_size(model: nn.Module, input_size: Sequence[int]) -> None:
-    """Refuse an image size that the model cannot take (transformers with position embeddings, deep strides).
+    """Check that the model accepts an image size; position embeddings and deep strides may not allow it.
 
     Args:
-        model: On the CPU.
+        model: A model on the CPU.
         input_size: (channels, height, width).
 
     Raises:
-        UsageError: it cannot.
+        UsageError: the model does not accept it.
     """
     try:
         with eval_mode(model), torch.no_grad():
@@ -315,10 +387,13 @@ def check_input_size(model: nn.Module, input_size: Sequence[int]) -> None:
 
 
 def resolve_device(name: str | None) -> torch.device:
-    """The device of that name; for None or "auto" the first accelerator there is, else the CPU.
+    """Return the device of that name; for None or "auto" the first accelerator, or the CPU if there is none.
 
     Raises:
-        UsageError: not a device, or not on this machine.
+        UsageError: it is not a device, or this machine does not have it.
+
+    >>> resolve_device("cpu")
+    device(type='cpu')
     """
     if name is None or name == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -326,20 +401,28 @@ def resolve_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         raise UsageError(f"There is no device {name!r} here.", hint="Try --device cpu") from error
     return device
 
 
 def autocast(device: torch.device, amp: Precision) -> torch.autocast:
-    """The autocast context of a precision; does nothing for "none"."""
+    """Make the autocast context of a precision; for "none" it does nothing."""
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype, enabled=amp != "none")
 
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; then each module in its own mode again (a frozen batch norm stays frozen)."""
+    """Put the model into eval mode inside the block; then restore each module's mode (a frozen batch norm stays so).
+
+    >>> model = nn.Dropout()
+    >>> with eval_mode(model):
+    ...     model.training
+    False
+    >>> model.training
+    True
+    """
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -347,55 +430,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
-
-
-class MetricSums:
-    """Running sums on the device, read once at the end: reading them every batch would make the device wait.
-
-    Attributes:
-        totals: float64 [34]: images, loss, top-1, top-5, and for each of 15 bins confidence and top-1. The sums of
-            parts of a data set add up to those of the whole.
-        num_images: Images added here.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.num_images = 0
-        # Sums of one batch fit float32 exactly enough; those of a data set do not. MPS has no float64.
-        home = torch.device("cpu") if device.type == "mps" else device
-        self.totals = torch.zeros(4 + 2 * _BINS, dtype=torch.float64, device=home)
-
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: logits [B, C], labels int64 [B]."""
-        logits = logits.float()
-        confidence, guess = logits.softmax(dim=-1).max(dim=-1)
-        right = guess == labels
-        five = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
-        # Bins are (0, 1/15], ..., (14/15, 1], as in the paper's code; NaN goes to the last one.
-        bins = (confidence * _BINS).ceil().sub(1).nan_to_num(_BINS - 1).clamp(0, _BINS - 1).long()
-        per_bin = F.one_hot(bins, _BINS).float()
-        here = torch.cat(
-            [
-                logits.new_tensor([len(labels)]),
-                F.cross_entropy(logits, labels, reduction="sum").reshape(1),
-                right.sum().reshape(1).float(),
-                (five == labels[:, None]).sum().reshape(1).float(),
-                (confidence[None] @ per_bin).flatten(),
-                (right.float()[None] @ per_bin).flatten(),
-            ]
-        )
-        self.totals += here.to(self.totals.device).double()
-        self.num_images += len(labels)
-
-    def metrics(self, seconds: float) -> Metrics:
-        """The metrics of all that was added; raises `DataError` if that is nothing."""
-        totals = self.totals.cpu()
-        num_images = int(totals[0])
-        if num_images == 0:
-            raise DataError("There are no images to evaluate on.")
-        loss, top1, top5 = (totals[1:4] / num_images).tolist()
-        confidences, rights = totals[4 : 4 + _BINS], totals[4 + _BINS :]
-        ece = float((confidences - rights).abs().sum()) / num_images
-        return Metrics(100 * top1, 100 * top5, loss, 100 * ece, num_images, seconds)
 
 
 def _logits(
@@ -409,9 +443,7 @@ def _logits(
     return logits.float()
 
 
-def _paired(
-    loader: Iterable[tuple[Tensor, Tensor]], other: Iterable[tuple[Tensor, Tensor]] | None
-) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+def _paired(loader: Batches, other: Batches | None) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
     if other is None:
         return ((batch, batch) for batch in loader)
     return zip(loader, other, strict=True)

@@ -1,7 +1,7 @@
-"""Send the numbers of a training run to TensorBoard, trackio or Weights & Biases.
+"""Send the metrics of a training run to TensorBoard, trackio or Weights & Biases.
 
-`open_trackers` opens trackers by name; `Tracking` is the listener of a run that feeds them. Each tracker imports its
-package only when a run starts.
+`open_trackers` opens trackers by name; `Tracking` is a listener that passes the events of a run on to them. A tracker
+imports its package only when a run starts.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ from fixify.training.run_folder import is_logged
 
 PROJECT = "fixify"
 """The project that trackio and W&B log into."""
+FOLDER = "tensorboard"
+"""The folder of TensorBoard's event files, inside the run's folder."""
+INTERVAL = 50
+"""Steps between two log entries at most, as timm's --log-interval."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,10 @@ class TrackedRun:
     """The run that is tracked.
 
     Attributes:
-        folder: Of the run; a tracker may keep its own files there.
-        config: What decides the result, JSON-safe.
-        resumed: Whether the run goes on. What was logged of it may reach beyond `first_step`, if it crashed.
-        first_step: Updates that are done.
+        folder: The run's folder. A tracker may keep its own files there.
+        config: What decides the result: data, model and options, JSON-safe.
+        resumed: Whether the run is resumed. If it crashed, its log may reach beyond `first_step`.
+        first_step: Number of updates that are already done.
     """
 
     folder: Path
@@ -52,62 +56,140 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """Where numbers go. Logging a step of a resumed run again must not show it twice."""
+    """Where metrics go. A step that a resumed run logs again must not appear twice."""
 
     def start(self, run: TrackedRun) -> None:
-        """Begin, or go on with, this run."""
+        """Begin or resume this run."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log named numbers; steps never fall, and one step may come in several parts."""
+        """Log named numbers. Steps never decrease; one step may be logged in several parts."""
 
     def finish(self) -> None:
-        """Send what is left."""
+        """Send what has not been sent yet."""
 
 
-class Mark:
-    """A small file in the run's folder: which run of the tracker this is, and up to where it was logged.
+def open_trackers(names: Iterable[str]) -> list[Tracker]:
+    """Open the trackers of these names, each once.
 
-    A run that crashed repeats the steps since its last state exactly, so that what was logged of them stays right, and
-    is not logged again.
+    Raises:
+        UsageError: there is no tracker of a name, or its package is not installed.
+    """
+    opened: list[Tracker] = []
+    for name in dict.fromkeys(names):
+        if name not in _TRACKERS:
+            raise UsageError(
+                f"There is no tracker {name!r}{did_you_mean(name, TRACKERS)}",
+                hint=f"--track takes {', '.join(TRACKERS)}.",
+            )
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # no origin: only a folder of that name, which W&B leaves behind
+            raise UsageError(
+                f"--track {name} needs the package {name}, which is not installed.", hint=f"pip install {name}"
+            )
+        opened.append(_TRACKERS[name]())
+    return opened
+
+
+class Tracking:
+    """Logs the events of `fixify.training`. Use it as a context manager around one run, or several in sequence.
+
+    Training metrics are logged at the steps of steps.jsonl and at least every 50 steps, with the mean loss since the
+    previous entry (or since the run was resumed). Validation metrics are logged at every validation.
 
     Args:
-        path: The file.
-        resumed: Whether to go on with the run that is in it.
+        trackers: They are started when a run starts.
     """
 
-    def __init__(self, path: Path, *, resumed: bool) -> None:
-        self.path = path
-        stored = _read(path) if resumed else None
-        self.is_known = stored is not None
-        self.identity, self._last = stored or (secrets.token_hex(4), -1)
-        self._logged_before = self._last
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = trackers
+        self._started = False
+        self._interval = self._images = 0
+        self._loss = 0.0
 
-    def is_new(self, step: int) -> bool:
-        """Whether this step is to be logged; if so it counts as logged."""
-        if step <= self._logged_before:
-            return False
-        if step > self._last:
-            self._last = step
-            write_atomic(self.path, json.dumps({"id": self.identity, "step": step}) + "\n")
-        return True
+    def __enter__(self) -> Tracking:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._finish()
+
+    def __call__(self, event: Event) -> None:
+        """Log an event."""
+        if isinstance(event, RunStarted):
+            self._start(event)
+        elif isinstance(event, Evaluated):
+            self._log(0, _values_of_metrics(event.metrics))
+        elif isinstance(event, Step):
+            self._step(event)
+        elif isinstance(event, (Validated, EpochEnded)):
+            self._log(event.record.step, _values_of_record(event.record))
+
+    def _start(self, event: RunStarted) -> None:
+        self._finish()
+        # 10,000 class names would fill a tracker's page, and run.json has them.
+        config = {key: value for key, value in event.config.items() if key != "class_names"}
+        run = TrackedRun(event.folder, config, event.resumed, event.first_step)
+        self._started = True
+        for tracker in self._trackers:
+            tracker.start(run)
+        self._interval, self._images, self._loss = event.first_step // INTERVAL, 0, 0.0
+
+    def _step(self, event: Step) -> None:
+        self._loss += event.recent_loss * event.recent_images
+        self._images += event.recent_images
+        if not (is_logged(event.step) or event.step // INTERVAL > self._interval) or not self._images:
+            return
+        values = {
+            "train/loss": self._loss / self._images,
+            "train/lr": event.lr,
+            "train/images_per_second": event.images_per_second,
+            "train/epoch": event.epoch + event.batch / event.batches,
+        }
+        if event.scale is not None:
+            values["train/scale"] = event.scale
+        self._log(event.step, values)
+        self._interval, self._images, self._loss = event.step // INTERVAL, 0, 0.0
+
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
+        for tracker in self._trackers:
+            tracker.log(step, values)
+
+    def _finish(self) -> None:
+        if self._started:
+            self._started = False
+            for tracker in self._trackers:
+                tracker.finish()
 
 
-def _read(path: Path) -> tuple[str, int] | None:
-    try:
-        stored = json.loads(path.read_text())
-        return str(stored["id"]), int(stored["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # the run was not tracked before
+def _values_of_record(record: EpochRecord) -> dict[str, float]:
+    values = {
+        "val/loss": record.val_loss,
+        "val/top1": record.val_top1,
+        "val/top5": record.val_top5,
+        "val/ece": record.val_ece,
+    }
+    return values if record.train_top1 is None else {**values, "train/top1": record.train_top1}
 
 
-FOLDER = "tensorboard"
+def _values_of_metrics(metrics: Metrics) -> dict[str, float]:
+    return {
+        "val/loss": metrics.loss,
+        "val/top1": metrics.top1,
+        "val/top5": metrics.top5,
+        "val/ece": metrics.ece,
+    }
 
 
 class TensorBoard:
-    """Writes event files; those of a run that was resumed say from which step on the ones before are void."""
+    """Writes event files. Those of a resumed run tell TensorBoard from which step to discard the earlier ones."""
 
     def start(self, run: TrackedRun) -> None:
-        """See `Tracker`; raises `OutputError` if the files cannot be written."""
+        """See `Tracker`.
+
+        Raises:
+            OutputError: the files cannot be written.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         folder = run.folder / FOLDER
@@ -125,7 +207,7 @@ class TensorBoard:
         """See `Tracker`."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # a run that is killed leaves what it logged
+        self._writer.flush()  # keep what was logged if the run is killed
 
     def finish(self) -> None:
         """See `Tracker`."""
@@ -133,14 +215,14 @@ class TensorBoard:
 
 
 class Trackio:
-    """Logs into the project `fixify`."""
+    """Logs into the trackio project `fixify`."""
 
     def start(self, run: TrackedRun) -> None:
         """See `Tracker`."""
         import trackio
 
         self._mark = Mark(run.folder / "trackio.json", resumed=run.resumed)
-        with _talking_to_stderr():
+        with _stdout_to_stderr():
             self._run = trackio.init(
                 PROJECT,
                 name=f"{run.name}-{self._mark.identity}",
@@ -158,22 +240,26 @@ class Trackio:
         """See `Tracker`."""
         import trackio
 
-        with _talking_to_stderr():
+        with _stdout_to_stderr():
             trackio.finish()
 
 
 @contextlib.contextmanager
-def _talking_to_stderr() -> Iterator[None]:
-    """Trackio prints to stdout, where the command's result goes."""
+def _stdout_to_stderr() -> Iterator[None]:
+    """Redirect what trackio prints, because stdout is for the result of the command."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 class WeightsAndBiases:
-    """Logs into the project `fixify`, unless WANDB_PROJECT names another."""
+    """Logs into the W&B project `fixify`, or into the one that WANDB_PROJECT names."""
 
     def start(self, run: TrackedRun) -> None:
-        """See `Tracker`; raises `TrainingError` if W&B cannot be reached or does not know the user."""
+        """See `Tracker`.
+
+        Raises:
+            TrainingError: W&B cannot be reached or does not know the user.
+        """
         import wandb
 
         self._mark = Mark(run.folder / "wandb.json", resumed=run.resumed)
@@ -201,125 +287,49 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+class Mark:
+    """A small file in the run's folder that stores the tracker's id of the run and the last step that was logged.
+
+    A run that crashed repeats the steps since its last saved state exactly. Their log entries stay right, so they are
+    not logged again.
+
+    Args:
+        path: The file.
+        resumed: Whether to continue the run that the file names.
+
+    Attributes:
+        identity: The tracker's id of the run.
+        is_known: Whether the file named the run already.
+    """
+
+    def __init__(self, path: Path, *, resumed: bool) -> None:
+        self.path = path
+        stored = _read_mark(path) if resumed else None
+        self.is_known = stored is not None
+        self.identity, self._last = stored or (secrets.token_hex(4), -1)
+        self._logged_before = self._last
+
+    def is_new(self, step: int) -> bool:
+        """Check that this step is not logged yet, and note that it is from now on."""
+        if step <= self._logged_before:
+            return False
+        if step > self._last:
+            self._last = step
+            write_atomic(self.path, json.dumps({"id": self.identity, "step": step}) + "\n")
+        return True
+
+
+def _read_mark(path: Path) -> tuple[str, int] | None:
+    try:
+        stored = json.loads(path.read_text())
+        return str(stored["id"]), int(stored["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # the run has not been tracked yet
+
+
 _TRACKERS: dict[str, Callable[[], Tracker]] = {
     "tensorboard": TensorBoard,
     "trackio": Trackio,
     "wandb": WeightsAndBiases,
 }
 TRACKERS = tuple(_TRACKERS)
-
-
-def open_trackers(names: Iterable[str]) -> list[Tracker]:
-    """The trackers of these names, each once.
-
-    Raises:
-        UsageError: there is none of a name, or the package that it needs is not installed.
-    """
-    opened: list[Tracker] = []
-    for name in dict.fromkeys(names):
-        if name not in _TRACKERS:
-            raise UsageError(
-                f"There is no tracker {name!r}{did_you_mean(name, TRACKERS)}",
-                hint=f"--track takes {', '.join(TRACKERS)}.",
-            )
-        found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:  # none, or only a folder of that name, as W&B leaves one
-            raise UsageError(
-                f"--track {name} needs the package {name}, which is not installed.", hint=f"pip install {name}"
-            )
-        opened.append(_TRACKERS[name]())
-    return opened
-
-
-INTERVAL = 50  # timm's --log-interval
-
-
-class Tracking:
-    """A listener for `fixify.training`; use it as a context manager around one run, or several in turns.
-
-    Training is logged at the steps of steps.jsonl and once in every 50, with the mean loss since it was logged
-    before (or the run was resumed); validation whenever there is one.
-
-    Args:
-        trackers: They are started when a run starts.
-    """
-
-    def __init__(self, trackers: Sequence[Tracker]) -> None:
-        self._trackers = trackers
-        self._started = False
-        self._block = self._images = 0
-        self._loss = 0.0
-
-    def __enter__(self) -> Tracking:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._finish()
-
-    def __call__(self, event: Event) -> None:
-        """Log what an event says."""
-        if isinstance(event, RunStarted):
-            self._start(event)
-        elif isinstance(event, Evaluated):
-            self._log(0, _of_metrics(event.metrics))
-        elif isinstance(event, Step):
-            self._step(event)
-        elif isinstance(event, (Validated, EpochEnded)):
-            self._log(event.record.step, _of_record(event.record))
-
-    def _start(self, event: RunStarted) -> None:
-        self._finish()
-        # 10,000 class names would fill a tracker's page, and run.json has them.
-        config = {key: value for key, value in event.config.items() if key != "class_names"}
-        run = TrackedRun(event.folder, config, event.resumed, event.first_step)
-        self._started = True
-        for tracker in self._trackers:
-            tracker.start(run)
-        self._block, self._images, self._loss = event.first_step // INTERVAL, 0, 0.0
-
-    def _step(self, event: Step) -> None:
-        self._loss += event.recent_loss * event.recent_images
-        self._images += event.recent_images
-        if not (is_logged(event.step) or event.step // INTERVAL > self._block) or not self._images:
-            return
-        values = {
-            "train/loss": self._loss / self._images,
-            "train/lr": event.lr,
-            "train/images_per_second": event.images_per_second,
-            "train/epoch": event.epoch + event.batch / event.batches,
-        }
-        if event.scale is not None:
-            values["train/scale"] = event.scale
-        self._log(event.step, values)
-        self._block, self._images, self._loss = event.step // INTERVAL, 0, 0.0
-
-    def _log(self, step: int, values: Mapping[str, float]) -> None:
-        for tracker in self._trackers:
-            tracker.log(step, values)
-
-    def _finish(self) -> None:
-        if self._started:
-            self._started = False
-            for tracker in self._trackers:
-                tracker.finish()
-
-
-def _of_record(record: EpochRecord) -> dict[str, float]:
-    values = {
-        "val/loss": record.val_loss,
-        "val/top1": record.val_top1,
-        "val/top5": record.val_top5,
-        "val/ece": record.val_ece,
-    }
-    return values if record.train_top1 is None else {**values, "train/top1": record.train_top1}
-
-
-def _of_metrics(metrics: Metrics) -> dict[str, float]:
-    return {
-        "val/loss": metrics.loss,
-        "val/top1": metrics.top1,
-        "val/top5": metrics.top5,
-        "val/ece": metrics.ece,
-    }

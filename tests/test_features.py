@@ -20,7 +20,7 @@ from fixify.demo.glyphs import face_images
 from fixify.demo.run import SHIPPED
 from fixify.errors import DataError, UsageError
 from fixify.heads import FixedClassifier, kinds
-from fixify.metrics import agreement
+from fixify.metrics import compare
 
 CPU = torch.device("cpu")
 
@@ -72,9 +72,10 @@ def test_a_trained_network_keeps_much_without_training_and_says_how_much(glyphs:
     for start, stop, expected in ((384, 512, done.calibration.agreement), (512, 1000, None)):
         part = replace(drawn, images=Subset(drawn.images, list(range(start, stop))))
         loader = make_loader(part, original.preprocessing, training=False, batch_size=32)
-        same = agreement(original.model(), model, loader, device=CPU).same
+        same = compare(original.model(), model, loader, device=CPU).agreement.same
         assert same == pytest.approx(expected) if expected is not None else same > 25
-        assert agreement(original.model(), fixify.load(plain.path), loader, device=CPU).same < 2
+        unmatched = fixify.load(plain.path)
+        assert compare(original.model(), unmatched, loader, device=CPU).agreement.same < 2
     head = _heads(model)["classifier"]
     assert int(head.num_batches_tracked or 0) >= 10  # so finetune keeps center and spread
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ import pytest
 import typer
 
 import fixify
-from fixify.cli.app import app
-from fixify.demo.dataset import write_dataset
+from fixify.cli.app import app, main
+from fixify.demo.glyphs import write_dataset
 from fixify.demo.run import SHIPPED
+from fixify.heads import kinds
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -56,11 +56,6 @@ class Fence:
         for line in lines:
             assert line[:1] == ["fixify"], f"not a fixify command: {line}"
         return [line[1:] for line in lines]
-
-    @property
-    def trains(self) -> bool:
-        """Whether a command trains. The whole README takes a minute and a half, so these fences are slow tests."""
-        return any(arguments[0] in ("finetune", "train") for arguments in self.commands)
 
     @property
     def name(self) -> str:
@@ -116,13 +111,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(arguments: list[str], folder: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    environment.pop("FIXIFY_DATA", None)
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout}\n{done.stderr}"
+@pytest.fixture(autouse=True)
+def _short_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Search 1/32 of the codes that `convert` searches where there are more classes than features."""
+    monkeypatch.setattr(kinds, "SEARCH_BLOCKS", 128)
+
+
+@pytest.fixture
+def run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[list[str]], None]:
+    """Run a command line in the demo's folder, in this process (tests/cli starts real ones)."""
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("FIXIFY_DATA", raising=False)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def call(arguments: list[str]) -> None:
+        monkeypatch.setattr(sys, "argv", ["fixify", *arguments])
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capsys.readouterr()
+        assert code == 0, f"{shlex.join(arguments)}\n{said.out}\n{said.err}"
+
+    return call
 
 
 def test_the_readme_is_short() -> None:
@@ -161,23 +175,20 @@ def test_every_command_is_in_the_table() -> None:
     assert listed == set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(
-    "fence", [pytest.param(fence, marks=[pytest.mark.slow] * fence.trains, id=fence.name) for fence in RUN]
-)
-def test_commands_run(fence: Fence, folder: Path) -> None:
+@pytest.mark.parametrize("fence", [pytest.param(fence, id=fence.name) for fence in RUN])
+def test_commands_run(fence: Fence, folder: Path, run: Callable[[list[str]], None]) -> None:
     for arguments in fence.commands:
-        run(["-m", "fixify", *arguments, *SHORTER.get(arguments[0], [])], folder)
+        run([*arguments, *SHORTER.get(arguments[0], [])])
         if "-o" in arguments:
             assert (folder / arguments[arguments.index("-o") + 1]).exists()
 
 
-@pytest.mark.xfail(strict=True, reason="fixify.save does not yet take a model that comes from fix_classifier_")
 @pytest.mark.parametrize("fence", fences("python"))
-def test_python_runs(fence: Fence, folder: Path) -> None:
-    run(["-c", fence.body], folder)
+def test_python_runs(fence: Fence, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    exec(compile(fence.body, "README.md", "exec"), {})  # noqa: S102
 
 
-@pytest.mark.xfail(strict=True, reason="not every command is exported by fixify yet")
 def test_commands_are_library_calls() -> None:
     (line,) = (line for line in prose().splitlines() if line.startswith("Each command is a library call:"))
     names = [name.removeprefix("fixify.") for name in re.findall(r"`([\w.]+)`", line)]

@@ -1,54 +1,86 @@
 """The `fixify` program: its commands, and how an error becomes one line and an exit code.
 
-Nothing here, nor at the top of a command's file, imports torch or timm: `fixify --help` and shell completion
-answer at once. A command imports what it needs when it runs.
+Nothing here, nor at the top of a command's file, imports torch or timm, so `fixify --help` and shell completion are
+quick. A command imports what it needs when it runs.
 """
 
 from __future__ import annotations
 
-import inspect as docs
 import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from inspect import cleandoc
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from fixify._version import __version__
 from fixify.cli import convert, demo, eval, finetune, identify, inspect, plan, predict, recipes, report, train, verify
 from fixify.cli.launch import leave_if_told, may_tell, silence_all_but_first, speak
+from fixify.cli.options import with_options
 from fixify.cli.output import fail
 from fixify.errors import FixifyError
 
+COMMANDS: dict[str, Callable[..., None]] = {
+    "convert": convert.convert,
+    "finetune": finetune.finetune,
+    "train": train.train,
+    "eval": eval.evaluate,
+    "predict": predict.predict,
+    "report": report.report,
+    "plan": plan.plan,
+    "identify": identify.identify,
+    "inspect": inspect.inspect,
+    "verify": verify.verify,
+    "demo": demo.demo,
+}
+_SETTINGS: dict[str, Any] = {
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": "rich",
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+
+
+class _Commands(TyperGroup):
+    """The commands; one gets its options when it is asked for.
+
+    The list of commands needs none of them. Generating them all would import pydantic, a third of the time that
+    `fixify --help` takes.
+    """
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] in COMMANDS:
+            self.commands[args[0]] = _built(args[0])
+        return super().resolve_command(ctx, args)
+
+
+def _built(name: str) -> Any:
+    alone = typer.Typer(add_completion=False, **_SETTINGS)
+    alone.command(name, help=_help(COMMANDS[name]))(with_options(COMMANDS[name]))
+    return typer.main.get_command(alone)
+
+
+def _help(command: Callable[..., None]) -> str:
+    """Return the help, with one line per paragraph: the terminal wraps it, not the source."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in cleandoc(command.__doc__ or "").split("\n\n"))
+
+
+def _listed() -> None:
+    """Stand for a command in the list of commands."""
+
+
 app = typer.Typer(
     name="fixify",
+    cls=_Commands,
     help="Replace the classifier of a pretrained image model with a fixed one that is rebuilt from a few bytes.",
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    **_SETTINGS,
 )
-
-
-def _add(name: str, command: Callable[..., None]) -> None:
-    """Add a command; in its help each paragraph is wrapped to the terminal, not as it is in the source."""
-    paragraphs = docs.cleandoc(command.__doc__ or "").split("\n\n")
-    app.command(name, help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))(command)
-
-
-_add("convert", convert.convert)
-_add("finetune", finetune.finetune)
-_add("train", train.train)
-_add("eval", eval.evaluate)
-_add("predict", predict.predict)
-_add("report", report.report)
-_add("plan", plan.plan)
-_add("identify", identify.identify)
-_add("inspect", inspect.inspect)
-_add("verify", verify.verify)
+for _name, _command in COMMANDS.items():
+    app.command(_name, help=_help(_command))(_listed)
 app.add_typer(recipes.app, name="recipes")
-_add("demo", demo.demo)
 
 
 def _print_version(value: bool) -> None:
@@ -67,7 +99,10 @@ def _root(
 
 
 def main() -> None:
-    """Run the program. Exit codes: 0 done, 1 failed, 2 bad usage, 3 a check did not hold, 130 or 143 interrupted."""
+    """Run the program.
+
+    Exit codes: 0 done, 1 failed, 2 bad usage, 3 a check failed, 130 or 143 interrupted.
+    """
     leave_if_told()
     silence_all_but_first()
     try:
@@ -88,5 +123,5 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception:
-        speak()  # a mistake of ours, whichever process makes it
+        speak()  # a defect of fixify, whichever process it is in
         raise

@@ -1,4 +1,4 @@
-"""`fixify demo [FOLDER]`"""
+"""Run `fixify demo [FOLDER]`."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ if TYPE_CHECKING:
 
 
 def demo(
-    folder: Annotated[Path, typer.Argument(help="Everything is put there.")] = Path("fixify-demo"),
+    folder: Annotated[Path, typer.Argument(help="Where everything is written.")] = Path("fixify-demo"),
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Of fine-tuning. Default: what fits two minutes.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Epochs of fine-tuning. Default: as many as fit two minutes.", show_default=False),
     ] = None,
     control: Annotated[
-        bool, typer.Option("--control/--no-control", help="Train the learned classifier likewise, to compare with.")
+        bool, typer.Option("--control/--no-control", help="Train the learned classifier in the same way, to compare.")
     ] = True,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """The whole job on real images: convert, fine-tune, evaluate. Offline, on the CPU, in about two minutes.
+    """Convert, fine-tune and evaluate on real images: offline, on the CPU, in about two minutes.
 
-    A small network that reads 500 characters comes with fixify; the images are drawn with the typefaces that
-    matplotlib carries, and every accuracy is measured on typefaces that no training has seen.
+    A small network that reads 500 characters comes with fixify. The images are drawn with the typefaces of matplotlib,
+    and every accuracy is measured on typefaces that are not used in training.
     """
     from fixify.demo.run import EPOCHS, run_demo
     from fixify.reporting.tables import demo_table, savings_table
@@ -56,7 +57,7 @@ def demo(
 
 
 class _DemoDisplay:
-    """A line for each part of the demo, a bar where images are drawn or evaluated; training shows itself."""
+    """Print a line per part of the demo, and show a bar while images are drawn or evaluated."""
 
     def __init__(self, output: Output, training: TrainingDisplay) -> None:
         self.output = output
@@ -65,6 +66,7 @@ class _DemoDisplay:
         self.images = training.view.add_hidden("images")
 
     def __call__(self, event: DemoEvent) -> None:
+        """Show an event of the demo."""
         from fixify.demo.run import Counted, StageStarted
         from fixify.training import Evaluated
 
@@ -79,6 +81,6 @@ class _DemoDisplay:
             else:
                 view.hide(self.images)
         elif isinstance(event, Evaluated) and self.stage == "control":
-            self.output.say(f"as it came: top-1 {event.metrics.top1:.2f} %, loss {event.metrics.loss:.4f}")
+            self.output.say(f"before training: top-1 {event.metrics.top1:.2f} %, loss {event.metrics.loss:.4f}")
         else:
             self.training(event)

@@ -1,4 +1,4 @@
-"""`fixify inspect FILE`"""
+"""Run `fixify inspect FILE`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,10 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a slim checkpoint says about itself. Only its header is read."""
-    from fixify.checkpoints.slim import read_info
-    from fixify.language.checkpoint import is_language, read_language_info
-    from fixify.reporting.tables import info_table, language_info_table
+    import fixify
+    from fixify.checkpoints.slim import SlimInfo
+    from fixify.reporting.tables import about_table
 
-    output = Output(as_json=as_json)
-    if is_language(file):
-        about = read_language_info(file)
-        output.result({"file": file.name, **about.to_dict()}, language_info_table(file, about))
-        return
-    info = read_info(file)
-    output.result({"file": file.name, **info.model_dump()}, info_table(file, info))
+    found = fixify.inspect(file)
+    facts = found.model_dump() if isinstance(found, SlimInfo) else found.to_dict()
+    Output(as_json=as_json).result({"file": file.name, **facts}, about_table(file, found))

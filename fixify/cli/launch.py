@@ -1,6 +1,6 @@
-"""Being one of several processes that torchrun started: the first one speaks, and an error is told once.
+"""Helpers for torchrun workers: only rank 0 prints, an error is reported once, `--nproc-per-node` starts workers.
 
-Imports no torch: it is asked by every command.
+Importing this module needs no torch, because every command imports it.
 """
 
 from __future__ import annotations
@@ -21,47 +21,47 @@ import typer
 from fixify.errors import FixifyError, TrainingError, UsageError
 
 OUTCOME = "FIXIFY_OUTCOME"
-"""Names the file in which `fixify finetune --nproc-per-node` learns from its workers which exit code an error has."""
+"""Environment variable with the file in which a worker tells the launcher the exit code of an error."""
 
 _PATIENCE = timedelta(seconds=5)
 _silenced: list[tuple[TextIO, TextIO]] = []
 
 
 def is_worker() -> bool:
-    """Whether torchrun started this process."""
+    """Return whether torchrun started this process."""
     return "LOCAL_RANK" in os.environ and "MASTER_ADDR" in os.environ
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is to print and write what is for all of them; true without torchrun."""
+    """Return whether this process prints and writes for all workers; true without torchrun."""
     return not is_worker() or int(os.environ.get("RANK", "0")) == 0
 
 
 def silence_all_but_first() -> None:
-    """What every process would print is printed by the first."""
+    """Let only rank 0 print."""
     if not is_rank_zero():
         _silenced[:] = [(sys.stdout, sys.stderr)]
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
 
 
 def speak() -> None:
-    """Undo that, for what only this process knows."""
+    """Let this process print again, for what only it knows."""
     if _silenced:
         sys.stdout, sys.stderr = _silenced.pop()
 
 
 def leave_if_told() -> None:
-    """End at once if torchrun restarts the workers because of an error that was told: it would happen again."""
+    """Exit if torchrun restarts the workers after an error that was reported: it would happen again."""
     outcome = os.environ.get(OUTCOME)
     if is_worker() and outcome is not None and Path(outcome).exists():
         sys.exit(0)
 
 
 def may_tell(error: FixifyError) -> bool:
-    """Whether this process is to print an error: not if another one has, or if it is that another one ended."""
+    """Return whether this process reports an error: not if another has, or if the error is that another ended."""
     if not is_worker():
         return True
-    # As soon as one process has ended torchrun ends the others: not in the middle of telling why.
+    # When one process has ended, torchrun terminates the others, which must not happen while this one reports.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     outcome = os.environ.get(OUTCOME)
     if outcome is None:
@@ -79,7 +79,7 @@ def may_tell(error: FixifyError) -> bool:
 
 
 def _is_first_to_tell() -> bool:
-    """By the store of torchrun, which outlives its workers; if that is gone too, nobody else can have told."""
+    """Ask the store of torchrun, which outlives its workers; if it is gone too, no other process has reported."""
     from torch.distributed import DistError, TCPStore
 
     try:
@@ -90,46 +90,43 @@ def _is_first_to_tell() -> bool:
         return True
 
 
-# Starting several processes with torchrun's own launcher.
-
-
 def hand_over(processes: int | None, max_restarts: int | None) -> None:
-    """Let several processes do what the command line says, if it asks for that, and end with their exit code.
+    """Start workers for this command line if it asks for them, and exit with their exit code.
 
-    Comes back where it is this process that has to do it: one of them, or the only one.
+    Returns in the process that has to do the work: in a worker, or in the only process.
 
     Args:
         processes: `--nproc-per-node`.
         max_restarts: `--max-restarts`.
 
     Raises:
-        UsageError: restarts without processes.
+        UsageError: `--max-restarts` was given without `--nproc-per-node`.
         TrainingError: see `launch`.
     """
     if processes is None and max_restarts is not None:
-        raise UsageError("--max-restarts is for several processes.", hint="Add --nproc-per-node N.")
+        raise UsageError("--max-restarts needs --nproc-per-node.", hint="Add --nproc-per-node N.")
     if processes is not None and not is_worker():
         raise typer.Exit(launch(processes, max_restarts or 0, sys.argv[1:]))
 
 
 def launch(processes: int, max_restarts: int, arguments: Sequence[str]) -> int:
-    """Run `fixify` with these arguments in so many processes on this machine, and give back its exit code.
+    """Run `fixify` with these arguments in N processes on this machine, and return its exit code.
 
     SIGINT and SIGTERM are passed on, and the processes get half a minute to save their state.
 
     Args:
-        processes: How many.
-        max_restarts: How often all of them are started again after one was lost.
-        arguments: Of the command line, its program left out.
+        processes: Number of processes.
+        max_restarts: How often all of them are restarted after one is lost.
+        arguments: The command line without the program.
 
     Raises:
-        TrainingError: a process ended without a word, and so did the restarts.
+        TrainingError: a process ended without reporting an error, in the last restart too.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.disable(logging.CRITICAL)  # torchrun's own account of what is told here in a sentence
+    logging.disable(logging.CRITICAL)  # torchrun's own report of what is one sentence here
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
     with tempfile.TemporaryDirectory(prefix="fixify-") as folder:
         outcome = Path(folder) / "outcome"
@@ -159,11 +156,11 @@ def _lost(failed: Exception, processes: int, max_restarts: int) -> TrainingError
     rank, failure = failed.get_first_failure()  # type: ignore[attr-defined]
     code = failure.exitcode
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    again = f", and so it did after {max_restarts} restarts" if max_restarts else ""
+    again = f", also after {max_restarts} restarts" if max_restarts else ""
     return TrainingError(
         f"Process {rank + 1} of {processes} {how}{again}.",
-        hint="A kill often means that memory ran out. Go on with the same command and --resume"
-        + ("." if max_restarts else "; with --max-restarts 3 that happens by itself."),
+        hint="A kill often means that memory ran out. Continue with the same command and --resume"
+        + ("." if max_restarts else "; --max-restarts 3 does that by itself."),
     )
 
 

@@ -1,4 +1,4 @@
-"""What commands print: results on stdout (tables or JSON), everything else on stderr."""
+"""Print what commands have to say: results on stdout (tables or JSON), everything else on stderr."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fixify.errors import FixifyError
 
 
 def fail(error: FixifyError) -> None:
-    """Print an error on stderr: what went wrong, and what to do next. The messages are plain text, not markup."""
+    """Print an error on stderr: what went wrong, and what to do next. Messages are plain text, not markup."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(Text.assemble(("error: ", "bold red"), error.message))
     if error.hint is not None:
@@ -32,13 +32,13 @@ class Output:
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
-        # No markup: names of files and classes come from outside, and "[v2]" in one of them is not a style.
+        # No markup: a file or a class may be called "[v2]", which is not a style.
         self._out = Console(highlight=False, markup=False)
         self.err = Console(stderr=True, highlight=False, markup=False)
         self._bar: Progress | None = None
 
     def result(self, data: Mapping[str, Any], *tables: RenderableType) -> None:
-        """Print the command's result: `data` under `--json`, else `tables`. Both say the same."""
+        """Print the result of the command: `data` with `--json`, else `tables`."""
         if self.as_json:
             sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
             return
@@ -46,11 +46,11 @@ class Output:
             self._out.print(table)
 
     def say(self, text: str, *, style: str = "") -> None:
-        """Print a line for the person at the terminal, on stderr. Long lines are left to the terminal to wrap."""
+        """Print a line on stderr. The terminal wraps long lines."""
         self.err.print(Text(text, style=style), soft_wrap=True)
 
     def next_step(self, command: str, why: str) -> None:
-        """Tell what to type next."""
+        """Print what to type next."""
         self.err.print(Text.assemble(("next: ", "bold green"), (command, "bold"), f"   {why}"), soft_wrap=True)
 
     def warn(self, text: str) -> None:
@@ -59,9 +59,10 @@ class Output:
 
     @contextlib.contextmanager
     def progress(self, description: str, total: float | None = None) -> Iterator[Callable[..., None]]:
-        """A progress bar on stderr, silent when stderr is not a terminal.
+        """Show a progress bar on stderr, or nothing if stderr is no terminal.
 
-        Yields a function `advance(steps=1, *, note="")`; `note` is shown beside the bar.
+        Yields:
+            A function `advance(steps=1, *, note=None, total=None)`; the note is shown beside the bar.
         """
         bar = Progress(
             SpinnerColumn(),
@@ -78,16 +79,15 @@ class Output:
         with bar:
             task = bar.add_task(description, total=total, note="")
 
-            def advance(steps: float = 1, *, note: str | None = None) -> None:
-                bar.advance(task, steps)
-                if note is not None:
-                    bar.update(task, note=note)
+            def advance(steps: float = 1, *, note: str | None = None, total: float | None = None) -> None:
+                known: dict[str, Any] = {} if note is None else {"note": note}
+                bar.update(task, advance=steps, total=total, **known)
 
             yield advance
         self._bar = None
 
     def ask(self, question: str) -> str | None:
-        """Print a question on stderr and read a line; None if the input ends. A progress bar waits meanwhile."""
+        """Print a question on stderr and read a line; return None if the input ends. A progress bar pauses."""
         if self._bar is not None:
             self._bar.stop()
         self.err.print(Text(question + " "), end="", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`fixify predict CKPT IMAGES...`"""
+"""Run `fixify predict CKPT IMAGES...`."""
 
 from __future__ import annotations
 
@@ -21,25 +21,18 @@ def predict(
     ema: Ema = False,
     as_json: Json = False,
 ) -> None:
-    """Labels and probabilities of images, preprocessed as the checkpoint says."""
-    from dataclasses import asdict, replace
-
-    from fixify.checkpoints import imagenet_labels, read_labels
+    """Print labels and probabilities of images, preprocessed as the checkpoint says."""
+    import fixify
+    from fixify.checkpoints import imagenet_labels
     from fixify.checkpoints.open import open_model
     from fixify.cli.common import with_architecture
-    from fixify.prediction import predict as run
     from fixify.reporting.tables import predictions_table
 
     output = Output(as_json=as_json)
     opened = with_architecture(lambda known: open_model(checkpoint, arch=known, ema=ema), arch, output)
-    if labels is not None:
-        opened = replace(opened, labels=read_labels(labels, opened.num_classes))
-    elif opened.labels is None:
+    if labels is None and opened.labels is None:
         which = "--labels imagenet or " if imagenet_labels(opened.num_classes) else ""
-        output.say(f"{opened.name} holds no class names, so they are numbers: {which}--labels FILE gives them.")
-    found = []
+        output.say(f"{opened.name} has no class names; numbers are shown. Give names with {which}--labels FILE.")
     with output.progress("classifying", total=len(images)) as advance:
-        for prediction in run(opened, images, top=top):
-            found.append(prediction)
-            advance()
-    output.result({"predictions": [asdict(prediction) for prediction in found]}, predictions_table(found))
+        found = fixify.predict(opened, images, top=top, labels=labels, on_image=lambda _: advance())
+    output.result({"predictions": [prediction.to_dict() for prediction in found]}, predictions_table(found))

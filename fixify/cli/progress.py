@@ -1,4 +1,4 @@
-"""How long a run still takes."""
+"""Show training runs on stderr: a live view in a terminal, plain lines elsewhere, and trackers beside them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
@@ -22,11 +21,15 @@ if TYPE_CHECKING:
     from fixify.training import EpochEnded, EpochRecord, Evaluating, Event, Listener, RunStarted, Step, Validated
 
 
+_GAP = "   "
+_SECONDS_PER_LINE = 30
+
+
 class Pace:
-    """Estimates the time left from what was measured since the epoch began (or the run was resumed).
+    """Estimate the time left from what was measured since the epoch began or the run was resumed.
 
     Args:
-        clock: Seconds.
+        clock: Returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -39,24 +42,24 @@ class Pace:
         self._this_epoch = 0.0
 
     def start(self, epochs: int, batches: int) -> None:
-        """A run of so many epochs of so many batches begins."""
+        """Begin a run of that many epochs and batches per epoch."""
         self._epochs, self._batches = epochs, batches
         self._mark = self._per_batch = self._validating_since = None
         self._validation = self._this_epoch = 0.0
 
     def step(self, epoch: int, batch: int) -> None:
-        """So many batches of the epoch (from 0) are done."""
+        """Note that `batch` batches of an epoch, counted from 0, are done."""
         now = self._clock()
         if self._mark is None:
-            self._this_epoch = 0.0  # what was measured before training belongs to no epoch
+            self._this_epoch = 0.0  # a validation before training belongs to no epoch
         if self._mark is None or self._mark[0] != epoch:
-            # The first batch waits for the loader's processes to start, and may compile the model.
+            # The first batch waits for the loader processes to start, and may compile the model.
             self._mark = (epoch, batch, now)
         elif batch > self._mark[1]:
             self._per_batch = (now - self._mark[2]) / (batch - self._mark[1])
 
     def evaluating(self, images: int, total: int) -> None:
-        """So many of the validation images are done."""
+        """Note that `images` of `total` validation images are done."""
         now = self._clock()
         if self._validating_since is None:
             self._validating_since = now
@@ -68,11 +71,11 @@ class Pace:
                 self._mark = (*self._mark[:2], self._mark[2] + took)
 
     def epoch_ended(self) -> None:
-        """An epoch and its validation are done."""
+        """Note that an epoch and its validation are done."""
         self._validation, self._this_epoch = self._this_epoch, 0.0
 
     def left(self, epoch: int, batch: int) -> tuple[float, float] | None:
-        """Seconds of training left in this epoch, and in the whole run with its validations; None at the start."""
+        """Return the seconds left in this epoch, and in the whole run with its validations; None at the start."""
         if self._per_batch is None:
             return None
         epochs_after = self._epochs - epoch - 1
@@ -82,7 +85,11 @@ class Pace:
 
 
 def as_time(seconds: float | None) -> str:
-    """`1:02:03` or `02:03`; `--:--` if it is not known yet."""
+    """Write seconds as time; `--:--` if they are unknown.
+
+    >>> as_time(3723), as_time(62), as_time(None)
+    ('1:02:03', '01:02', '--:--')
+    """
     if seconds is None:
         return "--:--"
     minutes, rest = divmod(round(seconds), 60)
@@ -90,19 +97,13 @@ def as_time(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
 
 
-# The live view of a run in a terminal: bars for the epoch and the whole run, and below them the numbers.
-
-
-_GAP = "   "
-
-
 class LiveView(Progress):
-    """Bars and numbers at the bottom of a terminal; nothing at all elsewhere.
+    """Show bars and numbers at the bottom of a terminal; show nothing elsewhere.
 
-    It fits any width: the bars take what is left, and the numbers go on as many lines as they need.
+    It fits any width: the bars take the rest of the line, and the numbers take as many lines as they need.
 
     Args:
-        console: Of stderr.
+        console: The console of stderr.
     """
 
     def __init__(self, console: Console) -> None:
@@ -127,7 +128,7 @@ class LiveView(Progress):
         return self.add_task(description, total=None, visible=False, note="")
 
     def show_bar(self, task: TaskID, done: int, total: int, *, description: str | None = None, note: str = "") -> None:
-        """Show a bar as it is now."""
+        """Show a bar in its present state."""
         self.update(task, description=description, completed=done, total=total, note=note, visible=True)
 
     def show_training(self, description: str, epoch: tuple[int, int], whole: tuple[int, int]) -> None:
@@ -136,30 +137,30 @@ class LiveView(Progress):
         self.show_bar(self.whole, *whole)
 
     def show_left(self, left: tuple[float, float] | None) -> None:
-        """Show seconds left in the epoch and in the run."""
+        """Show the seconds left in the epoch and in the run."""
         for task, seconds in zip((self.epoch, self.whole), left or (None, None), strict=True):
             self.update(task, note=f"{as_time(seconds)} left")
 
     def show_numbers(self, numbers: Sequence[tuple[str, str]]) -> None:
-        """Show names with values."""
+        """Show names and values below the bars."""
         self._numbers = numbers
 
     def hide(self, *tasks: TaskID) -> None:
-        """Hide bars; without the run's own, its numbers too."""
+        """Hide bars; together with the bar of the run, hide the numbers too."""
         for task in tasks:
             self.update(task, visible=False)
         if self.whole in tasks:
             self._numbers = ()
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """What rich draws."""
+        """Yield what rich draws."""
         yield self.make_tasks_table(self.tasks)
         if self._numbers:
             yield _Numbers(self._numbers)
 
 
 class _Numbers:
-    """Names with values, as many on a line as fit; a value is never parted from its name."""
+    """Names and values, as many per line as fit; a name and its value stay together."""
 
     def __init__(self, numbers: Sequence[tuple[str, str]]) -> None:
         self.numbers = numbers
@@ -175,19 +176,14 @@ class _Numbers:
         yield line
 
 
-# What every training run shows on stderr, of images or of words: a line an epoch; in a terminal a live view below
-# them, elsewhere a line every half minute, as a log file wants it.
-
-
-_SECONDS_A_LINE = 30
-
-
 class RunDisplay:
-    """What listeners for runs have in common; a context manager around the run, or several in turns.
+    """Show runs: one line per epoch; in a terminal a live view below, elsewhere a line every half minute.
+
+    It is a context manager around one run, or around several that follow each other.
 
     Args:
-        output: Of the command.
-        clock: Seconds.
+        output: Output of the command.
+        clock: Returns the time in seconds.
     """
 
     def __init__(self, output: Output, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -208,30 +204,31 @@ class RunDisplay:
         self.view.stop()
 
     def begin(self, epochs: int, steps: int) -> None:
-        """A run of so many epochs of so many steps begins."""
+        """Begin a run of that many epochs and steps per epoch."""
         self._epochs = epochs
         self.pace.start(epochs, steps)
 
     def say(self, line: str) -> None:
-        """A line that stays; the next one of progress comes half a minute later."""
+        """Print a line that stays; the next line of progress follows after half a minute."""
         self._last_line = self._clock()
         self.output.say(line)
 
     def where(self, epoch: int) -> str:
-        """`epoch 3/30`, of an epoch counted from 0."""
+        """Write an epoch that is counted from 0 as `epoch 3/30`."""
         return f"epoch {epoch + 1}/{self._epochs}"
 
     def show_progress(
         self, epoch: int, step: int, steps: int, unit: str, numbers: list[tuple[str, str]], best: tuple[str, str] | None
     ) -> None:
-        """So many steps of the epoch are done.
+        """Show that `step` of `steps` steps of an epoch are done.
 
         Args:
-            epoch: From 0.
-            step, steps: Of it.
+            epoch: The epoch, from 0.
+            step: Steps that are done.
+            steps: Steps of the epoch.
             unit: What a step is called.
             numbers: Names and values.
-            best: Another, for the live view alone: above it the lines of the epochs say so.
+            best: Name and value of the best validation; only in the live view, because lines of epochs show it.
         """
         self.pace.step(epoch, step)
         left = self.pace.left(epoch, step)
@@ -240,17 +237,14 @@ class RunDisplay:
             self.view.show_training(self.where(epoch), (step, steps), whole)
             self.view.show_left(left)
             self.view.show_numbers([*numbers, best] if best else numbers)
-        elif self._clock() - self._last_line >= _SECONDS_A_LINE:
+        elif self._clock() - self._last_line >= _SECONDS_PER_LINE:
             said = ", ".join(f"{name} {value}".strip() for name, value in numbers)
             rest = "" if left is None else f", {as_time(left[1])} left"
             self.say(f"{self.where(epoch)}, {unit} {step:,}/{steps:,}: {said}{rest}")
 
 
-# What a training run of an image network shows on stderr.
-
-
 class TrainingDisplay(RunDisplay):
-    """A listener for `fixify.training`."""
+    """Listen to `fixify.training`."""
 
     def __init__(self, output: Output, *, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(output, clock=clock)
@@ -343,11 +337,8 @@ def _left_out(record: EpochRecord) -> str:
     return f" ({record.val_unreadable:,} unreadable left out)" if record.val_unreadable else ""
 
 
-# What the training of a language model shows on stderr.
-
-
 class LanguageDisplay(RunDisplay):
-    """A listener for `fixify.language`."""
+    """Listen to `fixify.language`."""
 
     def __init__(self, output: Output, *, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(output, clock=clock)
@@ -366,8 +357,9 @@ class LanguageDisplay(RunDisplay):
 
     def _start(self, event: LanguageRunStarted) -> None:
         self.begin(event.epochs, event.steps)
+        self._best = None
         self.output.say(f"text: {event.text}")
-        self.output.say(f"{event.learned:,} parameters learn, on {event.device}")
+        self.output.say(f"training {event.learned:,} parameters on {event.device}")
         if event.first_epoch:
             self.output.say(f"resuming in epoch {event.first_epoch + 1} of {event.epochs}")
 
@@ -392,32 +384,12 @@ class LanguageDisplay(RunDisplay):
         )
 
 
-# Who listens to a run: the terminal, and trackers.
-
-
-_PANEL = "Watching"
-
-Track = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--track",
-        metavar="TRACKER",
-        help="Log to tensorboard, trackio or wandb as well; may be given again.",
-        rich_help_panel=_PANEL,
-        show_default=False,
-    ),
-]
-TensorBoard = Annotated[
-    bool, typer.Option("--tensorboard", help="Short for --track tensorboard.", rich_help_panel=_PANEL)
-]
-
-
 @contextlib.contextmanager
 def watching(output: Output, trackers: Sequence[str]) -> Iterator[Listener]:
-    """The listener of one run or of several in turns; of many processes only the first one has any use for it.
+    """Create the listener of one run, or of several that follow each other: the terminal, and trackers.
 
     Raises:
-        UsageError: there is no such tracker, or the package that it needs is not installed.
+        UsageError: there is no such tracker, or its package is not installed.
     """
     with contextlib.ExitStack() as stack:
         listeners: list[Listener] = [stack.enter_context(TrainingDisplay(output))]

@@ -1,4 +1,4 @@
-"""`fixify recipes ls|show|cp|validate`"""
+"""Run `fixify recipes ls|show|cp|validate`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import typer
 from fixify.cli.options import Force, Json, RecipeName
 from fixify.cli.output import Output
 
-app = typer.Typer(no_args_is_help=True, help="List, show, copy and check recipes: YAML files for --recipe.")
+app = typer.Typer(
+    no_args_is_help=True, help="List, show, copy and check recipes: YAML files for --recipe and for fixify train."
+)
 
 
 @app.command("ls")
@@ -23,7 +25,7 @@ def ls(as_json: Json = False) -> None:
 
     output = Output(as_json=as_json)
     recipes = list_recipes()
-    # Not `fixify.reporting.tables.new_table`: it would take seconds to import torch for a list of names.
+    # Not `fixify.reporting.tables.new_table`, which imports torch: that takes seconds.
     table = Table(header_style="bold", box=None, pad_edge=False)
     table.add_column("recipe", no_wrap=True)
     table.add_column("for", no_wrap=True)
@@ -31,7 +33,7 @@ def ls(as_json: Json = False) -> None:
     for recipe in recipes:
         table.add_row(recipe.name, ", ".join(recipe.sections), recipe.description)
     output.result({"recipes": [recipe.to_dict() for recipe in recipes]}, table)
-    output.next_step("fixify recipes show NAME", "its options, and what to expect of it")
+    output.next_step("fixify recipes show NAME", "its options, and what to expect")
 
 
 @app.command("show")
@@ -51,7 +53,7 @@ def cp(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Copy a recipe, to edit it."""
+    """Copy a recipe to edit it."""
     from fixify._files import refuse_existing, write_atomic
     from fixify.errors import OutputExistsError
     from fixify.recipes import find_recipe
@@ -64,13 +66,13 @@ def cp(
     if target.exists() and not force:
         raise OutputExistsError(
             f"{target} exists already.",
-            hint=f"Name another file: fixify recipes cp {recipe} FILE. Or replace it: add --force.",
+            hint=f"Name another file: fixify recipes cp {recipe} FILE. Or add --force to replace it.",
         )
     refuse_existing(target, force=force)
     write_atomic(target, read_text(source))
     output = Output()
     output.say(f"Wrote {target}.")
-    output.next_step(f"fixify recipes validate {target}", "after editing it: every mistake with its line")
+    output.next_step(f"fixify recipes validate {target}", "after editing: every mistake with its line")
 
 
 @app.command("validate")
@@ -78,7 +80,7 @@ def validate(
     recipes: Annotated[list[str], typer.Argument(help="Files, or names.")],
     as_json: Json = False,
 ) -> None:
-    """Check recipes, and tell every mistake with its line. Exit code 2 if there is one."""
+    """Check recipes, and print every mistake with its line. The exit code is 2 if there is one."""
     from fixify.errors import UsageError
     from fixify.recipes import RecipeError, read_recipe
     from fixify.recipes.parsing import Place, Problem
@@ -99,7 +101,7 @@ def validate(
         found.append({"recipe": name, "valid": not problems, "problems": [each.to_dict() for each in problems]})
     if as_json:
         Output(as_json=True).result({"recipes": found})
-    else:  # unwrapped, so that a line of a mistake stays one line for grep and editors
+    else:  # not wrapped: one line per mistake, for grep and editors
         sys.stdout.write("".join(f"{line}\n" for line in lines))
     if any(not each["valid"] for each in found):
         raise typer.Exit(UsageError.exit_code)

@@ -1,4 +1,4 @@
-"""`fixify report MODELS...` and `fixify report RUN_DIR...`"""
+"""Run `fixify report MODELS...` and `fixify report RUN_DIR...`."""
 
 from __future__ import annotations
 
@@ -34,70 +34,55 @@ def report(
 
     Names need no weights: `fixify report resnet50 mobilenetv3_small_100`.
 
-    Of folders of runs, or a folder that holds several, it makes one HTML page instead, with the runs side by side:
-    RUN_DIR/report.html, or -o. With --json it prints the page's data, and writes the page only where -o says.
+    Given folders of runs, or a folder that holds several, it writes one HTML page that shows the runs side by side:
+    RUN_DIR/report.html, or -o. With --json it prints the page's data, and writes the page only with -o.
     """
-    from fixify.cli.common import slim_files_here, with_architecture
     from fixify.errors import UsageError
-    from fixify.reporting import report as count
-    from fixify.reporting.tables import models_table, savings_table
+    from fixify.reporting.runs import runs_among
 
     output = Output(as_json=as_json)
+    names = models or []
     if all_models or paper:
-        _refuse_besides(all_models, paper, models or [], arch, out)
+        _refuse_besides(all_models, paper, names, arch, out)
         (_report_all if all_models else _report_paper)(output)
-        return
-    if runs := _runs_among(models or []):
-        _report_runs(runs, models or [], out, output, force=force)
-        return
-    if out is not None:
-        raise UsageError("-o is for the page of runs.", hint="Name the folder of a run, or leave -o out.")
-    names = models or slim_files_here("report")
-    rows = []
-    with output.progress("counting", total=len(names)) as advance:
-        for name in names:
-            rows.append(with_architecture(lambda known: count(name, arch=known), arch, output))  # noqa: B023
-            advance(note=name)
-    tables = [models_table(rows)]
-    if len(rows) == 1:
-        tables.append(savings_table(rows[0].savings))
-    output.result({"models": [row.to_dict() for row in rows]}, *tables)
-    for row in rows:
-        if row.note is not None:
-            output.say(f"{row.name}: {row.note}")
+    elif runs := runs_among(names):
+        _report_runs(runs, names, out, output, force=force)
+    elif out is not None:
+        raise UsageError("-o is for the page of runs.", hint="Name the folder of a run, or drop -o.")
+    else:
+        _report_models(names, arch, output)
 
 
 def _refuse_besides(all_models: bool, paper: bool, models: list[str], arch: str | None, out: Path | None) -> None:
-    """--all and --paper say all that there is to count."""
+    """Refuse --all or --paper together with anything else to count."""
     from fixify.errors import UsageError
 
-    what = "--all counts every architecture" if all_models else "--paper counts the networks of the paper"
+    option = "--all" if all_models else "--paper"
     others = ["--paper"] * (all_models and paper) + models[:1] + ["--arch"] * bool(arch) + ["-o"] * (out is not None)
     if others:
-        raise UsageError(f"{what}; it goes without {others[0]}.", hint="Count them one after the other.")
+        raise UsageError(f"{option} cannot be combined with {others[0]}.", hint="Report them one after the other.")
 
 
-def _report_paper(output: Output) -> None:
-    from fixify.reporting.paper import paper, paper_tables
+def _report_models(names: list[str], arch: str | None, output: Output) -> None:
+    import fixify
+    from fixify.cli.common import slim_files_here, with_architecture
+    from fixify.reporting.costs import ModelReport
+    from fixify.reporting.tables import models_table, savings_table
 
-    found = paper()
-    output.result(found.to_dict(), *paper_tables(found))
+    def counted(name: str) -> ModelReport:
+        return with_architecture(lambda known: fixify.report(name, arch=known), arch, output)
 
-
-def _runs_among(names: list[str]) -> list[Path]:
-    """The folders of runs that are meant; all of the names are such, or none."""
-    from fixify.errors import UsageError
-    from fixify.reporting.runs import runs_in
-
-    found = {name: runs_in(Path(name)) for name in names if Path(name).is_dir()}
-    runs = [run for found_in in found.values() for run in found_in]
-    others = [name for name in names if not found.get(name)]
-    if runs and others:
-        raise UsageError(
-            f"{runs[0]} is the folder of a run, and {others[0]} is not: a page shows runs, a table counts models.",
-            hint="Report them one after the other.",
-        )
-    return runs
+    names = names or slim_files_here("report")
+    rows = []
+    with output.progress("counting", total=len(names)) as advance:
+        for name in names:
+            rows.append(counted(name))
+            advance(note=name)
+    savings = [savings_table(rows[0].savings)] if len(rows) == 1 else []
+    output.result({"models": [row.to_dict() for row in rows]}, models_table(rows), *savings)
+    for row in rows:
+        if row.note is not None:
+            output.say(f"{row.name}: {row.note}")
 
 
 def _report_runs(folders: list[Path], names: list[str], out: Path | None, output: Output, *, force: bool) -> None:
@@ -134,9 +119,16 @@ def _report_language(folders: list[Path], out: Path | None, output: Output) -> N
             hint="Report them one after the other.",
         )
     if out is not None:
-        raise UsageError("-o is for the page of runs on images; language models get a table.", hint="Leave -o out.")
+        raise UsageError("-o is for the page of runs on images; language models get a table.", hint="Drop -o.")
     runs = read_language_runs(folders)
     output.result({"runs": [run.to_dict() for run in runs]}, language_table(runs))
+
+
+def _report_paper(output: Output) -> None:
+    from fixify.reporting.paper import paper, paper_tables
+
+    found = paper()
+    output.result(found.to_dict(), *paper_tables(found))
 
 
 def _report_all(output: Output) -> None:

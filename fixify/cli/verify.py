@@ -1,4 +1,4 @@
-"""`fixify verify FILE`"""
+"""Run `fixify verify FILE`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from fixify.cli.options import Json
 from fixify.cli.output import Output
-from fixify.errors import CheckFailed, UsageError
+from fixify.errors import CheckFailed
 
 
 def verify(
@@ -19,24 +19,15 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Rebuild the codebook, reload the weights, run the model, and say whether all is as the file promises.
+    """Rebuild the codebook, reload the weights, run the model, and check that the file holds what it promises.
 
-    Exits with 3 if something is not.
+    The exit code is 3 if a check fails.
     """
-    from fixify.checkpoints.verify import verify as run
-    from fixify.language.checkpoint import is_language, verify_language
+    import fixify
     from fixify.reporting.tables import checks_table
 
-    output = Output(as_json=as_json)
-    if is_language(file):
-        if source is not None:
-            raise UsageError(f"{file} is a language model; it was made of no other file.", hint="Leave --source out.")
-        checks = verify_language(file)
-    else:
-        checks = run(file, source=source)
-    failed = [check for check in checks if not check.passed]
-    output.result(
-        {"file": file.name, "passed": not failed, "checks": [vars(check) for check in checks]}, checks_table(checks)
-    )
-    if failed:
-        raise CheckFailed(f"{file} does not hold what it promises: {failed[0].name}: {failed[0].detail}.")
+    found = fixify.verify(file, source=source)
+    Output(as_json=as_json).result(found.to_dict(), checks_table(found.checks))
+    if not found.passed:
+        first = found.failed[0]
+        raise CheckFailed(f"{file} does not hold what it promises: {first.name}: {first.detail}.")

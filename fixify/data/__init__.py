@@ -1,9 +1,9 @@
-"""Data names to batches of images: `open_data`, `open_unlabelled`, `draw_images`, `check_classes`, `make_loader`."""
+"""Turn data names into batches of images: `open_data`, `match_classes`, `make_loader`."""
 
 from fixify.data.class_matching import Matched, check_classes, match_classes
 from fixify.data.dataset import ClassOrder, DataOptions, ImageSource, OpenedData, Split, Subset, listing_digest
 from fixify.data.loader import Augmentation, ImageLoader, Unreadable, UnreadableImages, default_workers, make_loader
-from fixify.data.preprocessing import override
+from fixify.data.preprocessing import Preprocessing, override
 from fixify.data.registry import DATA_NAMES, draw_images, open_data, open_train_val, open_unlabelled
 from fixify.data.sampler import Shard
 
@@ -16,6 +16,7 @@ __all__ = [
     "ImageSource",
     "Matched",
     "OpenedData",
+    "Preprocessing",
     "Shard",
     "Split",
     "Subset",

@@ -1,4 +1,8 @@
-"""Class maps: which class of a data set has which label."""
+"""Give the labels of a data set the meaning that a checkpoint's labels have.
+
+`match_classes` matches by class name, wherever both sides have names. `apply_class_map` follows a file in which the
+user says which class has which label.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +17,113 @@ import numpy as np
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from fixify.checkpoints.labels import read_class_indices
-from fixify.data.dataset import ClassOrder, OpenedData, Relabelled, Subset
+from fixify.data.dataset import OpenedData, Relabelled, Subset, sort_classes
 from fixify.errors import DataError, SourceError
+
+_RENAMED_FRACTION = 0.1  # fraction of classes that may have other names and still be taken for other spellings
+_MANY_CLASSES = 100  # number of classes from which that is allowed
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Data whose labels are those of a checkpoint.
+
+    Attributes:
+        data: The data with the checkpoint's labels, and with its class names if it has some.
+        label_of: The checkpoint's label of each label of the original data.
+        note: What the user should know about how labels were matched; None if there is no doubt.
+    """
+
+    data: OpenedData
+    label_of: tuple[int, ...]
+    note: str | None
+
+    @property
+    def moved(self) -> bool:
+        """Whether any label has changed."""
+        return self.label_of != tuple(range(len(self.label_of)))
+
+
+def match_classes(
+    opened: OpenedData,
+    num_classes: int,
+    *stored: Sequence[str] | None,
+    subset: bool = False,
+) -> Matched:
+    """Give data the labels of a checkpoint, by the names of the classes.
+
+    Args:
+        opened: The data.
+        num_classes: Number of classes of the checkpoint's classifier.
+        stored: Vocabularies of the checkpoint: names of its classes in label order, or None. If there are several
+            (folder names, descriptions), the first one that has the data's names is used. A checkpoint without
+            other names, and with as many classes as a version of ImageNet, gets that version's synsets and
+            descriptions.
+        subset: Whether the data may lack some of the checkpoint's classes. Class names that are numbers are then the
+            checkpoint's labels.
+
+    Raises:
+        DataError: only some of the names are the checkpoint's; the names cannot be compared and the numbers of classes
+            differ; or the class order that was asked for, or a class map, contradicts the checkpoint's names.
+    """
+    vocabularies = _vocabularies(num_classes, stored)
+    found = opened.class_names
+    if opened.order == "map":
+        return _match_by_map(opened, num_classes, vocabularies)
+    for names in vocabularies:
+        if found == names:
+            return _matched(opened, range(len(found)), names)
+        label_of = _unique_labels(names)
+        if set(found) <= label_of.keys():
+            labels = [label_of[name] for name in found]
+            if len(found) < num_classes and not subset:
+                raise _classes_missing(opened, names)
+            if opened.order != "own" and not opened.assumed and labels != sorted(labels):
+                raise _contradiction(opened, names, f"--class-order {opened.order}")
+            return _matched(opened, labels, names, _note_by_name(labels, opened, num_classes))
+    given = [tuple(names) for names in stored if names is not None]  # without the vocabularies that are only assumed
+    numbers = _names_as_labels(found, num_classes)
+    for names in given:
+        if _same_but_for_spelling(found, names):
+            label = _first_difference(found, names)
+            note = f"some class names differ from the checkpoint's: {found[label]!r}, not {names[label]!r}"
+            return _matched(opened, range(len(found)), names, note)
+        if set(found) & set(names) and not numbers:
+            raise _names_differ(opened, names)
+    if len(found) < num_classes and numbers and subset:
+        names = vocabularies[0] if vocabularies else tuple(map(str, range(num_classes)))
+        note = f"{len(found):,} of the checkpoint's {num_classes:,} classes; the class names are its labels"
+        return _matched(opened, numbers, names, note)
+    if len(found) != num_classes:
+        raise DataError(
+            f"The checkpoint has {num_classes} classes and the data at {opened.location} has {len(found)}.",
+            hint="Use the data that the checkpoint was trained on, give a --class-map FILE, "
+            f"or convert again for this label set: fixify convert SOURCE --num-classes {len(found)}",
+        )
+    return _matched(opened, range(num_classes), found, _note_by_order(opened, given))
+
+
+def check_classes(opened: OpenedData, num_classes: int, *stored: Sequence[str] | None) -> None:
+    """Check that the data's labels, as they are, mean what a checkpoint's labels mean; see `match_classes`.
+
+    Raises:
+        DataError: as `match_classes`, or the same names are in another order.
+    """
+    matched = match_classes(opened, num_classes, *stored)
+    if matched.moved:
+        label = next(label for label, other in enumerate(matched.label_of) if label != other)
+        raise DataError(
+            f"The classes are in another order: label {label} is {matched.data.class_names[label]!r} in the checkpoint "
+            f"and {opened.class_names[label]!r} in the data.",
+            hint="Both must give a class the same label.",
+        )
 
 
 def read_class_map(path: str | Path) -> dict[str, int]:
-    """Class name -> label, from a file as for `fixify.checkpoints.labels.read_class_indices`.
+    """Read which class has which label from a file, as `fixify.checkpoints.labels.read_class_indices` does.
 
     Raises:
-        DataError: it cannot be read, or holds no class map.
+        DataError: the file cannot be read, or is not a class map.
     """
     try:
         return read_class_indices(Path(path))
@@ -30,17 +132,21 @@ def read_class_map(path: str | Path) -> dict[str, int]:
 
 
 def apply_class_map(opened: OpenedData, labels: Mapping[str, int]) -> OpenedData:
-    """The data under the labels of a class map; images of classes that it does not name are left out, as in timm.
+    """Give data the labels of a class map; as in timm, images of classes that it does not name are left out.
+
+    Args:
+        opened: The data.
+        labels: Label of each class name.
 
     Raises:
-        DataError: it names none of the data's classes.
+        DataError: the class map names none of the data's classes.
     """
     known = [name in labels for name in opened.class_names]
     if not any(known):
         raise DataError(
-            f"The class map names none of the classes of {opened.location}: it has {next(iter(labels))!r} ..., "
-            f"the data {opened.class_names[0]!r} ...",
-            hint="A class map has the names of the class folders, one a line in label order, or with their labels.",
+            f"The class map names none of the classes of {opened.location}. The class map has {next(iter(labels))!r} "
+            f"..., the data has {opened.class_names[0]!r} ...",
+            hint="A class map has the names of the class folders: one per line in label order, or with their labels.",
         )
     names = [f"label {label}" for label in range(max(labels.values()) + 1)]
     for name, label in labels.items():
@@ -50,8 +156,8 @@ def apply_class_map(opened: OpenedData, labels: Mapping[str, int]) -> OpenedData
         kept = np.flatnonzero(np.array(known)[cast(Any, images).labels])
         images = Subset(images, kept.tolist())
         description = (
-            f"{len(kept):,} images of {sum(known):,} classes that the class map names ({known.count(False):,} are left "
-            f"out) of {description}"
+            f"{len(kept):,} images of the {sum(known):,} classes that the class map names, out of {description} "
+            f"({known.count(False):,} classes are left out)"
         )
     label_of = np.array([labels.get(name, -1) for name in opened.class_names], dtype=np.int64)
     return replace(
@@ -64,123 +170,17 @@ def apply_class_map(opened: OpenedData, labels: Mapping[str, int]) -> OpenedData
     )
 
 
-# Do the labels of a data set mean what the labels of a checkpoint mean? By name, wherever both have names.
-
-
-_FEW_RENAMED = 0.9  # of many classes, the share that has to agree for the rest to be taken for other spellings
-_MANY = 100
-
-
-def natural_order(names: Iterable[str]) -> list[str]:
-    """Folder names in timm's order: digits compare as numbers and case is ignored, so class10 follows class9.
-
-    torchvision sorts the same names lexically (class10 before class2). timm's order leaves names that differ only
-    in case in an arbitrary order; here the name itself breaks the tie.
-    """
-    return sorted(names, key=lambda name: (_natural_key(name), name))
-
-
-def in_order(names: Iterable[str], order: ClassOrder | None) -> list[str]:
-    """Class names in timm's order (natural, the default) or in torchvision's (lexical)."""
-    return sorted(names) if order == "lexical" else natural_order(names)
-
-
-def _natural_key(name: str) -> list[int | str]:
-    # `re.split` alternates words and numbers, so that equal positions always compare equal types.
-    return [int(part) if odd % 2 else part for odd, part in enumerate(re.split(r"(\d+)", name.lower()))]
-
-
-@dataclass(frozen=True)
-class Matched:
-    """Data whose labels are those of a checkpoint.
-
-    Attributes:
-        data: The data under the checkpoint's labels, with its class names where it has some.
-        label_of: The checkpoint's label of each of the data's own labels.
-        note: What a person should know of how labels were matched; None if there is no doubt.
-    """
-
-    data: OpenedData
-    label_of: tuple[int, ...]
-    note: str | None
-
-    @property
-    def moved(self) -> bool:
-        """Whether the data's own labels are other ones."""
-        return self.label_of != tuple(range(len(self.label_of)))
-
-
-def match_classes(
-    opened: OpenedData,
-    num_classes: int,
-    *stored: Sequence[str] | None,
-    subset: bool = False,
-) -> Matched:
-    """Give data the labels that a checkpoint means, by the names of the classes.
-
-    Args:
-        opened: The data.
-        num_classes: Classes of the checkpoint's classifier.
-        stored: Names of the checkpoint's classes in label order, as far as it has them; of several vocabularies (folder
-            names, words for people) the first that has the data's names counts. A checkpoint of as many classes as a
-            version of ImageNet, and with no other names, has that version's synsets and words.
-        subset: Whether the data may lack some of the checkpoint's classes. Those that are numbers then are its labels.
-
-    Raises:
-        DataError: some names are the checkpoint's and some are not; the names say nothing and the number of classes
-            differs; or the order that was asked for, or a class map, contradicts the checkpoint's names.
-    """
-    vocabularies = _vocabularies(num_classes, stored)
+def _match_by_map(opened: OpenedData, num_classes: int, vocabularies: Sequence[tuple[str, ...]]) -> Matched:
+    """Keep the labels of a class map, which takes precedence unless it contradicts the checkpoint's class names."""
     found = opened.class_names
-    if opened.order == "map":
-        return _by_map(opened, num_classes, vocabularies)
+    if len(found) > num_classes:
+        raise DataError(f"The class map has label {len(found) - 1}, but the checkpoint has {num_classes} classes.")
     for names in vocabularies:
-        if found == names:
-            return _matched(opened, range(len(found)), names)
-        place = _places(names)
-        if set(found) <= place.keys():
-            labels = [place[name] for name in found]
-            if len(found) < num_classes and not subset:
-                raise _fewer(opened, names)
-            if opened.order != "own" and not opened.assumed and labels != sorted(labels):
-                raise _contradiction(opened, names, f"--class-order {opened.order}")
-            return _matched(opened, labels, names, _note_by_name(labels, opened, num_classes))
-    said = [tuple(names) for names in stored if names is not None]  # not what was only assumed
-    for names in said:
-        if _few_renamed(found, names):
-            differ = next(label for label, pair in enumerate(zip(found, names, strict=True)) if pair[0] != pair[1])
-            note = f"some classes are named otherwise than in the checkpoint, {found[differ]!r} not {names[differ]!r}"
-            return _matched(opened, range(len(found)), names, note)
-        if set(found) & set(names) and not _numbers(found, num_classes):
-            raise _some_names(opened, names)
-    numbers = _numbers(found, num_classes)
-    if len(found) < num_classes and numbers and subset:
-        names = vocabularies[0] if vocabularies else tuple(map(str, range(num_classes)))
-        note = f"{len(found):,} of the checkpoint's {num_classes:,} classes, named by their labels"
-        return _matched(opened, numbers, names, note)
-    if len(found) != num_classes:
-        raise DataError(
-            f"The checkpoint has {num_classes} classes and the data at {opened.location} has {len(found)}.",
-            hint="Use the data that the checkpoint was trained on, give a --class-map FILE, "
-            f"or convert anew for this label set: fixify convert SOURCE --num-classes {len(found)}",
-        )
-    return _matched(opened, range(num_classes), found, _note_of_order(opened, said))
-
-
-def check_classes(opened: OpenedData, num_classes: int, *stored: Sequence[str] | None) -> None:
-    """Refuse data whose labels, as they are, do not mean what a checkpoint's labels mean; see `match_classes`.
-
-    Raises:
-        DataError: as `match_classes`, or the same names stand in another order.
-    """
-    matched = match_classes(opened, num_classes, *stored)
-    if matched.moved:
-        label = next(label for label, other in enumerate(matched.label_of) if label != other)
-        raise DataError(
-            f"Its classes are in another order: label {label} is {matched.data.class_names[label]!r} there and "
-            f"{opened.class_names[label]!r} here.",
-            hint="Both have to give the same label to a class.",
-        )
+        label_of = _unique_labels(names)
+        if any(label_of.get(name, label) != label for label, name in enumerate(found)):
+            raise _contradiction(opened, names, "the class map")
+    names = vocabularies[0] if vocabularies else (*found, *map(str, range(len(found), num_classes)))
+    return _matched(opened, range(len(found)), names)
 
 
 def _matched(opened: OpenedData, labels: Iterable[int], names: Sequence[str], note: str | None = None) -> Matched:
@@ -198,34 +198,38 @@ def _vocabularies(num_classes: int, stored: Iterable[Sequence[str] | None]) -> l
     subset = infer_imagenet_subset({"num_classes": num_classes})
     if subset is not None:
         info = ImageNetInfo(subset)
-        own = [tuple(info.label_names()), tuple(info.label_descriptions())]
-        if all(names in own for names in known):
-            known += [names for names in own if names not in known]
+        imagenet = [tuple(info.label_names()), tuple(info.label_descriptions())]
+        if all(names in imagenet for names in known):
+            known += [names for names in imagenet if names not in known]
     return known
 
 
-def _places(names: Sequence[str]) -> dict[str, int]:
-    """The label of each name that only one class has; two classes of ImageNet are called crane."""
+def _unique_labels(names: Sequence[str]) -> dict[str, int]:
+    """Return the label of each name that only one class has; ImageNet has two classes called crane."""
     count = Counter(names)
     return {name: label for label, name in enumerate(names) if count[name] == 1}
 
 
-def _numbers(names: Sequence[str], num_classes: int) -> list[int]:
-    """The class names as labels, if they are different numbers from 0 to C - 1; else nothing."""
+def _names_as_labels(names: Sequence[str], num_classes: int) -> list[int]:
+    """Read the class names as labels if they are different numbers from 0 to C - 1; otherwise return nothing."""
     if not all(re.fullmatch(r"[0-9]{1,9}", name) for name in names):
         return []
     labels = [int(name) for name in names]
     return labels if len(set(labels)) == len(labels) and max(labels) < num_classes else []
 
 
-def _few_renamed(found: Sequence[str], names: Sequence[str]) -> bool:
-    if len(found) != len(names) or len(names) < _MANY:
+def _same_but_for_spelling(found: Sequence[str], names: Sequence[str]) -> bool:
+    if len(found) != len(names) or len(names) < _MANY_CLASSES:
         return False
     differ = [pair for pair in zip(found, names, strict=True) if pair[0] != pair[1]]
     agree = {ours for ours, theirs in zip(found, names, strict=True) if ours == theirs}
-    # None that differs may be the name of another label: that would be another order.
+    # A name that differs must not be the name of another label, because that would be another order.
     elsewhere = {ours for ours, _ in differ} & (set(names) - agree)
-    return len(differ) <= (1 - _FEW_RENAMED) * len(names) and not elsewhere
+    return len(differ) <= _RENAMED_FRACTION * len(names) and not elsewhere
+
+
+def _first_difference(found: Sequence[str], names: Sequence[str]) -> int:
+    return next(label for label, pair in enumerate(zip(found, names, strict=True)) if pair[0] != pair[1])
 
 
 def _note_by_name(labels: Sequence[int], opened: OpenedData, num_classes: int) -> str | None:
@@ -233,76 +237,60 @@ def _note_by_name(labels: Sequence[int], opened: OpenedData, num_classes: int) -
         return f"{len(labels):,} of the checkpoint's {num_classes:,} classes, matched by name"
     if list(labels) == sorted(labels):
         return None
-    return f"labels by name, as in the checkpoint; in {_ordered(opened)} order they would differ"
+    order = "the data set's own" if opened.order == "own" else opened.order
+    return f"labels matched to the checkpoint's by class name; they would differ in {order} order"
 
 
-def _note_of_order(opened: OpenedData, said: Sequence[tuple[str, ...]]) -> str | None:
+def _note_by_order(opened: OpenedData, given: Sequence[tuple[str, ...]]) -> str | None:
     notes = []
-    if said:
+    if given:
         notes.append(
-            f"the checkpoint has other names for its classes, and label 0 ({said[0][0]!r}) is taken to be "
+            f"the checkpoint has other class names; its label 0 ({given[0][0]!r}) is assumed to be "
             f"{opened.class_names[0]!r}"
         )
     if opened.assumed:
-        ours, theirs = list(opened.class_names), in_order(opened.class_names, "lexical")
+        ours, theirs = list(opened.class_names), sort_classes(opened.class_names, "lexical")
         if ours != theirs:
-            label = next(label for label, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
+            label = _first_difference(ours, theirs)
             notes.append(
-                f"labels in natural order, as timm sorts folders (label {label} is {ours[label]!r}), since the "
-                f"checkpoint has no class names; torchvision's order is --class-order lexical ({theirs[label]!r})"
+                f"the checkpoint has no class names, so labels are in natural order, as timm sorts folders (label "
+                f"{label} is {ours[label]!r}); torchvision's order is --class-order lexical ({theirs[label]!r})"
             )
     return "; ".join(notes) or None
 
 
-def _by_map(opened: OpenedData, num_classes: int, vocabularies: Sequence[tuple[str, ...]]) -> Matched:
-    """A class map says what each label is: its word counts, unless the checkpoint knows the very names otherwise."""
-    found = opened.class_names
-    if len(found) > num_classes:
-        raise DataError(f"The class map has label {len(found) - 1}, and the checkpoint {num_classes} classes.")
-    for names in vocabularies:
-        place = _places(names)
-        if any(place.get(name, label) != label for label, name in enumerate(found)):
-            raise _contradiction(opened, names, "the class map")
-    names = vocabularies[0] if vocabularies else (*found, *map(str, range(len(found), num_classes)))
-    return _matched(opened, range(len(found)), names)
-
-
-def _ordered(opened: OpenedData) -> str:
-    return "their own" if opened.order == "own" else opened.order
-
-
 def _contradiction(opened: OpenedData, names: Sequence[str], what: str) -> DataError:
-    place = _places(names)
-    label, name = next(item for item in enumerate(opened.class_names) if place.get(item[1], item[0]) != item[0])
+    label_of = _unique_labels(names)
+    label, name = next(item for item in enumerate(opened.class_names) if label_of.get(item[1], item[0]) != item[0])
     return DataError(
-        f"The checkpoint says that {name!r} is label {place[name]}; by {what} it is label {label}. "
-        f"The checkpoint's order: {_some(names)}. The other: {_some(opened.class_names)}.",
-        hint="Leave the option out: classes are matched by their names.",
+        f"In the checkpoint {name!r} is label {label_of[name]}; by {what} it is label {label}. "
+        f"The checkpoint's order: {_shorten(names)}. The other: {_shorten(opened.class_names)}.",
+        hint="Leave the option out: classes are matched by name.",
     )
 
 
-def _fewer(opened: OpenedData, names: Sequence[str]) -> DataError:
+def _classes_missing(opened: OpenedData, names: Sequence[str]) -> DataError:
     missing = [name for name in names if name not in set(opened.class_names)]
     return DataError(
-        f"The data at {opened.location} has {opened.num_classes} of the checkpoint's {len(names)} classes; without "
-        f"images are {_some(missing)}.",
-        hint="Training on some classes unlearns the others. For a model of these alone, convert anew: "
-        f"fixify convert SOURCE --num-classes {opened.num_classes}",
+        f"The data at {opened.location} has {opened.num_classes} of the checkpoint's {len(names)} classes. "
+        f"Without images: {_shorten(missing)}.",
+        hint="A model that is trained on some classes unlearns the others. For a model of these classes alone, convert "
+        f"again: fixify convert SOURCE --num-classes {opened.num_classes}",
     )
 
 
-def _some_names(opened: OpenedData, stored: Sequence[str]) -> DataError:
+def _names_differ(opened: OpenedData, stored: Sequence[str]) -> DataError:
     shared = set(stored) & set(opened.class_names)
     missing = [name for name in stored if name not in shared]
     extra = [name for name in opened.class_names if name not in shared]
-    lacks = f"{len(missing)} of the checkpoint's {len(stored)} classes are not in the data: {_some(missing)}; "
+    lacks = f"{len(missing)} of the checkpoint's {len(stored)} classes are not in the data: {_shorten(missing)}; "
     return DataError(
-        f"{lacks if missing else ''}{len(extra)} of the data's classes are not in the checkpoint: {_some(extra)}.",
-        hint="Use the class folders that the checkpoint was trained on, say which folder is which label with "
-        "--class-map FILE, or convert anew with --num-classes.",
+        f"{lacks if missing else ''}{len(extra)} of the data's classes are not in the checkpoint: {_shorten(extra)}.",
+        hint="Use the class folders that the checkpoint was trained on, say which folder has which label with "
+        "--class-map FILE, or convert again with --num-classes.",
     )
 
 
-def _some(names: Sequence[str], most: int = 5) -> str:
+def _shorten(names: Sequence[str], most: int = 5) -> str:
     shown = ", ".join(repr(name) for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

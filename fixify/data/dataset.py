@@ -1,8 +1,9 @@
-"""How a data set's labels are read, where its name alone leaves it open."""
+"""What a data name resolves to: images, their labels, and the class names that say what each label means."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +15,23 @@ from PIL import Image, UnidentifiedImageError
 
 from fixify.errors import DataError
 
+Split = Literal["train", "val", "test"]
+ClassOrder = Literal["natural", "lexical"]
+
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How a data set's labels are read. Names are timm's where timm has one.
+    """How to read the labels of a data set. The names are timm's where timm has one.
 
     Attributes:
-        class_order: How the class folders are sorted: "natural" is timm's order (2 before 10), "lexical" torchvision's;
-            None is natural.
-        class_map: A file that says which class has which label; see `fixify.data.class_matching.read_class_map`. Images of
+        class_order: How to sort the names of class folders: "natural" is timm's order (2 before 10), "lexical" is
+            torchvision's. None means natural.
+        class_map: A file that gives each class its label; see `fixify.data.class_matching.read_class_map`. Images of
             classes that it does not name are left out.
-        input_key: The column (`hfds/...`) or the file endings (`wds/...`, "jpg;png") of the images; None finds it.
-        target_key: The column of the labels, or the field of the JSON file beside each image; None finds it.
-        need_labels: False takes data without labels too; every label is then 0.
+        input_key: Image column (`hfds/...`) or file extensions (`wds/...`, for example "jpg;png"). None detects it.
+        target_key: Label column (`hfds/...`), or the field of the JSON file beside each image (`wds/...`). None
+            detects it.
+        need_labels: False also accepts data without labels; every label is then 0.
     """
 
     class_order: ClassOrder | None = None
@@ -36,20 +41,13 @@ class DataOptions:
     need_labels: bool = True
 
 
-# What a data name resolves to: images, labels, and the class names that fix what each label means.
-
-
-Split = Literal["train", "val", "test"]
-ClassOrder = Literal["natural", "lexical"]
-
-
 class ImageSource(Protocol):
-    """A random-access collection of labelled images. It is copied into loader workers, so it has to pickle."""
+    """A random-access collection of labelled images. It must pickle, because loader workers get a copy."""
 
     def __len__(self) -> int: ...
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """Image `index`, decoded, and its label.
+        """Decode image `index` and return it with its label.
 
         Raises:
             DataError: the image cannot be read; the message names it.
@@ -57,8 +55,10 @@ class ImageSource(Protocol):
         ...
 
     def listing(self) -> Iterable[bytes]:
-        """What tells these images from others without decoding them, an entry an image or fewer of larger parts, in
-        any order and on any machine the same; see `fixify.data.listing_digest`.
+        """Return what identifies these images without decoding them; see `listing_digest`.
+
+        The result has one entry per image, or fewer entries for larger parts (a table, an array). The order of the
+        entries does not matter; their content must be the same on every machine.
         """
         ...
 
@@ -70,14 +70,14 @@ class OpenedData:
     Attributes:
         images: The labelled images.
         class_names: Name of each label, in label order. Two data sets agree on labels exactly if these are equal.
-        location: Where it was found, for messages. A path of this machine: never written into a checkpoint.
-        description: One line for a person: which folder was used as which split, how many images and classes.
+        location: Where the data was found, for messages. It is a path of this machine and never goes into a checkpoint.
+        description: One line for people: which folder is used as which split, how many images and classes.
         name: The data name without any path of this machine, as a checkpoint may record it.
-        split: What was asked for.
-        labelled: False where the labels mean nothing.
-        order: Where the order of the classes comes from: the data set itself ("own"), a class map ("map"), or their
-            folders' names, sorted.
-        assumed: Nobody asked for that order.
+        split: The split that was asked for.
+        labelled: False if the labels mean nothing.
+        order: Where the order of the classes comes from: "own" is the data set's own order, "map" is a class map, and
+            the others are ways of sorting the names of class folders.
+        assumed: True if `order` is a default that nobody asked for.
     """
 
     images: ImageSource
@@ -92,6 +92,7 @@ class OpenedData:
 
     @property
     def num_classes(self) -> int:
+        """Number of classes."""
         return len(self.class_names)
 
     def __len__(self) -> int:
@@ -99,7 +100,7 @@ class OpenedData:
 
 
 class Subset:
-    """Some of the images of a source, in the given order."""
+    """Some images of a source, in the given order."""
 
     def __init__(self, images: ImageSource, indices: list[int]) -> None:
         self.images = images
@@ -109,19 +110,21 @@ class Subset:
         return len(self.indices)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
+        """See `ImageSource.load`."""
         return self.images.load(self.indices[index])
 
     def listing(self) -> Iterator[bytes]:
+        """Identify the images of the source and the indices."""
         yield from self.images.listing()
         yield hashlib.sha256(np.array(self.indices, dtype="<i8").tobytes()).digest()
 
 
 class Relabelled:
-    """The images of a source under other labels.
+    """The images of a source with other labels.
 
     Args:
         images: The source.
-        labels: New label of each of the source's labels.
+        labels: The new label of each label of the source, int64 [number of old labels].
     """
 
     def __init__(self, images: ImageSource, labels: NDArray[np.int64]) -> None:
@@ -132,46 +135,67 @@ class Relabelled:
         return len(self.images)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
+        """See `ImageSource.load`."""
         image, label = self.images.load(index)
         return image, int(self.label_of[label])
 
     def listing(self) -> Iterator[bytes]:
+        """Identify the images of the source and the new labels."""
         yield from self.images.listing()
         yield hashlib.sha256(self.label_of.astype("<i8").tobytes()).digest()
 
 
-# A fingerprint of which images a data set has: of their list, not of every pixel.
-
-
 def listing_digest(data: OpenedData) -> str:
-    """SHA-256 of the data's list of images, 64 hexadecimal digits.
+    """Compute the SHA-256 of the class names and the list of images, as 64 hexadecimal digits.
 
-    Of files the list has the names below the split's folder, sizes and labels, in sorted order, so a copy of the folder
-    elsewhere has the same; reading a million names and sizes takes seconds, reading the images would take an hour. What
-    is held in memory is taken whole.
+    For files, the list has their names relative to the split's folder, their sizes and their labels, in sorted order: a
+    copy of the folder elsewhere has the same digest. Reading a million names and sizes takes seconds; reading the
+    images would take an hour. Images that are held in memory are hashed whole.
 
     Raises:
-        DataError: an image file has gone since the list was made.
+        DataError: an image file has disappeared since the list was made.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for entry in (*(name.encode() for name in data.class_names), *sorted(data.images.listing())):
-        found.update(len(entry).to_bytes(8, "little") + entry)
-    return found.hexdigest()
+        digest.update(len(entry).to_bytes(8, "little") + entry)
+    return digest.hexdigest()
 
 
-# Bytes to images.
+def natural_order(names: Iterable[str]) -> list[str]:
+    """Sort names in timm's order: digits compare as numbers, and case is ignored.
+
+    timm leaves names that differ only in case in an arbitrary order; here the name itself breaks the tie.
+
+    >>> natural_order(["class10", "class9", "Class1"])
+    ['Class1', 'class9', 'class10']
+    """
+    return sorted(names, key=lambda name: (_natural_key(name), name))
+
+
+def sort_classes(names: Iterable[str], order: ClassOrder | None) -> list[str]:
+    """Sort class names in timm's order (natural, the default) or in torchvision's (lexical).
+
+    >>> sort_classes(["class10", "class9"], "lexical")
+    ['class10', 'class9']
+    """
+    return sorted(names) if order == "lexical" else natural_order(names)
+
+
+def _natural_key(name: str) -> list[int | str]:
+    # `re.split` alternates text and numbers, so equal positions always compare equal types.
+    return [int(part) if position % 2 else part for position, part in enumerate(re.split(r"(\d+)", name.lower()))]
 
 
 def decode(file: Path | IO[bytes], where: object, *, hint: str | None = None) -> Image.Image:
     """Decode an image.
 
     Args:
-        file: Its file, or an open one.
-        where: What to call it in a message.
+        file: Its path, or an open file.
+        where: How to name it in an error message.
         hint: What to do if it is damaged.
 
     Raises:
-        DataError: it cannot be decoded.
+        DataError: the image cannot be decoded.
     """
     try:
         with Image.open(file) as image:

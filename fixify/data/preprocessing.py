@@ -1,20 +1,45 @@
-"""What a data configuration says, and changing it for checkpoints that do not say it right."""
+"""How images become the input of a model: timm's data configuration, and changes to it for single checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
 from fixify.errors import DataError
+
+
+class Preprocessing(TypedDict, total=False):
+    """timm's data configuration, as `timm.data.resolve_data_config` returns it and slim checkpoints store it.
+
+    Functions take any mapping with these keys, because a checkpoint may lack some.
+
+    Attributes:
+        input_size: Channels, height and width.
+        mean: Mean of each channel, subtracted from values between 0 and 1.
+        std: Standard deviation of each channel.
+        interpolation: "bilinear", "bicubic", ...
+        crop_pct: Fraction of the resized image that the evaluation crop keeps.
+        crop_mode: "center", "squash", "border", ...
+    """
+
+    input_size: Sequence[int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    interpolation: str
+    crop_pct: float | None
+    crop_mode: str | None
 
 
 def override(
     preprocessing: Mapping[str, Any], *, img_size: int | None = None, crop_pct: float | None = None
 ) -> dict[str, Any]:
-    """The preprocessing with another image size (both sides) or crop; None leaves the checkpoint's.
+    """Return the preprocessing with another image size (both sides) or crop; None keeps the checkpoint's.
 
-    A checkpoint of an architecture that was trained on images of an unusual size often carries only weights, and the
-    architecture's own size is then assumed.
+    Checkpoints of models that were trained on images of an unusual size often carry only weights, and then the
+    architecture's default size is assumed.
+
+    >>> override({"input_size": [3, 224, 224], "crop_pct": 0.875}, img_size=288)
+    {'input_size': [3, 288, 288], 'crop_pct': 0.875}
     """
     changed = dict(preprocessing)
     if img_size is not None:
@@ -25,27 +50,34 @@ def override(
 
 
 def channels_of(preprocessing: Mapping[str, Any]) -> int:
-    """Channels of the images: 1 (gray) or 3 (RGB).
+    """Return the number of image channels: 1 (gray) or 3 (RGB).
 
     Raises:
-        DataError: another number, or the configuration is incomplete.
+        DataError: it is another number, or the configuration lacks input_size, mean or std.
     """
     missing = [key for key in ("input_size", "mean", "std") if key not in preprocessing]
     if missing:
-        raise DataError(f"The checkpoint does not say how images are preprocessed: {', '.join(missing)} missing.")
+        raise DataError(f"The checkpoint does not say how images are preprocessed. Missing: {', '.join(missing)}.")
     channels = int(preprocessing["input_size"][0])
     if channels not in (1, 3):
-        raise DataError(f"The model takes images of {channels} channels; image files have 1 (gray) or 3 (RGB).")
+        raise DataError(f"The model takes images of {channels} channels. Image files have 1 (gray) or 3 (RGB).")
     return channels
 
 
 def normalization(preprocessing: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation, one number a channel each; raises like `channels_of`."""
+    """Return mean and std with one number per channel each.
+
+    Raises:
+        DataError: as `channels_of`.
+
+    >>> normalization({"input_size": [1, 28, 28], "mean": [0.25, 0.5, 0.75], "std": [0.5]})
+    ((0.5,), (0.5,))
+    """
     channels = channels_of(preprocessing)
     return _per_channel(preprocessing["mean"], channels), _per_channel(preprocessing["std"], channels)
 
 
-def _per_channel(values: Any, channels: int) -> tuple[float, ...]:
-    # A gray model derived from an RGB one has three means: their average is the convention (timm's too).
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    # A gray model derived from an RGB model has three means. By convention (timm's too) their average is used.
     numbers = [float(value) for value in values]
     return tuple(numbers) if len(numbers) == channels else (sum(numbers) / len(numbers),) * channels

@@ -1,4 +1,4 @@
-"""Which images a batch has, in what order, with which seeds: functions of (seed, epoch, batch, image) alone."""
+"""Choose the images of each batch, their order and their seeds, as a function of (seed, epoch, batch, image) alone."""
 
 from __future__ import annotations
 
@@ -13,42 +13,68 @@ from fixify.errors import DataError
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of each batch is for this process, of so many that train together; the whole of it for one."""
+    """The part of the images that one process reads, when several processes run together.
+
+    Attributes:
+        rank: Which process, from 0.
+        count: Number of processes.
+    """
 
     rank: int = 0
     count: int = 1
 
 
 class BatchSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (index, seed of that image in this epoch)."""
+    """Batches of (image index, seed of that image in this epoch).
+
+    Set `epoch` and `first_batch` before iterating.
+
+    Args:
+        num_images: Images in the data set.
+        batch_size: Images per batch of this process. If there are fewer images, one batch has them all.
+        training: Shuffle, and drop the incomplete last batch. Otherwise take all images in order.
+        seed: Decides the order and the seeds, together with the epoch.
+        even: Round the batch size down to an even number; timm's Mixup pairs the images of a batch.
+        shard: Which process this is. In training the processes together read the batches that one process with
+            batches of batch_size * shard.count images would read. Otherwise process r reads images r, r + count, ...
+
+    Attributes:
+        batch_size: Images per batch of this process, after the adjustments above.
+        global_batch_size: Images per batch of all processes.
+        images_used: Images per epoch of all processes.
+
+    Raises:
+        DataError: there are too few images for one batch.
+
+    >>> list(BatchSampler(5, 2, training=False, seed=0, even=False, shard=Shard(rank=1, count=2)))
+    [[(1, 0), (3, 0)]]
+    """
 
     def __init__(
-        self, num_images: int, batch_size: int, *, training: bool, seed: int, even: bool, share: Shard
+        self, num_images: int, batch_size: int, *, training: bool, seed: int, even: bool, shard: Shard
     ) -> None:
         self.num_images = num_images
         self.training = training
         self.seed = seed
-        self.share = share
+        self.shard = shard
         self.epoch = 0
         self.first_batch = 0
-        size = min(batch_size, num_images // share.count if training else num_images)
-        self.batch_size = size - size % 2 if even else size  # timm's Mixup pairs the images of a batch
+        size = min(batch_size, num_images // shard.count if training else num_images)
+        self.batch_size = size - size % 2 if even else size
         if self.batch_size == 0:
-            where = f" of {share.count} processes" if share.count > 1 else ""
+            where = f" of {shard.count} processes" if shard.count > 1 else ""
             raise DataError(f"{num_images} images are too few for a batch{where}.")
-        self.all_at_once = self.batch_size * share.count
-        # Without its last incomplete batch an epoch has no batch of one image, on which batch norm fails.
-        self.images_used = num_images - num_images % self.all_at_once if training else num_images
+        self.global_batch_size = self.batch_size * shard.count
+        # An incomplete last batch could have one image, on which batch norm fails.
+        self.images_used = num_images - num_images % self.global_batch_size if training else num_images
 
     def __len__(self) -> int:
-        return -(-self.images_used // self.all_at_once)
+        return -(-self.images_used // self.global_batch_size)
 
     @property
     def own_batches(self) -> int:
+        """Batches per epoch of this process."""
         return len(self) if self.training else -(-len(self._own_indices()) // self.batch_size)
-
-    def _own_indices(self) -> range:
-        return range(self.share.rank, self.num_images, self.share.count)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         if not self.training:
@@ -58,24 +84,31 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
             return
         order = permutation(self.seed, self.epoch, Stream.ORDER, count=self.num_images)
         seeds = derive_seeds(self.seed, self.epoch, Stream.IMAGES, count=self.num_images)
-        places = self._places()
-        for start in range(self.first_batch * self.all_at_once, self.images_used, self.all_at_once):
-            indices_here = order[start : start + self.all_at_once][places]
-            yield list(zip(indices_here.tolist(), seeds[indices_here].tolist(), strict=True))
-
-    def _places(self) -> list[int]:
-        """Of the images of all processes at once, those of this one: some from the front and their mirror images from
-        the back, since it is those that timm's Mixup pairs.
-        """
-        rank, total = self.share.rank, self.all_at_once
-        back = self.batch_size // 2
-        front = self.batch_size - back
-        return [*range(rank * front, (rank + 1) * front), *range(total - (rank + 1) * back, total - rank * back)]
+        positions = self._positions()
+        for start in range(self.first_batch * self.global_batch_size, self.images_used, self.global_batch_size):
+            own = order[start : start + self.global_batch_size][positions]
+            yield list(zip(own.tolist(), seeds[own].tolist(), strict=True))
 
     def batch_seed(self, number: int) -> int:
+        """Return the seed of Mixup and CutMix for batch `number`; all processes get the same."""
         return derive_seed(self.seed, self.epoch, Stream.BATCHES, number)
 
     def erasing_seeds(self, number: int) -> list[int]:
-        seeds = derive_seeds(self.seed, self.epoch, Stream.ERASING, number, count=self.all_at_once)
-        found: list[int] = seeds[self._places()].tolist()
+        """Return the seed of random erasing for each image that this process has in batch `number`."""
+        seeds = derive_seeds(self.seed, self.epoch, Stream.ERASING, number, count=self.global_batch_size)
+        found: list[int] = seeds[self._positions()].tolist()
         return found
+
+    def _own_indices(self) -> range:
+        return range(self.shard.rank, self.num_images, self.shard.count)
+
+    def _positions(self) -> list[int]:
+        """List the positions of this process's images in the batch of all processes.
+
+        timm's Mixup pairs position i with position -1 - i, so each process gets positions from the front and their
+        mirror images from the back.
+        """
+        rank, total = self.shard.rank, self.global_batch_size
+        back = self.batch_size // 2
+        front = self.batch_size - back
+        return [*range(rank * front, (rank + 1) * front), *range(total - (rank + 1) * back, total - rank * back)]

@@ -1,1 +1,1 @@
-"""The whole job on real images, offline, in two minutes: a small network that reads the glyphs of twelve typefaces."""
+"""The whole job on real images, offline, in two minutes: a small network that reads characters in twelve typefaces."""

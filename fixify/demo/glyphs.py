@@ -1,7 +1,8 @@
-"""The 500 classes: which characters, in label order, and where the typefaces are.
+"""The demo's data set: images of 500 characters, drawn with the typefaces that matplotlib carries.
 
-`classes.txt` is the list; `tests/tools/demo_classes.py` made it. It is kept as a file because the labels of the shipped
-checkpoint must not depend on how this machine's FreeType happens to round.
+FreeType draws each character at twice the size of an image (64 x 64). Each image is such a drawing with a small
+rotation, shear, magnification and shift, with thinner or thicker strokes, with random brightness of paper and ink, and
+with noise. All random numbers come from an explicit generator, so the same seed gives the same images.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fixify.errors import DataError, OutputError, OutputExistsError
 
-LIST = Path(__file__).with_name("classes.txt")
+Split = Literal["train", "val"]
+Faces = Mapping[Split, Sequence[str]]
+Images = npt.NDArray[np.uint8]
 
-# One face of each family is held out, each with a style that the family's other faces have between them.
+# One face of each family is held out. Its style appears in training, spread over the other faces of the family.
 TRAIN_FACES = (
     "DejaVuSans",
     "DejaVuSans-Bold",
@@ -41,6 +44,29 @@ TRAIN_FACES = (
 )
 VAL_FACES = ("DejaVuSans-Oblique", "DejaVuSansMono-Bold", "DejaVuSerif-BoldItalic")
 ALL_FACES = tuple(sorted(TRAIN_FACES + VAL_FACES))
+FACES: Faces = {"train": TRAIN_FACES, "val": VAL_FACES}
+# Images per class and face. More validation images give a more reliable figure; more training images take longer.
+VARIANTS: Mapping[Split, int] = {"train": 2, "val": 2}
+
+# The list of classes is a file, because the labels of the shipped checkpoint must not depend on how this machine's
+# FreeType rounds. `tests/tools/demo_classes.py` made it.
+LIST = Path(__file__).with_name("classes.txt")
+MANIFEST = "glyphs.json"
+VERSION = 1
+
+IMAGE_SIZE = 32
+_DRAWN_SIZE = 2 * IMAGE_SIZE
+_FONT_SIZE = 44  # size of the font in pixels of a drawing; accents above capitals still fit
+
+# Ranges of the distortions, which are uniform. Pixels are those of the final image.
+_ROTATION = 4.0  # degrees in either direction
+_SHEAR = 0.08
+_MAGNIFICATION = (0.86, 1.12)
+_SHIFT = 2.0  # pixels in either direction
+_STROKE = (-0.35, 0.6)  # fraction of one pixel of the drawing that is eroded (-) or dilated (+) on each side
+_PAPER = (170.0, 255.0)
+_INK = (0.0, 90.0)
+_NOISE = (0.0, 14.0)  # standard deviation
 
 
 @dataclass(frozen=True, order=True)
@@ -48,8 +74,8 @@ class GlyphClass:
     """One class.
 
     Attributes:
-        name: Its folder and label, from the character's Unicode name: "latin_small_letter_a".
-        code_point: The character.
+        name: Name of its folder, from the character's Unicode name: "latin_small_letter_a".
+        code_point: The character's number in Unicode.
     """
 
     name: str
@@ -57,135 +83,30 @@ class GlyphClass:
 
     @classmethod
     def of(cls, code_point: int) -> GlyphClass:
-        """The class of a character. Unicode names never change, and these hold no digits, so every order agrees."""
+        """Make the class of a character.
+
+        Unicode names never change. Those of the list have no digits, so natural and lexical order agree.
+
+        >>> GlyphClass.of(ord("a"))
+        GlyphClass(name='latin_small_letter_a', code_point=97)
+        """
         return cls(unicodedata.name(chr(code_point)).lower().replace(" ", "_"), code_point)
 
     @property
     def character(self) -> str:
+        """The character itself."""
         return chr(self.code_point)
 
 
 @cache
 def glyph_classes() -> tuple[GlyphClass, ...]:
-    """All classes, in label order (which is the order of their names)."""
+    """List all classes in label order, which is the order of their names.
+
+    >>> len(glyph_classes())
+    500
+    """
     lines = LIST.read_text(encoding="ascii").splitlines()
     return tuple(GlyphClass(name, int(code_point, 16)) for code_point, name in (line.split() for line in lines))
-
-
-def face_path(face: str) -> Path:
-    """The font file of a face; matplotlib carries it.
-
-    Raises:
-        DataError: this installation of matplotlib has been stripped of it.
-    """
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
-    if not path.is_file():
-        raise DataError(
-            f"matplotlib's font {path} is missing; the demo draws its images with it.",
-            hint="Reinstall it: pip install --force-reinstall matplotlib",
-        )
-    return path
-
-
-# Images of glyphs: drawn once a face, then distorted as a scanner or a careless hand would.
-#
-# A glyph is drawn by FreeType at twice the size (64 x 64). Each image is that drawing under a small rotation, shear,
-# magnification and shift, with thinner or thicker strokes, on paper and with ink of random brightness, under noise.
-# All randomness comes from an explicit generator: the same seed gives the same images.
-
-
-IMAGE_SIZE = 32
-_DRAWN_SIZE = 2 * IMAGE_SIZE
-_FONT_SIZE = 44  # pixels of an em in a drawing: accents above capitals still fit
-
-Images = npt.NDArray[np.uint8]
-
-# Ranges of the distortions, uniform; pixels are those of the final image.
-_ROTATION = 4.0  # degrees either way
-_SHEAR = 0.08
-_MAGNIFICATION = (0.86, 1.12)
-_SHIFT = 2.0
-_STROKE = (-0.35, 0.6)  # share of the way to one drawn pixel eroded (-) or dilated (+) on each side
-_PAPER = (170.0, 255.0)
-_INK = (0.0, 90.0)
-_NOISE = (0.0, 14.0)  # standard deviation
-
-
-def generator(*key: int) -> np.random.Generator:
-    """A generator of its own for each key, the same on every machine; independent of any global state."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
-
-
-def draw(face: str, code_points: Sequence[int]) -> Images:
-    """Draw characters of a face: ink coverage, 0 to 255, [n, 64, 64].
-
-    The baseline is the same for all (so that a comma stays below and an apostrophe above); each is centred from left
-    to right.
-    """
-    font = ImageFont.truetype(face_path(face), _FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
-    drawn = np.empty((len(code_points), _DRAWN_SIZE, _DRAWN_SIZE), np.uint8)
-    for index, code_point in enumerate(code_points):
-        left, _, right, _ = ink_box(font, code_point)
-        image = Image.new("L", (_DRAWN_SIZE, _DRAWN_SIZE))
-        corner = ((_DRAWN_SIZE - left - right) / 2, _DRAWN_SIZE / 2)
-        ImageDraw.Draw(image).text(corner, chr(code_point), fill=255, font=font, anchor="lm")
-        drawn[index] = np.asarray(image)
-    return drawn
-
-
-def ink_box(font: ImageFont.FreeTypeFont, code_point: int) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of a character's ink, relative to the left end of its middle line."""
-    return font.getbbox(chr(code_point), anchor="lm")
-
-
-def fits(face: str, code_point: int) -> bool:
-    """Whether a character of a face leaves ink and can be drawn without being cut off."""
-    font = ImageFont.truetype(face_path(face), _FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
-    left, top, right, bottom = ink_box(font, code_point)
-    half = _DRAWN_SIZE / 2
-    return 0 < right - left <= _DRAWN_SIZE - 4 and -half <= top < bottom <= half
-
-
-def distort(drawn: Images, rng: np.random.Generator) -> Images:
-    """Make one image of each drawing: [n, 64, 64] ink coverage to [n, 32, 32] brightness."""
-    n = len(drawn)
-
-    def uniform(low: float, high: float) -> torch.Tensor:
-        return torch.from_numpy(rng.uniform(low, high, n).astype(np.float32))
-
-    angle = torch.deg2rad(uniform(-_ROTATION, _ROTATION))
-    shear = uniform(-_SHEAR, _SHEAR)
-    magnification = uniform(*_MAGNIFICATION)
-    cos, sin = torch.cos(angle) / magnification, torch.sin(angle) / magnification
-    across, down = uniform(-_SHIFT, _SHIFT), uniform(-_SHIFT, _SHIFT)
-    to_unit = 2 / IMAGE_SIZE
-    # Rows of the map from a pixel of the image to where it looks in the drawing, both spanning -1 to 1.
-    row_x = torch.stack([cos, shear * cos - sin, across * to_unit], dim=1)
-    row_y = torch.stack([sin, shear * sin + cos, down * to_unit], dim=1)
-    grid = F.affine_grid(torch.stack([row_x, row_y], dim=1), [n, 1, IMAGE_SIZE, IMAGE_SIZE], align_corners=False)
-
-    ink = torch.from_numpy(drawn).unsqueeze(1).float() / 255
-    stroke = uniform(*_STROKE).reshape(n, 1, 1, 1)
-    thick = F.max_pool2d(ink, 3, stride=1, padding=1)
-    thin = -F.max_pool2d(-ink, 3, stride=1, padding=1)
-    ink = ink + stroke.clamp(min=0) * (thick - ink) + stroke.clamp(max=0) * (ink - thin)
-    ink = F.grid_sample(ink, grid, mode="bilinear", padding_mode="zeros", align_corners=False).squeeze(1)
-
-    paper, black = uniform(*_PAPER).reshape(n, 1, 1), uniform(*_INK).reshape(n, 1, 1)
-    noise = torch.from_numpy(rng.standard_normal(ink.shape, dtype=np.float32)) * uniform(*_NOISE).reshape(n, 1, 1)
-    return (paper + (black - paper) * ink + noise).round().clamp(0, 255).to(torch.uint8).numpy()
-
-
-# The demo's data set: which face goes into which split, how many images of each glyph, and its folder of PNG files.
-
-
-Split = Literal["train", "val"]
-Faces = Mapping[Split, Sequence[str]]
-MANIFEST = "glyphs.json"
-VERSION = 1
-FACES: Faces = {"train": TRAIN_FACES, "val": VAL_FACES}
-# Images of each class and face. Validation needs many for a figure that can be trusted, training takes time.
-VARIANTS: Mapping[Split, int] = {"train": 2, "val": 2}
 
 
 @dataclass(frozen=True)
@@ -193,11 +114,11 @@ class GlyphData:
     """A data set on disk.
 
     Attributes:
-        folder: Holds train/ and val/ with one folder a class.
+        folder: Holds train/ and val/ with one folder per class.
         num_classes: Number of classes.
-        train_images: Images below train/.
-        val_images: Images below val/, all of faces that train/ does not have.
-        reused: It was there already.
+        train_images: Number of images in train/.
+        val_images: Number of images in val/, all of faces that train/ does not have.
+        reused: Whether the data set was there already.
     """
 
     folder: Path
@@ -207,24 +128,18 @@ class GlyphData:
     reused: bool
 
 
-def face_images(split: Split, face: str) -> Iterator[Images]:
-    """The images of one face: [500, 32, 32] in label order for each of its variants."""
-    drawn = draw(face, [entry.code_point for entry in glyph_classes()])
-    for variant in range(VARIANTS[split]):
-        yield distort(drawn, generator(VERSION, *f"{split}/{face}/{variant}".encode()))
-
-
 def write_dataset(
     folder: Path, *, faces: Faces = FACES, on_progress: Callable[[int, int], object] | None = None
 ) -> GlyphData:
-    """Write train/ and val/ with one folder a class below `folder`, or find that they are there already.
+    """Write train/ and val/ with one folder per class below `folder`, unless they are there already.
 
-    Everything is written to a temporary folder beside it and renamed at the end, so `folder` is whole or absent.
+    Everything is written to a temporary folder next to `folder` and renamed at the end, so `folder` is complete or
+    absent.
 
     Args:
-        folder: Where; its parent has to exist.
+        folder: Where to write; its parent must exist.
         faces: The typefaces of each split.
-        on_progress: Called with images written and images in all.
+        on_progress: Called with the number of images written and the number of all images.
 
     Raises:
         OutputExistsError: `folder` is something else, or was written by another version of fixify.
@@ -261,7 +176,7 @@ def write_dataset(
                     if on_progress is not None:
                         on_progress(done, sum(counts.values()))
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        temporary.chmod((temporary / "train").stat().st_mode)  # mkdtemp's 0700 would keep others out
+        temporary.chmod((temporary / "train").stat().st_mode)  # mkdtemp's mode 0700 would lock other users out
         temporary.rename(folder)
     except OSError as error:
         raise OutputError(f"Cannot write {folder}: {error.strerror or error}.", hint="Nothing was changed.") from error
@@ -278,3 +193,93 @@ def _check_manifest(folder: Path, manifest: dict[str, object]) -> None:
         raise OutputExistsError(f"{folder} exists and is not the demo's data set.", hint=hint) from error
     if found != manifest:
         raise OutputExistsError(f"{folder} holds the data set of another version of the demo.", hint=hint)
+
+
+def face_images(split: Split, face: str) -> Iterator[Images]:
+    """Draw the images of one face: [500, 32, 32] in label order, once per variant."""
+    drawn = draw(face, [entry.code_point for entry in glyph_classes()])
+    for variant in range(VARIANTS[split]):
+        yield distort(drawn, generator(VERSION, *f"{split}/{face}/{variant}".encode()))
+
+
+def generator(*key: int) -> np.random.Generator:
+    """Make the random generator of a key. It is the same on every machine and independent of any global state.
+
+    >>> generator(1).integers(0, 100, 3).tolist() == generator(1).integers(0, 100, 3).tolist()
+    True
+    """
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+def draw(face: str, code_points: Sequence[int]) -> Images:
+    """Draw characters of a face as ink coverage from 0 to 255, uint8 [n, 64, 64].
+
+    Each character is centred horizontally. All have the same baseline: a comma stays low, and an apostrophe high.
+    """
+    font = ImageFont.truetype(face_path(face), _FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
+    drawn = np.empty((len(code_points), _DRAWN_SIZE, _DRAWN_SIZE), np.uint8)
+    for index, code_point in enumerate(code_points):
+        left, _, right, _ = ink_box(font, code_point)
+        image = Image.new("L", (_DRAWN_SIZE, _DRAWN_SIZE))
+        corner = ((_DRAWN_SIZE - left - right) / 2, _DRAWN_SIZE / 2)
+        ImageDraw.Draw(image).text(corner, chr(code_point), fill=255, font=font, anchor="lm")
+        drawn[index] = np.asarray(image)
+    return drawn
+
+
+def ink_box(font: ImageFont.FreeTypeFont, code_point: int) -> tuple[float, float, float, float]:
+    """Return left, top, right and bottom of a character's ink, relative to the left end of the font's middle line."""
+    return font.getbbox(chr(code_point), anchor="lm")
+
+
+def fits(face: str, code_point: int) -> bool:
+    """Check that a character of a face leaves ink and can be drawn without being cut off."""
+    font = ImageFont.truetype(face_path(face), _FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
+    left, top, right, bottom = ink_box(font, code_point)
+    half = _DRAWN_SIZE / 2
+    return 0 < right - left <= _DRAWN_SIZE - 4 and -half <= top < bottom <= half
+
+
+def face_path(face: str) -> Path:
+    """Return the font file of a face, which matplotlib carries.
+
+    Raises:
+        DataError: this installation of matplotlib does not have it.
+    """
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
+    if not path.is_file():
+        raise DataError(
+            f"matplotlib's font {path} is missing; the demo draws its images with it.",
+            hint="Reinstall it: pip install --force-reinstall matplotlib",
+        )
+    return path
+
+
+def distort(drawn: Images, rng: np.random.Generator) -> Images:
+    """Make one image from each drawing: [n, 64, 64] ink coverage to [n, 32, 32] brightness."""
+    n = len(drawn)
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return torch.from_numpy(rng.uniform(low, high, n).astype(np.float32))
+
+    angle = torch.deg2rad(uniform(-_ROTATION, _ROTATION))
+    shear = uniform(-_SHEAR, _SHEAR)
+    magnification = uniform(*_MAGNIFICATION)
+    cos, sin = torch.cos(angle) / magnification, torch.sin(angle) / magnification
+    across, down = uniform(-_SHIFT, _SHIFT), uniform(-_SHIFT, _SHIFT)
+    to_unit = 2 / IMAGE_SIZE
+    # Rows of the affine map from a pixel of the image to its place in the drawing; coordinates of both are -1 to 1.
+    row_x = torch.stack([cos, shear * cos - sin, across * to_unit], dim=1)
+    row_y = torch.stack([sin, shear * sin + cos, down * to_unit], dim=1)
+    grid = F.affine_grid(torch.stack([row_x, row_y], dim=1), [n, 1, IMAGE_SIZE, IMAGE_SIZE], align_corners=False)
+
+    ink = torch.from_numpy(drawn).unsqueeze(1).float() / 255
+    stroke = uniform(*_STROKE).reshape(n, 1, 1, 1)
+    thick = F.max_pool2d(ink, 3, stride=1, padding=1)
+    thin = -F.max_pool2d(-ink, 3, stride=1, padding=1)
+    ink = ink + stroke.clamp(min=0) * (thick - ink) + stroke.clamp(max=0) * (ink - thin)
+    ink = F.grid_sample(ink, grid, mode="bilinear", padding_mode="zeros", align_corners=False).squeeze(1)
+
+    paper, black = uniform(*_PAPER).reshape(n, 1, 1), uniform(*_INK).reshape(n, 1, 1)
+    noise = torch.from_numpy(rng.standard_normal(ink.shape, dtype=np.float32)) * uniform(*_NOISE).reshape(n, 1, 1)
+    return (paper + (black - paper) * ink + noise).round().clamp(0, 255).to(torch.uint8).numpy()

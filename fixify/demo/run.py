@@ -1,4 +1,8 @@
-"""The demo's picture: accuracy over the epochs, and the scale alpha over the steps."""
+"""Run the demo: draw the data, convert the shipped checkpoint, fine-tune it, and measure it on held-out typefaces.
+
+It does what a user would type, `fixify convert`, `fixify finetune` and `fixify eval`, through the same functions, and
+plots the accuracy per epoch and the scale alpha per step.
+"""
 
 from __future__ import annotations
 
@@ -27,88 +31,20 @@ from fixify.metrics import Metrics, evaluate
 from fixify.savings import Savings
 from fixify.training import EpochRecord, Event, FinetuneOptions, Step, finetune, train_model
 
-_FIXED, _LEARNED, _QUIET = "#0b6e99", "#c2571a", "#6b7280"
-
-
-@dataclass(frozen=True)
-class Curves:
-    """What is drawn.
-
-    Attributes:
-        original: Top-1 of the original, percent.
-        fixed: Top-1 of the fixed head before training and after each epoch.
-        control: The same of the learned classifier trained likewise; empty if it was not.
-        scales: (step, alpha).
-        num_images: Held-out images behind each accuracy.
-    """
-
-    original: float
-    fixed: Sequence[float]
-    control: Sequence[float]
-    scales: Sequence[tuple[int, float]]
-    num_images: int
-
-
-def write_plot(curves: Curves, path: Path) -> None:
-    """Draw the curves and write them as PNG.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    figure = Figure(figsize=(9.6, 3.9), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-
-    epochs = range(len(curves.fixed))
-    original = f"original {curves.original:.1f}"
-    left.axhline(curves.original, color=_QUIET, linewidth=1, linestyle=(0, (5, 3)), zorder=1, label=original)
-    if curves.control:
-        control = f"learned, trained likewise {curves.control[-1]:.1f}"
-        left.plot(
-            epochs, curves.control, color=_LEARNED, marker="s", linewidth=1.5, markersize=4, zorder=2, label=control
-        )
-    fixed = f"fixed {curves.fixed[-1]:.1f}"
-    left.plot(epochs, curves.fixed, color=_FIXED, marker="o", linewidth=2, markersize=5, zorder=3, label=fixed)
-    left.legend(loc="lower right", frameon=False, fontsize=9, labelcolor="linecolor")
-    left.set_xticks(list(epochs))
-    left.set_ylim(-3, 109)
-    left.set_xlim(-0.15, len(curves.fixed) - 0.85)
-    left.set_xlabel("epochs of fine-tuning")
-    left.set_title(f"top-1 on typefaces held out ({curves.num_images:,} images), %", loc="left", fontsize=10)
-
-    steps, scales = zip(*curves.scales, strict=True) if curves.scales else ((), ())
-    right.plot(steps, scales, color=_FIXED, linewidth=2)
-    right.set_xscale("log")
-    right.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:g}"))
-    right.xaxis.set_minor_formatter(NullFormatter())
-    right.set_xlabel("steps of fine-tuning")
-    right.set_title("scale α, the head's one learned multiplier", loc="left", fontsize=10)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e5e7eb", linewidth=0.8)
-        axes.set_axisbelow(True)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
-
-
-# The demo: draw the data, convert the shipped checkpoint, fine-tune it, and measure everything on held-out typefaces.
-#
-# It does what a person would type: `fixify convert`, `fixify finetune`, `fixify eval`, through the same functions.
-
-
 SHIPPED = Path(__file__).with_name("glyphs500.pth")
 DEFAULT_FOLDER = Path("fixify-demo")
 EPOCHS = 5
 RESULTS = "demo.json"
 _CALIBRATION_IMAGES = 1024
 _MARK = "fixify.demo"
+_FIXED, _LEARNED, _QUIET = "#0b6e99", "#c2571a", "#6b7280"  # colours of the plot
 
 Stage = Literal["draw", "convert", "original", "one-shot", "finetune", "control", "reload"]
 
 
 @dataclass(frozen=True)
 class StageStarted:
-    """A part of the demo begins; `text` says what it does, for a person."""
+    """A stage of the demo begins; `text` tells the user what it does."""
 
     stage: Stage
     text: str
@@ -116,7 +52,7 @@ class StageStarted:
 
 @dataclass(frozen=True)
 class Counted:
-    """So many images of a stage are done."""
+    """The number of images of a stage that are done, and of all its images."""
 
     done: int
     total: int
@@ -131,23 +67,23 @@ class DemoResult:
     """What the demo measured, all of it in this run.
 
     Attributes:
-        folder: Holds everything below.
+        folder: The folder that holds all files below.
         original: The checkpoint with the learned classifier, a copy of the one that comes with fixify.
         converted: The slim checkpoint right after conversion: a matched Hadamard head, calibrated without labels.
-        one_shot: A slim checkpoint that is never trained: a binary head, calibrated likewise.
-        finetuned: The slim checkpoint after fine-tuning; the one to use.
+        one_shot: A slim checkpoint that is never trained: a binary head, calibrated without labels.
+        finetuned: The slim checkpoint after fine-tuning, which is the one to use.
         data: The images.
-        plot: A picture of accuracy and alpha.
-        savings: Parameters and bytes, before and after.
-        original_metrics: The original on the held-out typefaces.
-        converted_metrics: The converted checkpoint, untrained.
-        one_shot_metrics: The file `one_shot`.
-        finetuned_metrics: The file `finetuned`, read back from the disk.
+        plot: The plot of accuracy and alpha.
+        savings: Parameters and bytes before and after.
+        original_metrics: Metrics of the original on the held-out typefaces.
+        converted_metrics: Metrics of the converted checkpoint before training.
+        one_shot_metrics: Metrics of the file `one_shot`.
+        finetuned_metrics: Metrics of the file `finetuned`, read back from disk.
         history: Fine-tuning, epoch by epoch.
-        control_history: The original fine-tuned likewise, learned classifier and all: the same images, steps and
-            rates. Empty if it was left out.
+        control_history: Fine-tuning of the original with its learned classifier, on the same images, with the same
+            number of steps and learning rates. Empty if the control was left out.
         scales: (step, alpha) after each step of fine-tuning.
-        seconds: The whole demo.
+        seconds: Duration of the whole demo.
     """
 
     folder: Path
@@ -169,11 +105,11 @@ class DemoResult:
 
     @property
     def control(self) -> EpochRecord | None:
-        """The control's best epoch."""
+        """The best epoch of the control; None if the control was left out."""
         return max(self.control_history, key=lambda record: record.val_top1, default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; paths as they were given."""
+        """Return plain values for JSON; paths are as they were given."""
         plain: dict[str, Any] = dict(vars(self))
         for name, value in plain.items():
             if isinstance(value, Path):
@@ -187,7 +123,10 @@ class DemoResult:
 
 
 def demo_options(epochs: int = EPOCHS, *, seed: int = 0) -> FinetuneOptions:
-    """How the demo fine-tunes. Mirrored letters are other letters, so nothing is flipped, and little is cropped."""
+    """Return the options with which the demo fine-tunes.
+
+    A mirrored letter is another letter, so images are not flipped, and they are cropped only a little.
+    """
     return FinetuneOptions.create(
         epochs=epochs,
         seed=seed,
@@ -213,23 +152,38 @@ def run_demo(
     force: bool = False,
     on_event: DemoListener | None = None,
 ) -> DemoResult:
-    """Run the demo in a folder, which is made if it is missing. Offline, on the CPU.
+    """Run the demo in a folder, offline and on the CPU.
 
     Args:
-        folder: Where everything goes. What an earlier demo drew there is used again.
-        epochs: Of fine-tuning.
-        control: Fine-tune the learned classifier likewise, so that what training alone brings is known.
+        folder: Where all files go; it is made if it is missing. Images that an earlier demo drew there are used again.
+        epochs: Epochs of fine-tuning.
+        control: Also fine-tune the original with its learned classifier, to show what training alone gains.
         faces: The typefaces of each split.
         force: Replace the results of an earlier demo in the folder.
-        on_event: Told what happens; training tells what `fixify.training.finetune` tells.
+        on_event: Called with each event; during training these are the events of `fixify.training.finetune`.
 
     Raises:
-        OutputExistsError: the folder has results already, or holds something else.
+        OutputExistsError: the folder already has results, or holds something else.
         OutputError: the folder cannot be written.
-        TrainingInterrupted: SIGINT or SIGTERM.
+        TrainingInterrupted: SIGINT or SIGTERM arrived.
     """
     with _one_thread():
-        return _run(folder, epochs, control, faces, force, on_event if on_event is not None else _silent)
+        return _run(folder, epochs, control, faces, force, on_event if on_event is not None else lambda _event: None)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Use one thread inside the block.
+
+    A network this small gains nothing from a second thread, and if the machine has any other load, two threads spend
+    their time waiting for each other (measured: 40 images/s instead of 600).
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _run(folder: Path, epochs: int, control: bool, faces: Faces, force: bool, tell: DemoListener) -> DemoResult:
@@ -240,7 +194,7 @@ def _run(folder: Path, epochs: int, control: bool, faces: Faces, force: bool, te
     tell(StageStarted("draw", "Drawing the glyphs"))
     data = write_dataset(folder / "glyphs", faces=faces, on_progress=lambda done, total: tell(Counted(done, total)))
 
-    tell(StageStarted("convert", "Converting the checkpoint, twice; images without labels calibrate it"))
+    tell(StageStarted("convert", "Converting the checkpoint twice, calibrated on images without labels"))
     original = folder / SHIPPED.name
     with atomic_path(original) as temporary:
         shutil.copyfile(SHIPPED, temporary)
@@ -260,7 +214,7 @@ def _run(folder: Path, epochs: int, control: bool, faces: Faces, force: bool, te
     train, val = open_train_val(str(data.folder))
     original_metrics = _evaluate(opened, val, tell)
 
-    tell(StageStarted("one-shot", "Evaluating one sign a weight, without any training"))
+    tell(StageStarted("one-shot", "Evaluating 1-bit signs, without any training"))
     one_shot_metrics = _evaluate(open_model(signs.path), val, tell)
 
     tell(StageStarted("finetune", "Fine-tuning the fixed head"))
@@ -274,8 +228,8 @@ def _run(folder: Path, epochs: int, control: bool, faces: Faces, force: bool, te
     tuned = finetune(conversion.path, str(data.folder), folder / "finetuned", options, force=True, on_event=listen)
     controlled: tuple[EpochRecord, ...] = ()
     if control:
-        tell(StageStarted("control", "Fine-tuning the original likewise, as a control"))
-        # It is measured, not kept: there is nothing to save.
+        tell(StageStarted("control", "Fine-tuning the original in the same way, as a control"))
+        # The control is only measured, so nothing is saved.
         controlled = train_model(
             opened.model,
             train,
@@ -323,18 +277,6 @@ def _run(folder: Path, epochs: int, control: bool, faces: Faces, force: bool, te
     return result
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """A network this small gains nothing from a second thread, and with any other load on the machine two threads
-    spend their time waiting for each other (measured: 40 images/s instead of 600)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _evaluate(opened: OpenModel, val: OpenedData, tell: DemoListener) -> Metrics:
     loader = make_loader(val, opened.preprocessing, training=False, batch_size=250, workers=0)
     return evaluate(
@@ -347,7 +289,7 @@ def _evaluate(opened: OpenModel, val: OpenedData, tell: DemoListener) -> Metrics
 
 
 def _claim(folder: Path, *, force: bool) -> None:
-    """Make the folder and mark it as the demo's, so that nothing else is ever replaced."""
+    """Make the folder and mark it as the demo's. A folder that holds something else is refused."""
     try:
         folder.mkdir(exist_ok=True)
         occupied = any(folder.iterdir())
@@ -362,7 +304,7 @@ def _claim(folder: Path, *, force: bool) -> None:
         if "history" in found and not force:
             raise OutputExistsError(
                 f"{folder} holds the results of an earlier demo.",
-                hint="Replace them (the drawn images are used again): --force. Or name another folder.",
+                hint="Replace them with --force (the drawn images are used again), or name another folder.",
             )
     write_atomic(folder / RESULTS, json.dumps({_MARK: 1}) + "\n")
 
@@ -375,5 +317,62 @@ def _read_results(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _silent(_event: DemoEvent) -> None:
-    pass
+@dataclass(frozen=True)
+class Curves:
+    """What the plot shows.
+
+    Attributes:
+        original: Top-1 of the original in percent.
+        fixed: Top-1 with the fixed head before training and after each epoch.
+        control: The same for the learned classifier trained in the same way; empty if it was left out.
+        scales: (step, alpha).
+        num_images: Number of held-out images behind each accuracy.
+    """
+
+    original: float
+    fixed: Sequence[float]
+    control: Sequence[float]
+    scales: Sequence[tuple[int, float]]
+    num_images: int
+
+
+def write_plot(curves: Curves, path: Path) -> None:
+    """Draw the curves and write them as PNG.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    figure = Figure(figsize=(9.6, 3.9), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+
+    epochs = range(len(curves.fixed))
+    original = f"original {curves.original:.1f}"
+    left.axhline(curves.original, color=_QUIET, linewidth=1, linestyle=(0, (5, 3)), zorder=1, label=original)
+    if curves.control:
+        control = f"learned, trained in the same way {curves.control[-1]:.1f}"
+        left.plot(
+            epochs, curves.control, color=_LEARNED, marker="s", linewidth=1.5, markersize=4, zorder=2, label=control
+        )
+    fixed = f"fixed {curves.fixed[-1]:.1f}"
+    left.plot(epochs, curves.fixed, color=_FIXED, marker="o", linewidth=2, markersize=5, zorder=3, label=fixed)
+    left.legend(loc="lower right", frameon=False, fontsize=9, labelcolor="linecolor")
+    left.set_xticks(list(epochs))
+    left.set_ylim(-3, 109)
+    left.set_xlim(-0.15, len(curves.fixed) - 0.85)
+    left.set_xlabel("epochs of fine-tuning")
+    left.set_title(f"top-1 on typefaces held out ({curves.num_images:,} images), %", loc="left", fontsize=10)
+
+    steps, scales = zip(*curves.scales, strict=True) if curves.scales else ((), ())
+    right.plot(steps, scales, color=_FIXED, linewidth=2)
+    right.set_xscale("log")
+    right.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:g}"))
+    right.xaxis.set_minor_formatter(NullFormatter())
+    right.set_xlabel("steps of fine-tuning")
+    right.set_title("scale α, the head's one learned multiplier", loc="left", fontsize=10)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e5e7eb", linewidth=0.8)
+        axes.set_axisbelow(True)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -261,9 +261,9 @@ def _pair(left: np.ndarray, right: np.ndarray, unit: np.float32) -> dict[str, np
 def _as_linear(z: Tensor) -> Tensor:
     """Cast as autocast would for `F.linear`, so that heads without a product return the same type as others."""
     kind = z.device.type
-    if torch.is_autocast_enabled(kind) and z.is_floating_point() and z.dtype != torch.float64:
-        return z.to(torch.get_autocast_dtype(kind))
-    return z
+    if z.is_meta or not torch.is_autocast_enabled(kind) or z.dtype == torch.float64:  # autocast leaves these alone
+        return z
+    return z.to(torch.get_autocast_dtype(kind))
 
 
 def unpack_signs(packed: Tensor, num_signs: int, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,9 @@
-"""What is wrong with a recipe: every mistake, each with its place, told at once."""
+"""Parse the YAML of a recipe into plain values with their lines, and report every mistake at its line.
+
+The schema is the core schema of YAML 1.2, not PyYAML's 1.1: `1e-4` is a number, `no` and `1:30` are text, there are no
+dates. A recipe may come from anywhere. So tags, aliases (with which a few lines make gigabytes), deep nesting and large
+files are refused, and a key that is given twice is a mistake: the last one does not win.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +17,19 @@ import yaml
 
 from fixify.errors import UsageError
 
+Path = tuple[str | int, ...]  # as in fixify._options, whose pydantic completion does not need
+"""The path of a value: ("finetune", "scale", 0)."""
+
+MAX_BYTES = 1 << 16
+_MAX_DEPTH = 8
+
+_TAG = "tag:yaml.org,2002:"
+_NULL, _BOOL, _INT, _FLOAT = (_TAG + name for name in ("null", "bool", "int", "float"))
+
 
 @dataclass(frozen=True)
 class Place:
-    """Where something was written: a line of the file (from 1), or the `--set` that gave it."""
+    """The place of a value: a line of the file (from 1), or the `--set` that gave it."""
 
     line: int | None = None
     override: str | None = None
@@ -29,8 +43,8 @@ class Problem:
     """One mistake.
 
     Attributes:
-        place: Where it was written.
-        message: What is wrong, a sentence that names the option.
+        place: The place of the value.
+        message: What is wrong: a sentence that names the option.
     """
 
     place: Place
@@ -39,16 +53,17 @@ class Problem:
     def __str__(self) -> str:
         return f"{self.place}: {self.message}"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, str | int | None]:
+        """Return what `fixify recipes validate --json` prints."""
         return {"line": self.place.line, "set": self.place.override, "message": self.message}
 
 
 class RecipeError(UsageError):
-    """A recipe that cannot be used.
+    """Raised for a recipe with mistakes.
 
     Args:
         name: The file, or the name of the recipe.
-        problems: All of its mistakes.
+        problems: All of its mistakes; sorted by line.
         hint: What to type next.
     """
 
@@ -62,31 +77,14 @@ def _order(problem: Problem) -> tuple[bool, int]:
     return problem.place.line is None, problem.place.line or 0
 
 
-# YAML text as plain values that know their lines.
-#
-# This is the core schema of YAML 1.2, not PyYAML's 1.1: `1e-4` is a number, `no` and `1:30` are text, there are no dates.
-# A recipe may come from anywhere, so tags, aliases (with which a few lines make gigabytes), deep nesting and large files
-# are refused, and a key that is given twice is a mistake instead of the last one winning.
-
-
-MAX_BYTES = 1 << 16
-_MAX_DEPTH = 8
-
-Path = tuple[str | int, ...]
-"""The way to a value: ("finetune", "scale", 0)."""
-
-_TAG = "tag:yaml.org,2002:"
-_NULL, _BOOL, _INT, _FLOAT = (_TAG + name for name in ("null", "bool", "int", "float"))
-
-
 @dataclass
 class Parsed:
-    """What a text says.
+    """The result of parsing a text.
 
     Attributes:
         values: Dictionaries, lists, text, numbers, booleans and None.
-        places: Where each value was written. Of an entry of a dictionary it is the place of its key.
-        problems: Mistakes; the values concerned are left out of `values`, not of `places`.
+        places: The place of each value. For an entry of a dictionary it is the place of its key.
+        problems: Mistakes; their values are left out of `values`, not of `places`.
     """
 
     values: Any = None
@@ -94,27 +92,31 @@ class Parsed:
     problems: list[Problem] = field(default_factory=list)
 
     def refuse(self, path: Path, message: str, place: Place | None = None) -> None:
-        """Note a mistake; `message` is read after the name of the value."""
+        """Add a mistake; `message` is read after the name of the value."""
         self.problems.append(Problem(place or self.places[path], f"{dotted(path) or 'the recipe'} {message}"))
 
 
 def dotted(path: Path) -> str:
-    """("finetune", "scale", 0) -> `finetune.scale[0]`"""
+    """Spell a path.
+
+    >>> dotted(("finetune", "scale", 0))
+    'finetune.scale[0]'
+    """
     name = ""
     for part in path:
         if isinstance(part, int):
             name += f"[{part}]"
-        else:  # a quoted name can hold anything, also what a terminal would obey
+        else:  # a quoted name can hold anything, control characters too
             plain = part if part.isprintable() and len(part) <= 60 else f"{part[:60]!r}"
             name += f".{plain}" if name else plain
     return name
 
 
 def read_text(path: FilePath) -> str:
-    """The text of a recipe file.
+    """Read a recipe file.
 
     Raises:
-        UsageError: it cannot be read, is too large, or is not UTF-8 text.
+        UsageError: it cannot be read, is too large, or is not UTF-8.
     """
     try:
         with open(path, "rb") as file:
@@ -126,7 +128,7 @@ def read_text(path: FilePath) -> str:
     except OSError as error:
         raise UsageError(f"Cannot read the recipe {path}: {error.strerror}.") from error
     if len(data) > MAX_BYTES:
-        raise UsageError(f"{path} is no recipe: it has more than {MAX_BYTES:,} bytes.")
+        raise UsageError(f"{path} is too large for a recipe: it has more than {MAX_BYTES:,} bytes.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -138,9 +140,12 @@ def parse(text: str, place: Place | None = None, path: Path = ()) -> Parsed:
     """Parse YAML.
 
     Args:
-        text: Of one document.
-        place: Said of every value instead of its line: the text is not a file.
-        path: Of the whole, where it is a value inside another.
+        text: One YAML document.
+        place: The place of every value, if the text is not a file.
+        path: The path of the whole, if it is a value inside another.
+
+    >>> parse("finetune: {lr: 1e-4}").values
+    {'finetune': {'lr': 0.0001}}
     """
     parsed = Parsed()
     try:
@@ -161,7 +166,7 @@ def parse(text: str, place: Place | None = None, path: Path = ()) -> Parsed:
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes; `refused` is set on those that must not be read."""
+    """Compose nodes, and set `refused` on those that must not be read."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012, not PyYAML's 1.1
 
@@ -202,13 +207,14 @@ for _tag, _pattern, _first in (
 
 
 class _Walk:
-    """Turns nodes into values, noting places and mistakes."""
+    """Turn nodes into values, with their places and mistakes."""
 
     def __init__(self, parsed: Parsed, place: Place | None) -> None:
         self.parsed = parsed
         self.place = place
 
     def visit(self, node: yaml.Node | None, path: Path) -> None:
+        """Read a node into `parsed.values`."""
         self.parsed.places[path] = self._place(node)
         found, value = self._value(node, path)
         if found:
@@ -218,7 +224,7 @@ class _Walk:
         return self.place or Place(1 if node is None else node.start_mark.line + 1)
 
     def _value(self, node: yaml.Node | None, path: Path) -> tuple[bool, Any]:
-        """(whether it can be used, value)"""
+        """Return whether the node can be used, and its value."""
         if node is None:  # an empty document
             return True, None
         refused = getattr(node, "refused", None)

@@ -1,200 +1,46 @@
-"""What `fixify train RECIPE --compare` has measured, in the recipe's entry `measured`."""
+"""Check a parsed recipe and report every mistake with its line.
+
+Each section of a recipe is an option class. Beside the sections a recipe may hold entries: data, files, what they were
+when a run wrote the recipe, and what was measured with them.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from fixify._options import Conflict, did_you_mean, explain, mistakes, refuse, shown
-from fixify.conversion import ConvertOptions
+from fixify._options import (
+    CONFLICT,
+    MISSING,
+    NOT_A_SECTION,
+    UNKNOWN,
+    CheckedOptions,
+    Mistake,
+    Path,
+    did_you_mean,
+    mistakes,
+    shown,
+)
+from fixify.conversion_options import ConvertOptions
 from fixify.language.options import LanguageOptions
+from fixify.recipes.measured import Accuracies, Measured, MeasuredWords, Perplexities
 from fixify.recipes.parsing import Parsed, Place, Problem, dotted
-from fixify.recipes.parsing import Path as ValuePath
-from fixify.training import FinetuneOptions, TrainOptions
+from fixify.training.options import FinetuneOptions, TrainOptions
 
-_Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
-_Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Text = Annotated[str, Field(min_length=1)]
-_OVERRIDE = "train."
-
-
-class Accuracies(BaseModel):
-    """Validation top-1 of one kind of head.
-
-    Attributes:
-        best: The best validation of each run, percent, one a seed.
-        last: The one after the last epoch.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    best: tuple[_Percent, ...] = Field(min_length=1)
-    last: tuple[_Percent, ...] = Field(min_length=1)
-
-
-class MeasuredRuns(BaseModel):
-    """What runs of one recipe have measured, of images or of words.
-
-    Attributes:
-        data: What was trained on, for a person.
-        conditions: How long they trained, and on what machine.
-        seeds: One each run; the lists of figures are in this order.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    data: Text
-    conditions: Text
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> MeasuredRuns:
-        refuse(self._conflicts())
-        return self
-
-    def _conflicts(self) -> Iterator[Conflict]:
-        if len(set(self.seeds)) < len(self.seeds):
-            yield Conflict(("seeds",), f"seeds must differ, not be {' '.join(map(str, self.seeds))}")
-
-
-class Measured(MeasuredRuns):
-    """Runs of one recipe, a learned and a fixed classifier of each seed.
-
-    Attributes:
-        num_classes: C of the data.
-        set: What the runs changed in the recipe, as after `--set`.
-        learned: With the network's own classifier.
-        fixed: With the fixed one.
-        held: With a fixed one whose alpha was held, by alpha.
-    """
-
-    num_classes: int = Field(ge=1)
-    set: tuple[str, ...] = ()
-    learned: Accuracies
-    fixed: Accuracies
-    held: dict[_Scale, Accuracies] = Field(default_factory=dict)
-
-    @property
-    def best_gaps(self) -> tuple[float, ...]:
-        """Fixed minus learned, points of the best top-1, one a seed."""
-        return _differences(self.fixed.best, self.learned.best)
-
-    @property
-    def last_gaps(self) -> tuple[float, ...]:
-        """The same after the last epoch, which nobody chose by the validation images."""
-        return _differences(self.fixed.last, self.learned.last)
-
-    def command(self, recipe: str) -> str:
-        """The command that repeats the runs of one seed, the first."""
-        scales = ["--compare-scales", ",".join(f"{scale:g}" for scale in self.held)] if self.held else []
-        changed = [part for override in (*self.set, f"train.seed={self.seeds[0]}") for part in ("--set", override)]
-        return " ".join(("fixify train", recipe, "--compare", *scales, *changed))
-
-    @field_validator("set")
-    @classmethod
-    def _is_of_training(cls, overrides: tuple[str, ...]) -> tuple[str, ...]:
-        for override in overrides:
-            option, equals, _ = override.partition("=")
-            if not equals or not option.startswith(_OVERRIDE):
-                raise ValueError(f"must be written as after --set, train.OPTION=VALUE, not {override!r}")
-        return overrides
-
-    def _conflicts(self) -> Iterator[Conflict]:
-        yield from super()._conflicts()
-        named = {"learned": self.learned, "fixed": self.fixed}
-        for name, found in (*named.items(), *((f"held {scale:g}", found) for scale, found in self.held.items())):
-            option = name.partition(" ")[0]
-            if not len(found.best) == len(found.last) == len(self.seeds):
-                yield Conflict(
-                    (option, "seeds"),
-                    f"{name} needs a best and a last top-1 for each of {len(self.seeds)} seeds, and has "
-                    f"{len(found.best)} and {len(found.last)}",
-                )
-            elif any(best < last for best, last in zip(found.best, found.last, strict=True)):
-                yield Conflict((option,), f"{name} has a last top-1 above the best one")
-
-
-def _differences(fixed: tuple[float, ...], learned: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(one - other for one, other in zip(fixed, learned, strict=True))
-
-
-# What language models of one recipe have measured, in the recipe's entry `measured`.
-
-
-_Perplexity = Annotated[float, Field(ge=1, allow_inf_nan=False)]
-
-
-class Perplexities(BaseModel):
-    """Of the epoch that is best on the validation text, one a seed.
-
-    Attributes:
-        val: On the validation text.
-        test: On the test text.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    val: tuple[_Perplexity, ...] = Field(min_length=1)
-    test: tuple[_Perplexity, ...] = Field(min_length=1)
-
-
-class MeasuredWords(MeasuredRuns):
-    """Runs of one recipe with several kinds of words, each of every seed.
-
-    Attributes:
-        num_words: How many kinds of words the text has: C.
-        command: What repeats the runs.
-        learned: With an embedding and a classifier that are both learned.
-        others: With other words, by what they are.
-    """
-
-    num_words: int = Field(ge=1)
-    command: Text
-    learned: Perplexities
-    others: dict[str, Perplexities] = Field(min_length=1)
-
-    def ratios(self, words: str) -> tuple[float, ...]:
-        """Validation perplexity of other words over that of learned ones, one a seed."""
-        return tuple(one / other for one, other in zip(self.others[words].val, self.learned.val, strict=True))
-
-    def _conflicts(self) -> Iterator[Conflict]:
-        yield from super()._conflicts()
-        for option, name, found in (
-            ("learned", "learned", self.learned),
-            *(("others", name, found) for name, found in self.others.items()),
-        ):
-            if not len(found.val) == len(found.test) == len(self.seeds):
-                yield Conflict(
-                    (option, "seeds"),
-                    f"{name} needs a perplexity of both texts for each of {len(self.seeds)} seeds, and has "
-                    f"{len(found.val)} and {len(found.test)}",
-                )
-
-
-# What a recipe may say. Each section has one definition, elsewhere: `convert` is the signature of `fixify.convert`,
-# `finetune` is `fixify.training.FinetuneOptions`, `train` is `fixify.training.TrainOptions`, `language` is
-# `fixify.language.LanguageOptions`. An option that is added there is an option here. Beside the sections a recipe may say
-# what it is about: data, files, what they were, and what was measured with them.
-
-
-def convert_option_names() -> tuple[str, ...]:
-    """The options of `fixify.convert` that a recipe may set."""
-    return tuple(ConvertOptions.model_fields)
-
-
-SECTIONS: dict[str, type[BaseModel]] = {
-    "convert": ConvertOptions,
-    "finetune": FinetuneOptions,
-    "train": TrainOptions,
-    "language": LanguageOptions,
+SECTIONS: dict[str, type[CheckedOptions]] = {
+    options.section: options for options in (ConvertOptions, FinetuneOptions, TrainOptions, LanguageOptions)
 }
+
+ENTRIES = ("data", "class_map", "checkpoint", "against", "distill")
+"""What a recipe is about: names and files, as on the command line."""
+
+_RENAMED = {("convert", "scale"): "alpha"}
 
 
 class Recorded(BaseModel):
-    """What a run had, which repeating it has to find again; see `fixify.training.run_folder`."""
+    """The inputs of the run that wrote a recipe. Repeating it requires the same; see `fixify.training.run_folder`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -205,16 +51,12 @@ class Recorded(BaseModel):
     images_a_step: int | None = Field(default=None, ge=1)
 
 
-# What a recipe is about: names and files, as on the command line.
-ENTRIES = ("data", "class_map", "checkpoint", "against", "distill")
-
-
 def _recipe_model(measured: type[BaseModel]) -> type[BaseModel]:
     sections: dict[str, Any] = {name: (options | None, None) for name, options in SECTIONS.items()}
     entries: dict[str, Any] = dict.fromkeys(ENTRIES, (str | None, None))
     return create_model(
         "RecipeFile",
-        __config__=ConfigDict(extra="forbid"),
+        __config__=ConfigDict(extra="forbid", defer_build=True),
         description=(str, ""),
         expect=(str, ""),
         recorded=(Recorded, Recorded()),
@@ -224,38 +66,73 @@ def _recipe_model(measured: type[BaseModel]) -> type[BaseModel]:
     )
 
 
-# What a recipe has measured is of images or of words, as its section says; with both kinds in one model, a mistake
-# would be told as two.
+# A recipe with a language section has measured words, any other has measured images. One model for both would report
+# a mistake in `measured` twice.
 _OF_IMAGES, _OF_WORDS = _recipe_model(Measured), _recipe_model(MeasuredWords)
 
 
-def check(parsed: Parsed) -> BaseModel | None:
-    """The recipe that was parsed; None if it has mistakes, which are then all in `parsed.problems`."""
+def current_name(section: str, option: str) -> str:
+    """Return today's name of an option that a recipe may call by an older name.
+
+    >>> current_name("convert", "scale"), current_name("finetune", "scale")
+    ('alpha', 'scale')
+    """
+    return _RENAMED.get((section, option), option)
+
+
+def check(parsed: Parsed) -> Any:
+    """Check what was parsed.
+
+    Returns:
+        A pydantic model with one attribute per section and entry; None if there are mistakes, which are then all in
+        `parsed.problems`.
+    """
     values = parsed.values
     if not isinstance(values, dict):
         if not parsed.problems:
             what = "empty" if values is None else shown(values)
-            parsed.refuse((), f"has sections ({_sections()}), and this is {what}.")
+            parsed.refuse((), f"has sections ({', '.join(SECTIONS)}), and this is {what}.")
         return None
     # `finetune:` with every option commented out is a section that changes nothing.
     values = {name: {} if name in SECTIONS and value is None else value for name, value in values.items()}
     if not any((name,) in parsed.places for name in SECTIONS):
-        parsed.problems.append(Problem(Place(1), f"A recipe needs one or more of these sections: {_sections()}."))
+        known = ", ".join(SECTIONS)
+        parsed.problems.append(Problem(Place(1), f"A recipe needs one or more of these sections: {known}."))
     if ("measured",) in parsed.places and not {("train",), ("language",)} & parsed.places.keys():
-        parsed.refuse(("measured",), "is of `fixify train`, and the recipe has neither train: nor language:.")
+        parsed.refuse(("measured",), "needs a train: or a language: section.")
+    for section, options in values.items():
+        if isinstance(options, dict):
+            values[section] = _with_current_names(section, options, parsed)
     try:
         checked = _validated(values)
     except ValidationError:
-        told: set[ValuePath] = set()
-        for problem in mistakes(_validated, values):
-            path = _known_part(problem["loc"], parsed)
-            if "options" in problem:
-                _tell_conflict(parsed, path, problem)
-            elif (which := problem["loc"] if problem["type"] == "missing" else path) not in told:
+        told: set[Path] = set()
+        for mistake in mistakes(_validated, values):
+            path = _written_part(mistake.path, parsed)
+            if mistake.kind == CONFLICT:
+                _tell_conflict(parsed, path, mistake)
+            elif (which := mistake.path if mistake.kind == MISSING else path) not in told:
                 told.add(which)
-                _tell(parsed, path, problem)
+                _tell(parsed, path, mistake)
         return None
     return None if parsed.problems else checked
+
+
+def _with_current_names(section: str, options: dict[str, Any], parsed: Parsed) -> dict[str, Any]:
+    """Rename options that have a new name, their places too."""
+    found: dict[str, Any] = {}
+    for option, value in options.items():
+        name = current_name(section, option)
+        if name != option:
+            if name in options:
+                parsed.refuse((section, option), f"is the old name of {name}, which is given as well.")
+                continue
+            for path, place in list(parsed.places.items()):
+                if path[:2] == (section, option):
+                    renamed: Path = (section, name, *path[2:])
+                    parsed.places[renamed] = place
+        found[name] = value
+    return found
 
 
 def _validated(values: dict[str, Any]) -> BaseModel:
@@ -264,32 +141,32 @@ def _validated(values: dict[str, Any]) -> BaseModel:
     return model.model_validate_json(json.dumps(values), strict=True)
 
 
-def _tell(parsed: Parsed, path: ValuePath, problem: Any) -> None:
+def _tell(parsed: Parsed, path: Path, mistake: Mistake) -> None:
     name = str(path[-1]) if path else ""
-    if problem["type"] == "extra_forbidden":
+    if mistake.kind == UNKNOWN:
         parsed.refuse(path, _unknown(name, path, of_words=("language",) in parsed.places))
-    elif problem["type"] == "missing" and isinstance(problem["loc"][-1], str):
-        parsed.refuse(path, f"needs {problem['loc'][-1]}: what that is has no default.")
-    elif problem["type"] in ("model_type", "model_attributes_type"):
-        parsed.refuse(path, f"must be a section, `option: value` lines below it, not {shown(problem['input'])}.")
+    elif mistake.kind == MISSING and isinstance(mistake.path[-1], str):
+        parsed.refuse(path, f"requires {mistake.path[-1]}.")
+    elif mistake.kind in NOT_A_SECTION:
+        parsed.refuse(path, f"must be a section, `option: value` lines below it, not {shown(mistake.given)}.")
     else:
-        parsed.refuse(path, f"{explain(problem)}.")
+        parsed.refuse(path, f"{mistake.text}.")
 
 
-def _tell_conflict(parsed: Parsed, section: ValuePath, problem: Any) -> None:
-    """Options that do not go together: the sentence names them, and the place is that of the first that was written."""
-    paths = [(*section, option) for option in problem["options"]]
-    if any(path in parsed.places and path[-1] not in problem["input"] for path in paths):
+def _tell_conflict(parsed: Parsed, section: Path, mistake: Mistake) -> None:
+    """Report a conflict at the first of its options that was written."""
+    paths = [(*section, option) for option in mistake.options]
+    if any(path in parsed.places and path[-1] not in mistake.given for path in paths):
         return  # one of them was refused already, for how it is written
     place = next((parsed.places[path] for path in paths if path in parsed.places), parsed.places[section])
-    parsed.problems.append(Problem(place, f"{dotted(section)}: {explain(problem)}."))
+    parsed.problems.append(Problem(place, f"{dotted(section)}: {mistake.text}."))
 
 
-def _unknown(name: str, path: ValuePath, *, of_words: bool) -> str:
+def _unknown(name: str, path: Path, *, of_words: bool) -> str:
     elsewhere = [section for section, options in SECTIONS.items() if name in options.model_fields]
     if len(path) == 1:
         if elsewhere:
-            return f"belongs into a section: {' or '.join(f'{section}.{name}' for section in elsewhere)}."
+            return f"belongs in a section: {' or '.join(f'{section}.{name}' for section in elsewhere)}."
         return "is not a section or entry of a recipe" + did_you_mean(name, _OF_IMAGES.model_fields)
     if path[0] == "measured":
         whole, part = (MeasuredWords, Perplexities) if of_words else (Measured, Accuracies)
@@ -301,13 +178,9 @@ def _unknown(name: str, path: ValuePath, *, of_words: bool) -> str:
     return f"is not an option{guess}"
 
 
-def _known_part(location: tuple[str | int, ...], parsed: Parsed) -> ValuePath:
-    """pydantic's location without what it adds for unions, and up to the part that was written."""
+def _written_part(location: Path, parsed: Parsed) -> Path:
+    """Return pydantic's location without what it adds for unions, up to the last part that was written."""
     path = tuple(location)
     while path and path not in parsed.places:
         path = path[:-1]
     return path
-
-
-def _sections() -> str:
-    return ", ".join(SECTIONS)

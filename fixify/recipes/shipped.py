@@ -1,4 +1,7 @@
-"""The recipes that come with fixify, and how a name or a path becomes a file. Light: no torch, no timm."""
+"""Find recipes by name or path, and list those that come with fixify.
+
+Importing this module is quick, because shell completion asks it for names.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,21 @@ from typing import Any
 from fixify.errors import FixifyError, UsageError
 from fixify.recipes.parsing import Place, Problem, RecipeError, parse, read_text
 
-SECTION_NAMES = ("convert", "finetune", "train", "language")  # those of fixify.recipes.schema, which is not light
 _SUFFIXES = (".yaml", ".yml")
 _PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
 class ShippedRecipe:
-    """One recipe of those that come with fixify.
+    """A recipe that comes with fixify.
 
     Attributes:
-        name: To be given to `--recipe`.
-        path: Its file.
+        name: What `--recipe` takes.
+        path: The file.
         description: What it does.
         expect: What to expect of it: accuracy, hardware, time; or that it was not run.
-        measured: What its comparisons of learned and fixed have measured, as it is written there; see
-            `fixify.recipes.schema` and `measured_words`.
-        sections: Which commands it is for.
+        measured: What runs of it have measured, as the file has it; see `fixify.recipes.measured`.
+        sections: The sections that it has.
     """
 
     name: str
@@ -38,49 +39,52 @@ class ShippedRecipe:
     sections: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return what `fixify recipes ls --json` prints."""
         return {**vars(self), "path": str(self.path), "measured": list(self.measured), "sections": list(self.sections)}
 
 
 def recipes_folder() -> Path:
-    """Where the shipped recipes are: inside an installed fixify, or beside it in a checkout.
+    """Find the folder of the shipped recipes: inside an installed fixify, or beside it in a checkout.
 
     Raises:
-        FixifyError: neither; the installation is damaged.
+        FixifyError: there is none; the installation is damaged.
     """
     checkout = _PACKAGE.parent
     candidates = [_PACKAGE / "_recipes"]
-    if (checkout / "pyproject.toml").is_file():  # else it is site-packages, where `recipes` would be somebody else's
+    if (checkout / "pyproject.toml").is_file():  # in site-packages, `recipes` would be another package
         candidates.append(checkout / "recipes")
     for folder in candidates:
         if folder.is_dir():
             return folder
     raise FixifyError(
         f"The recipes that come with fixify are missing in {_PACKAGE}.",
-        hint="Install it again: pip install --force-reinstall --no-deps fixify",
+        hint="Reinstall it: pip install --force-reinstall --no-deps fixify",
     )
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes, sorted."""
+    """List the names of the shipped recipes, sorted."""
     return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
 
 
 def list_recipes() -> list[ShippedRecipe]:
-    """The shipped recipes, sorted by name.
+    """List the shipped recipes, sorted by name.
 
     Raises:
-        RecipeError: a file of them is damaged.
+        RecipeError: one of the files is damaged.
         FixifyError: they are missing.
     """
     return list(_read_all())
 
 
 def _read_all() -> Iterator[ShippedRecipe]:
+    from fixify.recipes.schema import SECTIONS  # pydantic, which completion does not need
+
     folder = recipes_folder()
     for name in recipe_names():
         path = folder / f"{name}.yaml"
         parsed = parse(read_text(path))
-        if parsed.problems or not isinstance(parsed.values, dict):  # somebody edited the installed file
+        if parsed.problems or not isinstance(parsed.values, dict):  # the installed file was edited
             raise RecipeError(str(path), parsed.problems or [Problem(Place(1), "It has no sections.")])
         values = parsed.values
         texts = {key: " ".join(str(values.get(key, "")).split()) for key in ("description", "expect")}
@@ -89,18 +93,18 @@ def _read_all() -> Iterator[ShippedRecipe]:
             path,
             **texts,
             measured=tuple(values.get("measured", ())),
-            sections=tuple(key for key in values if key in SECTION_NAMES),
+            sections=tuple(key for key in values if key in SECTIONS),
         )
 
 
 def find_recipe(name: str | Path) -> Path:
-    """The file of a recipe.
+    """Find the file of a recipe.
 
     Args:
-        name: A shipped recipe's name; or a path: what has a folder, ends in .yaml, or is no shipped recipe's name.
+        name: A shipped recipe's name; or a path: it has a folder, ends in .yaml, or is no shipped recipe's name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such recipe.
     """
     path, shipped = Path(name), recipe_names()
     is_path = len(path.parts) > 1 or path.suffix in _SUFFIXES

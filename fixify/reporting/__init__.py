@@ -1,4 +1,4 @@
-"""What is counted and how it is shown."""
+"""Count what classifiers cost, and show results: tables, the HTML page of runs, the paper's figures."""
 
 from fixify.reporting.costs import ModelReport, report
 

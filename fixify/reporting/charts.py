@@ -1,5 +1,7 @@
-"""Line charts as data for an SVG template. matplotlib chooses the ticks; it does not draw, because its SVG cannot
-follow a page's fonts and colours, light or dark."""
+"""Lay out line charts as data for an SVG template.
+
+matplotlib only chooses the ticks: its own SVG cannot follow a page's fonts and colours, light or dark.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,10 @@ class Series:
     """One line.
 
     Attributes:
-        label: Written at its end; "" writes none.
-        points: (x, y), x rising.
+        label: Text at its end; "" for none.
+        points: (x, y), with rising x.
         style: Number of its colour and marker: the number of its run.
-        dashed: Whether the line is dashed, without markers.
+        dashed: Whether the line is dashed and has no markers.
     """
 
     label: str
@@ -37,12 +39,16 @@ class Series:
 
 @dataclass(frozen=True)
 class Tick:
+    """A tick: its place on the axis, and its text."""
+
     at: float
     text: str
 
 
 @dataclass(frozen=True)
 class Marker:
+    """A marker: its place, and the text that shows on hover."""
+
     x: float
     y: float
     title: str
@@ -63,15 +69,20 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing of `WIDTH` x `HEIGHT` units, of which the plot is a part.
+    """A drawing of `WIDTH` x `HEIGHT` units; the plot is a part of it.
 
     Attributes:
         name: Its id on the page.
-        title, description: What it shows, and what came of it in words, for those who do not see it.
-        x_label: Below the axis; the title names the other one.
-        caption: Below the drawing.
-        left, right, top, bottom: The plot.
-        reference: A level line: (y, text).
+        title: What it shows; it names the y axis too.
+        description: The result in words, for screen readers.
+        x_label: Label of the x axis.
+        caption: Text below the drawing.
+        lines: The series.
+        x_ticks: Ticks of the x axis.
+        y_ticks: Ticks of the y axis.
+        reference: A horizontal line: (y, text).
+        left, right, top, bottom: Edges of the plot.
+        width, height: Size of the drawing.
     """
 
     name: str
@@ -103,7 +114,7 @@ class _Axis:
     def __post_init__(self) -> None:
         steps = [b - a for a, b in zip(self.ticks, self.ticks[1:], strict=False)]
         self.decimals = max(0, -math.floor(math.log10(min(steps)) + 1e-9)) if steps and not self.log else 0
-        # A step of 2.5 has a digit more than its size says.
+        # A step such as 2.5 has one digit more than its magnitude shows.
         if steps and not self.log and abs(round(min(steps), self.decimals) - min(steps)) > 1e-9 * abs(min(steps)):
             self.decimals += 1
 
@@ -128,18 +139,21 @@ def line_chart(
     limits: tuple[float, float] = (-math.inf, math.inf),
     caption: str = "",
 ) -> Chart | None:
-    """Lay a chart out.
+    """Lay out a chart.
 
     Args:
-        name, title, x_label, caption: See `Chart`.
-        series: What is drawn; those without points are left out.
-        unit: Written after a value, where it is spelled out.
+        name: See `Chart`, like title, x_label and caption.
+        title: See `Chart`.
+        series: The lines; those without points are left out.
+        x_label: See `Chart`.
+        unit: Unit after values in texts.
         log_x: Whether x is logarithmic; points that are not positive are left out.
-        reference: A level line: (value, text).
-        limits: Beyond which y does not go.
+        reference: A horizontal line: (value, text).
+        limits: Smallest and largest y of the axis.
+        caption: See `Chart`.
 
     Returns:
-        None if there is nothing to draw.
+        The chart; None if there is nothing to draw.
     """
     series = [_finite(line, log_x) for line in series]
     series = [line for line in series if line.points]
@@ -203,7 +217,7 @@ def _line(line: Series, x_axis: _Axis, y_axis: _Axis, x_label: str, unit: str) -
 
 
 def _spread(lines: list[Line]) -> list[Line]:
-    """Labels that would lie on each other are moved apart, within the plot."""
+    """Move apart labels that would overlap, within the plot."""
     labelled = sorted((line for line in lines if line.label), key=lambda line: line.label_y)
     heights: list[float] = []
     for line in labelled:

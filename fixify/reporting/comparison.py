@@ -1,4 +1,4 @@
-"""What came of runs that differ in nothing but the head: a table, and the paper's figures 1 to 3."""
+"""Compare runs that differ only in the head: a table, a page, and the paper's figures 1 to 3."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 from rich.table import Table
 
-from fixify._files import atomic_path
-from fixify.reporting.run_report import RunReport
+from fixify._files import atomic_path, write_atomic
+from fixify.reporting.page import PAGE_FILE, write_page
+from fixify.reporting.run_report import RunReport, report_runs
+from fixify.reporting.runs import read_runs
 from fixify.reporting.tables import new_table
-from fixify.training import EpochRecord
+from fixify.training.events import EpochRecord
 
 FIGURES = ("figure1-scale.png", "figure2-learned-fixed.png", "figure3-fixed-scales.png")
 
@@ -27,15 +29,17 @@ _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (8, 2)))
 
 @dataclass(frozen=True)
 class Compared:
-    """One run.
+    """One run of a comparison.
 
     Attributes:
-        name: Of its folder.
+        name: Name of its folder.
         head: The kind of its fixed head, or "learned".
-        scale: Alpha at the end, learned or not; None for a learned head.
-        top1, last_top1: Best and last validation, percent.
+        scale: Alpha at the end, learned or held; None for a learned head.
+        top1: The best validation top-1, percent.
+        last_top1: The last validation top-1, percent.
         difference: Points of `top1` above the learned head's.
-        parameters, classifier_parameters: Of the trained model.
+        parameters: Parameters of the trained model.
+        classifier_parameters: Those of its classifier.
     """
 
     name: str
@@ -48,11 +52,53 @@ class Compared:
     classifier_parameters: int | None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class WrittenComparison:
+    """What `write_comparison` wrote.
+
+    Attributes:
+        rows: One per run that was validated, the learned head first.
+        page: The HTML page.
+        figures: The paper's figures.
+    """
+
+    rows: tuple[Compared, ...]
+    page: Path
+    figures: tuple[Path, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `fixify train --compare --json` prints."""
+        return {
+            "runs": [row.to_dict() for row in self.rows],
+            "page": str(self.page),
+            "figures": [str(path) for path in self.figures],
+        }
+
+
+def write_comparison(folder: Path, runs: Sequence[Path]) -> WrittenComparison:
+    """Write the page and the figures of a comparison.
+
+    Args:
+        folder: Where they are written.
+        runs: Folders of the runs: the learned head, the fixed one, then those whose alpha was held.
+
+    Raises:
+        FormatError: a run cannot be read.
+        OutputError: a file cannot be written.
+    """
+    report = report_runs(read_runs(runs))
+    learned, fixed, *held = report.runs
+    write_atomic(folder / PAGE_FILE, write_page(report))
+    figures = write_figures(folder, learned, fixed, held)
+    return WrittenComparison(tuple(compare_runs(learned, [fixed, *held])), folder / PAGE_FILE, tuple(figures))
+
+
 def compare_runs(learned: RunReport, others: Sequence[RunReport]) -> list[Compared]:
-    """The learned head first, then the others against it; those that were validated."""
+    """Compare runs with the learned one, which comes first; runs without a validation are left out."""
     rows: list[Compared] = []
     for run in (learned, *others):
         if run.best is None:
@@ -74,7 +120,7 @@ def compare_runs(learned: RunReport, others: Sequence[RunReport]) -> list[Compar
 
 
 def comparison_table(rows: Sequence[Compared]) -> Table:
-    """One row a run."""
+    """Show one row per run."""
     made = new_table("run", "head", ">alpha", ">top-1 %", ">last %", ">difference", ">parameters", ">of head")
     for number, row in enumerate(rows):
         made.add_row(
@@ -92,16 +138,13 @@ def comparison_table(rows: Sequence[Compared]) -> Table:
 
 
 def write_figures(folder: Path, learned: RunReport, fixed: RunReport, scales: Sequence[RunReport] = ()) -> list[Path]:
-    """Draw the paper's figures 1 and 2, and with runs whose alpha was held, 3.
+    """Draw the paper's figures 1 and 2, and figure 3 if there are runs whose alpha was held.
 
     Args:
-        folder: Where they are written, as PNG.
+        folder: Where the PNG files are written.
         learned: The run with the learned head.
         fixed: The run with the fixed head whose alpha is learned.
-        scales: Runs whose alpha was held.
-
-    Returns:
-        The files.
+        scales: The runs whose alpha was held.
 
     Raises:
         OutputError: one cannot be written.
@@ -153,15 +196,15 @@ def _error_figure(runs: Sequence[RunReport]) -> Figure:
 
 
 def _logarithmic(axes: Axes) -> None:
-    """One error of 90 % would press all that learn onto the axis, where nothing tells them apart.
+    """Make the error axis logarithmic: with one error of 90 %, small errors would be indistinguishable on a linear one.
 
-    An error of 0 has no place on such an axis: its line leaves the picture below.
+    An error of 0 has no place on it: its line leaves the figure at the bottom.
     """
     drawn = [error for line in axes.get_lines() for error in np.asarray(line.get_ydata()) if error > 0] or [1.0]
     ticks = [step * 10.0**power for power in range(-6, 3) for step in (1, 2, 5)]
     low = max(tick for tick in ticks if tick <= min(drawn))
     high = min(tick for tick in ticks if tick >= max(drawn) and tick > low)
-    axes.set_ylim(low, high)  # first, or matplotlib looks for limits itself and warns of zeros
+    axes.set_ylim(low, high)  # before the scale, or matplotlib computes limits itself and warns of zeros
     axes.set_yscale("log", nonpositive="clip")
     axes.set_yticks([tick for tick in ticks if low <= tick <= high])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{error:g}"))

@@ -1,4 +1,4 @@
-"""Parameters and bytes of one model: what its classifier costs, and what fixing it saves or has saved."""
+"""Count what the classifier of one model costs, and plan what each kind of fixed head would save."""
 
 from __future__ import annotations
 
@@ -18,20 +18,24 @@ from fixify.models.architectures import build, default_num_classes
 from fixify.models.classifiers import ClassifierSite, find_classifiers
 from fixify.savings import Savings, count_bytes, under
 
+_MAX_DENSE = 1 << 25
+"""Elements of a dense codebook above which it takes minutes to build."""
+
 
 @dataclass(frozen=True)
 class ModelReport:
     """One row of `fixify report`.
 
     Attributes:
-        name: As it was given (a file's name without its folder).
+        name: The name that was given; for a file, without its folder.
         architecture: "library/name", or the class name of a module.
-        fixed: Whether the classifier is fixed already; if so "after" is what is, else what `fixify convert` would give.
+        fixed: Whether the classifier is fixed already. If so, "after" in `savings` is the model as it is, else what
+            `fixify convert` would give.
         num_features: Width of the last representation; of the first head if there are several.
         num_classes: Number of classes.
         savings: Parameters and bytes, before and after.
         heads: Features and classes of each classifier layer of a model that is not fixed.
-        note: What is peculiar about it, one sentence, or None.
+        note: A remark, one sentence, or None.
     """
 
     name: str
@@ -49,6 +53,7 @@ class ModelReport:
         return self.savings.removed
 
     def to_dict(self) -> dict[str, Any]:
+        """Return what `fixify report --json` prints."""
         return asdict(self) | {"savings": self.savings.to_dict()}
 
 
@@ -57,10 +62,13 @@ def report(model: nn.Module | str | Path, *, arch: str | None = None) -> ModelRe
 
     Args:
         model: A module, a checkpoint (slim or ordinary), or the name of an architecture. A name needs no weights.
-        arch: The architecture of an ordinary checkpoint, if it cannot be told from the file.
+        arch: The architecture of an ordinary checkpoint, if the file does not show it.
 
     Raises:
         ArchitectureError, SourceError, FormatError, NoClassifierError: it is none of these, or has no classifier.
+
+    >>> report("resnet50").removable
+    2048000
     """
     if isinstance(model, nn.Module):
         return _of_module(model)
@@ -101,7 +109,7 @@ def _of_module(model: nn.Module) -> ModelReport:
 
 
 def _of_published(found: ModelReport, original: Original, note: str) -> ModelReport:
-    """The report of a checkpoint whose classifier is fixed already: "after" is what it stores."""
+    """Count a checkpoint whose classifier is fixed already: "after" is what it stores."""
     stored = sum(count_bytes(under(original.tensors, site.path).values()) for site in original.sites)
     savings = replace(found.savings, bytes_after=count_bytes(original.tensors.values()), classifier_bytes_after=stored)
     return replace(found, fixed=True, savings=savings, note=note)
@@ -125,24 +133,17 @@ def _learned(
     )
 
 
-# Is it worth it? What each kind of head would cost and save on a model, from its header or its name alone.
-
-
-# Above this many numbers the dense kinds take minutes to build, and nobody would choose them.
-_MAX_DENSE = 1 << 25
-
-
 @dataclass(frozen=True)
 class KindPlan:
-    """One kind of head on one model.
+    """What one kind of head would give on one model.
 
     Attributes:
-        kind: As `--head` takes it.
-        stored: Bytes of all its heads' tensors in the slim checkpoint; None if it cannot be had.
+        kind: The kind, as `--head` takes it.
+        stored: Bytes of all its heads' tensors in the slim checkpoint; None if this kind is not possible.
         saved: Bytes of the classifier's tensors now, less `stored`.
-        coherence: Cosines between the codes, of the least spread head if there are several; None if this kind cannot
-            be had or the cosines are not known, for the `note`.
-        note: Why not, or how they are meant.
+        coherence: Cosines between the codes, of the least spread head if there are several; None if this kind is not
+            possible or the cosines are unknown, for the reason in `note`.
+        note: A remark, or None.
     """
 
     kind: str
@@ -154,12 +155,12 @@ class KindPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What converting a model would give.
+    """What converting a model would save.
 
     Attributes:
         report: Parameters and bytes, before and after.
-        kinds: Each kind of head; none if the classifier is fixed already, by the paper's published code.
-        verdict: One sentence.
+        kinds: Each kind of head; empty if the paper's published code has fixed the classifier already.
+        verdict: How much the classifier weighs, one sentence.
     """
 
     report: ModelReport
@@ -167,6 +168,7 @@ class Plan:
     verdict: str
 
     def to_dict(self) -> dict[str, Any]:
+        """Return what `fixify plan --json` prints."""
         return {
             "report": self.report.to_dict(),
             "kinds": [asdict(kind) for kind in self.kinds],
@@ -175,7 +177,7 @@ class Plan:
 
 
 def plan(source: str | Path, *, arch: str | None = None) -> Plan:
-    """Plan a conversion. Of a checkpoint only names and shapes are read; a model name needs no weights.
+    """Estimate the savings of each kind of head. Only names and shapes of a checkpoint are read.
 
     Raises:
         FormatError: the source is a slim checkpoint already.
@@ -201,12 +203,14 @@ def _kind(kind: str, found: ModelReport) -> KindPlan:
     try:
         specs = [HeadSpec(kind=kind, num_features=n, num_classes=c) for n, c in sizes]
         if kind != "hadamard" and any(n * c > _MAX_DENSE for n, c in sizes):
-            return KindPlan(kind, stored, saved, None, "a codebook this large is impractical; its cosines are left out")
+            return KindPlan(
+                kind, stored, saved, None, "a codebook this large is impractical; its cosines are not computed"
+            )
         spread = [coherence(spec) for spec in specs]
     except HeadSpecError as error:
         return KindPlan(kind, None, None, None, error.message)
     note = (
-        "of codes in order; those that convert matches are less spread"
+        "cosines of codes in class order; matched codes are less spread"
         if kind == "hadamard" and any(c > n for n, c in sizes)
         else None
     )

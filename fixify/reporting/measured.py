@@ -1,4 +1,4 @@
-"""What the shipped recipes have measured: learned against fixed, run here."""
+"""Show what runs of the shipped recipes have measured: learned against fixed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from rich.table import Table
 
 from fixify.models.architectures import build, parse_architecture
 from fixify.models.classifiers import find_classifiers
-from fixify.recipes import read_recipe
-from fixify.recipes.reading import section_of
-from fixify.recipes.schema import Measured, MeasuredWords
+from fixify.recipes.measured import Measured, MeasuredWords
+from fixify.recipes.reading import read_recipe, section_of
 from fixify.recipes.shipped import recipe_names
 from fixify.reporting.tables import new_table
 
@@ -28,27 +27,29 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
+        """Compute it from one value per seed."""
         return cls(mean(values), min(values), max(values))
 
     def lines(self, form: str = ".1f") -> str:
-        """The mean, and below it the range."""
+        """Write the mean, and below it the range."""
         return f"{self.mean:{form}}\n{self.low:{form}} to {self.high:{form}}"
 
     def to_dict(self) -> dict[str, float]:
+        """Return it as JSON has it."""
         return dict(vars(self))
 
 
 @dataclass(frozen=True)
 class RunHere:
-    """One entry `measured` of a recipe.
+    """One entry `measured` of a recipe for images.
 
     Attributes:
-        recipe: The recipe's name.
+        recipe: Name of the recipe.
         data_name: The recipe's data, as `--data` names it.
         network: The network that was trained.
-        num_features: N of it.
-        standardized: Whether the fixed head standardises its features, which the paper's does not.
-        measured: What came of it.
+        num_features: N of the network.
+        standardized: Whether the fixed head standardises its features; the paper's does not.
+        measured: The figures.
     """
 
     recipe: str
@@ -75,16 +76,17 @@ class RunHere:
 
     @property
     def changed(self) -> tuple[str, ...]:
-        """What else the runs changed in the recipe: `lr=0.02`."""
+        """Other options that the runs changed in the recipe: `lr=0.02`."""
         options = (override.partition(".")[2] for override in self.measured.set)
         return tuple(option for option in options if option.partition("=")[0] not in ("model", "head_standardize"))
 
     @property
     def command(self) -> str:
-        """What repeats the runs of the first seed."""
+        """The command that repeats the runs of the first seed."""
         return self.measured.command(self.recipe)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it, with the gaps and with mean and range over the seeds."""
         return {
             "recipe": self.recipe,
             "command": self.command,
@@ -113,15 +115,16 @@ class WordsHere:
     measured: MeasuredWords
 
     def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it, with the ratios of perplexities."""
         ratios = {words: list(self.measured.ratios(words)) for words in self.measured.others}
         return {"recipe": self.recipe, **self.measured.model_dump(mode="json"), "ratios": ratios}
 
 
 def run_here() -> tuple[tuple[RunHere, ...], tuple[WordsHere, ...]]:
-    """Every entry `measured` of the shipped recipes, by recipe's name and in the recipe's order: of images, of words.
+    """Read every entry `measured` of the shipped recipes: those for images, and those for words.
 
     Raises:
-        RecipeError: a shipped recipe is damaged, or an entry changes options that it does not have.
+        RecipeError: a shipped recipe is damaged, or an entry changes options that the recipe does not have.
         FixifyError: the recipes are missing.
     """
     entries = [(name, measured) for name in recipe_names() for measured in read_recipe(name).measured]
@@ -141,7 +144,7 @@ def _run_here(recipe: str, measured: Measured) -> RunHere:
 
 
 def run_here_tables(found: Sequence[RunHere]) -> list[Table | str]:
-    """One row an entry, each number with its range below it; then how they were measured."""
+    """Show one row per entry, each number with its range below it, and then how they were measured."""
     title = "Learned against fixed, run here: validation top-1 after the last epoch, %"
     made = new_table("data", "network", ">learned", ">fixed", ">fixed - learned", title=title)
     for row in found:
@@ -153,13 +156,13 @@ def run_here_tables(found: Sequence[RunHere]) -> list[Table | str]:
             row.fixed.lines(),
             row.gap.lines("+.1f"),
         )
-    made.caption = "mean and range over the seeds; the best epochs are in --json"
+    made.caption = "mean and range over the seeds; --json has the best epochs too"
     made.caption_justify = "left"
     return [made, "", *(_how(row) for row in found)]
 
 
 def words_here_tables(found: Sequence[WordsHere]) -> list[Table | str]:
-    """One row a kind of words, each number with its range below it; then how they were measured."""
+    """Show one row per kind of words, each number with its range below it, and then how they were measured."""
     parts: list[Table | str] = []
     for row in found:
         measured = row.measured

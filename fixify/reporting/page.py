@@ -1,4 +1,4 @@
-"""The report of runs as one HTML page that needs nothing else: no network, no script."""
+"""Write the report of runs as one self-contained HTML page: no network, no script."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ PAGE_FILE = "report.html"
 
 
 def write_page(report: Report, *, now: datetime | None = None) -> str:
-    """The page's text.
+    """Return the page as HTML.
 
     Args:
-        report: What it says. Names in it come from data and are escaped.
-        now: The time that it is dated with.
+        report: The content. Names in it come from data and are escaped.
+        now: The date on the page; None takes the current time.
     """
     return (
         _environment()
@@ -38,13 +38,13 @@ def write_page(report: Report, *, now: datetime | None = None) -> str:
 
 
 def charts(runs: Sequence[RunReport]) -> list[Chart]:
-    """Accuracy, loss and scale, and the loss by step; a chart without data is left out."""
+    """Draw accuracy, loss, scale, and training loss by step; a chart without data is left out."""
     made = [_accuracy(runs), _loss(runs), _scale(runs), _training_loss(runs)]
     return [chart for chart in made if chart is not None]
 
 
 def sizes(runs: Sequence[RunReport]) -> list[Size]:
-    """Each converted run's original before it, each original once, then the run."""
+    """List the sizes of the runs; before each converted run its original, but each original once."""
     found: list[Size] = []
     for run in runs:
         if run.savings is not None:
@@ -71,7 +71,7 @@ def _accuracy(runs: Sequence[RunReport]) -> Chart | None:
     for number, run in enumerate(runs):
         points = [(record.epochs, record.val_top1) for record in run.history]
         if run.before is not None and points:
-            # A start at chance level would flatten everything that matters.
+            # A start at chance level would flatten the rest of the chart.
             if run.before.top1 >= lowest - 2 * max(highest - lowest, 5.0):
                 points.insert(0, (0.0, run.before.top1))
             else:
@@ -106,7 +106,7 @@ def _loss(runs: Sequence[RunReport]) -> Chart | None:
         series,
         x_label="epoch",
         limits=(0.0, float("inf")),
-        caption="Solid: validation. Dashed: training, with augmentation and while the weights moved.",
+        caption="Solid: validation. Dashed: training, with augmentation, averaged while the weights change.",
     )
 
 
@@ -122,7 +122,7 @@ def _scale(runs: Sequence[RunReport]) -> Chart | None:
         series,
         x_label="step (logarithmic)",
         log_x=True,
-        caption="Figure 1 of the paper: from random weights, the scale grew with the logarithm of the step.",
+        caption="In figure 1 of the paper the scale, from random weights, grows with the logarithm of the step.",
     )
 
 

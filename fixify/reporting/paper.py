@@ -1,7 +1,7 @@
-"""The figures of Hoffer, Hubara & Soudry, "Fix your classifier" (ICLR 2018), beside those counted here.
+"""Show the figures of Hoffer, Hubara & Soudry, "Fix your classifier" (ICLR 2018), beside those counted here.
 
-Nothing of ours is stored here: every network is built on the meta device and counted, and what was trained is in the
-shipped recipes.
+Only the paper's figures are stored here. Every network is built on the meta device and counted, and results of training
+are read from the shipped recipes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from rich.table import Table
 
-from fixify.language import LanguageOptions
 from fixify.language.model import assemble
+from fixify.language.options import LanguageOptions
 from fixify.models.architectures import build, parse_architecture
 from fixify.models.build import build_on_meta
 from fixify.models.classifiers import find_classifiers
@@ -27,6 +27,7 @@ _GRADIENT_BYTES = 4  # float32
 _DATA_NAMES = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100", "ImageNet": "imagenet"}
 WIKITEXT2_WORDS = 33_278
 LSTM_WIDTH = 512
+NOT_RUN = "not run here"
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,12 @@ class Counted:
     """A network of the paper as it is built here.
 
     Attributes:
-        name: The paper's, shortened.
+        name: The paper's name, shortened.
         built: How it is built: an architecture's name, or "torch".
-        data: What it is trained on.
+        data: The data that it is trained on.
         num_features: N.
         num_classes: C.
-        parameters: All learned ones, with a learned classifier.
+        parameters: Learned parameters with a learned classifier.
         fixed_weights: Those that become fixed: the classifier's weights, without the bias (in the language model the
             embedding's too).
     """
@@ -59,20 +60,21 @@ class Counted:
 
     @property
     def learned_left(self) -> int:
-        """Parameters that are still learned: backbone, bias, and the one scale."""
+        """Parameters that are still learned: backbone, bias, and the scale."""
         return self.parameters - self.fixed_weights + 1
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes of gradients, float32, that every update sends between processes with a learned classifier."""
+        """Bytes of float32 gradients that each update sends between processes with a learned classifier."""
         return _GRADIENT_BYTES * self.parameters
 
     @property
     def gradient_bytes_saved(self) -> int:
-        """How many of them a fixed classifier does not send (section 4.1)."""
+        """Bytes of them that a fixed classifier does not send (section 4.1)."""
         return _GRADIENT_BYTES * (self.parameters - self.learned_left)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it, with what is derived."""
         return asdict(self) | {
             "share": self.share,
             "learned_left": self.learned_left,
@@ -83,12 +85,13 @@ class Counted:
 
 @dataclass(frozen=True)
 class Printed:
-    """A row as it is printed in the paper; numbers that are compared as text keep their digits.
+    """A row as the paper prints it. Numbers that are compared as text keep their digits.
 
     Attributes:
         parameters: "# Params".
         share: "% Fixed params", without the sign.
-        learned, fixed: Validation accuracy in percent (Table 1), or perplexity (Table 2).
+        learned: Validation accuracy in percent (Table 1) or perplexity (Table 2) with a learned classifier.
+        fixed: The same with a fixed one.
     """
 
     parameters: int
@@ -104,8 +107,8 @@ class PaperRow:
     Attributes:
         counted: The network.
         printed: The paper's figures.
-        notes: What is to be said of them.
-        ours: What a shipped recipe has measured with it on this data; None: it was not run here.
+        notes: Remarks on the difference between the two.
+        ours: What a shipped recipe has measured with it on this data; None if it was not run here.
     """
 
     counted: Counted
@@ -114,6 +117,7 @@ class PaperRow:
     ours: RunHere | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
         return {
             "counted": self.counted.to_dict(),
             "paper": None if self.printed is None else asdict(self.printed),
@@ -124,11 +128,14 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class Paper:
-    """All of it: Table 1 (image classification), Table 2 (language model), section 4.1 (JFT-300M), 4.2 (C > N).
+    """The paper's tables beside our counts and results.
 
     Attributes:
-        run_here, words_here: What all of the shipped recipes have measured, learned against fixed, mostly on other
-            data than the paper's.
+        table1: Table 1, image classification.
+        table2: Table 2, the language model.
+        section4: Section 4.1 (JFT-300M) and 4.2 (C > N).
+        run_here: What the shipped recipes have measured for images, mostly on other data than the paper's.
+        words_here: The same for language models.
     """
 
     table1: tuple[PaperRow, ...]
@@ -138,12 +145,13 @@ class Paper:
     words_here: tuple[WordsHere, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return what `fixify report --paper --json` prints."""
         parts = ("table1", "table2", "section4", "run_here", "words_here")
         return {name: [row.to_dict() for row in getattr(self, name)] for name in parts}
 
 
 def paper() -> Paper:
-    """Build and count every network of the paper; takes some seconds."""
+    """Build and count every network of the paper; this takes some seconds."""
     image_rows = (
         ("ResNet-56", "resnet56_cifar", "CIFAR-10", Printed(855_770, "0.07", "93.03", "93.14")),
         ("DenseNet-BC", "densenet100_bc_cifar", "CIFAR-100", Printed(800_032, "4.2", "77.73", "77.67")),
@@ -167,12 +175,14 @@ def paper() -> Paper:
     )
 
 
-_WHICH_RESNET = "the paper does not say which reduced ResNet it took; this is ResNet-18 with half its channels"
+_WHICH_RESNET = "the paper does not say which reduced ResNet it used; this is ResNet-18 with half its channels"
 
 
 def _language_model() -> Counted:
-    """The printed total is that of torch's LSTM (two bias vectors in each layer), and of an embedding and a classifier
-    with weights of their own, the classifier with a bias.
+    """Count the language model.
+
+    The printed total is that of torch's LSTM (two bias vectors per layer) with a separate embedding and classifier; the
+    classifier has a bias.
     """
     options = LanguageOptions.create(words="learned", num_features=LSTM_WIDTH)
     model = build_on_meta(lambda: assemble(options, WIKITEXT2_WORDS, None))
@@ -191,7 +201,7 @@ def _image_network(name: str, built: str, data: str, num_classes: int | None = N
 
 
 def _jft() -> PaperRow:
-    """Section 4.1: ResNet-50 on JFT-300M, whose 18,291 classes are those of Sun et al. (2017)."""
+    """Count section 4.1: ResNet-50 on JFT-300M, with the 18,291 classes of Sun et al. (2017)."""
     counted = _image_network("ResNet-50", "resnet50", "JFT-300M", 18_291)
     holds = counted.fixed_weights > 36e6 and counted.share > 60
     said = (
@@ -214,11 +224,11 @@ def _count_notes(counted: Counted, printed: int) -> tuple[str, ...]:
         return ()
     if counted.built == "shufflenet_v1_g3" and difference == 1:
         return (
-            "the paper counts 1 more. All tensors of a ShuffleNet are of even size, so its odd total has a single "
-            "number beside them: the scale of the fixed classifier, it seems. As published the network has 1,865,728 "
-            "parameters; biases and widths are those that give the printed number (fixify/zoo/networks)",
+            "the paper counts 1 more. All tensors of a ShuffleNet have an even size, so the odd total has a single "
+            "number more: presumably the scale of the fixed classifier. As published the network has 1,865,728 "
+            "parameters; biases and widths here give the printed number (fixify/models/networks)",
         )
-    return (f"the paper counts {abs(difference):,} {'more' if difference > 0 else 'fewer'}; why is not known",)
+    return (f"the paper counts {abs(difference):,} {'more' if difference > 0 else 'fewer'}; the reason is unknown",)
 
 
 def _share_notes(counted: Counted, printed: str) -> tuple[str, ...]:
@@ -227,17 +237,11 @@ def _share_notes(counted: Counted, printed: str) -> tuple[str, ...]:
         return ()
     if math.floor(counted.share * 10**digits) == round(float(printed) * 10**digits):
         return (f"the share is {counted.share:.2f} %; the paper's {printed} % is cut off, not rounded",)
-    return (f"the share is {counted.share:.2f} %, the paper's {printed} %; why is not known",)
-
-
-# Tables for `fixify report --paper`. They fit 80 columns.
-
-
-NOT_RUN = "not run here"
+    return (f"the share is {counted.share:.2f} %, the paper's {printed} %; the reason is unknown",)
 
 
 def paper_tables(found: Paper) -> list[Table | str]:
-    """Counts, results and gradients of the paper's networks, with what is to be said of them."""
+    """Show counts, results and gradients of the paper's networks, with notes. The tables fit 80 columns."""
     printed = (*found.table1, *found.table2)
     everything = (*printed, *found.section4)
     return [
@@ -284,7 +288,7 @@ def _results(title: str, rows: Iterable[PaperRow]) -> Table:
 
 
 def _gradients(rows: Iterable[PaperRow]) -> Table:
-    title = "Gradients that each update sends (float32), by arithmetic"
+    title = "Gradients sent per update (float32), by arithmetic"
     made = new_table("network", "data", ">learned", ">fixed", ">saved", title=title)
     for row in rows:
         counted = row.counted

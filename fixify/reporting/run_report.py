@@ -1,4 +1,4 @@
-"""What the report of runs says: plain data, which `--json` prints and the page shows."""
+"""Put runs side by side: plain data, which `--json` prints and the HTML page shows."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 from fixify.metrics import Confusions, Metrics
 from fixify.reporting.runs import Run
 from fixify.savings import Savings
-from fixify.training import EpochRecord
+from fixify.training.events import EpochRecord
+from fixify.training.run_folder import StepRecord
 
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters and bytes of a model; those of the classifier are part of them.
+    """Parameters and bytes of a model and, included in them, of its classifier.
 
     Attributes:
-        name: Whose.
+        name: The run or model.
         style: Number of the run, for its colour; None for a model that was not run.
     """
 
@@ -31,6 +32,8 @@ class Size:
 
 @dataclass(frozen=True)
 class TakenFor:
+    """A wrong answer: the class that images were taken for, and how many."""
+
     name: str
     images: int
 
@@ -40,10 +43,11 @@ class ClassRow:
     """A class that a run gets wrong.
 
     Attributes:
-        name: Of the class.
-        right, images: Validation images.
-        taken_for: The classes that the others were taken for most often.
-        elsewhere: Images of it that each other run gets right, by the run's label; None if its classes are others.
+        name: Name of the class.
+        right: Its validation images that the run gets right.
+        images: Its validation images.
+        taken_for: The most frequent wrong answers.
+        elsewhere: For each other run, by label, how many of these images it gets right; None if its classes differ.
     """
 
     name: str
@@ -55,14 +59,14 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class ClassReport:
-    """The classes of a run's last validation.
+    """The classes in a run's last validation.
 
     Attributes:
-        step: Updates of the weights before it.
+        step: Updates before it.
         total: Classes that have images.
-        all_right: Those of which every image is right.
-        half_wrong: Those of which fewer than half are right.
-        worst: The worst, at most 20.
+        all_right: Classes with every image right.
+        half_wrong: Classes with fewer than half of the images right.
+        worst: The worst classes, at most 20.
     """
 
     step: int
@@ -74,26 +78,31 @@ class ClassReport:
 
 @dataclass(frozen=True)
 class RunReport:
-    """One run.
+    """One run of a report.
 
     Attributes:
         label: Its name on the page.
         head: The kind of its fixed head, or "learned".
-        architecture: Its name; None if the run is older than that.
-        command: What started it; None if it was started from Python, or is older than that.
-        data: Name of the data; `train_images` and `val_images` of it.
-        epochs_done, epochs: How far it is, of how many.
+        architecture: Name of the architecture; None in an older run.
+        command: The command that started it; None if it was started from Python, or in an older run.
+        data: Name of the data.
+        train_images: Number of training images.
+        val_images: Number of validation images.
+        epochs_done: Epochs that are done.
+        epochs: Epochs in all.
         best: The validation with the highest top-1; None before the first.
-        before, original: Metrics of the model as it came, and of the original.
+        before: Metrics of the model before training.
+        original: Metrics of the original.
         original_top1: The original's top-1, percent, measured or given.
-        agreement: Whether there were no labels, so that top-1 is agreement with the teacher.
+        agreement: Whether top-1 is agreement with the teacher, because there were no labels.
         images_per_second: Training throughput at the last validation.
-        size: Parameters and bytes; None if the run is older than that.
-        savings: Before and after the conversion, if the model was converted.
-        history, steps: Every line of metrics.jsonl and steps.jsonl.
+        size: Parameters and bytes; None in an older run.
+        savings: Parameters and bytes before and after the conversion, if the model was converted.
+        history: Every line of metrics.jsonl.
+        steps: Every line of steps.jsonl.
         classes: Its worst classes; None if they were not recorded.
-        options: How it was trained.
-        facts: What else is known of it, name -> text.
+        options: The options that it was trained with.
+        facts: Other facts for the page, name -> text.
     """
 
     label: str
@@ -114,13 +123,14 @@ class RunReport:
     size: Size | None
     savings: Savings | None
     history: tuple[EpochRecord, ...]
-    steps: tuple[Any, ...]
+    steps: tuple[StepRecord, ...]
     classes: ClassReport | None
     options: dict[str, Any]
     facts: dict[str, str]
 
     @property
     def is_learned(self) -> bool:
+        """Whether the classifier is learned."""
         return self.head == "learned"
 
 
@@ -130,8 +140,8 @@ class Report:
 
     Attributes:
         runs: In the order given.
-        differences: Options that are not the same in all runs: name -> the value of each.
-        verdict: What came of it, in sentences.
+        differences: Options that differ between the runs: name -> the value in each run.
+        verdict: The result in sentences.
     """
 
     runs: tuple[RunReport, ...]
@@ -139,7 +149,7 @@ class Report:
     verdict: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """Return what `fixify report --json` prints."""
         return asdict(self)
 
 
@@ -192,7 +202,7 @@ def _size(run: Run, number: int, savings: Savings | None) -> Size | None:
         )
     counts = [model.get(name) for name in ("parameters", "classifier_parameters", "bytes", "classifier_bytes")]
     whole = [count for count in counts if isinstance(count, int)]
-    # A run that is older than these facts has none of them.
+    # An older run has none of these facts.
     return Size(run.label, number, *whole) if len(whole) == len(counts) else None
 
 
@@ -257,7 +267,7 @@ def _differences(reports: Sequence[RunReport]) -> dict[str, tuple[Any, ...]]:
 
 
 def _verdict(reports: Sequence[RunReport]) -> list[str]:
-    """The fixed runs against the first learned one; without one, against the original."""
+    """Compare each fixed run with the first learned one; without one, with the original."""
     learned = next((report for report in reports if report.is_learned and report.best is not None), None)
     said = []
     for report in reports:

@@ -1,4 +1,4 @@
-"""Reading the folder of a run, as `fixify finetune` and `fixify train` leave it."""
+"""Read the folders of runs, as `fixify finetune` and `fixify train` leave them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fixify.checkpoints.files import holds_one_checkpoint
-from fixify.errors import FormatError
+from fixify.errors import FormatError, UsageError
 from fixify.metrics import Confusions, Metrics
-from fixify.training import EpochRecord
+from fixify.training.events import EpochRecord
 from fixify.training.run_folder import CONFUSIONS_FILE, METRICS_FILE, RUN_FILE, STEPS_FILE, StepRecord
 
 _Record = TypeVar("_Record")
@@ -20,16 +20,17 @@ _Record = TypeVar("_Record")
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left.
+    """What a run left in its folder.
 
     Attributes:
-        folder: Where it is.
-        label: A short name, different from those of the runs beside it.
-        facts: Everything in run.json: data, class_names, options, and where it is new enough command and model.
+        folder: The folder.
+        label: A short name, different from those of the other runs.
+        facts: Everything in run.json: data, class_names, options; in newer runs also command and model.
         history: Every validation.
-        steps: The thin log of steps.
-        confusions: What the last validation got wrong; None if it was not recorded.
-        before, original: Metrics of the model as it came, and of the original, if they were measured.
+        steps: The logged steps.
+        confusions: The mistakes of the last validation; None if they were not recorded.
+        before: Metrics of the model before training, if measured.
+        original: Metrics of the original, if measured.
     """
 
     folder: Path
@@ -43,42 +44,43 @@ class Run:
 
     @property
     def options(self) -> dict[str, Any]:
-        """How it was trained."""
+        """The options that it was trained with."""
         return dict(self.facts["options"])
 
     @property
     def model(self) -> dict[str, Any]:
-        """See `fixify.training.run_folder`; empty if the run is older than that."""
+        """Facts of the model, see `fixify.training.run_folder`; empty in an older run."""
         return dict(self.facts.get("model") or {})
 
     @property
     def head(self) -> str:
-        """The kind of its fixed head, or "learned"; of an older run by whether it has a scale."""
+        """The kind of its fixed head, or "learned"; an older run with a scale is "fixed"."""
         scaled = any(record.scale is not None for record in self.history)
         return str(self.model.get("head") or ("fixed" if scaled else "learned"))
 
     @property
     def is_learned(self) -> bool:
-        """Whether the classifier is an ordinary one."""
+        """Whether the classifier is learned."""
         return self.head == "learned"
 
     @property
     def best(self) -> EpochRecord | None:
-        """As in `fixify.training`: the highest top-1, of equal ones the lowest loss."""
+        """The validation with the highest top-1; of equal ones, that with the lowest loss."""
         return max(self.history, key=lambda record: (record.val_top1, -record.val_loss), default=None)
 
     @property
     def class_names(self) -> list[str]:
+        """Names of the classes, in label order."""
         return [str(name) for name in self.facts.get("class_names") or ()]
 
     @property
     def original_top1(self) -> float | None:
-        """Percent; None if it was neither measured nor given."""
+        """Top-1 of the original, percent; None if it was neither measured nor given."""
         return self.options.get("original_top1") if self.original is None else self.original.top1
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The runs that a path means: its own, or those of its subfolders, sorted; none if it means a checkpoint."""
+    """List the runs at a path: the folder itself, or its subfolders, sorted; none if the path is a checkpoint."""
     if not folder.is_dir():
         return []
     if _is_run(folder):
@@ -88,8 +90,28 @@ def runs_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path))
 
 
+def runs_among(names: Sequence[str]) -> list[Path]:
+    """List the runs that names stand for.
+
+    Args:
+        names: Folders of runs, or folders that hold some; or else checkpoints and model names only.
+
+    Raises:
+        UsageError: some are runs and some are not.
+    """
+    found = {name: runs_in(Path(name)) for name in names}
+    runs = [run for found_in in found.values() for run in found_in]
+    others = [name for name in names if not found[name]]
+    if runs and others:
+        raise UsageError(
+            f"{runs[0]} is the folder of a run, and {others[0]} is not: a page shows runs, a table counts models.",
+            hint="Report them one after the other.",
+        )
+    return runs
+
+
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read runs, and tell them apart by name.
+    """Read runs and give each its own label.
 
     Raises:
         FormatError: a file of one is missing or damaged.
@@ -99,7 +121,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _is_run(folder: Path) -> bool:
-    """run.json may be another program's, too."""
+    """Check that run.json is fixify's and not another program's."""
     try:
         content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -159,5 +181,5 @@ def _parsed(path: Path, parse: Callable[[Any], _Record], value: Any) -> _Record:
     except (ValueError, TypeError, KeyError) as error:
         raise FormatError(
             f"The run in {path.parent} is damaged: {path.name} is not what fixify writes ({error}).",
-            hint="Resuming the run writes its logs anew.",
+            hint="Resuming the run writes its logs again.",
         ) from error

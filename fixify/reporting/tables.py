@@ -14,9 +14,10 @@ from rich.text import Text
 from fixify.checkpoints.slim import SlimInfo
 from fixify.checkpoints.verify import Check
 from fixify.demo.run import DemoResult
+from fixify.evaluation import Evaluation
 from fixify.language.checkpoint import LanguageInfo
 from fixify.language.run import DIVERGED, LanguageRun
-from fixify.metrics import Agreement, Metrics
+from fixify.metrics import Metrics
 from fixify.models.architectures import LIBRARIES
 from fixify.models.classifiers import Coverage
 from fixify.models.identify import Identification
@@ -25,11 +26,14 @@ from fixify.reporting.costs import KindPlan, ModelReport
 from fixify.reporting.run_report import Report
 from fixify.savings import Savings
 from fixify.surgery import HeadRecord
-from fixify.training import FinetuneResult
+from fixify.training.run import FinetuneResult
+
+_PAPERS_RATIO = 81.2 / 74.1
+"""Perplexity with fixed words over that with learned ones, in Table 2 of the paper."""
 
 
 def new_table(*columns: str, title: str | None = None) -> Table:
-    """An empty table in the house style. A column whose name starts with `>` is aligned right and never wrapped."""
+    """Create an empty table; a column whose name starts with `>` is aligned right and never wrapped."""
     made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
     for column in columns:
         if column.startswith(">"):
@@ -40,7 +44,11 @@ def new_table(*columns: str, title: str | None = None) -> Table:
 
 
 def human_bytes(count: float) -> str:
-    """`1536` -> `1.5 KB`; powers of 1000, as disks and download pages count."""
+    """Write a number of bytes in powers of 1000, as disks and download pages count.
+
+    >>> human_bytes(1536)
+    '1.5 KB'
+    """
     for unit in ("B", "KB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -48,8 +56,16 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def short_digest(digest: str | None) -> str:
+    """Shorten a digest; `--json` has all of it."""
+    return "" if digest is None else digest if len(digest) <= 24 else f"{digest[:24]}..."
+
+
+# Parameters and bytes.
+
+
 def savings_table(savings: Savings) -> Table:
-    """Before and after: parameters and bytes, of the whole model and of its classifier."""
+    """Show parameters and bytes before and after, for the whole model and for its classifier."""
     made = new_table("", ">before", ">after", ">saved")
     classifier_after = savings.parameters_after - (savings.parameters_before - savings.classifier_parameters)
     for name, before, after in (
@@ -66,25 +82,16 @@ def savings_table(savings: Savings) -> Table:
 
 
 def removed_line(savings: Savings, heads: Sequence[HeadRecord] = ()) -> str:
-    """The saving in one sentence. The weights that a binary head replaces are not gone, but signs now."""
+    """Say in one sentence how many weights a fixed head removed, or replaced by signs."""
     share = f"{100 * savings.removed_share:.1f} % of {savings.parameters_before:,} parameters"
-    bits = [record.spec.num_stored_signs for record in heads]
-    if any(bits):
-        return f"{savings.removed:,} classifier weights became {sum(bits):,} signs ({share})."
-    return f"{savings.removed:,} classifier weights are gone ({share})."
-
-
-def calibration_line(calibration: Mapping[str, Any]) -> str:
-    """What the head was fitted to and how often it then answered as the original, of a `SlimInfo.calibration`."""
-    images, held_out, data = (calibration.get(key) for key in ("num_images", "held_out", "data"))
-    return (
-        f"on {images} images of {data}; agreed with the original on {_plain(calibration.get('agreement'))} % of "
-        f"{held_out} others"
-    )
+    signs = sum(record.spec.num_stored_signs for record in heads)
+    if signs:
+        return f"Replaced {savings.removed:,} classifier weights by {signs:,} 1-bit signs ({share})."
+    return f"Removed {savings.removed:,} classifier weights ({share})."
 
 
 def models_table(rows: Iterable[ModelReport]) -> Table:
-    """One row a model: how much of it is classifier, and what remains without."""
+    """Show one row per model: the share of its classifier, and what remains without it."""
     made = new_table("model", ">N", ">C", ">parameters", ">classifier", ">share", ">fixed")
     for row in rows:
         savings = row.savings
@@ -98,15 +105,69 @@ def models_table(rows: Iterable[ModelReport]) -> Table:
             f"{savings.parameters_after:,}" + ("" if row.fixed else " *"),
         )
     if not all(row.fixed for row in rows):
-        made.caption = "* what fixify convert would leave; share: classifier weights of all parameters"
+        made.caption = "* what fixify convert would leave; share: classifier weights, percent of all parameters"
         made.caption_justify = "left"
     return made
 
 
-def info_table(path: Path, info: SlimInfo) -> Table:
-    """What a slim checkpoint says about itself, one fact a row."""
+def kinds_table(kinds: Sequence[KindPlan]) -> Table:
+    """Show one row per kind of head: what it saves, and how far apart its codes are, beside the bounds."""
+    made = new_table("head", ">stored", ">saved", ">cosine", ">Rankin", ">|cosine|", ">Welch", ">rms")
+    for kind in kinds:
+        sizes = ["no" if size is None else human_bytes(size) for size in (kind.stored, kind.saved)]
+        facts = kind.coherence
+        numbers = (
+            () if facts is None else (facts.max_cosine, facts.rankin, facts.max_abs, facts.welch, facts.rms_cosine)
+        )
+        made.add_row(kind.kind, *sizes, *(f"{number:.3f}" for number in numbers))
+    notes = ["cosine, |cosine|: the largest between two codes; Rankin, Welch: the least possible"]
+    made.caption = "\n".join(notes + [f"{kind.kind}: {kind.note}" for kind in kinds if kind.note])
+    made.caption_justify = "left"
+    return made
+
+
+def coverage_table(rows: Sequence[Coverage]) -> Table:
+    """Show one row per architecture: its classifier, or why there is none."""
+    made = new_table("model", ">parameters", ">classifier", ">share", "kind, or why not")
+    for row in rows:
+        kinds = Counter(site.layer_type for site in row.sites)
+        made.add_row(
+            row.ref,
+            f"{row.num_parameters:,}",
+            f"{row.head_parameters:,}" if row.sites else "",
+            f"{100 * row.head_parameters / row.num_parameters:.1f} %" if row.sites else "",
+            row.reason or ", ".join(kind if count == 1 else f"{count} {kind}" for kind, count in kinds.items()),
+        )
+    return made
+
+
+def coverage_summary_table(rows: Sequence[Coverage]) -> Table:
+    """Count the architectures per library that can be converted, as built by default or with a number of classes."""
+    made = new_table("library", ">architectures", ">convertible", ">once built with classes", ">never")
+    for library in LIBRARIES:
+        own = [row for row in rows if row.ref.startswith(f"{library}/")]
+        convertible = sum(row.convertible for row in own)
+        encoders = sum(row.takes_classes for row in own) - convertible
+        numbers = (len(own), convertible, encoders, len(own) - convertible - encoders)
+        made.add_row(library, *(f"{number:,}" for number in numbers))
+    return made
+
+
+# Files.
+
+
+def about_table(path: Path, info: SlimInfo | LanguageInfo) -> Table:
+    """Show what a slim checkpoint or a language model says about itself, one fact per row."""
     made = new_table("", "", title=path.name)
     made.show_header = False
+    if isinstance(info, SlimInfo):
+        _add_slim_rows(made, info)
+    else:
+        _add_language_rows(made, info, path.stat().st_size)
+    return made
+
+
+def _add_slim_rows(made: Table, info: SlimInfo) -> None:
     made.add_row("architecture", info.architecture.ref)
     for record in info.heads:
         spec = record.spec
@@ -138,54 +199,35 @@ def info_table(path: Path, info: SlimInfo) -> Table:
         teacher = training.get("teacher")
         if isinstance(teacher, dict):
             made.add_row("", f"teacher_logits by {teacher.get('name')}")
-    return made
 
 
-def coverage_table(rows: Sequence[Coverage]) -> Table:
-    """One row an architecture: its classifier, or why there is none."""
-    made = new_table("model", ">parameters", ">classifier", ">share", "kind, or why not")
-    for row in rows:
-        kinds = Counter(site.layer_type for site in row.sites)
+def _add_language_rows(made: Table, info: LanguageInfo, num_bytes: int) -> None:
+    options, size, training = info.options, info.size, info.training
+    made.add_row("network", f"{options.num_layers}-layer LSTM (h={options.num_features})")
+    made.add_row("words", f"{options.label}; {len(info.words):,} of them: {' '.join(info.words[:6])} ...")
+    if info.codebook is not None:
         made.add_row(
-            row.ref,
-            f"{row.num_parameters:,}",
-            f"{row.head_parameters:,}" if row.sites else "",
-            f"{100 * row.head_parameters / row.num_parameters:.1f} %" if row.sites else "",
-            row.reason or ", ".join(kind if count == 1 else f"{count} {kind}" for kind, count in kinds.items()),
+            "", f"{info.codebook.construction}, seed {info.codebook.seed}, {short_digest(info.codebook.digest)}"
         )
-    return made
+    made.add_row("learned", f"{size.learned:,} of {size.parameters:,} parameters; {size.share:.2f} % are fixed")
+    made.add_row("file", human_bytes(num_bytes))
+    loss, epoch = training.get("val_loss"), training.get("epoch")
+    if isinstance(loss, float) and loss < DIVERGED and isinstance(epoch, int):
+        made.add_row("trained", f"on {training.get('text')}")
+        made.add_row("", f"validation perplexity {math.exp(loss):.1f} after epoch {epoch + 1} of {options.epochs}")
 
 
-def coverage_summary_table(rows: Sequence[Coverage]) -> Table:
-    """How many architectures of each library can be converted: as built by default, or with a number of classes."""
-    made = new_table("library", ">architectures", ">convertible", ">once built with classes", ">never")
-    for library in LIBRARIES:
-        own = [row for row in rows if row.ref.startswith(f"{library}/")]
-        convertible = sum(row.convertible for row in own)
-        encoders = sum(row.takes_classes for row in own) - convertible
-        numbers = (len(own), convertible, encoders, len(own) - convertible - encoders)
-        made.add_row(library, *(f"{number:,}" for number in numbers))
-    return made
-
-
-def kinds_table(kinds: Sequence[KindPlan]) -> Table:
-    """One row a kind of head: what it saves, and how far apart its codes are, beside the bounds."""
-    made = new_table("head", ">stored", ">saved", ">cosine", ">Rankin", ">|cosine|", ">Welch", ">rms")
-    for kind in kinds:
-        sizes = ["no" if size is None else human_bytes(size) for size in (kind.stored, kind.saved)]
-        facts = kind.coherence
-        numbers = (
-            () if facts is None else (facts.max_cosine, facts.rankin, facts.max_abs, facts.welch, facts.rms_cosine)
-        )
-        made.add_row(kind.kind, *sizes, *(f"{number:.3f}" for number in numbers))
-    notes = ["cosine, |cosine|: the largest between two codes; Rankin, Welch: the least possible"]
-    made.caption = "\n".join(notes + [f"{kind.kind}: {kind.note}" for kind in kinds if kind.note])
-    made.caption_justify = "left"
-    return made
+def calibration_line(calibration: Mapping[str, Any]) -> str:
+    """Say what a head was calibrated on and how often it agreed with the original, from `SlimInfo.calibration`."""
+    images, held_out, data = (calibration.get(key) for key in ("num_images", "held_out", "data"))
+    return (
+        f"on {images} images of {data}; agreed with the original on {_plain(calibration.get('agreement'))} % of "
+        f"{held_out} others"
+    )
 
 
 def candidates_table(found: Identification) -> Table:
-    """One row an architecture that fits, with what sets it apart."""
+    """Show one row per architecture that fits, with what sets it apart."""
     made = new_table("architecture", ">classes", "arguments", "what sets it apart")
     for candidate in found.candidates:
         arch = candidate.architecture
@@ -197,8 +239,41 @@ def candidates_table(found: Identification) -> Table:
     return made
 
 
+def checks_table(checks: Sequence[Check]) -> Table:
+    """Show one row per check."""
+    made = new_table("", "check", "found")
+    for check in checks:
+        made.add_row(Text("ok", "green") if check.passed else Text("FAILED", "red"), check.name, check.detail)
+    return made
+
+
+# Results.
+
+
+def metrics_table(found: Evaluation) -> Table:
+    """Show one row per model; below it, how often two models agree."""
+    made = new_table("model", ">top-1 %", ">top-5 %", ">loss", ">ECE %", ">images", ">seconds")
+    for name, metrics in found.models:
+        made.add_row(name, *_numbers(metrics), f"{metrics.num_images:,}", f"{metrics.seconds:.1f}")
+    agreement = found.agreement
+    if agreement is not None:
+        lines = [f"same class on {agreement.same:.2f} % of the images"]
+        if agreement.confident_same is not None:
+            lines.append(
+                f"and on {agreement.confident_same:.2f} % of the {agreement.confident_images:,} "
+                f"on which {found.against_name} is more than 50 % sure"
+            )
+        lines.append(
+            f"only {found.name} right: {agreement.only_second_right:,}; "
+            f"only {found.against_name} right: {agreement.only_first_right:,}"
+        )
+        made.caption = "\n".join(lines)
+        made.caption_justify = "left"
+    return made
+
+
 def predictions_table(found: Sequence[Prediction]) -> Table:
-    """One block an image: its classes, most probable first."""
+    """Show one block per image: its classes, most probable first."""
     made = new_table("image", ">probability", ">class", "label")
     for prediction in found:
         rows = zip(prediction.probabilities, prediction.classes, prediction.labels, strict=True)
@@ -208,57 +283,8 @@ def predictions_table(found: Sequence[Prediction]) -> Table:
     return made
 
 
-def checks_table(checks: Sequence[Check]) -> Table:
-    """One row a check."""
-    made = new_table("", "check", "found")
-    for check in checks:
-        made.add_row(Text("ok", "green") if check.passed else Text("FAILED", "red"), check.name, check.detail)
-    return made
-
-
-def short_digest(digest: str | None) -> str:
-    """The beginning of a digest, enough to tell two apart; `--json` has all of it."""
-    return "" if digest is None else digest if len(digest) <= 24 else f"{digest[:24]}..."
-
-
-def _saved(before: float, after: float, difference: str) -> str:
-    return f"{difference} ({100 * (before - after) / before:.1f} %)" if before else difference
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return ("x" if len(value) == 3 else ", ").join(_plain(item) for item in value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-# Tables of metrics: an evaluation, a comparison, a finetuning run.
-
-
-def metrics_table(found: Sequence[tuple[str, Metrics]], agreement: Agreement | None = None) -> Table:
-    """One row a model; below it, how often two models agree."""
-    made = new_table("model", ">top-1 %", ">top-5 %", ">loss", ">ECE %", ">images", ">seconds")
-    for name, metrics in found:
-        made.add_row(name, *_numbers(metrics), f"{metrics.num_images:,}", f"{metrics.seconds:.1f}")
-    if agreement is not None:
-        lines = [f"same class on {agreement.same:.2f} % of the images"]
-        if agreement.confident_same is not None:
-            lines.append(
-                f"and on {agreement.confident_same:.2f} % of the {agreement.confident_images:,} "
-                f"on which {found[1][0]} is more than 50 % sure"
-            )
-        lines.append(
-            f"only {found[0][0]} right: {agreement.only_second_right:,}; "
-            f"only {found[1][0]} right: {agreement.only_first_right:,}"
-        )
-        made.caption = "\n".join(lines)
-        made.caption_justify = "left"
-    return made
-
-
 def finetune_table(result: FinetuneResult) -> Table:
-    """The model as it came beside the best validation."""
+    """Show the model before training beside its best validation."""
     made = new_table("", ">top-1 %", ">top-5 %", ">loss", ">ECE %", title=str(result.best_path))
     if result.original_top1 is not None:
         made.add_row("original", f"{result.original_top1:.2f}")
@@ -269,57 +295,16 @@ def finetune_table(result: FinetuneResult) -> Table:
     sent = next((record for record in reversed(result.history) if record.gradient_bytes is not None), None)
     if sent is not None:
         made.caption = (
-            f"summed over the processes each update: {human_bytes(sent.gradient_bytes or 0)} of gradients (counted), "
+            f"summed over the processes per update: {human_bytes(sent.gradient_bytes or 0)} of gradients (counted), "
             f"{human_bytes(sent.statistics_bytes or 0)} of statistics"
         )
         made.caption_justify = "left"
     return made
 
 
-def _numbers(metrics: Metrics) -> tuple[str, ...]:
-    return _formatted(metrics.top1, metrics.top5, metrics.loss, metrics.ece)
-
-
-def _formatted(top1: float, top5: float, loss: float, ece: float) -> tuple[str, ...]:
-    return f"{top1:.2f}", f"{top5:.2f}", f"{loss:.4f}", f"{ece:.2f}"
-
-
-# The demo's result for the terminal.
-
-
-def demo_table(result: DemoResult) -> Table:
-    """One row a model: what it gets right on the typefaces that were held out."""
-    images = result.original_metrics.num_images
-    made = new_table(
-        "accuracy", ">epochs", ">top-1", ">top-5", title=f"{images:,} images of {result.data.num_classes:,} characters"
-    )
-    tuned, first, last = result.finetuned_metrics, result.original_metrics, result.converted_metrics
-    epochs = str(len(result.history))
-    made.add_row("original, learned classifier", "0", _percent(first.top1), _percent(first.top5))
-    signs = result.one_shot_metrics
-    made.add_row("one sign a weight (--head binary)", "0", _percent(signs.top1), _percent(signs.top5))
-    made.add_row("Hadamard codes, just converted", "0", _percent(last.top1), _percent(last.top5))
-    made.add_row("Hadamard codes, fine-tuned", epochs, _percent(tuned.top1), _percent(tuned.top5))
-    if result.control is not None:
-        control = result.control
-        made.add_row(
-            "control: original, trained likewise", epochs, _percent(control.val_top1), _percent(control.val_top5)
-        )
-    made.caption = "held-out typefaces; best epoch of each" + ("" if result.control else "; no control was run")
-    made.caption_justify = "left"
-    return made
-
-
-def _percent(value: float) -> str:
-    return f"{value:.2f} %"
-
-
-# Runs side by side, for the terminal.
-
-
 def runs_table(report: Report) -> Table:
-    """One row a run, with its best validation; below it, what came of it."""
-    made = new_table("run", "classifier", ">top-1 %", ">top-5 %", ">loss", ">as it came", ">epochs")
+    """Show one row per run with its best validation, and the verdict below."""
+    made = new_table("run", "classifier", ">top-1 %", ">top-5 %", ">loss", ">before", ">epochs")
     for run in report.runs:
         best = run.best
         numbers = (
@@ -332,15 +317,11 @@ def runs_table(report: Report) -> Table:
     return made
 
 
-# Language models side by side, in the columns of the paper's Table 2.
-
-
-_PAPERS_RATIO = 81.2 / 74.1
-"""Of Table 2: perplexity with fixed words over that with learned ones."""
-
-
 def language_table(runs: Sequence[LanguageRun]) -> Table:
-    """One row a run; beside each perplexity, how many times that of learned words it is, if there is one such run."""
+    """Show one row per run of a language model, in the columns of the paper's Table 2.
+
+    Beside each perplexity is its ratio to that of learned words, if there is exactly one such run.
+    """
     base = reference(runs)
     first = runs[0]
     made = new_table(
@@ -363,27 +344,54 @@ def language_table(runs: Sequence[LanguageRun]) -> Table:
     return made
 
 
-def language_info_table(path: Path, info: LanguageInfo) -> Table:
-    """What the file of a language model says about itself, one fact a row."""
-    options, size, training = info.options, info.size, info.training
-    made = new_table("", "", title=path.name)
-    made.show_header = False
-    made.add_row("network", f"{options.num_layers}-layer LSTM (h={options.num_features})")
-    made.add_row("words", f"{options.label}; {len(info.words):,} of them: {' '.join(info.words[:6])} ...")
-    if info.codebook is not None:
+def reference(runs: Sequence[LanguageRun]) -> LanguageRun | None:
+    """Return the run with learned words; None if there are none or several."""
+    learned = [run for run in runs if run.is_learned]
+    return learned[0] if len(learned) == 1 else None
+
+
+def demo_table(result: DemoResult) -> Table:
+    """Show one row per model: its accuracy on the held-out typefaces."""
+    images = result.original_metrics.num_images
+    made = new_table(
+        "accuracy", ">epochs", ">top-1", ">top-5", title=f"{images:,} images of {result.data.num_classes:,} characters"
+    )
+    tuned, first, last = result.finetuned_metrics, result.original_metrics, result.converted_metrics
+    epochs = str(len(result.history))
+    made.add_row("original, learned classifier", "0", _percent(first.top1), _percent(first.top5))
+    signs = result.one_shot_metrics
+    made.add_row("one sign per weight (--head binary)", "0", _percent(signs.top1), _percent(signs.top5))
+    made.add_row("Hadamard codes, converted only", "0", _percent(last.top1), _percent(last.top5))
+    made.add_row("Hadamard codes, fine-tuned", epochs, _percent(tuned.top1), _percent(tuned.top5))
+    if result.control is not None:
+        control = result.control
         made.add_row(
-            "", f"{info.codebook.construction}, seed {info.codebook.seed}, {short_digest(info.codebook.digest)}"
+            "control: original, trained likewise", epochs, _percent(control.val_top1), _percent(control.val_top5)
         )
-    made.add_row("learned", f"{size.learned:,} of {size.parameters:,} parameters; {size.share:.2f} % are fixed")
-    made.add_row("file", human_bytes(path.stat().st_size))
-    loss, epoch = training.get("val_loss"), training.get("epoch")
-    if isinstance(loss, float) and loss < DIVERGED and isinstance(epoch, int):
-        made.add_row("trained", f"on {training.get('text')}")
-        made.add_row("", f"validation perplexity {math.exp(loss):.1f} after epoch {epoch + 1} of {options.epochs}")
+    made.caption = "held-out typefaces; best epoch of each" + ("" if result.control else "; no control was run")
+    made.caption_justify = "left"
     return made
 
 
-def reference(runs: Sequence[LanguageRun]) -> LanguageRun | None:
-    """The one run with learned words; None if there are none or several."""
-    learned = [run for run in runs if run.is_learned]
-    return learned[0] if len(learned) == 1 else None
+def _saved(before: float, after: float, difference: str) -> str:
+    return f"{difference} ({100 * (before - after) / before:.1f} %)" if before else difference
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ("x" if len(value) == 3 else ", ").join(_plain(item) for item in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _numbers(metrics: Metrics) -> tuple[str, ...]:
+    return _formatted(metrics.top1, metrics.top5, metrics.loss, metrics.ece)
+
+
+def _formatted(top1: float, top5: float, loss: float, ece: float) -> tuple[str, ...]:
+    return f"{top1:.2f}", f"{top5:.2f}", f"{loss:.4f}", f"{ece:.2f}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.2f} %"

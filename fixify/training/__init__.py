@@ -1,54 +1,68 @@
-"""The engine that trains and retrofits: `finetune` on files and names, `train_model` on a model and opened data."""
+"""The engine that trains and retrofits: `finetune` on files and names, `train_model` on a model and opened data.
 
-from fixify.training.api import finetune, train_from_scratch
-from fixify.training.checkpointing import SaveModel
-from fixify.training.events import (
-    Calibrated,
-    EpochEnded,
-    EpochRecord,
-    EpochStarted,
-    Evaluated,
-    Evaluating,
-    Event,
-    LastBlockEpoch,
-    Listener,
-    OriginalEvaluated,
-    RunStarted,
-    Step,
-    Validated,
-    Warned,
-)
-from fixify.training.interrupt import TrainingInterrupted
-from fixify.training.options import FinetuneOptions, TrainOptions
-from fixify.training.run import FinetuneResult, train_model
-from fixify.training.run_folder import BEST_FILE, LAST_FILE, stored_options
-from fixify.training.teacher import OtherModel
+The names are imported when they are first used: the command line reads the option classes without torch.
+"""
 
-__all__ = [
-    "BEST_FILE",
-    "LAST_FILE",
-    "Calibrated",
-    "EpochEnded",
-    "EpochRecord",
-    "EpochStarted",
-    "Evaluated",
-    "Evaluating",
-    "Event",
-    "FinetuneOptions",
-    "FinetuneResult",
-    "LastBlockEpoch",
-    "Listener",
-    "OriginalEvaluated",
-    "OtherModel",
-    "RunStarted",
-    "SaveModel",
-    "Step",
-    "TrainOptions",
-    "TrainingInterrupted",
-    "Validated",
-    "Warned",
-    "train_model",
-    "finetune",
-    "train_from_scratch",
-    "stored_options",
-]
+from typing import TYPE_CHECKING
+
+from fixify._lazy import lazy
+
+_EXPORTS = {
+    "BEST_FILE": "fixify.training.run_folder",
+    "LAST_FILE": "fixify.training.run_folder",
+    "Calibrated": "fixify.training.events",
+    "EpochEnded": "fixify.training.events",
+    "EpochRecord": "fixify.training.events",
+    "EpochStarted": "fixify.training.events",
+    "Evaluated": "fixify.training.events",
+    "Evaluating": "fixify.training.events",
+    "Event": "fixify.training.events",
+    "FinetuneOptions": "fixify.training.options",
+    "FinetuneResult": "fixify.training.run",
+    "LastBlockEpoch": "fixify.training.events",
+    "Listener": "fixify.training.events",
+    "OriginalEvaluated": "fixify.training.events",
+    "OtherModel": "fixify.training.teacher",
+    "RunStarted": "fixify.training.events",
+    "SaveModel": "fixify.training.checkpointing",
+    "Step": "fixify.training.events",
+    "TrainOptions": "fixify.training.options",
+    "TrainingInterrupted": "fixify.training.interrupt",
+    "Validated": "fixify.training.events",
+    "Warned": "fixify.training.events",
+    "finetune": "fixify.training.api",
+    "stored_options": "fixify.training.run_folder",
+    "train_from_scratch": "fixify.training.api",
+    "train_model": "fixify.training.run",
+}
+
+__all__ = [*_EXPORTS]  # noqa: PLE0604, RUF100
+__getattr__, __dir__ = lazy(__name__, _EXPORTS)
+
+if TYPE_CHECKING:
+    from fixify.training.api import finetune as finetune
+    from fixify.training.api import train_from_scratch as train_from_scratch
+    from fixify.training.checkpointing import SaveModel as SaveModel
+    from fixify.training.events import Calibrated as Calibrated
+    from fixify.training.events import EpochEnded as EpochEnded
+    from fixify.training.events import EpochRecord as EpochRecord
+    from fixify.training.events import EpochStarted as EpochStarted
+    from fixify.training.events import Evaluated as Evaluated
+    from fixify.training.events import Evaluating as Evaluating
+    from fixify.training.events import Event as Event
+    from fixify.training.events import LastBlockEpoch as LastBlockEpoch
+    from fixify.training.events import Listener as Listener
+    from fixify.training.events import OriginalEvaluated as OriginalEvaluated
+    from fixify.training.events import RunStarted as RunStarted
+    from fixify.training.events import Step as Step
+    from fixify.training.events import Validated as Validated
+    from fixify.training.events import Warned as Warned
+    from fixify.training.interrupt import TrainingInterrupted as TrainingInterrupted
+    from fixify.training.options import FinetuneOptions as FinetuneOptions
+    from fixify.training.options import TrainOptions as TrainOptions
+    from fixify.training.run import FinetuneResult as FinetuneResult
+    from fixify.training.run import train_model as train_model
+    from fixify.training.run_folder import BEST_FILE as BEST_FILE
+    from fixify.training.run_folder import LAST_FILE as LAST_FILE
+    from fixify.training.run_folder import stored_options as stored_options
+    from fixify.training.teacher import OtherModel as OtherModel

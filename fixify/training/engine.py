@@ -324,7 +324,7 @@ def make_engine(model: nn.Module, train: OpenedData, preprocessing: dict[str, An
         workers=options.resolved_workers(),
         device=device,
         unreadable=UnreadableImages(len(train), options.max_unreadable),
-        share=distributed.local_shard(),
+        shard=distributed.local_shard(),
     )
     optimiser = make_optimiser(model, options)
     return Engine(

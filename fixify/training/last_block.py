@@ -398,7 +398,7 @@ class Stages:
             yield batch
 
     @contextmanager
-    def _some_images(self, stream: int, count: int, share: Shard | None = None) -> Iterator[ImageLoader]:
+    def _some_images(self, stream: int, count: int, shard: Shard | None = None) -> Iterator[ImageLoader]:
         options = self.engine.options
         order = permutation(options.seed, 0, stream, count=len(self.data))
         picked = replace(self.data, images=Subset(self.data.images, order[:count].tolist()))
@@ -410,7 +410,7 @@ class Stages:
             workers=options.resolved_workers() if stream == Stream.LAST_BLOCK else 0,
             device=self.engine.device,
             unreadable=self.engine.loader.unreadable,
-            share=share,
+            shard=shard,
         )
         try:
             yield loader

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fixify.data import ImageLoader, OpenedData, UnreadableImages, make_loader
-from fixify.metrics import Confusions, Metrics, Predictions, add_up, confusions
+from fixify.metrics import Confusions, Metrics, Predictions, add_up, count_confusions
 from fixify.training import distributed
 from fixify.training.events import Evaluating, Listener, Phase, Warned
 from fixify.training.interrupt import Stopped, StopRequest
@@ -95,7 +95,7 @@ class Validation:
     def confusions(self) -> Confusions:
         """What the model that was measured last answered to each class."""
         pairs = torch.cat(distributed.all_gather(self._answers.pairs()), dim=1)
-        return confusions(pairs.numpy(), self.data.num_classes)
+        return count_confusions(pairs.numpy(), self.data.num_classes)
 
     def measure_other(self, other: OtherModel, phase: Phase) -> Metrics:
         """Metrics of another model, which is on the CPU afterwards."""
@@ -121,7 +121,7 @@ class Validation:
             amp=self.options.amp,
             channels_last=self.options.channels_last,
             on_batch=lambda images: self._tell(phase, images),
-            answers=answers,
+            predictions=answers,
         )
         self._keep_step(loader, model if self.options.shard else None)
         distributed.sum_(sums.totals)
@@ -155,7 +155,7 @@ class Validation:
             workers=self.options.resolved_workers(),
             device=self.device,
             unreadable=self.unreadable if unreadable is None else unreadable,
-            share=distributed.local_shard(),
+            shard=distributed.local_shard(),
         )
 
     @contextmanager

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fixify.checkpoints.learned import read_original
 from fixify.heads import HeadSpec
-from fixify.heads.replacement import replacement
+from fixify.heads.fitting import replacement
 from fixify.metrics import eval_mode
 
 CROPS = 24

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from fixify.data import open_train_val
 from fixify.heads import FixedClassifier, HeadSpec
-from fixify.heads.replacement import replacement
+from fixify.heads.fitting import replacement
 from fixify.training import FinetuneOptions
 from fixify.training.optimisers import parameter_groups
 

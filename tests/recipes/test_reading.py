@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from fixify.conversion_options import ConvertOptions
 from fixify.errors import UsageError
 from fixify.recipes import RecipeError, read_recipe
 from fixify.recipes.reading import section_of
@@ -35,7 +36,7 @@ def test_a_recipe_gives_what_it_says_and_defaults(mine: Path) -> None:
     recipe = read_recipe(mine)
     assert recipe.name == str(mine)
     assert (recipe.description, recipe.expect) == ("Mine.", "")
-    assert recipe.convert == {"match": False}
+    assert recipe.convert == ConvertOptions(match=False)
     assert recipe.finetune == FinetuneOptions(lr=1e-3, epochs=7)
     assert recipe.sections == ("convert", "finetune")
 
@@ -49,9 +50,9 @@ def test_all_mistakes_at_once_each_with_its_line(tmp_path: Path) -> None:
     assert [problem.place.line for problem in problems] == [3, 4, 6, 8, 9, 10, 11, None, None]
     assert [problem.place.override for problem in problems[-2:]] == ["lr=3", "finetune.opt=sgdd"]
     first, *rest = caught.value.message.splitlines()
-    assert first == f"{path} has 9 mistakes."
-    assert rest[0].startswith("  line 3: convert.head must be ")
-    assert rest[-1].startswith("  --set finetune.opt=sgdd: finetune.opt 'sgdd' is not an optimiser of timm")
+    assert str(path) in first and "9" in first
+    assert rest[0].startswith("  line 3: convert.head ") and "hadamard" in rest[0]
+    assert rest[-1].startswith("  --set finetune.opt=sgdd: finetune.opt 'sgdd' ")
     assert caught.value.exit_code == 2
 
 
@@ -67,7 +68,7 @@ def test_overrides_win_and_their_values_are_yaml(mine: Path) -> None:
         ],
     )
     assert recipe.finetune == FinetuneOptions(lr=3e-4, epochs=7, scale=(0.8, 1.0))
-    assert recipe.convert == {"match": True, "head": "orthogonal"}
+    assert recipe.convert == ConvertOptions(match=True, head="orthogonal")
     assert recipe.overridden[:2] == (("finetune", "lr"), ("finetune", "scale"))
     assert read_recipe(mine, ["finetune.epochs=2", "finetune.epochs=3"]).finetune.epochs == 3  # type: ignore[union-attr]
 
@@ -85,27 +86,40 @@ def test_overrides_without_a_recipe() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "problem"),
+    ("override", "words"),
     [
-        ("lr=3", "It is written SECTION.OPTION=VALUE, for example finetune.lr=3e-4; did you mean finetune.lr=3?"),
-        ("finetune.lr", "It is written SECTION.OPTION=VALUE, for example finetune.lr=3e-4."),
-        ("finetune=3", "It is written SECTION.OPTION=VALUE, for example finetune.lr=3e-4."),
-        ("fintune.lr=3", "'fintune' is not a section; did you mean 'finetune'?"),
-        ("description.x=3", "'description' is not a section."),
-        ("finetune.lrr=3", "finetune.lrr is not an option; did you mean 'lr'?"),
-        ("finetune.epochs=-1", "finetune.epochs must be greater than or equal to 0, not -1."),
-        ("finetune.lr={a: 1}", "finetune.lr must be one value."),
-        ("finetune.lr=*x", "finetune.lr is an alias (*x), which a recipe cannot have: write the value."),
-        ("finetune.lr=[1", "This is not YAML: while parsing a flow sequence expected ',' or ']', but got"),
-        ("finetune.scale=[2, 1]", "finetune.scale must be two positive numbers, the smaller first, not 2 1."),
-        ("finetune.warmup_epochs=9", "finetune: warmup_epochs (9) must be less than epochs (7)."),
+        ("lr=3", ["SECTION.OPTION=VALUE", "finetune.lr=3?"]),
+        ("finetune.lr", ["SECTION.OPTION=VALUE"]),
+        ("finetune=3", ["SECTION.OPTION=VALUE"]),
+        ("fintune.lr=3", ["'fintune'", "'finetune'?"]),
+        ("description.x=3", ["'description'", "section"]),
+        ("finetune.lrr=3", ["finetune.lrr", "'lr'?"]),
+        ("finetune.epochs=-1", ["finetune.epochs", "0", "-1"]),
+        ("finetune.lr={a: 1}", ["finetune.lr"]),
+        ("finetune.lr=*x", ["finetune.lr", "*x"]),
+        ("finetune.lr=[1", ["YAML"]),
+        ("finetune.scale=[2, 1]", ["finetune.scale", "2 1"]),
+        ("finetune.warmup_epochs=9", ["warmup_epochs (9)", "epochs (7)"]),
     ],
 )
-def test_mistakes_in_overrides_name_the_override(mine: Path, override: str, problem: str) -> None:
+def test_mistakes_in_overrides_name_the_override(mine: Path, override: str, words: list[str]) -> None:
     with pytest.raises(RecipeError) as caught:
         read_recipe(mine, [override])
-    (said,) = caught.value.problems
-    assert str(said).startswith(f"--set {override}: {problem}")
+    (problem,) = caught.value.problems
+    assert problem.place.override == override
+    assert all(word in problem.message for word in words), problem.message
+
+
+def test_the_old_name_of_alpha_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text("convert: {scale: 2}\n")
+    for recipe in (read_recipe(path), read_recipe(None, ["convert.scale=2"]), read_recipe(path, ["convert.alpha=2"])):
+        assert recipe.convert == ConvertOptions(alpha=2.0)
+    assert read_recipe(path, ["convert.scale=3"]).convert == ConvertOptions(alpha=3.0)
+    path.write_text("convert:\n  alpha: 1\n  scale: 2\n")
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(path)
+    assert [(problem.place.line, "alpha" in problem.message) for problem in caught.value.problems] == [(3, True)]
 
 
 def test_an_override_into_a_file_that_is_no_recipe(tmp_path: Path) -> None:
@@ -119,11 +133,11 @@ def test_an_override_into_a_file_that_is_no_recipe(tmp_path: Path) -> None:
 
 
 def test_a_command_wants_its_own_section(mine: Path, tmp_path: Path) -> None:
-    assert section_of(read_recipe(mine), "convert") == {"match": False}
-    with pytest.raises(UsageError, match=r"--set finetune.lr does not concern `fixify convert`"):
+    assert section_of(read_recipe(mine), "convert") == ConvertOptions(match=False)
+    with pytest.raises(UsageError, match=r"--set finetune\.lr .*`fixify convert`"):
         section_of(read_recipe(mine, ["finetune.lr=1"]), "convert")
     path = tmp_path / "half.yaml"
     path.write_text("finetune:\n")
-    with pytest.raises(UsageError, match="has no convert: section, only finetune:") as caught:
+    with pytest.raises(UsageError, match=r"half\.yaml.* convert:.* finetune:") as caught:
         section_of(read_recipe(path), "convert")
-    assert caught.value.hint == f"Use it with: fixify finetune --recipe {path}"
+    assert f"fixify finetune --recipe {path}" in str(caught.value.hint)

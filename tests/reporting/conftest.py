@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fixify.metrics import Metrics, confusions
+from fixify.metrics import Metrics, count_confusions
 from fixify.training import EpochRecord, FinetuneOptions
 from fixify.training.run_folder import StepRecord, is_logged, write_confusions, write_logs, write_run
 
@@ -71,7 +71,7 @@ def write_folder(
         labels = np.arange(50 * num_classes) % num_classes
         wrong = rng.random(len(labels)) < (labels % 12 + 1) / 20
         guesses = np.where(wrong, (labels + rng.integers(1, 4, len(labels))) % num_classes, labels)
-        write_confusions(folder, history[-1].step, confusions(np.stack([labels, guesses]), num_classes))
+        write_confusions(folder, history[-1].step, count_confusions(np.stack([labels, guesses]), num_classes))
     return folder
 
 

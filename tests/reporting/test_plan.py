@@ -1,6 +1,7 @@
 """fixify.reporting.costs: is it worth it, from names and shapes alone."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 
 from fixify.conversion import convert
 from fixify.errors import FormatError, NoClassifierError, SourceError
+from fixify.heads import KINDS
 from fixify.reporting.costs import plan
-from fixify.savings import head_bytes
 
 
 def _kinds(source: object) -> dict:
@@ -19,16 +20,10 @@ def _kinds(source: object) -> dict:
 
 
 def test_verdicts() -> None:
-    assert (
-        plan("resnet18").verdict == "resnet18: the classifier's weights are 4.4 % of the parameters: hardly worth it."
-    )
-    assert plan("torchvision/alexnet").verdict.endswith(
-        "6.7 % of the parameters: worth it where every megabyte counts."
-    )
-    assert plan("ghostnet_100").verdict.endswith("24.7 % of the parameters: worth it.")
-    assert plan("mobilenetv3_small_050").verdict.endswith(
-        "64.3 % of the parameters: the classifier dominates this model; do it."
-    )
+    shares = {"resnet18": "4.4", "torchvision/alexnet": "6.7", "ghostnet_100": "24.7", "mobilenetv3_small_050": "64.3"}
+    verdicts = {name: plan(name).verdict for name in shares}
+    assert all(f"{share} %" in verdicts[name] and name in verdicts[name] for name, share in shares.items())
+    assert len({verdict.rpartition(": ")[2] for verdict in verdicts.values()}) == 4
 
 
 @pytest.mark.parametrize(
@@ -48,7 +43,7 @@ def test_bytes_are_those_that_convert_stores(tmp_path: Path, head: str, num_clas
 
 def test_every_head_counts() -> None:
     kinds = _kinds("crossvit_9_240")
-    assert kinds["orthogonal"].stored == head_bytes("orthogonal", 128, 1000) + head_bytes("orthogonal", 256, 1000)
+    assert kinds["orthogonal"].stored == sum(KINDS["orthogonal"].planned_bytes(width, 1000) for width in (128, 256))
     assert kinds["orthogonal"].saved == 4 * (128 + 256 + 2) * 1000 - kinds["orthogonal"].stored
     assert kinds["simplex"].stored is None and "at most 129" in (kinds["simplex"].note or "")
     assert "in order" in (kinds["hadamard"].note or "")  # 1000 classes, 128 features
@@ -65,7 +60,7 @@ def test_widths_without_a_hadamard_matrix(tmp_path: Path) -> None:
         kind.kind: kind for kind in plan(path, arch="vit_tiny_patch16_224,embed_dim=386,num_heads=2,depth=1").kinds
     }
     assert kinds["hadamard"].stored is None and "386" in (kinds["hadamard"].note or "")
-    assert kinds["orthogonal"].stored == head_bytes("orthogonal", 386, 10)
+    assert kinds["orthogonal"].stored == KINDS["orthogonal"].planned_bytes(386, 10)
 
 
 def test_any_source(tmp_path: Path) -> None:
@@ -76,17 +71,17 @@ def test_any_source(tmp_path: Path) -> None:
     for source in (tmp_path, f"local-dir:{tmp_path}", tmp_path / "model.safetensors"):
         assert plan(source).report.num_classes == 7
     assert plan("torchvision/resnet50:IMAGENET1K_V2").report.num_features == 2048
-    with pytest.raises(SourceError, match="no folder"):
+    with pytest.raises(SourceError, match="nowhere"):
         plan("local-dir:nowhere")
-    with pytest.raises(SourceError, match="There is no file"):
+    with pytest.raises(SourceError, match=r"nowhere\.pth"):
         plan("nowhere.pth")
-    with pytest.raises(SourceError, match="object detection"):
+    with pytest.raises(SourceError, match="fasterrcnn"):
         plan("torchvision/fasterrcnn_resnet50_fpn")
-    with pytest.raises(NoClassifierError, match="encoder"):
+    with pytest.raises(NoClassifierError, match="dinov2"):
         plan("vit_small_patch14_dinov2")
 
 
 def test_slim_checkpoints_are_planned_already(small_pth: Path, tmp_path: Path) -> None:
     done = convert(small_pth, tmp_path / "out.fixed.safetensors")
-    with pytest.raises(FormatError, match="already"):
+    with pytest.raises(FormatError, match=re.escape(str(done.path))):
         plan(done.path)

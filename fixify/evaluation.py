@@ -1,0 +1,201 @@
+"""Evaluate a checkpoint on a data set, and compare two checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fixify.checkpoints.open import OpenModel, open_model
+from fixify.data import (
+    DataOptions,
+    ImageLoader,
+    Matched,
+    OpenedData,
+    default_workers,
+    make_loader,
+    match_classes,
+    open_data,
+    override,
+)
+from fixify.errors import DataError, UsageError
+from fixify.metrics import Agreement, Metrics, check_input_size, resolve_device
+from fixify.metrics import compare as compare_models
+from fixify.metrics import evaluate as evaluate_model
+
+_SPLITS = ("train", "val", "test")
+_PRECISIONS = ("none", "bf16", "fp16")
+_CLASS_ORDERS = (None, "natural", "lexical")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of `evaluate`.
+
+    Attributes:
+        data: Name of the data.
+        split: The split that was read.
+        description: The data in words: how many images, of how many classes, how labels were matched.
+        name: Name of the checkpoint.
+        metrics: What the checkpoint gets right.
+        against_name, against_metrics: The other checkpoint; None without one.
+        agreement: How often both name the same class; None without another checkpoint. Its "first" model is the other
+            checkpoint.
+    """
+
+    data: str
+    split: str
+    description: str
+    name: str
+    metrics: Metrics
+    against_name: str | None = None
+    against_metrics: Metrics | None = None
+    agreement: Agreement | None = None
+
+    @property
+    def models(self) -> list[tuple[str, Metrics]]:
+        """Name and metrics of each checkpoint, the evaluated one first."""
+        found = [(self.name, self.metrics)]
+        if self.against_name is not None and self.against_metrics is not None:
+            found.append((self.against_name, self.against_metrics))
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `fixify eval --json` prints."""
+        models = [{"name": name, **metrics.to_dict()} for name, metrics in self.models]
+        agreement = {} if self.agreement is None else {"agreement": vars(self.agreement)}
+        return {"data": self.data, "split": self.split, "models": models, **agreement}
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A checkpoint on the device, and the data with its labels."""
+
+    model: OpenModel
+    matched: Matched
+    preprocessing: dict[str, Any]
+
+
+def evaluate(
+    checkpoint: str | Path | OpenModel,
+    data: str | Path,
+    *,
+    against: str | Path | OpenModel | None = None,
+    split: str = "val",
+    batch_size: int = 64,
+    workers: int | None = None,
+    device: str | None = None,
+    amp: str = "none",
+    img_size: int | None = None,
+    crop_pct: float | None = None,
+    download: bool = False,
+    class_map: str | Path | None = None,
+    class_order: str | None = None,
+    input_key: str | None = None,
+    target_key: str | None = None,
+    arch: str | None = None,
+    ema: bool = False,
+    on_start: Callable[[OpenedData], object] | None = None,
+    on_images: Callable[[int], object] | None = None,
+) -> Evaluation:
+    """Measure top-1, top-5, loss and calibration error of a checkpoint, and how often another one agrees.
+
+    Labels are matched by class name if the checkpoint has names: it may be evaluated on some of its classes only.
+
+    Args:
+        checkpoint: A slim or ordinary checkpoint, a model name, or one that is open already.
+        data: A folder with train/ and val/, or a data name; see `fixify.data.open_data`.
+        against: Another checkpoint to compare with.
+        split: "train", "val" or "test".
+        batch_size: Images per step.
+        workers: Loader processes; None fits the machine.
+        device: Where the models run; None takes the first accelerator, else the CPU.
+        amp: Autocast precision: "none", "bf16" or "fp16".
+        img_size: Side of the images; None takes the checkpoint's.
+        crop_pct: Share kept by the center crop; None takes the checkpoint's.
+        download: Whether `torch/...` data may be downloaded.
+        class_map: File with the label of each class; like the next three see `fixify.data.DataOptions`.
+        class_order: "natural" or "lexical".
+        input_key: Image column or file extensions.
+        target_key: Label column or field.
+        arch: The architecture, if the file does not show it.
+        ema: Take the averaged weights of a training checkpoint.
+        on_start: Called with the data before the first image is evaluated.
+        on_images: Called after each batch with the number of images so far.
+
+    Raises:
+        UsageError: an option is out of its range, or the model does not take images of that size.
+        DataError: the data is missing or not the checkpoint's, or the two checkpoints order their classes differently.
+        SourceError, ArchitectureError, FormatError: a checkpoint cannot be opened.
+    """
+    for name, value, allowed in (
+        ("split", split, _SPLITS),
+        ("amp", amp, _PRECISIONS),
+        ("class_order", class_order, _CLASS_ORDERS),
+    ):
+        if value not in allowed:
+            choices = ", ".join(each for each in allowed if each is not None)
+            raise UsageError(f"{name} must be one of {choices}, not {value!r}.")
+    where = resolve_device(device)
+    reading = DataOptions(class_order, class_map, input_key, target_key)  # type: ignore[arg-type]
+    opened = open_data(str(data), split=split, download=download, options=reading)  # type: ignore[arg-type]
+
+    def prepare(source: str | Path | OpenModel) -> _Prepared:
+        model = source if isinstance(source, OpenModel) else open_model(source, arch=arch, ema=ema)
+        return _prepare(model, opened, where, img_size, crop_pct)
+
+    def loader(prepared: _Prepared) -> ImageLoader:
+        return make_loader(
+            first.matched.data,
+            prepared.preprocessing,
+            training=False,
+            batch_size=batch_size,
+            workers=default_workers(where) if workers is None else workers,
+            device=where,
+        )
+
+    first = prepare(checkpoint)
+    other = None if against is None else prepare(against)
+    if other is not None:
+        _refuse_other_order(first, other)
+    about = (opened.name, split, first.matched.data.description, first.model.name)
+    if on_start is not None:
+        on_start(first.matched.data)
+    if other is None:
+        metrics = evaluate_model(first.model.model, loader(first), device=where, amp=amp, on_batch=on_images)  # type: ignore[arg-type]
+        return Evaluation(*about, metrics)
+    compared = compare_models(
+        other.model.model,
+        first.model.model,
+        loader(other),
+        None if other.preprocessing == first.preprocessing else loader(first),
+        device=where,
+        amp=amp,  # type: ignore[arg-type]
+        on_batch=on_images,
+    )
+    return Evaluation(*about, compared.second, other.model.name, compared.first, compared.agreement)
+
+
+def _prepare(
+    model: OpenModel, opened: OpenedData, device: torch.device, img_size: int | None, crop_pct: float | None
+) -> _Prepared:
+    training = (model.slim.training if model.slim is not None else None) or {}
+    matched = match_classes(opened, model.num_classes, training.get("class_names"), model.labels, subset=True)
+    preprocessing = override(model.preprocessing, img_size=img_size, crop_pct=crop_pct)
+    if img_size is not None:
+        check_input_size(model.model, preprocessing["input_size"])
+    model.model.to(device)
+    return _Prepared(model, matched, preprocessing)
+
+
+def _refuse_other_order(first: _Prepared, other: _Prepared) -> None:
+    if other.matched.label_of != first.matched.label_of:
+        names = [prepared.matched.data.class_names[:3] for prepared in (first, other)]
+        raise DataError(
+            f"{first.model.name} and {other.model.name} order their classes differently, so their answers cannot be "
+            f"compared: {names[0]} ... and {names[1]} ...",
+            hint="Evaluate them one by one; each gets its own labels.",
+        )

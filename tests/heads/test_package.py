@@ -1,0 +1,38 @@
+"""The package's public names, and imports that point downwards only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from fixify import heads
+
+FOLDER = Path(heads.__file__).parent
+# From the bottom to the top: a module may import those before it, at its top level only.
+ORDER = [
+    "streams", "hadamard", "codes", "kinds", "spec", "product", "statistics", "layer", "coherence", "matching",
+    "fitting", "__init__",
+]  # fmt: skip
+
+
+def test_every_module_has_its_place():
+    assert {path.stem for path in FOLDER.glob("*.py")} == set(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_point_downwards(name):
+    tree = ast.parse((FOLDER / f"{name}.py").read_text())
+    below = ORDER[: ORDER.index(name)]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("fixify"):
+            continue
+        assert node in tree.body, "not inside functions, nor under TYPE_CHECKING"
+        if node.module == "fixify.heads":
+            assert {alias.name for alias in node.names} <= set(below)
+        else:
+            assert node.module == "fixify.errors" or node.module.removeprefix("fixify.heads.") in below
+
+
+def test_public_names_are_there():
+    assert heads.__all__ == sorted(heads.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name))
+    assert all(getattr(heads, name) is not None for name in heads.__all__)
