@@ -270,10 +270,8 @@ def _is_matrix(tensor: Tensor) -> bool:
 
 
 def _plain(key: str, value: Tensor, name: str) -> Tensor:
-    if type(value) not in (
-        torch.Tensor,
-        torch.nn.Parameter,
-    ):  # DTensor or torchao's, if the calling program allows them
+    # The safe reader also builds other classes, such as DTensor, if the calling program allows them.
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):
         raise SourceError(
             f"{name} stores {key} as a {type(value).__name__}, which needs the code that made it.",
             hint="Save plain tensors: gather shards (full_state_dict=True) and dequantise what is quantised.",

@@ -167,8 +167,8 @@ def _indexed(lines: list[str], pattern: re.Pattern[str]) -> list[str] | None:
     by_index = {int(match["index"]): match["name"].rstrip(" ,;:\t") for match in matches if match}
     if sorted(by_index) != list(range(len(lines))):
         return None
-    # If most names are equal, they are names that end in a number ("class 0", "class 1", ...), not names and indices.
-    # A few classes may share a name, such as ImageNet's two cranes.
+    # If at most half of the names are distinct, they are names that end in a number ("class 0", "class 1", ...), not
+    # names and indices. A few classes may share a name, such as ImageNet's two cranes.
     if 2 * len(set(by_index.values())) <= len(lines) and len(lines) > 1:
         return None
     return [by_index[index] for index in range(len(lines))]

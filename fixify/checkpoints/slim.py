@@ -3,7 +3,8 @@
 A slim checkpoint is an ordinary `.safetensors` file. Its tensors are the backbone under the key names of its library
 and, below the classifier's path, those of `scale`, `bias`, `center` (the mean), `spread` (the std),
 `num_batches_tracked`, `codes` and `gains` (the row scales) that the head has. Its metadata holds `format: "pt"`,
-`fixify.version` and, under `fixify`, one JSON object: `SlimInfo`. The codebook is not in the file: it is rebuilt from the head spec and its digest is compared.
+`fixify.version` and, under `fixify`, one JSON object: `SlimInfo`. The codebook is not in the file: it is rebuilt from
+the head spec, and its digest is compared.
 """
 
 from __future__ import annotations

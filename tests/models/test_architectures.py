@@ -127,8 +127,8 @@ def test_from_dict_refuses(values: dict) -> None:
 @pytest.mark.parametrize(
     "ref",
     [
-        "timm/resnet18",
-        "timm/swinv2_cr_tiny_224",
+        "timm/resnet10t",
+        "timm/swinv2_cr_tiny_224,depths=[1,1,1,1]",
         "torchvision/regnet_y_400mf",
         "torchvision/inception_v3",
         "torchvision/swin_t",
@@ -241,7 +241,7 @@ def test_vision_transformers_of_torchvision_are_built_for_their_preprocessing(te
     assert preprocessing(arch)["input_size"] == [3, size, size]
 
 
-@pytest.mark.parametrize("ref", ["timm/levit_128s", "timm/swinv2_cr_tiny_224", "timm/resnet10t"])
+@pytest.mark.parametrize("ref", ["timm/levit_128s", "timm/swinv2_cr_tiny_224,depths=[1,1,1,1]", "timm/resnet10t"])
 def test_a_blank_build_is_complete_once_weights_are_loaded(ref: str) -> None:
     arch = parse_architecture(ref)
     real = build(arch, num_classes=7).eval()
