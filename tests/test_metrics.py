@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fixify.errors import DataError, UsageError
-from fixify.metrics import Metrics, agreement, check_input_size, compare, evaluate
+from fixify.metrics import Metrics, check_input_size, compare, evaluate, resolve_device
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def reference(logits: Tensor, labels: Tensor) -> tuple[float, float, float, floa
     return 100 * top1 / n, 100 * top5 / n, loss / n, 100 * ece
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 1000), images=st.integers(1, 50), classes=st.integers(2, 12), size=st.integers(1, 20))
 def test_metrics_are_the_definitions_whatever_the_batch_size(seed: int, images: int, classes: int, size: int) -> None:
     logits, labels = random_problem(seed, images, classes)
@@ -58,7 +58,7 @@ def test_top5_of_fewer_than_five_classes_is_100() -> None:
     assert evaluate(nn.Identity(), batches(*random_problem(0, 20, 3), 8), device=CPU).top5 == 100
 
 
-def test_a_sure_model_that_is_always_wrong_is_uncalibrated_by_100_percent() -> None:
+def test_a_confident_model_that_is_always_wrong_has_a_calibration_error_of_100_percent() -> None:
     logits = 100 * torch.eye(4)
     assert evaluate(nn.Identity(), [(logits, torch.arange(4))], device=CPU).ece == pytest.approx(0, abs=1e-4)
     assert evaluate(nn.Identity(), [(logits, torch.arange(4).roll(1))], device=CPU).ece == pytest.approx(100, abs=1e-4)
@@ -83,26 +83,19 @@ def test_half_precision_forward() -> None:
 
 
 def test_no_images_is_an_error() -> None:
-    with pytest.raises(DataError, match="no images"):
+    with pytest.raises(DataError):
         evaluate(nn.Identity(), [], device=CPU)
 
 
-def test_progress_is_told_in_images() -> None:
-    told: list[int] = []
-    evaluate(nn.Identity(), batches(*random_problem(0, 10, 3), 4), device=CPU, on_batch=told.append)
-    assert told == [4, 8, 10]
+def test_progress_is_reported_in_images() -> None:
+    counts: list[int] = []
+    evaluate(nn.Identity(), batches(*random_problem(0, 10, 3), 4), device=CPU, on_batch=counts.append)
+    assert counts == [4, 8, 10]
 
 
 def test_a_loss_that_is_not_finite_is_null_in_json() -> None:
     metrics = Metrics(top1=0, top5=0, loss=math.nan, ece=0, num_images=1, seconds=0)
     assert json.loads(json.dumps(metrics.to_dict(), allow_nan=False))["loss"] is None
-
-
-class Shift(nn.Module):
-    """Moves every logit one class up."""
-
-    def forward(self, logits: Tensor) -> Tensor:
-        return logits.roll(1, dims=-1)
 
 
 class TestCompare:
@@ -124,19 +117,17 @@ class TestCompare:
         assert found.confident_same == pytest.approx(100 / 3)
         assert (found.only_first_right, found.only_second_right) == (1, 1)
 
-    def test_models_that_never_agree(self) -> None:
-        found = agreement(nn.Identity(), Shift(), batches(*random_problem(3, 20, 4), 6), device=CPU)
-        assert found.same == 0
-
     def test_nothing_confident(self) -> None:
-        found = agreement(nn.Identity(), nn.Identity(), [(torch.zeros(3, 4), torch.zeros(3).long())], device=CPU)
+        loader = [(torch.zeros(3, 4), torch.zeros(3).long())]
+        found = compare(nn.Identity(), nn.Identity(), loader, device=CPU).agreement
         assert (found.confident_images, found.confident_same) == (0, None)
 
     def test_different_class_counts_and_different_images_are_refused(self) -> None:
         logits, labels = random_problem(4, 6, 4)
-        with pytest.raises(DataError, match="4 and 2 classes"):
+        with pytest.raises(DataError) as caught:
             compare(nn.Identity(), nn.Linear(4, 2), [(logits, labels)], device=CPU)
-        with pytest.raises(DataError, match="same images"):
+        assert {"4", "2"} <= set(caught.value.message.split())
+        with pytest.raises(DataError, match="loaders"):
             compare(nn.Identity(), nn.Identity(), [(logits, labels)], [(logits, (labels + 1) % 4)], device=CPU)
 
 
@@ -144,5 +135,13 @@ def test_an_image_size_that_the_model_cannot_take() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2), nn.BatchNorm1d(2))
     check_input_size(model, (3, 8, 8))
     assert model.training
-    with pytest.raises(UsageError, match="does not take images of 8 x 9: "):
+    with pytest.raises(UsageError) as caught:
         check_input_size(model, (3, 8, 9))
+    assert "8 x 9" in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cpu:x"])
+def test_a_device_that_does_not_exist(name: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve_device(name)
+    assert repr(name) in caught.value.message and "--device cpu" in str(caught.value.hint)

@@ -1,3 +1,5 @@
+"""Match the labels of a data set to those of a checkpoint."""
+
 from __future__ import annotations
 
 import pytest
@@ -27,7 +29,7 @@ def test_numbers_in_names_compare_as_numbers() -> None:
 
 
 @given(st.lists(st.text("aB01 9_", min_size=1, max_size=6), unique=True, max_size=8))
-def test_the_order_is_timms(names: list[str]) -> None:
+def test_natural_order_is_timms(names: list[str]) -> None:
     # timm leaves the order of names with equal keys ("1", "01"; "a", "A") to chance; all others have one order.
     assert [natural_key(name) for name in natural_order(names)] == sorted(natural_key(name) for name in names)
 
@@ -37,9 +39,9 @@ def test_names_that_differ_in_case_only_have_one_order() -> None:
 
 
 def test_another_number_of_classes_is_refused_with_both_numbers_and_what_to_do() -> None:
-    with pytest.raises(DataError, match="3 classes and the data at somewhere has 2") as caught:
+    with pytest.raises(DataError, match=r"\b3 classes .*somewhere has 2\b") as caught:
         check_classes(opened("ant", "bee"), 3)
-    assert "--num-classes 2" in str(caught.value)
+    assert "--num-classes 2" in str(caught.value.hint)
 
 
 def test_equal_names_pass_and_so_do_checkpoints_without_names() -> None:
@@ -53,17 +55,18 @@ def test_the_same_names_in_another_order_get_the_checkpoints_labels() -> None:
     assert matched.label_of == (0, 2, 1) and matched.moved
     assert matched.data.class_names == ("1", "10", "2")
     assert [matched.data.images.load(index)[1] for index in range(3)] == [0, 2, 1]
-    assert "labels by name, as in the checkpoint; in natural order they would differ" in matched.data.description
+    assert "natural order" in str(matched.note) and str(matched.note) in matched.data.description
     # Two models that have to agree on labels are another matter.
-    with pytest.raises(DataError, match="label 1 is '10' there and '2' here"):
+    with pytest.raises(DataError, match=r"label 1 .*'10' .*'2' "):
         check_classes(data, 3, ["1", "10", "2"])
 
 
 def test_without_names_in_the_checkpoint_it_is_said_which_order_is_used() -> None:
     names = [str(number) for number in (1, 2, 10)]
     note = match_classes(opened(*names, order="natural", assumed=True), 3).note
-    assert note is not None and "natural order, as timm sorts folders (label 1 is '2')" in note
-    assert "--class-order lexical ('10')" in note
+    assert note is not None and all(
+        word in note for word in ("natural", "label 1 is '2'", "--class-order lexical", "'10'")
+    )
     # Not where there is no doubt, or where somebody has decided.
     assert match_classes(opened("ant", "bee", order="natural", assumed=True), 2).note is None
     assert match_classes(opened(*names, order="natural"), 3).note is None
@@ -72,9 +75,9 @@ def test_without_names_in_the_checkpoint_it_is_said_which_order_is_used() -> Non
 
 def test_an_order_that_contradicts_the_checkpoint_is_refused_with_both() -> None:
     for order, names in (("lexical", ("1", "10", "2")), ("map", ("1", "10", "2"))):
-        with pytest.raises(DataError, match=r"'10' is label 2; by .* it is label 1") as caught:
+        with pytest.raises(DataError, match=r"'10' .*label 2\b.*label 1\b") as caught:
             match_classes(opened(*names, order=order), 3, ["1", "2", "10"])
-        assert "'1', '2', '10'. The other: '1', '10', '2'" in caught.value.message
+        assert "'1', '2', '10'" in caught.value.message and "'1', '10', '2'" in caught.value.message
     assert not match_classes(opened("1", "2", "10", order="natural"), 3, ["1", "2", "10"]).moved
 
 
@@ -82,12 +85,10 @@ def test_some_of_the_classes_are_matched_by_name() -> None:
     matched = match_classes(opened("bee", "dog"), 4, None, ["ant", "bee", "cat", "dog"], subset=True)
     assert matched.label_of == (1, 3)
     assert matched.data.class_names == ("ant", "bee", "cat", "dog")
-    assert matched.note == "2 of the checkpoint's 4 classes, matched by name"
-    with pytest.raises(
-        DataError, match="has 2 of the checkpoint's 4 classes; without images are 'ant', 'cat'"
-    ) as caught:
+    assert str(matched.note).startswith("2 of the checkpoint's 4 classes")
+    with pytest.raises(DataError, match=r"has 2 of .* 4 classes.*'ant', 'cat'") as caught:
         match_classes(opened("bee", "dog"), 4, ["ant", "bee", "cat", "dog"])
-    assert "--num-classes 2" in str(caught.value)
+    assert "--num-classes 2" in str(caught.value.hint)
 
 
 IMAGENETTE = (
@@ -106,9 +107,9 @@ def test_ten_synsets_and_a_model_of_imagenet() -> None:
     by_word = match_classes(opened(*(words[label] for label in expected[:5])), 1000, subset=True)
     assert by_word.label_of == expected[:5]
     by_number = match_classes(opened("000", "217", "482", order="natural", assumed=True), 1000, subset=True)
-    assert by_number.label_of == (0, 217, 482) and "named by their labels" in str(by_number.note)
+    assert by_number.label_of == (0, 217, 482) and str(by_number.note).startswith("3 of the checkpoint's 1,000")
     # A model of 1,000 other classes is no model of ImageNet.
-    with pytest.raises(DataError, match="1000 classes and the data at somewhere has 10"):
+    with pytest.raises(DataError, match=r"\b1000 classes .*somewhere has 10\b"):
         match_classes(opened(*IMAGENETTE), 1000, [f"thing {label}" for label in range(1000)], subset=True)
 
 
@@ -116,14 +117,14 @@ def test_a_few_renamed_of_many_keep_their_places() -> None:
     stored = [f"class {label}" for label in range(200)]
     found = [*stored[:199], "another spelling"]
     matched = match_classes(opened(*found), 200, stored)
-    assert not matched.moved and "'another spelling' not 'class 199'" in str(matched.note)
+    assert not matched.moved and "'another spelling', not 'class 199'" in str(matched.note)
     swapped = [*stored[:198], stored[199], "another spelling"]
-    with pytest.raises(DataError, match="1 of the checkpoint's 200 classes are not in the data: 'class 198'"):
+    with pytest.raises(DataError, match=r"\b1 of .* 200 classes .*'class 198'"):
         match_classes(opened(*swapped), 200, stored)
 
 
 def test_partly_different_names_are_refused_and_named() -> None:
-    with pytest.raises(DataError, match=r"1 of the checkpoint's 3 classes are not in the data: 'cat'.*'dog'"):
+    with pytest.raises(DataError, match=r"\b1 of .* 3 classes .*'cat'.*\b1 of .*'dog'"):
         check_classes(opened("ant", "bee", "dog"), 3, ["ant", "bee", "cat"])
 
 

@@ -56,7 +56,7 @@ def test_a_class_without_validation_images_does_not_shift_the_labels(make_folder
 def test_a_validation_class_that_training_lacks_is_refused(make_folder: Callable[..., Path]) -> None:
     root = make_folder()
     shutil.rmtree(root / "train" / "bee")
-    with pytest.raises(DataError, match=r"class folders that .*train has not: bee"):
+    with pytest.raises(DataError, match=r"\b1 class folders .*train .*: bee"):
         open_data(str(root), split="val")
 
 
@@ -78,15 +78,14 @@ def test_a_flat_folder_is_refused_with_what_is_expected(make_folder: Callable[..
     root = make_folder(splits=("train",))
     with pytest.raises(DataError) as caught:
         open_train_val(str(root / "train"))
-    text = str(caught.value)
-    assert "has no training split" in text
-    assert "ant/, bee/, cat/" in text
-    assert "DATA/train/<class>/*.jpg and DATA/val/<class>/*.jpg" in text
+    assert str(root / "train") in caught.value.message
+    assert "train/" in caught.value.message and "ant/, bee/, cat/" in caught.value.message
+    assert "DATA/train/<class>/*.jpg" in str(caught.value.hint)
 
 
 def test_training_is_never_silently_the_validation_split(make_folder: Callable[..., Path]) -> None:
     root = make_folder(splits=("train",))
-    with pytest.raises(DataError, match=r"no validation split \(looked for val/, valid/"):
+    with pytest.raises(DataError, match=r"validation .*val/, valid/, .*test/\); it holds train/"):
         open_train_val(str(root))
 
 
@@ -95,11 +94,11 @@ def test_loose_images_and_empty_classes_are_refused(
 ) -> None:
     root = make_folder()
     write_image(root / "train" / "loose.png", seed=1)
-    with pytest.raises(DataError, match=r"outside of any class folder, for example loose\.png"):
+    with pytest.raises(DataError, match=r"\b1 images .* loose\.png"):
         open_data(str(root), split="train")
     (root / "train" / "loose.png").unlink()
     (root / "train" / "empty").mkdir()
-    with pytest.raises(DataError, match=r"class folder .*empty has no images"):
+    with pytest.raises(DataError, match=r"train/empty .*\.png"):
         open_data(str(root), split="train")
 
 
@@ -108,7 +107,7 @@ def test_an_unreadable_image_is_named(make_folder: Callable[..., Path], content:
     root = make_folder()
     (root / "train" / "bee" / "1.png").write_bytes(content)
     images = open_data(str(root), split="train").images
-    with pytest.raises(DataError, match=r"Cannot read the image .*train/bee/1\.png: "):
+    with pytest.raises(DataError, match=r"train/bee/1\.png: "):
         images.load(4)
 
 
@@ -120,11 +119,14 @@ def test_a_truncated_image_is_named(make_folder: Callable[..., Path]) -> None:
         open_data(str(root), split="train").images.load(0)
 
 
-class TestSplitsThatAreOne:
+SAME = "val is the training split .*train.*{}"
+
+
+class TestOverlappingSplits:
     def test_a_linked_folder(self, make_folder: Callable[..., Path]) -> None:
         root = make_folder(splits=("train",))
         (root / "val").symlink_to(root / "train")
-        with pytest.raises(DataError, match="the same folder"):
+        with pytest.raises(DataError, match=SAME.format("the same folder")):
             open_train_val(str(root))
 
     def test_linked_class_folders(self, make_folder: Callable[..., Path]) -> None:
@@ -132,19 +134,19 @@ class TestSplitsThatAreOne:
         (root / "val").mkdir()
         for name in ("ant", "bee", "cat"):
             (root / "val" / name).symlink_to(root / "train" / name)
-        with pytest.raises(DataError, match="is a link into it"):
+        with pytest.raises(DataError, match=SAME.format("val/ant/0.png .*link")):
             open_train_val(str(root))
 
     def test_hard_links(self, make_folder: Callable[..., Path]) -> None:
         root = make_folder(splits=("train",))
         shutil.copytree(root / "train", root / "val", copy_function=os.link)
-        with pytest.raises(DataError, match="are one file"):
+        with pytest.raises(DataError, match=SAME.format("val/ant/0.png and .*train/ant/0.png")):
             open_train_val(str(root))
 
     def test_a_copy(self, make_folder: Callable[..., Path]) -> None:
         root = make_folder(splits=("train",))
         shutil.copytree(root / "train", root / "val")
-        with pytest.raises(DataError, match=r"every file compared \(9\) is a copy"):
+        with pytest.raises(DataError, match=SAME.format(r"\(9\)")):
             open_train_val(str(root))
 
     def test_equal_file_names_alone_are_fine(self, make_folder: Callable[..., Path]) -> None:

@@ -47,8 +47,8 @@ def test_where_fashion_mnist_was_looked_for(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(DataError) as caught:
         open_data("fashion-mnist", split="train")
     for place in (tmp_path / "fashion-mnist", "data/fashion-mnist", tmp_path / "debian"):
-        assert str(place) in str(caught.value)
-    assert "apt install dataset-fashion-mnist" in str(caught.value)
+        assert str(place) in caught.value.message
+    assert "apt install dataset-fashion-mnist" in str(caught.value.hint)
 
 
 @pytest.mark.skipif(not DEBIAN_FOLDER.is_dir(), reason="dataset-fashion-mnist is not installed")
@@ -67,10 +67,10 @@ ARRAY = np.zeros((4, 2), np.uint8)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda whole: b"\x1f\x8b not gzip", "Cannot read"),
-        (lambda whole: gzip.compress(b"hello, world"), "not an idx file"),
-        (lambda whole: gzip.compress(whole[:-1]), r"header says \[4, 2\] and it holds 7 bytes"),
-        (lambda whole: gzip.compress(whole)[:-9], "Cannot read"),
+        (lambda whole: b"\x1f\x8b not gzip", ""),
+        (lambda whole: gzip.compress(b"hello, world"), "idx"),
+        (lambda whole: gzip.compress(whole[:-1]), r"\[4, 2\].* 7 bytes"),
+        (lambda whole: gzip.compress(whole)[:-9], ""),
     ],
 )
 def test_damaged_files(
@@ -78,7 +78,7 @@ def test_damaged_files(
 ) -> None:
     path = tmp_path / "damaged.gz"
     path.write_bytes(damage(idx_bytes(ARRAY)))
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=rf"damaged\.gz\b.*{message}"):
         read_idx(path)
 
 
@@ -87,5 +87,5 @@ def test_images_and_labels_of_different_lengths(
 ) -> None:
     write_four(tmp_path)
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx_bytes(np.zeros(5, np.uint8))))
-    with pytest.raises(DataError, match="do not go together"):
+    with pytest.raises(DataError, match=r"train-images.*train-labels.*\(20, 28, 28\).*\(5,\)"):
         open_data(str(tmp_path), split="train")

@@ -57,22 +57,21 @@ def test_every_place_and_the_layout_are_named_when_it_is_not_there(
     monkeypatch.setenv("FIXIFY_DATA", str(tmp_path / "disk"))
     with pytest.raises(DataError) as caught:
         open_data("imagenet", split="train")
-    text = str(caught.value)
     for place in (tmp_path / "disk" / "imagenet", tmp_path / "disk" / "ILSVRC2012", "data/imagenet-1k"):
-        assert f"\n  {place}\n" in text
-    assert "1,000 class folders named by synset" in text and "FIXIFY_DATA=" in text
+        assert f"\n  {place}\n" in caught.value.message
+    assert "n01440764" in str(caught.value.hint) and "FIXIFY_DATA=" in str(caught.value.hint)
 
 
 def test_class_folders_that_are_not_the_synsets_are_refused(tmp_path: Path) -> None:
     for name in ("n01440764", "n01443537", "dog"):
         (tmp_path / "imagenet" / "train" / name).mkdir(parents=True)
         Image.new("RGB", (1, 1)).save(tmp_path / "imagenet" / "train" / name / "0.png")
-    with pytest.raises(DataError, match=r"3 class folders, not ImageNet-1k's 1,000: 998 are missing .*dog"):
+    with pytest.raises(DataError, match=r"\b3 class folders.* 998 .* 1 .*dog"):
         open_data("imagenet", split="train")
 
 
 def test_the_flat_validation_archive_is_explained(tmp_path: Path) -> None:
     (tmp_path / "imagenet" / "val").mkdir(parents=True)
     Image.new("RGB", (1, 1)).save(tmp_path / "imagenet" / "val" / "ILSVRC2012_val_00000001.png")
-    with pytest.raises(DataError, match="outside of any class folder"):
+    with pytest.raises(DataError, match=r"val .*ILSVRC2012_val_00000001\.png"):
         open_data("imagenet", split="val")

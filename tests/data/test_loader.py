@@ -1,3 +1,5 @@
+"""Batches: the same with any number of workers and processes, and the same as timm's."""
+
 from __future__ import annotations
 
 import random
@@ -53,8 +55,8 @@ class TestTraining:
 
     def test_an_epoch_is_the_same_with_any_number_of_workers(self, digits: OpenedData) -> None:
         none, two = self.loader(digits), self.loader(digits, workers=2)
-        for number in (0, 1):  # the second from workers that live on
-            assert equal(epoch(none, number), epoch(two, number))
+        for number, first_batch in ((0, 0), (1, 0), (1, 2)):  # the same workers read all of them
+            assert equal(epoch(none, number, first_batch), epoch(two, number, first_batch))
         two.close()
 
     def test_epochs_and_seeds_differ_and_repeat(self, digits: OpenedData) -> None:
@@ -64,24 +66,22 @@ class TestTraining:
         assert not equal(first, epoch(self.loader(digits, seed=1), 0))
         assert equal(first, epoch(self.loader(digits), 0))
 
-    @pytest.mark.parametrize("workers", [0, 2])
-    def test_an_epoch_may_begin_in_the_middle(self, digits: OpenedData, workers: int) -> None:
-        loader = self.loader(digits, workers=workers)
+    def test_an_epoch_may_begin_in_the_middle(self, digits: OpenedData) -> None:
+        loader = self.loader(digits)
         assert equal(epoch(loader, 3)[2:], epoch(loader, 3, first_batch=2))
-        loader.close()
 
     @pytest.mark.parametrize(("count", "size"), [(2, 4), (4, 2), (2, 3)])
-    def test_shares_are_the_batches_of_one_process(self, digits: OpenedData, count: int, size: int) -> None:
-        """Augmented, erased and mixed alike, in another order; a batch of odd size is not mixed."""
+    def test_shards_are_the_batches_of_one_process(self, digits: OpenedData, count: int, size: int) -> None:
+        """They are augmented, erased and mixed alike, in another order; a batch of odd size is not mixed."""
         augmentation = EVERYTHING if size % 2 == 0 else replace(EVERYTHING, mixup=0.0, cutmix=0.0)
         whole = epoch(self.loader(digits, batch_size=count * size, augmentation=augmentation), 1, 1)
         loaders = [
-            self.loader(digits, batch_size=size, augmentation=augmentation, share=Shard(rank, count))
+            self.loader(digits, batch_size=size, augmentation=augmentation, shard=Shard(rank, count))
             for rank in range(count)
         ]
-        shares = [epoch(loader, 1, 1) for loader in loaders]
+        shards = [epoch(loader, 1, 1) for loader in loaders]
         assert {loader.num_images for loader in loaders} == {22 - 22 % (count * size)}
-        for images, targets, *parts in zip(*zip(*whole, strict=True), *shares, strict=True):
+        for images, targets, *parts in zip(*zip(*whole, strict=True), *shards, strict=True):
             left = [
                 image.numpy().tobytes() + target.numpy().tobytes()
                 for image, target in zip(images, targets, strict=True)
@@ -91,9 +91,9 @@ class TestTraining:
                     left.remove(image.numpy().tobytes() + target.numpy().tobytes())
             assert left == []
 
-    def test_too_few_images_for_so_many_processes(self, digits: OpenedData) -> None:
-        with pytest.raises(DataError, match="22 images are too few for a batch of 23 processes"):
-            self.loader(digits, share=Shard(0, 23))
+    def test_too_few_images_for_the_number_of_processes(self, digits: OpenedData) -> None:
+        with pytest.raises(DataError, match=r"\b22 .*\b23 "):
+            self.loader(digits, shard=Shard(0, 23))
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_the_callers_random_state_is_untouched(self, digits: OpenedData, workers: int) -> None:
@@ -105,14 +105,14 @@ class TestTraining:
         assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
         assert torch.equal(before[2], torch.get_rng_state())
 
-    def test_it_does_not_depend_on_the_callers_random_state(self, digits: OpenedData) -> None:
+    def test_batches_do_not_depend_on_the_callers_random_state(self, digits: OpenedData) -> None:
         first = epoch(self.loader(digits))
         random.seed(99)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(99)
             assert equal(first, epoch(self.loader(digits)))
 
-    def test_every_image_once_without_the_last_incomplete_batch(self, digits: OpenedData) -> None:
+    def test_each_image_appears_once_and_the_incomplete_batch_is_dropped(self, digits: OpenedData) -> None:
         plain = self.loader(digits, augmentation=Augmentation(no_aug=True))
         images = torch.cat([images for images, _ in epoch(plain)])
         assert (len(plain), plain.num_images, len(images)) == (5, 20, 20)
@@ -120,12 +120,12 @@ class TestTraining:
 
     def test_fewer_images_than_a_batch_make_one_batch(self, digits: OpenedData) -> None:
         assert [len(images) for images, _ in self.loader(digits, batch_size=64)] == [22]
-        with pytest.raises(DataError, match="too few"):
+        with pytest.raises(DataError, match=r"\b1 images"):
             self.loader(
                 OpenedData(ArrayImages(np.zeros((1, 4, 4), np.uint8), np.zeros(1)), ("a",), "", "", "", "train")
             )
 
-    def test_mixing_makes_targets_distributions(self, digits: OpenedData) -> None:
+    def test_mixing_turns_labels_into_distributions(self, digits: OpenedData) -> None:
         augmentation = Augmentation(mixup=1.0, smoothing=0.1)
         (_, targets), *_ = epoch(self.loader(digits, augmentation=augmentation))
         assert targets.shape == (4, 4)
@@ -143,17 +143,14 @@ class TestTraining:
         mean, std = (np.array(RGB[name], np.float32)[:, None, None] for name in ("mean", "std"))
         padded = np.full((24, 3, 24, 24), np.round(255 * mean), np.float32)
         padded[:, :, 4:-4, 4:-4] = pixels.transpose(0, 3, 1, 2)
-        first, places = epoch(loader()), set()
+        first, offsets = epoch(loader()), set()
         for image, label in ((image, label) for batch in first for image, label in zip(*batch, strict=True)):
             seen = np.round(255 * (image.numpy() * std + mean))
             windows = np.lib.stride_tricks.sliding_window_view(padded[int(label)], (16, 16), axis=(1, 2))
-            (place,) = np.argwhere((windows == seen[:, None, None]).all(axis=(0, 3, 4)))
-            places.add(tuple(place.tolist()))
-        assert len(places) > 12  # of 81
+            (offset,) = np.argwhere((windows == seen[:, None, None]).all(axis=(0, 3, 4)))
+            offsets.add(tuple(offset.tolist()))
+        assert len(offsets) > 12  # of 81
         assert not equal(first, epoch(loader(), 1))
-        process = loader(workers=1)
-        assert equal(first, epoch(process))
-        process.close()
 
     @pytest.mark.parametrize("size", [(28, 28), (40, 20)])
     def test_a_padded_crop_fits_images_of_other_sizes(self, size: tuple[int, int]) -> None:
@@ -178,7 +175,7 @@ class TestTraining:
 def test_timms_prefetcher_gives_the_same_batches(
     digits: OpenedData, monkeypatch: pytest.MonkeyPatch, training: bool
 ) -> None:
-    # What CUDA gets, here on the CPU: uint8 batches that are normalised by the prefetcher.
+    # With CUDA the prefetcher normalises uint8 batches. Here it does so on the CPU.
     def on_cpu(batches: Any, **given: Any) -> PrefetchLoader:
         return PrefetchLoader(batches, **{**given, "device": torch.device("cpu")})
 
@@ -199,12 +196,12 @@ class TestEvaluation:
         assert torch.cat([labels for _, labels in batches]).tolist() == [i % 4 for i in range(22)]
 
     @pytest.mark.parametrize(("count", "size"), [(3, 4), (5, 4), (30, 8)])
-    def test_every_image_is_in_one_share_and_no_process_has_more_than_one_batch_more(
+    def test_every_image_is_in_one_shard_and_batch_counts_differ_by_one_at_most(
         self, digits: OpenedData, count: int, size: int
     ) -> None:
         seen: list[float] = []
         for rank in range(count):
-            loader = make_loader(digits, GRAY, training=False, batch_size=size, share=Shard(rank, count))
+            loader = make_loader(digits, GRAY, training=False, batch_size=size, shard=Shard(rank, count))
             batches = epoch(loader)
             assert len(batches) == loader.own_batches
             assert len(loader) - 1 <= len(batches) <= len(loader)
@@ -212,7 +209,9 @@ class TestEvaluation:
         ((images, _),) = epoch(make_loader(digits, GRAY, training=False, batch_size=22))
         assert sorted(seen) == sorted(float(image.sum()) for image in images)
 
-    @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm leaves its files to the collector
+    @pytest.mark.filterwarnings(
+        "ignore:unclosed file:ResourceWarning"
+    )  # timm leaves its files to the garbage collector
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     def test_images_are_timms(self, make_folder: Callable[..., Path]) -> None:
         root = make_folder()
@@ -246,24 +245,23 @@ class TestEvaluation:
         ours = epoch(make_loader(digits, three, training=False, batch_size=22))
         assert torch.allclose(ours[0][0], epoch(make_loader(digits, GRAY, training=False, batch_size=22))[0][0])
 
-    @pytest.mark.parametrize("workers", [0, 2])
-    def test_an_unreadable_image_is_one_sentence_from_any_process(
-        self, make_folder: Callable[..., Path], workers: int
+    def test_an_unreadable_image_in_a_worker_is_an_error_without_a_traceback(
+        self, make_folder: Callable[..., Path]
     ) -> None:
         root = make_folder()
         (root / "val" / "bee" / "2.png").write_bytes(b"broken")
-        loader = make_loader(open_data(str(root), split="val"), RGB, training=False, batch_size=2, workers=workers)
+        loader = make_loader(open_data(str(root), split="val"), RGB, training=False, batch_size=2, workers=1)
         with pytest.raises(DataError) as caught:
             list(loader)
         loader.close()
-        assert "val/bee/2.png: it is not an image" in caught.value.message
+        assert "val/bee/2.png" in caught.value.message
         assert "Traceback" not in str(caught.value)
 
     @pytest.mark.parametrize(
         ("broken", "message"),
-        [({"input_size": (4, 16, 16)}, "4 channels"), ({"mean": None}, "mean missing")],
+        [({"input_size": (4, 16, 16)}, r"\b4\b"), ({"mean": None}, r"\bmean\b")],
     )
-    def test_preprocessing_that_cannot_be_done(self, digits: OpenedData, broken: dict[str, Any], message: str) -> None:
+    def test_preprocessing_that_is_impossible(self, digits: OpenedData, broken: dict[str, Any], message: str) -> None:
         preprocessing = {key: value for key, value in {**RGB, **broken}.items() if value is not None}
         with pytest.raises(DataError, match=message):
             make_loader(digits, preprocessing, training=False, batch_size=2)

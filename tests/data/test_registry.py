@@ -17,33 +17,33 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones_and_the_nearest() -> None:
-    with pytest.raises(DataError, match="Did you mean 'fashion-mnist'") as caught:
+    with pytest.raises(DataError, match=r"'fashon-mnist'.* 'fashion-mnist'") as caught:
         open_data("fashon-mnist", split="train")
-    assert all(name in str(caught.value) for name in DATA_NAMES)
+    assert all(name in str(caught.value.hint) for name in DATA_NAMES)
 
 
 def test_an_unknown_torch_name() -> None:
-    with pytest.raises(DataError, match="Did you mean 'torch/cifar10'"):
+    with pytest.raises(DataError, match=r"'torch/cifar11'.* 'torch/cifar10'"):
         open_data("torch/cifar11", split="train")
 
 
 def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "images.zip").write_bytes(b"")
-    with pytest.raises(DataError, match="is a file"):
+    with pytest.raises(DataError, match=r"images\.zip"):
         open_data("images.zip", split="train")
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(DataError, match="is empty"):
+    with pytest.raises(DataError, match=r"nothing\b.* empty"):
         open_data("nothing", split="train")
 
 
 @pytest.mark.parametrize("name", ["torch/cifar10", "cifar10", "cifar100", "torch/mnist"])
 def test_torch_data_that_is_not_here_says_how_to_get_it(name: str) -> None:
-    with pytest.raises(DataError, match=r"is not here; looked in .*/data and /") as caught:
+    with pytest.raises(DataError, match=rf"{name.removeprefix('torch/')}\b.* /.*/data and /") as caught:
         open_data(name, split="val")
-    assert "--download" in str(caught.value)
+    assert "--download" in str(caught.value.hint)
 
 
 def test_torch_data_is_read_from_fixify_data(
@@ -63,7 +63,7 @@ def test_a_failed_download_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError("no route to host")
 
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", fail)
-    with pytest.raises(DataError, match="Cannot download torch/cifar10 to data: no route to host"):
+    with pytest.raises(DataError, match=r"torch/cifar10 to data\b.*no route to host"):
         open_data("torch/cifar10", split="train", download=True)
 
 
@@ -78,21 +78,21 @@ def test_a_folder_by_its_name_in_the_data_folders(
     assert len(draw_images(folder.name, count=4)) == 4
 
 
-def test_a_folder_that_is_not_split_does_to_evaluate_on(make_folder: Callable[..., Path]) -> None:
+def test_a_folder_without_splits_can_be_evaluated_on(make_folder: Callable[..., Path]) -> None:
     folder = make_folder() / "val"
     opened = open_data(str(folder), split="val")
     assert (opened.class_names, len(opened)) == (("ant", "bee", "cat"), 9)
-    with pytest.raises(DataError, match="has no training split"):
+    with pytest.raises(DataError, match=r"val .*train/"):
         open_data(str(folder), split="train")
-    # But not one that has another split.
+    # But a folder that has only another split cannot.
     for missing, wanted in (("train", "train"), ("val", "val")):
         other = folder.parent / missing
         hidden = other.rename(other.with_name(f"old-{missing}"))
-        with pytest.raises(DataError, match="has no"):
+        with pytest.raises(DataError, match=rf"data .*\b{wanted}/"):
             open_data(str(folder.parent), split=wanted)  # type: ignore[arg-type]
         hidden.rename(other)
 
 
-def test_options_that_do_not_concern_the_data_are_refused(make_folder: Callable[..., Path]) -> None:
-    with pytest.raises(DataError, match=r"are for hfds/\.\.\. and wds/\.\.\. data"):
+def test_options_that_do_not_apply_to_the_data_are_refused(make_folder: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match=r"target_key .*hfds/.* wds/"):
         open_data(str(make_folder()), split="val", options=DataOptions(target_key="label"))

@@ -1,4 +1,4 @@
-"""fixify.data.seeding: which random streams there are, and that none is another's."""
+"""Random streams are distinct and do not depend on versions."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from fixify.data.seeding import Stream, derive_seed, derive_seeds, permutation
 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_streams_are_distinct(seed: int) -> None:
-    """Also where one has a part more, which is zero at first."""
+    """They also differ when one has an additional part, which begins at zero."""
     drawn = {stream: {derive_seed(seed, 0, stream), derive_seed(seed, 0, stream, 0)} for stream in Stream}
     assert len(set.union(*drawn.values())) == len(drawn)
     orders = [permutation(seed, 0, stream, count=50).tolist() for stream in Stream]
@@ -17,7 +17,7 @@ def test_streams_are_distinct(seed: int) -> None:
 
 
 def test_erasing_does_not_begin_with_the_seed_of_the_first_weights() -> None:
-    keys = BatchSampler(20, 4, training=True, seed=3, even=False, share=Shard())
+    keys = BatchSampler(20, 4, training=True, seed=3, even=False, shard=Shard())
     assert derive_seed(3, 0, Stream.INIT) not in keys.erasing_seeds(0)
 
 

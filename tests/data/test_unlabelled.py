@@ -40,10 +40,10 @@ def test_validation_in_class_folders_is_labelled(make_folder: Make) -> None:
     train, val = open_unlabelled(str(root), ("cow", "bee", "ant"))
     assert (len(train), train.labelled) == (4, False)
     assert (len(val), val.labelled) == (4, True)
-    # In the checkpoint's order, though not every class has images.
+    # In the checkpoint's order, although not every class has images.
     assert val.class_names == ("cow", "bee", "ant")
     assert [val.images.load(index)[1] for index in range(4)] == [2, 2, 1, 1]
-    # Another vocabulary: the folders' own order, for `check_classes` to compare.
+    # With another vocabulary it is the order of the folders, which `check_classes` compares.
     assert open_unlabelled(str(root), ("0", "1"))[1].class_names == ("ant", "bee")
 
 
@@ -74,20 +74,20 @@ def test_a_folder_of_images_is_enough_and_a_tenth_is_held_out(make_folder: Make)
 
 def test_what_is_refused(make_folder: Make, tmp_path: Path) -> None:
     root = make_folder(splits=("val",))
-    with pytest.raises(DataError, match="no training split") as caught:
+    with pytest.raises(DataError, match=r"data .*train/.* val/") as caught:
         open_unlabelled(str(root), NAMES)
-    assert "need no labels" in str(caught.value)
+    assert "train/" in str(caught.value.hint)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="empty"):
         open_unlabelled(str(tmp_path / "empty"), NAMES)
-    with pytest.raises(DataError, match="no data set of that name"):
+    with pytest.raises(DataError, match="missing"):
         open_unlabelled(str(tmp_path / "missing"), NAMES)
 
 
 def test_validation_on_training_images_is_refused(make_folder: Make) -> None:
     root = make_folder(splits=("train",))
     shutil.copytree(root / "train", root / "val")
-    with pytest.raises(DataError, match="is the training split"):
+    with pytest.raises(DataError, match=r"val is the training split .*train"):
         open_unlabelled(str(root), NAMES)
 
 
@@ -105,5 +105,5 @@ def test_images_are_drawn_from_train_or_from_anywhere(make_folder: Make) -> None
     flat = root / "val"
     flatten(flat)
     assert len(draw_images(str(flat), count=100)) == 20
-    with pytest.raises(DataError, match="no data set of that name"):
+    with pytest.raises(DataError, match="missing"):
         draw_images(str(root / "missing"), count=5)

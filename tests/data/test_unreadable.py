@@ -1,3 +1,5 @@
+"""Images that cannot be read are replaced, left out or refused."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -9,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fixify.data import Augmentation, OpenedData, UnreadableImages, make_loader
+from fixify.data import Augmentation, OpenedData, UnreadableImages, make_loader, open_data
 from fixify.data.idx import ArrayImages
 from fixify.errors import DataError
 
@@ -17,7 +19,7 @@ GRAY = {"input_size": (1, 16, 16), "mean": (0.4,), "std": (0.2,), "crop_pct": 1.
 
 
 class Damaged(ArrayImages):
-    """Images of one gray value each, their index, of which some cannot be read."""
+    """Images filled with their own index as gray value; some of them cannot be read."""
 
     def __init__(self, count: int, damaged: set[int]) -> None:
         pixels = np.arange(count, dtype=np.uint8)[:, None, None].repeat(16, 1).repeat(16, 2)
@@ -35,7 +37,7 @@ def opened(count: int, damaged: set[int]) -> OpenedData:
 
 
 def places(batches: list[Any]) -> list[list[int]]:
-    """Which images these are."""
+    """Tell from the gray values which images these are."""
     return [((images[:, 0, 0, 0] * 0.2 + 0.4) * 255).round().int().tolist() for images, _ in batches]
 
 
@@ -47,7 +49,7 @@ def test_in_training_the_next_readable_image_takes_the_place(workers: int) -> No
         "workers": workers,
         "augmentation": Augmentation(no_aug=True),
     }
-    whole = make_loader(opened(20, set()), GRAY, **given)
+    whole = make_loader(opened(20, set()), GRAY, **{**given, "workers": 0})
     found: list[tuple[str, int]] = []
     unreadable = UnreadableImages(20, 0.2, lambda message, count: found.append((message, count)))
     damaged = make_loader(opened(20, {3, 4, 19}), GRAY, unreadable=unreadable, **given)
@@ -59,16 +61,15 @@ def test_in_training_the_next_readable_image_takes_the_place(workers: int) -> No
         assert places(batches) == expected
         assert [labels.tolist() for _, labels in batches] == [[place % 4 for place in batch] for batch in expected]
     assert len(unreadable) == 3
-    # Each is told of once, not once an epoch.
+    # Each is reported once, not once per epoch.
     assert sorted(message for message, _ in found) == sorted(
         f"Cannot read the image {i}.png: it is not an image." for i in (3, 4, 19)
     )
     assert [count for _, count in found] == [1, 2, 3]
     damaged.close()
-    whole.close()
 
 
-def test_augmentation_is_that_of_the_place_so_other_images_are_the_same() -> None:
+def test_the_augmentation_of_other_images_does_not_change() -> None:
     given: dict[str, Any] = {"training": True, "batch_size": 4, "augmentation": Augmentation(reprob=0.5, mixup=0.5)}
     whole = list(make_loader(opened(20, set()), GRAY, **given))
     damaged = list(make_loader(opened(20, {3}), GRAY, unreadable=UnreadableImages(20, 0.1), **given))
@@ -76,7 +77,7 @@ def test_augmentation_is_that_of_the_place_so_other_images_are_the_same() -> Non
     assert sorted(same) == [False, True, True, True, True]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_otherwise_it_is_left_out_even_a_whole_batch(workers: int) -> None:
     unreadable = UnreadableImages(11, 0.5)
     data = opened(11, {1, 4, 5, 6, 7})
@@ -93,14 +94,13 @@ def test_too_many_are_an_error_that_says_how_many_are_allowed() -> None:
     )
     with pytest.raises(DataError) as caught:
         list(loader)
-    assert caught.value.message == (
-        "3 of 20 images cannot be read, and 0.1 of them may be (--max-unreadable). "
-        "The last one: Cannot read the image 13.png: it is not an image."
-    )
-    assert caught.value.hint is not None and "Replace the file." in caught.value.hint
+    message, hint = caught.value.message, str(caught.value.hint)
+    assert message.startswith("3 of 20 images") and " 0.1 of them" in message
+    assert message.endswith("Cannot read the image 13.png: it is not an image.")
+    assert hint.startswith("Replace the file.") and hint.endswith("--max-unreadable 1")
 
 
-def test_without_a_share_the_first_is_an_error() -> None:
+def test_by_default_the_first_is_an_error() -> None:
     for training in (True, False):
         with pytest.raises(DataError, match=r"^Cannot read the image 7\.png: it is not an image\.\nReplace"):
             list(make_loader(opened(8, {7}), GRAY, training=training, batch_size=4))
@@ -109,13 +109,11 @@ def test_without_a_share_the_first_is_an_error() -> None:
 def test_a_gap_in_the_data_is_an_error_not_a_smaller_batch() -> None:
     unreadable = UnreadableImages(100, 1.0)
     loader = make_loader(opened(100, set(range(20, 80))), GRAY, training=True, batch_size=50, unreadable=unreadable)
-    with pytest.raises(DataError, match="50 images one after another cannot be read"):
+    with pytest.raises(DataError, match=r"\b50 images"):
         list(loader)
 
 
 def test_a_truncated_file(make_folder: Callable[..., Path]) -> None:
-    from fixify.data import open_data
-
     root = make_folder()
     path = root / "val" / "bee" / "2.png"
     path.write_bytes(path.read_bytes()[:60])

@@ -37,7 +37,7 @@ def _shard(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def _samples(first: int, count: int, classes: int = 3) -> dict[str, bytes]:
-    """Gray images whose value is their number; the class is the number modulo the classes."""
+    """Make gray images whose value is their number; the class is the number modulo the number of classes."""
     members = {}
     for number in range(first, first + count):
         members |= {f"a/{number:04}.png": _png(number), f"a/{number:04}.cls": str(number % classes).encode()}
@@ -51,7 +51,7 @@ def _values(opened: Any) -> list[tuple[int, int]]:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Two training shards (9 images) and one of validation (4)."""
+    """Two training shards (9 images) and one validation shard (4 images)."""
     folder = tmp_path / "shards"
     _shard(folder / "x-train-0000.tar", _samples(0, 5))
     _shard(folder / "x-train-0001.tar", _samples(5, 4))
@@ -64,7 +64,7 @@ def test_a_folder_whose_shards_are_named_by_split(shards: Path, monkeypatch: pyt
     assert train.class_names == val.class_names == ("0", "1", "2")
     assert _values(train) == [(number, number % 3) for number in range(9)]
     assert _values(val) == [(number, number % 3) for number in range(100, 104)]
-    assert train.description == "9 images of 3 classes from 2 shards of wds/shards"
+    assert all(word in train.description for word in ("9 images", "3 classes", "2 shards", "wds/shards"))
     monkeypatch.setenv("FIXIFY_DATA", str(shards.parent))
     assert len(open_data("wds/shards", split="val")) == len(draw_images("wds/shards", count=4)) == 4
     for pattern in ("x-train-{0000..0001}.tar", "x-train-*.tar"):
@@ -72,7 +72,7 @@ def test_a_folder_whose_shards_are_named_by_split(shards: Path, monkeypatch: pyt
 
 
 def test_shuffled_and_continued_exactly(shards: Path) -> None:
-    """As for any other data: an epoch is a permutation, and may be begun in its middle."""
+    """As with any other data, an epoch is a permutation and may begin in the middle."""
     train = open_data(f"wds/{shards}", split="train")
 
     def batches(first: int) -> list[list[float]]:
@@ -81,7 +81,7 @@ def test_shuffled_and_continued_exactly(shards: Path) -> None:
         return [images.mean(dim=(1, 2, 3)).tolist() for images, _ in loader]
 
     whole = batches(0)
-    assert len({value for batch in whole for value in batch}) == 8  # and the last of 9 is left out
+    assert len({value for batch in whole for value in batch}) == 8  # the last of the 9 is dropped
     assert batches(2) == whole[2:]
     assert sorted(whole) != whole
 
@@ -116,23 +116,23 @@ def test_timms_info_file_and_its_json_labels(tmp_path: Path) -> None:
     info.write_text(json.dumps({"splits": splits}))
     train, val = open_train_val(f"wds/{tmp_path}")
     assert _values(train) == [(0, 0), (1, 1), (2, 0)]  # timm leaves labels below 0 out
-    assert "(1 more have no class)" in train.description
+    assert "(1 more" in train.description
     assert _values(val) == [(7, 1), (8, 0)]
     words = open_data(f"wds/{tmp_path}", split="val", options=DataOptions(target_key="word"))
     assert words.class_names == ("w0", "w1") and [label for _, label in _values(words)] == [1, 0]
-    with pytest.raises(DataError, match=r"has no field 'wrd'; it has label, word"):
+    with pytest.raises(DataError, match=r"'wrd'.* label, word"):
         open_data(f"wds/{tmp_path}", split="val", options=DataOptions(target_key="wrd"))
     splits["validation"]["num_samples"] = 3
     info.write_text(json.dumps({"splits": splits}))
-    with pytest.raises(DataError, match=r"hold 2 images, and its _info.json says 3"):
+    with pytest.raises(DataError, match=r"\b2 images.*_info\.json .* 3\b"):
         open_data(f"wds/{tmp_path}", split="val")
     info.write_text('{"splits": {"train": {"filenames": ["p9.tar"]}}}')
-    with pytest.raises(DataError, match=r"1 of the 1 shards are missing, for example .*p9\.tar"):
+    with pytest.raises(DataError, match=r"\b1 of the 1 .*p9\.tar"):
         open_data(f"wds/{tmp_path}", split="train")
-    with pytest.raises(DataError, match="has no val split; it has train"):
+    with pytest.raises(DataError, match=r"_info\.json .*val .* train"):
         open_data(f"wds/{tmp_path}", split="val")
     info.write_text("[]")
-    with pytest.raises(DataError, match="is not timm's description of shards"):
+    with pytest.raises(DataError, match=r"_info\.json"):
         open_data(f"wds/{tmp_path}", split="train")
 
 
@@ -140,43 +140,44 @@ def test_names_of_classes(shards: Path) -> None:
     (shards / "classnames.txt").write_text("ant\nbee\ncat\n")
     assert open_data(f"wds/{shards}", split="val").class_names == ("ant", "bee", "cat")
     (shards / "classnames.txt").write_text("ant\nbee\n")
-    with pytest.raises(DataError, match="has 2 names, and there is label 2"):
+    with pytest.raises(DataError, match=r"classnames\.txt .* 2 names.* label 2\b"):
         open_data(f"wds/{shards}", split="val")
 
 
 def test_damaged_and_missing_shards_are_named(shards: Path, tmp_path: Path) -> None:
     whole = (shards / "x-train-0000.tar").read_bytes()
     (shards / "x-train-0001.tar").write_bytes(whole[:3000])
-    with pytest.raises(DataError, match=r"shard .*x-train-0001.tar"):
+    with pytest.raises(DataError, match=r"x-train-0001\.tar"):
         open_data(f"wds/{shards}", split="train")
-    with pytest.raises(DataError, match=r"1 of the 3 shards are missing, for example .*0002\.tar"):
+    with pytest.raises(DataError, match=r"\b1 of the 3 .*0002\.tar"):
         open_data(f"wds/{shards}/x-train-{{0000..0002}}.tar", split="train")
     packed = tmp_path / "packed-val.tar"
     packed.write_bytes(gzip.compress(whole))
-    with pytest.raises(DataError, match=r"Cannot read the shard .*packed-val.tar"):
+    with pytest.raises(DataError, match=r"packed-val\.tar"):
         open_data(f"wds/{packed}", split="val")
-    for name, words in (
-        ("https://host/x.tar", "is not on this machine"),
-        ("pipe:cat x.tar", "is not on this machine"),
-        ("nowhere", "There is no folder 'nowhere' of shards"),
-        ("nowhere/*.tar", "There are no shards"),
-        (str(tmp_path / "shards" / "none-{0009..0001}.tar"), "is no range of shards"),
+    for name, named in (
+        ("https://host/x.tar", "https://host/x.tar"),
+        ("pipe:cat x.tar", "pipe:cat x.tar"),
+        ("nowhere", "'nowhere'"),
+        ("nowhere/*.tar", "wds/nowhere/*.tar"),
+        (str(tmp_path / "shards" / "none-{0009..0001}.tar"), "{0009..0001}"),
     ):
-        with pytest.raises(DataError, match=words):
+        with pytest.raises(DataError) as caught:
             open_data(f"wds/{name}", split="val")
+        assert named in caught.value.message
     (tmp_path / "none").mkdir()
-    with pytest.raises(DataError, match=r"it holds no \.tar files"):
+    with pytest.raises(DataError, match=r"none .*val.* \.tar"):
         open_data(f"wds/{tmp_path / 'none'}", split="val")
     bare = _shard(tmp_path / "bare.tar", {"1.png": _png(1)})
-    with pytest.raises(DataError, match=r"do not say the classes: there are no \.cls files"):
+    with pytest.raises(DataError, match=r"\.cls"):
         open_data(f"wds/{bare}", split="val")
-    with pytest.raises(DataError, match="hold no images that end in tiff"):
+    with pytest.raises(DataError, match=r"tiff.*bare\.tar"):
         open_data(f"wds/{bare}", split="val", options=DataOptions(input_key="tiff"))
-    with pytest.raises(DataError, match=r"is the training split .*both have the shard"):
+    with pytest.raises(DataError, match=r"training split .*x-train-0000\.tar"):
         open_train_val(f"wds/{shards}/x-train-0000.tar")
 
 
-def test_of_several_images_in_a_sample_the_ending_that_is_named_first_counts(tmp_path: Path) -> None:
+def test_if_a_sample_has_several_images_the_first_extension_in_the_list_wins(tmp_path: Path) -> None:
     members = {"s.mask.png": _png(1), "s.png": _png(2), "s.webp": _png(3), "s.cls": b"0", "t.txt": b"no image"}
     index = index_shards((_shard(tmp_path / "x.tar", members),))
     assert index.names.tolist() == [b"s.png"]

@@ -1,4 +1,4 @@
-"""Trackers by name, and what each of them does with a run that crashes and is resumed."""
+"""Open trackers by name, and log a run that crashes and is resumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fixify.tracking import _TRACKERS, TRACKERS, Mark, TensorBoard, TrackedRun, 
 
 
 def crash_and_resume(new: Callable[[], Tracker], folder: Path) -> None:
-    """Log steps 1 to 8, crash after a state of step 5, and log 6 to 10."""
+    """Log steps 1 to 8, crash with a saved state of step 5, and log steps 6 to 10."""
     tracker = new()
     tracker.start(TrackedRun(folder, {"options": {"lr": 0.1}, "data": "stripes"}, resumed=False, first_step=0))
     for step in range(1, 9):
@@ -31,25 +31,26 @@ def crash_and_resume(new: Callable[[], Tracker], folder: Path) -> None:
     tracker.finish()
 
 
-def test_unknown_ones_and_missing_packages_are_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no tracker 'tensorbord'; did you mean 'tensorboard'") as caught:
+def test_unknown_names_and_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError) as caught:
         open_trackers(["tensorbord"])
-    assert "tensorboard, trackio, wandb" in str(caught.value)
+    assert "'tensorbord'" in caught.value.message and "'tensorboard'" in caught.value.message
+    assert all(name in str(caught.value.hint) for name in TRACKERS)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     for name in TRACKERS:
         with pytest.raises(UsageError) as caught:
             open_trackers([name])
-        assert str(caught.value) == (
-            f"--track {name} needs the package {name}, which is not installed.\npip install {name}"
-        )
+        assert f"--track {name}" in caught.value.message
+        assert caught.value.hint == f"pip install {name}"
 
 
 def test_a_folder_called_wandb_is_not_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "fixify_nowhere").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(_TRACKERS, "fixify_nowhere", TensorBoard)
-    with pytest.raises(UsageError, match="not installed"):
+    with pytest.raises(UsageError) as caught:
         open_trackers(["fixify_nowhere"])
+    assert caught.value.hint == "pip install fixify_nowhere"
 
 
 def test_a_mark_lets_each_step_through_once_and_all_its_parts(tmp_path: Path) -> None:
@@ -67,7 +68,7 @@ def test_a_mark_lets_each_step_through_once_and_all_its_parts(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # trackio reads it when it is imported
     pytest.importorskip("trackio", reason="trackio is not installed")
     from fixify.tracking import PROJECT, Trackio
 
@@ -75,7 +76,7 @@ def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     import trackio
     from trackio.sqlite_storage import SQLiteStorage
 
-    assert capsys.readouterr().out == ""  # where results go
+    assert capsys.readouterr().out == ""  # stdout is for results
     (found,) = trackio.Api().runs(PROJECT)
     assert found.config["data"] == "stripes"
     logged = SQLiteStorage.get_logs(PROJECT, found.name)
@@ -84,7 +85,7 @@ def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def wandb_records(content: bytes) -> Iterator[bytes]:
-    """The records of a .wandb file: a header of 7 bytes, then LevelDB's log format, in blocks of 32 KiB."""
+    """Yield the records of a .wandb file: a header of 7 bytes, then LevelDB's log format in blocks of 32 KiB."""
     block, header = 32768, 7
     assert content[:4] == b":W&B"
     position, whole = header, b""
@@ -96,7 +97,7 @@ def wandb_records(content: bytes) -> Iterator[bytes]:
         length, kind = struct.unpack("<HB", content[position + 4 : position + header])
         whole += content[position + header : position + header + length]
         position += header + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a whole record, or the last part of one
             yield whole
             whole = b""
 
@@ -112,7 +113,7 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fixify.tracking import WeightsAndBiases
 
     crash_and_resume(WeightsAndBiases, tmp_path)
-    wandb.teardown()  # its service has written everything then
+    wandb.teardown()  # now its service has written everything
     steps: list[int] = []
     identities = set()
     for path in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb")):

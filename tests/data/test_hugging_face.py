@@ -52,13 +52,13 @@ def test_what_save_to_disk_wrote(saved: Path, monkeypatch: pytest.MonkeyPatch) -
     train, val = open_train_val(f"hfds/{saved}")
     assert train.class_names == val.class_names == ("ant", "bee", "cat")
     assert (train.name, train.order, len(train)) == ("hfds/pets", "own", 5)
-    assert "3 images of 3 classes, the part validation of hfds/pets (1 more have no label)" in val.description
+    assert all(word in val.description for word in ("3 images", "3 classes", "validation", "hfds/pets", "(1 more"))
     found = [val.images.load(index) for index in range(3)]
     assert [label for _, label in found] == [2, 1, 0]
     expected = np.asarray(Image.open(io.BytesIO(_png(103)["bytes"])))
     assert np.array_equal(np.asarray(found[2][0]), expected)
     assert sorted(train.images.listing()) != sorted(val.images.listing())
-    # In a folder of data, by its name there.
+    # By its name, in a folder of $FIXIFY_DATA.
     monkeypatch.setenv("FIXIFY_DATA", str(saved.parent))
     assert len(open_data("hfds/pets", split="train")) == 5
     assert len(draw_images("hfds/pets", count=2)) == 2
@@ -72,16 +72,16 @@ def test_parquet_files_with_columns_of_other_names(tmp_path: Path) -> None:
         table = _table(seed, [2, 0, 1], coarse=([1, 0, 0], coarse))
         table = table.rename_columns({"image": "img", "label": "fine"})
         table.to_parquet(folder / f"{part}.parquet")
-    with pytest.raises(DataError, match="Those of classes are fine, coarse") as caught:
+    with pytest.raises(DataError, match="fine, coarse") as caught:
         open_data(f"hfds/{folder}", split="val")
-    assert "--target-key NAME" in str(caught.value)
+    assert "--target-key" in str(caught.value.hint)
     opened = open_data(f"hfds/{folder}", split="val", options=DataOptions(target_key="coarse"))
     assert opened.class_names == ("small", "large")
     assert [opened.images.load(index)[1] for index in range(3)] == [1, 0, 0]
-    assert len(draw_images(f"hfds/{folder}", count=9)) == 3  # to calibrate, no labels are needed
-    with pytest.raises(DataError, match="--input-key fine is no column of images; those are img"):
+    assert len(draw_images(f"hfds/{folder}", count=9)) == 3  # calibration needs no labels
+    with pytest.raises(DataError, match=r"--input-key fine\b.* img\b"):
         open_data(f"hfds/{folder}", split="val", options=DataOptions(input_key="fine"))
-    with pytest.raises(DataError, match="There is no column 'zzz'; there are img, fine, coarse"):
+    with pytest.raises(DataError, match=r"'zzz'.* img, fine, coarse"):
         open_data(f"hfds/{folder}", split="val", options=DataOptions(target_key="zzz"))
 
 
@@ -105,27 +105,27 @@ def test_labels_that_are_text_or_numbers(tmp_path: Path) -> None:
     assert open_data(f"hfds/{tmp_path / 'numbers'}", split="train").class_names == ("0", "1", "2", "3")
 
 
-def test_mistakes_are_sentences(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match=r"has no test split \(looked for test\); it has train, validation"):
+def test_mistakes_are_data_errors(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match=r"hfds/.* test .* train, validation"):
         open_data(f"hfds/{saved}", split="test")
     _table(0, [0, 1]).save_to_disk(tmp_path / "one")
     assert len(open_data(f"hfds/{tmp_path / 'one'}", split="val")) == 2
-    with pytest.raises(DataError, match=r"is the training split .*it has no parts"):
+    with pytest.raises(DataError, match=r"hfds/.*one is the training split hfds/.*one"):
         open_train_val(f"hfds/{tmp_path / 'one'}")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="Cannot read hfds/"):
+    with pytest.raises(DataError, match=r"hfds/.*empty"):
         open_data(f"hfds/{tmp_path / 'empty'}", split="val")
-    with pytest.raises(DataError, match="class_order sorts the names of class folders"):
+    with pytest.raises(DataError, match=r"hfds/pets .*class_order"):
         open_data(f"hfds/{saved}", split="val", options=DataOptions(class_order="lexical"))
-    with pytest.raises(DataError, match="tfds/ names are not read"):
+    with pytest.raises(DataError, match="tfds/"):
         open_data("tfds/mnist", split="val")
     # A damaged image is named when it is needed.
     broken = {"image": [{"bytes": b"no", "path": None}], "label": [0]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
     datasets.Dataset.from_dict(broken, features=features).save_to_disk(tmp_path / "broken")
-    with pytest.raises(DataError, match=r"Cannot read the image number 0 of hfds/broken .*it is not an image"):
+    with pytest.raises(DataError, match=r"number 0 of hfds/broken"):
         open_data(f"hfds/{tmp_path / 'broken'}", split="val").images.load(0)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match="read with the package datasets, which is not installed") as caught:
+    with pytest.raises(DataError, match=r"\bdatasets\b") as caught:
         open_data("hfds/pets", split="val")
     assert caught.value.hint == "pip install datasets"
