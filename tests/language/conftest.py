@@ -14,6 +14,6 @@ def corpus(text: Path) -> Corpus:
     return read_corpus(str(text))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small() -> LanguageOptions:
     return LanguageOptions.create(words="pmi", **SMALL)

@@ -5,12 +5,13 @@ import json
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fixify.errors import OutputExistsError, TrainingError, UsageError
-from fixify.language import Corpus, LanguageOptions, load_language, run_language
+from fixify.language import Corpus, LanguageOptions, LanguageResult, load_language, run_language
 from fixify.language.loop import LanguageEpochEnded, LanguageEvent, LanguageStep, Prediction
 from fixify.language.model import build_model, size_of
 from fixify.language.run import read_language_runs
@@ -32,10 +33,17 @@ def assert_same(first: Path, second: Path) -> None:
         assert torch.equal(value, wanted[name]), name
 
 
+@pytest.fixture(scope="module")
+def done(text: Path, small: LanguageOptions, tmp_path_factory: pytest.TempPathFactory) -> tuple[LanguageResult, Any]:
+    """A run with the `small` options, and its events."""
+    events: list[LanguageEvent] = []
+    return run_language(str(text), tmp_path_factory.mktemp("run"), small, on_event=events.append), events
+
+
 @pytest.mark.parametrize("words", WORDS)
 def test_it_learns_and_its_checkpoint_is_what_was_measured(text: Path, tmp_path: Path, words: str) -> None:
     options = LanguageOptions.create(
-        words=words, num_features=16, epochs=4, batch_size=4, seq_len=10, lr=0.02, embedding_scale=4, device="cpu"
+        words=words, num_features=16, epochs=3, batch_size=4, seq_len=10, lr=0.02, embedding_scale=4, device="cpu"
     )
     result = run_language(str(text), tmp_path / "run", options)
     losses = [record.val_loss for record in result.history]
@@ -51,10 +59,9 @@ def test_it_learns_and_its_checkpoint_is_what_was_measured(text: Path, tmp_path:
     assert stored < 4 * numbers + 6000
 
 
-def test_only_learned_words_learn(text: Path, tmp_path: Path, small: LanguageOptions, corpus: Corpus) -> None:
-    run_language(str(text), tmp_path / "run", small)
+def test_only_learned_words_learn(done: Any, small: LanguageOptions, corpus: Corpus) -> None:
     before = build_model(small, corpus).state_dict()
-    after = weights(tmp_path / "run" / "last.safetensors")
+    after = weights(done[0].last_path)
     same = {name for name, value in after.items() if torch.equal(value, before[name])}
     assert same == {"embedding.weight", "classifier.codes"}
 
@@ -127,25 +134,25 @@ def test_averaging_begins_when_validation_has_not_got_better(
     ] * 2  # at 3.6 the best of the first three is 3
 
 
-def test_resuming_with_other_options_or_text_is_refused(text: Path, tmp_path: Path, small: LanguageOptions) -> None:
-    run_language(str(text), tmp_path / "run", small)
+def test_resuming_with_other_options_or_text_is_refused(
+    done: Any, text: Path, tmp_path: Path, small: LanguageOptions
+) -> None:
+    folder = done[0].folder
     with pytest.raises(TrainingError, match=r"lr was 0\.01 and is 0\.5"):
-        run_language(str(text), tmp_path / "run", small.replace(lr=0.5), resume=True)
+        run_language(str(text), folder, small.replace(lr=0.5), resume=True)
     other = tmp_path / "other"
     other.mkdir()
     for path in text.iterdir():
         (other / path.name).write_text(path.read_text() + "w1 and w1\n")
     with pytest.raises(TrainingError, match="another text"):
-        run_language(str(other), tmp_path / "run", small, resume=True)
+        run_language(str(other), folder, small, resume=True)
     with pytest.raises(OutputExistsError):
-        run_language(str(text), tmp_path / "run", small)
+        run_language(str(text), folder, small)
 
 
-def test_the_recipe_of_a_run_repeats_it_and_refuses_another_text(
-    text: Path, tmp_path: Path, small: LanguageOptions
-) -> None:
-    first = run_language(str(text), tmp_path / "run", small)
-    recipe = read_recipe(tmp_path / "run" / "recipe.yaml")
+def test_the_recipe_of_a_run_repeats_it_and_refuses_another_text(done: Any, text: Path, tmp_path: Path) -> None:
+    first, _ = done
+    recipe = read_recipe(first.folder / "recipe.yaml")
     assert recipe.language is not None
     again = train(recipe, tmp_path / "again", recipe.language.replace(device="cpu"))
     assert_same(again.last_path, first.last_path)
@@ -168,21 +175,21 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_written(
     assert not (tmp_path / "run" / "best.safetensors").exists()
 
 
-def test_signs_are_stored_as_bits(text: Path, tmp_path: Path, small: LanguageOptions, corpus: Corpus) -> None:
-    result = run_language(str(text), tmp_path / "run", small.replace(head_signs=True))
+def test_signs_are_stored_as_bits(
+    done: Any, text: Path, tmp_path: Path, small: LanguageOptions, corpus: Corpus
+) -> None:
+    result = run_language(str(text), tmp_path / "run", small.replace(head_signs=True, epochs=1))
     vectors = load_language(result.best_path).model.embedding.weight
     assert torch.equal(vectors.abs(), torch.full_like(vectors, 0.25))
     assert torch.equal(vectors, build_model(small.replace(head_signs=True), corpus).embedding.weight)
-    plain = run_language(str(text), tmp_path / "plain", small)
-    saved = plain.best_path.stat().st_size - result.best_path.stat().st_size
+    saved = done[0].best_path.stat().st_size - result.best_path.stat().st_size
     assert saved > len(corpus.words) * 16 * 4 * 0.9
 
 
-def test_metrics_are_written_line_by_line(text: Path, tmp_path: Path, small: LanguageOptions) -> None:
-    seen: list[LanguageEvent] = []
-    result = run_language(str(text), tmp_path / "run", small, on_event=seen.append)
+def test_metrics_are_written_line_by_line(done: Any) -> None:
+    result, seen = done
     ended = [event.record for event in seen if isinstance(event, LanguageEpochEnded)]
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     assert lines == [record.to_dict() for record in result.history] == [record.to_dict() for record in ended]
 
 

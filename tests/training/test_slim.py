@@ -23,7 +23,7 @@ from fixify.training import EpochEnded, FinetuneOptions, FinetuneResult, OpenedI
 
 CPU = torch.device("cpu")
 OPTIONS = FinetuneOptions.create(
-    epochs=3, batch_size=50, lr=0.1, no_aug=True, img_size=32, crop_pct=1.0, workers=0, device="cpu"
+    epochs=3, batch_size=15, lr=0.1, no_aug=True, img_size=32, crop_pct=1.0, workers=0, device="cpu"
 )
 
 
@@ -42,8 +42,8 @@ def _write_fashion(folder: Path, num_train: int, num_val: int) -> Path:
 
 @pytest.fixture(scope="module")
 def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """2,000 training and 500 test images."""
-    return _write_fashion(tmp_path_factory.mktemp("fashion") / "fashion-mnist", 2000, 500)
+    """600 training and 150 test images."""
+    return _write_fashion(tmp_path_factory.mktemp("fashion") / "fashion-mnist", 600, 150)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_a_converted_model_recovers_its_accuracy(
     assert info.preprocessing["input_size"] == [1, 32, 32] and info.preprocessing["crop_pct"] == 1.0
     assert info.training["before"]["top1"] == result.before.top1
     assert str(tmp_path) not in info.model_dump_json()
-    val = make_loader(open_data(str(fashion), split="val"), info.preprocessing, training=False, batch_size=100)
+    val = make_loader(open_data(str(fashion), split="val"), info.preprocessing, training=False, batch_size=250)
     metrics = evaluate(fixify.load(result.best_path), val, device=CPU)
     assert metrics.top1 == pytest.approx(result.after.val_top1)
     assert metrics.loss == pytest.approx(result.after.val_loss, rel=1e-4)
