@@ -15,7 +15,7 @@ import pytest
 import typer
 
 import fixify
-from fixify.cli.app import COMMANDS, app, build_command, main
+from fixify.cli.app import app, main
 from fixify.demo.glyphs import write_dataset
 from fixify.demo.run import SHIPPED
 from fixify.heads import kinds
@@ -87,16 +87,18 @@ def leaf(arguments: list[str]) -> tuple[Any, list[str]]:
     command: Any = typer.main.get_command(app)
     while hasattr(command, "commands"):
         assert arguments and arguments[0] in command.commands, f"no such command: {arguments}"
-        name, *arguments = arguments
-        command = build_command(name) if name in COMMANDS else command.commands[name]
+        command, arguments = command.commands[arguments[0]], arguments[1:]
     return command, arguments
 
 
 def options() -> set[str]:
     """Every option of every command."""
-    recipes: Any = typer.main.get_command(app).commands["recipes"]  # type: ignore[attr-defined]
-    commands = [*map(build_command, COMMANDS), *recipes.commands.values()]
-    return {name for command in commands for param in command.params for name in (*param.opts, *param.secondary_opts)}
+    waiting, found = [typer.main.get_command(app)], set()
+    while waiting:
+        command: Any = waiting.pop()
+        waiting += getattr(command, "commands", {}).values()
+        found |= {name for param in command.params for name in (*param.opts, *param.secondary_opts)}
+    return found
 
 
 @pytest.fixture(scope="module")

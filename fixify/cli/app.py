@@ -10,11 +10,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import cached_property
 from inspect import cleandoc
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand
 
 from fixify._version import __version__
 from fixify.cli import convert, demo, eval, finetune, identify, inspect, plan, predict, recipes, report, train, verify
@@ -43,23 +44,34 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
-class _Commands(TyperGroup):
-    """The commands; one gets its options when it is asked for.
+class _Command(TyperCommand):
+    """A command that gets its options when they are first read.
 
-    The list of commands needs none of them. Generating them all would import pydantic, a third of the time that
-    `fixify --help` takes.
+    The list of commands reads none of them. Generating them for all commands would import pydantic, a third of the time
+    that `fixify --help` takes.
     """
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and args[0] in COMMANDS:
-            self.commands[args[0]] = _built(args[0])
-        return super().resolve_command(ctx, args)
+    @cached_property
+    def _built(self) -> Any:
+        alone = typer.Typer(add_completion=False, **_SETTINGS)
+        alone.command(self.name)(with_options(COMMANDS[self.name or ""]))
+        return typer.main.get_command(alone)
 
+    @property
+    def params(self) -> Any:
+        return self._built.params
 
-def _built(name: str) -> Any:
-    alone = typer.Typer(add_completion=False, **_SETTINGS)
-    alone.command(name, help=_help(COMMANDS[name]))(with_options(COMMANDS[name]))
-    return typer.main.get_command(alone)
+    @params.setter
+    def params(self, _: Any) -> None:
+        """Ignore the parameters of `_listed`."""
+
+    @property
+    def callback(self) -> Any:
+        return self._built.callback
+
+    @callback.setter
+    def callback(self, _: Any) -> None:
+        """Ignore `_listed`."""
 
 
 def _help(command: Callable[..., None]) -> str:
@@ -73,13 +85,12 @@ def _listed() -> None:
 
 app = typer.Typer(
     name="fixify",
-    cls=_Commands,
     help="Replace the classifier of a pretrained image model with a fixed one that is rebuilt from a few bytes.",
     no_args_is_help=True,
     **_SETTINGS,
 )
 for _name, _command in COMMANDS.items():
-    app.command(_name, help=_help(_command))(_listed)
+    app.command(_name, cls=_Command, help=_help(_command))(_listed)
 app.add_typer(recipes.app, name="recipes")
 
 
