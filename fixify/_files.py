@@ -22,9 +22,7 @@ def refuse_existing(path: Path, *, force: bool) -> None:
         OutputError: its folder does not exist.
     """
     if path.exists() and not force:
-        raise OutputExistsError(
-            f"{path} exists already.", hint="Choose another name with -o, or add --force."
-        )
+        raise OutputExistsError(f"{path} exists already.", hint="Choose another name with -o, or add --force.")
     if not path.parent.is_dir():
         raise OutputError(f"The folder {path.parent} does not exist.", hint=f"Create it first: mkdir -p {path.parent}")
 

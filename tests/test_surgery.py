@@ -218,7 +218,7 @@ def test_refusals_leave_the_model_alone() -> None:
     before = list(model.head)
     with pytest.raises(HeadSpecError, match="128"):
         fix_classifier_(model, HeadSpec("hadamard", 128, NUM_CLASSES))  # fits the first head only
-    with pytest.raises(UsageError, match="standardise.*standardize"):
+    with pytest.raises(UsageError, match=r"standardise.*standardize"):
         fix_classifier_(model, standardise=True)
     assert list(model.head) == before
     with pytest.raises(NoClassifierError, match="encoder"):

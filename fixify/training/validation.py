@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fixify.data import ImageLoader, UnreadableImages, make_loader
-from fixify.metrics import Confusions, Metrics, Predictions, add_up, confusions
+from fixify.metrics import Confusions, Metrics, Predictions, add_up, count_confusions
 from fixify.training import distributed
 from fixify.training.events import Evaluating, Listener, Phase, Warned
 from fixify.training.facts import OpenedInputs
@@ -95,7 +95,7 @@ class Validation:
     def confusions(self) -> Confusions:
         """Count the predictions per class of the model that was measured last."""
         pairs = torch.cat(distributed.all_gather(self._predictions.pairs()), dim=1)
-        return confusions(pairs.numpy(), self.data.num_classes)
+        return count_confusions(pairs.numpy(), self.data.num_classes)
 
     def measure_reference(self, reference: ReferenceModel, phase: Phase) -> Metrics:
         """Measure another model, and move it to the CPU afterwards."""
@@ -121,7 +121,7 @@ class Validation:
             amp=self.options.amp,
             channels_last=self.options.channels_last,
             on_batch=lambda images: self._after_batch(phase, images),
-            answers=predictions,
+            predictions=predictions,
         )
         self._join_missing_batches(loader, model if self.options.shard else None)
         distributed.sum_(sums.totals)

@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 
-from fixify.heads import FixedClassifier, HeadSpec, transform
+from fixify.heads import FixedClassifier, HeadSpec, product
 
 CASES = [
     # num_features, num_classes, batch
@@ -56,7 +56,7 @@ def median_seconds(call: Callable[[], object], seconds: float = 0.4) -> float:
 
 def head_seconds(num_features: int, num_classes: int, x: torch.Tensor, dense: bool) -> float:
     """Time of the product alone, on a chosen path."""
-    with mock.patch.object(transform, "prefers_dense", lambda *_: dense):
+    with mock.patch.object(product, "prefers_dense", lambda *_: dense):
         head = FixedClassifier(HeadSpec("hadamard", num_features, num_classes))
     return median_seconds(lambda: head.product(x))
 

@@ -9,8 +9,7 @@ import torch
 
 from fixify.checkpoints.files import LANGUAGE_KEY
 from fixify.errors import CodebookMismatchError, FormatError
-from fixify.heads import HeadSpec
-from fixify.heads.packed import unpack
+from fixify.heads import HeadSpec, unpack_signs
 from fixify.language import Corpus, LanguageOptions, load_language
 from fixify.language.checkpoint import is_language, pack_signs, read_language_info, save_language, verify_language
 from fixify.language.model import build_model, size_of
@@ -42,7 +41,7 @@ def test_what_is_read_is_what_was_written(corpus: Corpus, small: LanguageOptions
 @pytest.mark.parametrize("width", [8, 13])
 def test_signs_are_bits(width: int) -> None:
     vectors = torch.randn(5, width)
-    assert torch.equal(unpack(pack_signs(vectors), width, torch.float32), torch.where(vectors < 0, -1.0, 1.0))
+    assert torch.equal(unpack_signs(pack_signs(vectors), width, torch.float32), torch.where(vectors < 0, -1.0, 1.0))
 
 
 def test_other_and_damaged_files_are_refused(corpus: Corpus, small: LanguageOptions, tmp_path: Path) -> None:
