@@ -1,4 +1,4 @@
-"""Packages whose names are imported when they are first used, so that importing the package is quick."""
+"""Import the public names of a package when they are first used, so that importing the package is quick."""
 
 from __future__ import annotations
 

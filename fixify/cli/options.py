@@ -127,7 +127,7 @@ TensorBoard = Annotated[
 
 
 def takes(source: str, *names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of a class; it gets those that were typed as a dictionary, `options`.
+    """Give a command the options of a class. The command receives those that were typed as the dictionary `options`.
 
     Args:
         source: "module:Class". It is imported only when the command is run or asked for its help.

@@ -25,7 +25,7 @@ from fixify.cli.options import (
 from fixify.cli.output import Output
 
 if TYPE_CHECKING:
-    from fixify.recipes.running import Comparison
+    from fixify.recipes.running import PlannedComparison
 
 
 @takes("fixify.training.options:TrainOptions", "workers", "device", "save_minutes")
@@ -74,7 +74,7 @@ def train(
     from fixify.cli.common import as_typed, report_run, telling_where_data_comes_from
     from fixify.errors import UsageError
     from fixify.recipes.reading import read_recipe
-    from fixify.recipes.running import comparison, default_folder, refuse_image_options, run_options, run_section
+    from fixify.recipes.running import default_folder, plan_comparison, refuse_image_options, run_options, run_section
 
     output = Output(as_json=as_json)
     chosen = read_recipe(recipe, set_ or [])
@@ -98,7 +98,7 @@ def train(
     given: dict[str, Any] = {"data": data, "class_map": class_map, "resume": resume, "force": force}
     given |= {"download": download, "command": as_typed()}
     if compare:
-        planned = comparison(chosen, out, _numbers(compare_scales), resume=resume, **options)
+        planned = plan_comparison(chosen, out, _numbers(compare_scales), resume=resume, **options)
         note = planned.note
     else:
         folder = default_folder(recipe) if out is None else out
@@ -144,7 +144,7 @@ def _listener(output: Output, trackers: list[str], *, words: bool) -> Any:
     return LanguageDisplay(output) if words else watching(output, trackers)
 
 
-def _report_comparison(output: Output, planned: Comparison, *, words: bool) -> None:
+def _report_comparison(output: Output, planned: PlannedComparison, *, words: bool) -> None:
     from fixify.reporting.comparison import comparison_table, write_comparison
 
     if words:

@@ -163,7 +163,7 @@ def refuse_image_options(given: Mapping[str, object]) -> None:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PlannedComparison:
     """Runs of one recipe with a learned and a fixed classifier, before they are trained.
 
     Attributes:
@@ -181,7 +181,8 @@ class Comparison:
     @property
     def folders(self) -> list[Path]:
         """The runs' folders: the learned one, the fixed one, then those with a held alpha."""
-        return [self.folder / name for name in (LEARNED, FIXED, *(name for name in self.runs if "-" in name))]
+        held = [name for name in self.runs if name not in (LEARNED, FIXED)]
+        return [self.folder / name for name in (LEARNED, FIXED, *held)]
 
     def train(
         self,
@@ -220,9 +221,9 @@ class Comparison:
         return results
 
 
-def comparison(
+def plan_comparison(
     recipe: Recipe, out: Path | str | None = None, scales: Sequence[float] = (), *, resume: bool = False, **changes: Any
-) -> Comparison:
+) -> PlannedComparison:
     """Plan the runs that compare a fixed classifier with a learned one: same seed, same budget.
 
     Args:
@@ -248,12 +249,12 @@ def comparison(
     options = options.replace(**changes)
     if isinstance(options, LanguageOptions):
         refuse_image_options({"scales": scales})
-        return Comparison(recipe, folder, _compared_words(options), note)
-    return Comparison(recipe, folder, compared(options, scales), note)
+        return PlannedComparison(recipe, folder, _compared_words(options), note)
+    return PlannedComparison(recipe, folder, compared(options, scales), note)
 
 
 def compared(options: TrainOptions, scales: Sequence[float] = ()) -> dict[str, TrainOptions]:
-    """Return the options of each run of a comparison, by the name of its folder; see `comparison`.
+    """Return the options of each run of a comparison, by the name of its folder; see `plan_comparison`.
 
     >>> list(compared(TrainOptions.create(model="resnet18"), [0.1, 10]))
     ['fixed', 'learned', 'scale-0.1', 'scale-10']

@@ -365,9 +365,7 @@ def demo_table(result: DemoResult) -> Table:
     made.add_row("Hadamard codes, fine-tuned", epochs, _percent(tuned.top1), _percent(tuned.top5))
     if result.control is not None:
         control = result.control
-        made.add_row(
-            "control: original, trained likewise", epochs, _percent(control.val_top1), _percent(control.val_top5)
-        )
+        made.add_row("control: original, trained too", epochs, _percent(control.val_top1), _percent(control.val_top5))
     made.caption = "held-out typefaces; best epoch of each" + ("" if result.control else "; no control was run")
     made.caption_justify = "left"
     return made

@@ -300,7 +300,7 @@ class TrainOptions(FinetuneOptions):
     mean: tuple[float, ...] | None = option(
         None, "Mean of the images' values (0 to 1), one per channel. Default: that of the network's published weights."
     )
-    std: tuple[float, ...] | None = option(None, "Their std, likewise.")
+    std: tuple[float, ...] | None = option(None, "Std of the images' values, one per channel. Default: as for mean.")
 
     epochs: int = option(90, "Passes over the training images.", ge=0)
     batch_size: int = option(256, "Images per step of each process.", flags=("-b", "--batch-size"), ge=1)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import fixify
 from fixify.errors import OutputExistsError, TrainingError, UsageError
 from fixify.recipes import RecipeError, read_recipe
-from fixify.recipes.running import compared, comparison, default_folder, starting_options
+from fixify.recipes.running import compared, default_folder, plan_comparison, starting_options
 from fixify.training import EpochEnded, Event, FinetuneOptions, TrainOptions
 
 QUICK = {"epochs": 1, "batch_size": 4, "img_size": 32, "no_aug": True}
@@ -125,19 +125,19 @@ def test_compared_runs_differ_in_the_head_alone() -> None:
 def test_a_comparison_that_was_stopped_continues(tiny: Path, tmp_path: Path) -> None:
     recipe = read_recipe(write(tmp_path / "mine.yaml", data=str(tiny / "data"), train=NETWORK))
     told: list[str] = []
-    whole = comparison(recipe, tmp_path / "whole", **MACHINE).train(on_run=told.append)
+    whole = plan_comparison(recipe, tmp_path / "whole", **MACHINE).train(on_run=told.append)
     assert told == list(whole) == ["fixed", "learned"]
     with pytest.raises(OutputExistsError, match="fixed"):
-        comparison(recipe, tmp_path / "whole").train()
+        plan_comparison(recipe, tmp_path / "whole").train()
 
     def stop_in_the_second(event: Event) -> None:
         if isinstance(event, EpochEnded) and (tmp_path / "cut" / "learned").exists():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        comparison(recipe, tmp_path / "cut", **MACHINE).train(on_event=stop_in_the_second)
+        plan_comparison(recipe, tmp_path / "cut", **MACHINE).train(on_event=stop_in_the_second)
     done = (tmp_path / "cut" / "fixed" / "last.fixed.safetensors").stat().st_mtime_ns
-    resumed = comparison(recipe, tmp_path / "cut", (1,), resume=True, **MACHINE)
+    resumed = plan_comparison(recipe, tmp_path / "cut", (1,), resume=True, **MACHINE)
     assert [folder.name for folder in resumed.folders] == ["learned", "fixed", "scale-1"]
     results = resumed.train(resume=True)
     assert list(results) == ["fixed", "learned", "scale-1"]  # the last one begins only now
