@@ -1,4 +1,4 @@
-"""Draws accuracy against stored bytes a class from the results of tests/benchmarks/retrofit.py.
+"""Plot accuracy against stored bytes per class from the results of tests/benchmarks/retrofit.py.
 
 python tests/benchmarks/plot_dial.py tests/benchmarks/results/kanji-256.jsonl tests/benchmarks/results/dial.png
 """
@@ -25,7 +25,7 @@ FAMILIES = {
 
 
 def points(path: Path, column: int) -> dict[str, list[tuple[float, float]]]:
-    """By family: (bytes a class, mean top-1) of every row that has the column (0: no training, -1: whole budget)."""
+    """Return (bytes per class, mean top-1) by family, of the rows that have the column (0: no training, -1: all)."""
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row, entries in chosen(read(path)).items():
         family = next((name for name in FAMILIES if row.startswith(name) and not row.endswith("distilled")), None)
@@ -52,7 +52,7 @@ def main() -> None:
         axis.set_xscale("log", base=2)
         ticks = [2, 4, 8, 16, 32, 64, 128, 256]
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
-        axis.set_xlabel("stored bytes a class")
+        axis.set_xlabel("stored bytes per class")
         axis.set_title(title, fontsize=10)
         axis.grid(color="#dddddd", linewidth=0.6)
     axes[0].set_ylabel("top-1 on held-out typefaces, %")
