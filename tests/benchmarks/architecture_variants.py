@@ -1,4 +1,4 @@
-"""Which architectures a round trip takes, and how each is built: small enough for a workshop, with random weights."""
+"""Choose the architectures for a round trip and build each with random weights, small enough for a workshop machine."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from fixify.models import (
 from fixify.models.index import variants
 
 NUM_CLASSES = 37
-LARGE = 150_000_000  # parameters above which a model is built with fewer blocks, if it takes the argument
-HEAVY = {20_000_000: 224, 60_000_000: 128}  # and above which one for images larger than this is built for smaller ones
-DRAWN = 30_000_000  # and up to which its library draws the weights; beyond, they are copied from a pool of noise
-# Arguments of transformers, of hierarchical ones, of ResNets, and of regnety_2560, to leave it a block or two a stage.
+LARGE = 150_000_000  # above this many parameters, a model is built with fewer blocks, if it takes the argument
+HEAVY = {20_000_000: 224, 60_000_000: 128}  # above this many parameters, images are no larger than this, if possible
+DRAWN = 30_000_000  # up to this many, the library draws the weights; above, they are copied from a pool of noise
+# Arguments that leave one or two blocks per stage: of transformers, hierarchical ones, ResNets, and regnety_2560.
 FEWER_BLOCKS = ({"depth": 4}, {"depths": [1, 1, 2, 1]}, {"layers": [1, 1, 1, 1]}, {"depth": 5, "wa": 1900.0})
 SMALLER_IMAGES = (112, 128, 160, 192, 224, 256)
-# What the builders and the networks raise where an argument or a size does not suit them.
+# What builders and networks raise if an argument or an image size does not suit them.
 UNSUITED = (ArchitectureError, TypeError, ValueError, AssertionError, RuntimeError, IndexError, KeyError)
 
 
 def wanted(only: list[str]) -> Iterator[tuple[int, Architecture]]:
-    """Every architecture that has a classifier, with its variants and its size; small ones first.
+    """Yield every architecture that has a classifier, with its variants and its size; small ones first.
 
-    Those that have one only if they are built with a number of classes come after the others.
+    Architectures that have a classifier only if they are built with a number of classes come last.
     """
     found = []
     for ref in only or list_architectures():
@@ -53,7 +53,7 @@ def count(model: nn.Module) -> int:
 
 
 def buildable(arch: Architecture) -> tuple[Architecture, str | None]:
-    """The architecture as it is run here, and what was changed if it is too large."""
+    """Return the architecture as it is run here, and what was changed if it is too large."""
     size = count(build(arch, num_classes=NUM_CLASSES, meta=True))
     notes = []
     if size > LARGE:
@@ -85,13 +85,13 @@ def buildable(arch: Architecture) -> tuple[Architecture, str | None]:
 
 
 def runs(arch: Architecture, pixels: int) -> None:
-    """Raise one of `UNSUITED` unless the network can be run on an image of that size."""
-    build(arch, num_classes=NUM_CLASSES, meta=True)  # what does not suit costs nothing here
+    """Raise one of `UNSUITED` unless the network runs on an image of that size."""
+    build(arch, num_classes=NUM_CLASSES, meta=True)  # an argument that does not suit fails here at no cost
     build(arch, num_classes=NUM_CLASSES, blank=True).eval()(images(arch, pixels, 0)[:1])
 
 
 def size_argument(arch: Architecture) -> str | None:
-    """The argument by which an architecture is built for one size of image; None if it takes any."""
+    """Return the argument that sets an architecture's only image size; None if it takes any size."""
     from timm.models import get_pretrained_cfg
 
     if arch.library == "torchvision":
@@ -101,15 +101,17 @@ def size_argument(arch: Architecture) -> str | None:
 
 
 def original(arch: Architecture, seed: int, gain: float | None = None) -> nn.Module:
-    """A model with random weights, none of which are the zeros and ones that make a branch of it invisible.
+    """Build a model with random weights, without the zeros and ones that would hide a branch.
 
     Args:
-        gain: Fill all weights with noise of this deviation times 1 / sqrt(fan-in); None: as the library draws them
-            where that does not take too long, else noise of gain 1.
+        arch: The architecture.
+        seed: Decides the weights.
+        gain: Fill all weights with noise whose std is this times 1 / sqrt(fan-in). None lets the library draw them if
+            that does not take too long, and otherwise uses noise of gain 1.
     """
     small = gain is None and count(build(arch, num_classes=NUM_CLASSES, meta=True)) <= DRAWN
     torch.manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):  # `build` restores the generator: each seed gives other weights
+    with torch.random.fork_rng(devices=[]):  # `build` restores the generator, so each seed gives other weights
         model = build(arch, num_classes=NUM_CLASSES, blank=not small)
     pool = torch.randn(1 << 20)
     with torch.no_grad():
@@ -124,7 +126,7 @@ def original(arch: Architecture, seed: int, gain: float | None = None) -> nn.Mod
 
 
 def _fill(value: Tensor, name: str, pool: Tensor, gain: float) -> None:
-    if value.ndim < 2 or value[0].numel() == 1:  # of a norm, or the scale of a layer
+    if value.ndim < 2 or value[0].numel() == 1:  # weights of a norm, or the scale of a layer
         scale, shift = 0.1, 1.0 if name.endswith("weight") else 0.0
     else:
         scale, shift = gain * value[0].numel() ** -0.5, 0.0

@@ -1,8 +1,9 @@
-"""Time of one forward pass: `nn.Linear` against the fast product and against one product with all codes.
+"""Time one forward pass of `nn.Linear`, of the fast product, and of one product with all codes.
 
     python tests/benchmarks/bench_heads.py [--threads 1]
 
-Medians over repeated calls after a warm-up, seeded inputs, float32, no gradients. "path" is what FixedClassifier picks.
+Prints medians over repeated calls after a warm-up, with seeded inputs, float32 and no gradients. "path" is the product
+that FixedClassifier chooses.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ CASES = [
 
 
 def median_seconds(call: Callable[[], object], seconds: float = 0.4) -> float:
-    """Median time of one call: 5 calls of warm-up, then at least 10 and as many as fit into `seconds`."""
+    """Measure the median time of a call: 5 calls of warm-up, then at least 10 and as many as fit into `seconds`."""
     for _ in range(5):
         call()
     times: list[float] = []
@@ -55,7 +56,7 @@ def median_seconds(call: Callable[[], object], seconds: float = 0.4) -> float:
 
 
 def head_seconds(num_features: int, num_classes: int, x: torch.Tensor, dense: bool) -> float:
-    """Time of the product alone, on a chosen path."""
+    """Measure the product alone, on the chosen path."""
     with mock.patch.object(product, "prefers_dense", lambda *_: dense):
         head = FixedClassifier(HeadSpec("hadamard", num_features, num_classes))
     return median_seconds(lambda: head.product(x))

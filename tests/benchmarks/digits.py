@@ -1,9 +1,9 @@
-"""scikit-learn's handwritten digits as a folder of images, for the recipe digits-resnet20.
+"""Write scikit-learn's handwritten digits as a folder of images, for the recipe digits-resnet20.
 
     python tests/benchmarks/digits.py digits
 
 1,797 gray images of 8 x 8 by 43 people, the test set of UCI's "Optical recognition of handwritten digits". They are in
-the order of writing, so the last 360 are a validation set of other hands for the most part. Needs scikit-learn.
+the order of writing, so the last 360, the validation set, are mostly by other people. Needs scikit-learn.
 """
 
 from __future__ import annotations

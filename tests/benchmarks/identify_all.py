@@ -2,9 +2,9 @@
 
     python tests/benchmarks/identify_all.py --log identify.jsonl
 
-Of each entry of the shipped index the state dict's shapes are taken (on the meta device), then `identify` is asked
-twice: under the real key names, and under names that say nothing. One line a question goes to the log at once; started
-again with the same log, it goes on where it was interrupted. Exit code 1 if any was wrong or failed.
+For each entry of the shipped index, `identify` gets the shapes of the state dict (from the meta device) twice: with the
+real key names, and with names that say nothing. Each question adds one line to the log at once; with the same log, an
+interrupted run continues. The exit code is 1 if any answer was wrong or failed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def foreign(shapes: Shapes) -> Shapes:
-    """The same shapes in the same order under names that say nothing."""
+    """Return the same shapes in the same order with names that say nothing."""
     return {
         f"{index:05}" + (".num_batches_tracked" if is_counter(key) else ""): shape
         for index, (key, shape) in enumerate(shapes.items())
@@ -39,16 +39,16 @@ def foreign(shapes: Shapes) -> Shapes:
 
 @cache
 def built(spelled: str, num_classes: int) -> Shapes:
-    """Names and shapes of an architecture."""
+    """Return names and shapes of an architecture's state dict."""
     return shapes_of(build(parse_architecture(spelled), num_classes=num_classes, meta=True))
 
 
 def question(arch: Architecture, shapes: Shapes, num_classes: int, by: str) -> dict[str, Any]:
     """Ask what a state dict is, and judge the answer.
 
-    "unique": it alone is named. "tie": it is one of several that are named with what differs. "wrong": it is not among
-    those named, or with other arguments or another number of classes, or one of those named has other shapes than
-    these. "failed": nothing was named.
+    "unique": only the right architecture is named. "tie": it is one of several that are named. "wrong": it is not
+    named, or with other arguments or another number of classes, or an architecture with other shapes is named.
+    "failed": none is named.
     """
     start = time.process_time()
     try:
@@ -83,12 +83,12 @@ def ask_all(num_classes: int, only: list[str], done: set[tuple[Any, ...]]) -> It
         for by, given in (("keys", shapes), ("shapes", foreign(shapes))):
             if keys[by] not in done:
                 row = question(arch, given, num_classes, by)
-                encoder = not default_num_classes(arch)  # has a classifier only if it is built with one
+                encoder = not default_num_classes(arch)  # has a classifier only if built with a number of classes
                 yield {"arch": arch.spelled, "num_classes": num_classes, "by": by, "encoder": encoder, **row}
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
-    """One line for each number of classes and way of asking, and for the slowest question."""
+    """Write one line per number of classes and kind of names, and one for the slowest question."""
     lines = []
     for num_classes, by in sorted({(row["num_classes"], row["by"]) for row in rows}):
         of = [row for row in rows if (row["num_classes"], row["by"]) == (num_classes, by)]
@@ -104,9 +104,9 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--log", type=Path, required=True, help="where the answers go, one JSON object a line")
+    parser.add_argument("--log", type=Path, required=True, help="where the answers go, one JSON object per line")
     parser.add_argument("--classes", type=int, nargs="+", default=[37, 5000])
-    parser.add_argument("--only", nargs="*", default=[], help="these architectures (library/name)")
+    parser.add_argument("--only", nargs="*", default=[], help="only these architectures (library/name)")
     arguments = parser.parse_args()
     lines = arguments.log.read_text().splitlines() if arguments.log.exists() else []
     rows = [json.loads(line) for line in lines]

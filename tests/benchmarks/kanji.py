@@ -1,8 +1,8 @@
-"""The 2,965 kanji of JIS X 0208 level 1 as images, from Debian's Japanese fonts; six typefaces are held out.
+"""Draw the 2,965 kanji of JIS X 0208 level 1 with Debian's Japanese fonts; six typefaces are held out.
 
     apt-get install --no-install-recommends dataset-fashion-mnist $(python tests/benchmarks/kanji.py --packages)
 
-Each drawing is distorted as the demo's glyphs are (`fixify.demo.glyphs`), with seeds of its own for training and
+Each drawing is distorted like the demo's glyphs (`fixify.demo.glyphs`), with separate seeds for training and
 validation, so the images are the same on every machine that has these fonts.
 """
 
@@ -58,13 +58,13 @@ PACKAGES = (
 
 
 def jis_level_1() -> list[str]:
-    """The 2,965 characters in the order of the standard."""
+    """List the 2,965 characters in the order of the standard."""
     cells = (bytes((0xA0 + row, 0xA0 + cell)) for row in range(16, 48) for cell in range(1, 95))
     return [text for text in (cell.decode("euc_jp", errors="ignore") for cell in cells) if text]
 
 
 def _draw(face: str, characters: list[str]) -> Images:
-    """Ink coverage [n, 64, 64], each character centred."""
+    """Draw characters as ink coverage [n, 64, 64], each centred."""
     font = ImageFont.truetype(str(FONTS / face), 54, layout_engine=ImageFont.Layout.BASIC)
     drawn = np.empty((len(characters), 64, 64), np.uint8)
     for index, character in enumerate(characters):
@@ -75,9 +75,9 @@ def _draw(face: str, characters: list[str]) -> Images:
 
 
 def load(cache: Path, variants: int = 2) -> tuple[Images, Images, Images, Images]:
-    """Training images and labels, validation images and labels: uint8 [n, 32, 32] and int64 [n].
+    """Return training images and labels, then validation images and labels: uint8 [n, 32, 32] and int64 [n].
 
-    Characters that a face lacks are left out. Made once (about two minutes), then read from `cache`.
+    Characters that a face lacks are left out. The images are made once (in about two minutes), then read from `cache`.
     """
     path = cache / f"kanji-{variants}.npz"
     if not path.exists():
@@ -100,6 +100,8 @@ def load(cache: Path, variants: int = 2) -> tuple[Images, Images, Images, Images
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packages", action="store_true", required=True, help="Debian's packages with these faces")
+    parser.add_argument(
+        "--packages", action="store_true", required=True, help="print Debian's packages with these faces"
+    )
     parser.parse_args()
     print(PACKAGES)

@@ -1,11 +1,11 @@
-"""The King James Bible as a text in WikiText's layout, for the recipes kjv-lstm-*.
+"""Write the King James Bible as a text in WikiText's layout, for the recipe kjv-lstm.
 
     apt-get install bible-kjv
     python tests/benchmarks/kjv.py kjv
 
-Every 20th chapter is for validation and every 20th for test (the tenth and the last of each twenty), so that all three
-have something of every book. Words are in lower case; punctuation marks are words; those that the training text has
-less than three times are <unk>. A verse is a line.
+Of every 20 chapters, the 10th is for validation and the 20th for test, so that all three texts have parts of the whole
+book. Words are in lower case, and punctuation marks are words. Words that appear less than three times in the training
+text become <unk>. Each line is a verse.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Section 3.3 of the paper on a small text: learned words against fixed ones, the same budget for each.
+"""Compare learned and fixed words on a small text, with the same budget for each (paper, section 3.3).
 
     apt-get install bible-kjv
     python tests/benchmarks/kjv.py kjv
     python tests/benchmarks/language.py kjv --seeds 0 1 2 --out language.jsonl
     python tests/benchmarks/language.py --table language.jsonl
 
-Every row is the recipe kjv-lstm with another word model, at the recipe's learning rate: the best of three for learned
-words (seed 0, validation perplexity after 2 epochs: 40.5 at 0.004, 37.0 at 0.01, 37.4 at 0.02); --lr tries another.
-Reported is perplexity on both texts, of the epoch that is best on validation. A run that is in --out already is not run
-again. word2vec needs gensim.
+Each row is the recipe kjv-lstm with another word model, at the recipe's learning rate, which was the best of three for
+learned words (seed 0, validation perplexity after 2 epochs: 40.5 at 0.004, 37.0 at 0.01, 37.4 at 0.02); --lr sets
+another. The results are the perplexities on validation and test text at the epoch that is best on validation. A run
+that is already in --out is not repeated. word2vec needs gensim.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def options_of(row: str, **given: Any) -> LanguageOptions:
 
 
 class Bench:
-    """Results go to a file, run by run."""
+    """Runs the rows and adds each result to a file."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -87,7 +87,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def print_table(path: Path) -> None:
-    """Mean over seeds (lowest to highest); ratios to learned words seed by seed."""
+    """Print means over seeds (lowest to highest); ratios to learned words are taken per seed."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for entry in read(path):
         found.setdefault(entry["row"], {})[entry["seed"]] = entry

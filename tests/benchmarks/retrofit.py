@@ -1,18 +1,18 @@
-"""What a retrofit costs in accuracy: one trained network, many classifiers put on it, the same budget for each.
+"""Measure what a retrofit costs in accuracy: many classifiers on one trained network, each with the same budget.
 
     python tests/benchmarks/retrofit.py --data kanji --seeds 0 1 2 --out kanji.jsonl
     python tests/benchmarks/retrofit.py --data kanji --table kanji.jsonl
 
-For each seed a small network of timm's (test_efficientnet; where N is not its 256, with a last convolution of N
-channels) is trained with a learned classifier. Every row then starts from that network: statistics and codes from
-2,048 training images without their labels, the classifier replaced, accuracy measured; and, unless the row is one-shot,
-the same steps, images and optimiser for all, measured after 10 %, 25 % and 100 % of them. Rows "from scratch" get the
-budget of both trainings in one. Accuracy is top-1 on held-out typefaces (Fashion-MNIST: test images).
+For each seed, a small timm network is trained with a learned classifier. It is test_efficientnet; if N is not its 256,
+its last convolution has N channels. Each row starts from that network: statistics and codes come from 2,048 training
+images without their labels, the classifier is replaced, and accuracy is measured. Rows that are not one-shot are then
+trained, all with the same steps, images and optimiser, and measured after 10 %, 25 % and 100 % of the steps. Rows "from
+scratch" get the budget of both trainings in one. Accuracy is top-1 on held-out typefaces (Fashion-MNIST: test images).
 
-Every trained row has its own learning rate, found by the same search: with the first seed, 0.002 and 0.006 are tried,
-then further factors of 3 in the direction of the better until one is worse. What decides is the accuracy at the end on
-images that are neither trained on nor reported: every third of those held out. Every trial is in --out, with what it
-had there (`tuned_on`). A trial that is there already is not run again.
+Each trained row has its own learning rate, found by the same search: with the first seed, 0.002 and 0.006 are tried,
+then further factors of 3 in the direction of the better one until one is worse. The search compares the final accuracy
+on every third held-out image (`tuned_on`); these images are neither trained on nor reported. Each trial is added to
+--out, and a trial that is there already is not repeated.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ BATCH = 256
 TEMPERATURE = 4.0
 FIRST_RATES, RATE_FACTOR = (2e-3, 6e-3), 3.0
 BASE_RATE = 1e-2
-"""AdamW's; of the networks that all rows start from, and of rows from scratch."""
+"""AdamW's learning rate for the networks that all rows start from, and for rows from scratch."""
 TRAINED_BITS, TRAINED_RANKS = (24, 64, 88, 256), (2, 6, 16)
-"""Of the compressed classifiers, those that are trained as well: about 4, 9 to 12 and 33 bytes a class."""
+"""The compressed classifiers that are also trained: about 4, 9 to 12 and 33 bytes per class."""
 MARKS = (0.1, 0.25, 1.0)
 SCRATCH = {"from scratch, learned": None, "from scratch, fixed + centered": True}
-"""Whether the fixed head standardises; None: the learned one."""
+"""Whether the fixed head standardises; None stands for the learned classifier."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Images uint8 [n, H, W] and labels, and how long to train on them."""
+    """Images uint8 [n, H, W] with labels, and how many steps to train."""
 
     train: Tensor
     train_labels: Tensor
@@ -70,7 +70,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Old:
-    """The classifier that is replaced, and features of the calibration images: [C, N], [C], [S, N]."""
+    """The classifier that is replaced, [C, N] and [C], and the features of the calibration images, [S, N]."""
 
     weight: Tensor
     bias: Tensor
@@ -78,7 +78,7 @@ class Old:
 
 
 def read_task(name: str, cache: Path) -> Task:
-    """`kanji` (2,965 classes), `kanji-200` (the first 200 of them), `fashion-mnist`."""
+    """Read `kanji` (2,965 classes), `kanji-200` (the first 200 of them) or `fashion-mnist`."""
     if name == "fashion-mnist":
         train, val = (opened.images for opened in open_train_val(name))
         images = [F.pad(torch.from_numpy(split.pixels.copy()), (2, 2, 2, 2)) for split in (train, val)]
@@ -128,7 +128,10 @@ def train(
     head_lr_scale: float = 10.0,
     teacher: nn.Module | None = None,
 ) -> list[float]:
-    """Top-1 after each of MARKS of the steps. With a teacher, half of the loss is as `finetune --distill` has it."""
+    """Train, and return top-1 after each of MARKS of the steps.
+
+    With a teacher, half of the loss is the distillation loss of `finetune --distill`.
+    """
     options = FinetuneOptions(weight_decay=0.05, head_lr_scale=head_lr_scale)
     optimiser = torch.optim.AdamW(parameter_groups(model, options), lr=lr)
     peaks = [group.get("lr_scale", 1.0) * group["lr"] for group in optimiser.param_groups]
@@ -170,7 +173,7 @@ def old_classifier(model: nn.Module, task: Task, seed: int) -> Old:
 
 
 def in_order(old: Old) -> nn.Module:
-    """Codes in class order, as in the paper; nothing of the old classifier is used."""
+    """Make a fixed head with codes in class order, as in the paper, from nothing of the old classifier."""
     return FixedClassifier(HeadSpec("hadamard", old.weight.shape[1], old.weight.shape[0]))
 
 
@@ -186,7 +189,7 @@ def binary(old: Old, bits: int) -> nn.Module:
 
 
 def frozen(old: Old, weight: Tensor) -> nn.Module:
-    """An ordinary classifier with a compressed weight that is not trained; its bias is."""
+    """Make an ordinary classifier with a compressed weight that is not trained, and a bias that is."""
     layer = nn.Linear(weight.shape[1], weight.shape[0])
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias.data.copy_(old.bias)
@@ -194,27 +197,31 @@ def frozen(old: Old, weight: Tensor) -> nn.Module:
 
 
 def rounded(old: Old, bits: int) -> nn.Module:
-    """Symmetric integers with one float16 step a class."""
+    """Round the weight to symmetric integers with one float16 step size per class."""
     step = (old.weight.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)).half().float()
     return frozen(old, (old.weight / step).round() * step)
 
 
 def low_rank(old: Old, rank: int) -> nn.Module:
-    """Truncated SVD in float16."""
+    """Truncate the weight's SVD and store it in float16."""
     left, values, right = torch.linalg.svd(old.weight, full_matrices=False)
     return frozen(old, (left[:, :rank] * values[:rank]).half().float() @ right[:rank].half().float())
 
 
 @dataclass(frozen=True)
 class Row:
-    """How the classifier is made (None: the learned one stays), what it stores a class, how it is trained.
+    """How a classifier is made and trained.
 
-    head_lr_scale: None: not at all. rate_of: the row whose learning rate it takes; its own search, if None. distilled:
-    the original teaches beside the labels.
+    Attributes:
+        make: Makes the classifier; None keeps the learned one.
+        bytes_per_class: What it stores.
+        head_lr_scale: Learning rate of the head, relative to the rest; None means no training.
+        rate_of: The row whose learning rate it takes; None searches for its own.
+        distilled: Whether the original also teaches.
     """
 
     make: Callable[[Old], nn.Module] | None
-    bytes_a_class: float
+    bytes_per_class: float
     head_lr_scale: float | None = None
     rate_of: str | None = None
     distilled: bool = False
@@ -248,7 +255,7 @@ def rows(task: Task, num_features: int) -> dict[str, Row]:
 
 
 class Bench:
-    """One data set and width; results go to a file, trial by trial."""
+    """Runs the trials of one data set and width, and adds each result to a file."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -269,7 +276,7 @@ class Bench:
         return entry
 
     def base(self, seed: int) -> nn.Module:
-        """The network that every row starts from, trained once."""
+        """Return the network that every row starts from; it is trained once."""
         path = self.arguments.cache / f"{self.arguments.data}-{self.num_features}-{seed}.pth"
         model = new_model(self.task, self.num_features, seed)
         if not path.exists():
@@ -289,10 +296,10 @@ class Bench:
         if lr is not None and row.head_lr_scale is not None:
             teacher = self.base(seed) if row.distilled else None
             values += train(model, task, task.steps, seed, lr=lr, head_lr_scale=row.head_lr_scale, teacher=teacher)
-        return self.record(name, seed, lr, row.bytes_a_class, values, top1(model, task.tune, task.tune_labels))
+        return self.record(name, seed, lr, row.bytes_per_class, values, top1(model, task.tune, task.tune_labels))
 
     def search(self, name: str, row: Row, seed: int, old: Old) -> float:
-        """The best rate: the one before which and after which both are worse."""
+        """Find the learning rate whose two neighbours are worse."""
 
         def tuned_on(lr: float) -> float:
             return self.trial(name, row, seed, lr, old)["tuned_on"]
@@ -356,10 +363,10 @@ def chosen(entries: list[dict]) -> dict[str, list[dict]]:
 
 
 def print_table(path: Path) -> None:
-    """Mean over seeds (lowest to highest), each row at the rate that its search chose."""
+    """Print means over seeds (lowest to highest), each row at the learning rate that its search chose."""
     grouped = chosen(read(path))
     columns = ("no training", "10 %", "25 %", "100 % of the budget")
-    print(f"| classifier | bytes a class | {' | '.join(columns)} | rate | seeds |\n|{'---|' * 8}")
+    print(f"| classifier | bytes per class | {' | '.join(columns)} | rate | seeds |\n|{'---|' * 8}")
     for row, entries in grouped.items():
         scratch = row.startswith("from scratch")
         cells = []

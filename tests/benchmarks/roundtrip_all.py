@@ -2,15 +2,15 @@
 
     python tests/benchmarks/roundtrip_all.py --log roundtrip.jsonl
 
-For each: build it with random weights and 37 classes, run it on the smallest images that it takes, save its state dict,
-`fixify.convert` the file, and let a second process, which sees nothing but slim files, `fixify.load` it and run it.
-The logits must be those of the original in memory with its classifier layers replaced; what reaches the classifiers
-must be what reached them in the original; both bit for bit. Of timm's models `forward_features`,
-`forward_head(pre_logits=True)`, `reset_classifier`, and the modes are tried as well.
+Each architecture is built with random weights and 37 classes, and run on the smallest images that it takes. Its state
+dict is saved and converted with `fixify.convert`; a second process, which sees only slim files, reads it with
+`fixify.load` and runs it. The logits must equal those of the original in memory with its classifier layers replaced,
+and the inputs of the classifiers must equal those in the original, both bit for bit. For timm's models,
+`forward_features`, `forward_head(pre_logits=True)`, `reset_classifier` and the modes are tested too.
 
-One line a model goes to the log at once; started again with the same log, it goes on where it was interrupted.
-What is too large for a workshop machine is built with fewer blocks or for smaller images, and the log says so. Exit
-code 1 if any failed.
+Each model adds one line to the log at once; with the same log, an interrupted run continues. A model that is too large
+for a workshop machine is built with fewer blocks or for smaller images, and the log says so. The exit code is 1 if any
+model failed.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from fixify.heads import FixedClassifier, codebook
 from fixify.models import Architecture, default_num_classes, find_classifiers, preprocessing
 from fixify.surgery import apply_heads_
 
-SIZES = (64, 96, 128, 160, 192, 224)  # of the images that are tried, until the model takes one
+SIZES = (64, 96, 128, 160, 192, 224)  # image sizes to try until the model takes one
 
 
 @torch.inference_mode()
 def round_trip(arch: Architecture, folder: Path, reader: Reader) -> dict[str, Any]:
-    """The whole way of one architecture; raises if any part of it does not hold."""
+    """Run the round trip of one architecture; raise if any check fails."""
     seed = int(hashlib.sha256(arch.spelled.encode()).hexdigest()[:6], 16)
     arch, reduced = buildable(arch)
     for gain in (None, 1.5):
@@ -56,7 +56,7 @@ def round_trip(arch: Architecture, folder: Path, reader: Reader) -> dict[str, An
         sites = {site.path: model.get_submodule(site.path) for site in find_classifiers(model, arch)}
         pixels, x, features, before, plain = first_run(model, arch, sites, seed)
         if all((value[0] - value[1]).norm() > 1e-4 * value.norm() for value in before.values()):
-            break  # else the weights let nothing of the image through
+            break  # otherwise the weights hide the image
     size = count(model)
     pre_logits = digest(model.forward_head(features, pre_logits=True)) if features is not None else None
 
@@ -68,14 +68,15 @@ def round_trip(arch: Architecture, folder: Path, reader: Reader) -> dict[str, An
     source.unlink()
     check(done.savings.parameters_before == size, "parameters before")
 
-    # The same model in memory: its own backbone, the heads that the file records.
+    # The same model in memory: its own backbone with the heads that the file records.
     with torch.inference_mode(False):
         apply_heads_(model, done.info.heads)
     heads = fixed_heads(model)
     with safe_open(slim, framework="pt") as file, torch.inference_mode(False):
         for path, head in heads.items():
             prefix = f"{path}."
-            head.load_state_dict({k[len(prefix) :]: file.get_tensor(k) for k in file.keys() if k.startswith(prefix)})  # noqa: SIM118
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            head.load_state_dict({name[len(prefix) :]: file.get_tensor(name) for name in names})
     model.eval()
     check(done.savings.parameters_after == count(model), "parameters after")
     check(set(heads) == set(sites), "every classifier layer is fixed")
@@ -104,7 +105,7 @@ def round_trip(arch: Architecture, folder: Path, reader: Reader) -> dict[str, An
         "reduced": reduced,
         "parameters": size,
         "removed": done.savings.removed,
-        "spread": float(f"{logits.reshape(2, -1).std(axis=0).mean():.3g}"),  # between the two images
+        "spread": float(f"{logits.reshape(2, -1).std(axis=0).mean():.3g}"),  # between the logits of the two images
         "plain": plain,
         "convert_seconds": round(seconds, 2),
         "load_seconds": found["seconds"],
@@ -112,7 +113,7 @@ def round_trip(arch: Architecture, folder: Path, reader: Reader) -> dict[str, An
 
 
 def first_run(model: Any, arch: Architecture, sites: dict[str, nn.Module], seed: int) -> tuple[Any, ...]:
-    """The smallest images that the model takes, what it makes of them, and what reaches its classifiers."""
+    """Find the smallest images that the model takes, its features and logits, and the inputs of its classifiers."""
     whole = preprocessing(arch)["input_size"][1]
     fixed = size_argument(arch) is not None
     problem: Exception | None = None
@@ -134,7 +135,7 @@ def first_run(model: Any, arch: Architecture, sites: dict[str, nn.Module], seed:
 
 @contextmanager
 def recorded(model: Any) -> Iterator[list[Any]]:
-    """What `forward_features` returns while the model runs."""
+    """Record what `forward_features` returns while the model runs."""
     outputs: list[Any] = []
     if not hasattr(model, "forward_features"):
         yield outputs
@@ -153,7 +154,7 @@ def recorded(model: Any) -> Iterator[list[Any]]:
 
 
 def close_to_formula(head: FixedClassifier, features: Tensor) -> bool:
-    """scale * normalize((x - center) / spread) @ Q.T + bias, in float64 and straight from the codebook."""
+    """Check scale * normalize((x - center) / spread) @ Q.T + bias, in float64 and directly from the codebook."""
     x = features.movedim(1, -1) if head.channel_dim == 1 else features
     x = x.double()
     if head.center is not None and head.num_batches_tracked:
@@ -169,7 +170,7 @@ def close_to_formula(head: FixedClassifier, features: Tensor) -> bool:
 
 
 def keep_working(model: Any, x: Tensor, features: Any, again: list[Any], pre_logits: str | None) -> None:
-    """What timm's models are asked for besides logits."""
+    """Check what timm's models offer besides logits."""
     again = again[0] if again else model.forward_features(x)
     check(digest(again) == digest(features), "forward_features")
     check(digest(model.forward_head(features, pre_logits=True)) == pre_logits, "forward_head(pre_logits=True)")
@@ -190,7 +191,7 @@ def parts(classifier: Any) -> tuple[nn.Module, ...]:
 
 
 def untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors refuses tensors that share memory; their values are what counts."""
+    """Copy tensors that share memory, which safetensors refuses."""
     seen: set[int] = set()
     free = {}
     for key, value in state.items():
@@ -206,11 +207,13 @@ def check(condition: bool, what: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--log", type=Path, required=True, help="where the results go, one JSON object a line")
-    parser.add_argument("--only", nargs="*", default=[], help="these architectures (library/name)")
-    parser.add_argument("--folder", type=Path, help="for the files; one at a time, removed at once. Default: /tmp")
-    parser.add_argument("--again", action="store_true", help="try once more what failed")
-    parser.add_argument("--largest", type=float, default=1e12, help="leave out those of more parameters")
+    parser.add_argument("--log", type=Path, required=True, help="where the results go, one JSON object per line")
+    parser.add_argument("--only", nargs="*", default=[], help="only these architectures (library/name)")
+    parser.add_argument(
+        "--folder", type=Path, help="folder for the files, of which there is one at a time. Default: /tmp"
+    )
+    parser.add_argument("--again", action="store_true", help="repeat the models that failed")
+    parser.add_argument("--largest", type=float, default=1e12, help="leave out models with more parameters")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     lines = arguments.log.read_text().splitlines() if arguments.log.exists() else []

@@ -1,6 +1,6 @@
-"""What a round trip compares, and the second process that finds it out from nothing but slim files.
+"""Observe a fixed model for a round trip, in this process or in a second one that sees only slim files.
 
-Run as a script, it is that process: a line of JSON in (path, pixels, seed), one out.
+Run as a script, this is the second process: it reads lines of JSON (path, pixels, seed) and answers each with one line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fixify.heads import FixedClassifier
 
 
 def observe(model: nn.Module, x: Tensor) -> dict[str, Any]:
-    """Logits of a fixed model, digests of what reached its heads, and what the heads that were not run would say."""
+    """Return the logits of a fixed model, digests of its heads' inputs, and outputs of heads that did not run."""
     heads = fixed_heads(model)
     with watched(heads) as seen:
         logits = model(x)
@@ -44,7 +44,7 @@ def observe(model: nn.Module, x: Tensor) -> dict[str, Any]:
 
 @contextmanager
 def watched(layers: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """What reaches each layer, by its name, as far as it is run."""
+    """Record the input of each layer that runs, by its name."""
     seen: dict[str, Tensor] = {}
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, path=path: seen.__setitem__(path, args[0].clone()))
@@ -62,7 +62,7 @@ def fixed_heads(model: nn.Module) -> dict[str, FixedClassifier]:
 
 
 def digest(values: Any) -> str:
-    """Of the bits of all tensors in an output."""
+    """Compute a digest of the bits of all tensors in an output."""
     found = hashlib.sha256()
     for value in tensors(values):
         found.update(str(tuple(value.shape)).encode() + value.contiguous().numpy().tobytes())
@@ -80,7 +80,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 class Reader:
-    """A second process that sees nothing but slim files."""
+    """A second process that sees only slim files."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
@@ -107,7 +107,7 @@ class Reader:
 
 
 def read_forever() -> None:
-    """What the second process does: a line of JSON in, one out."""
+    """Answer each line of JSON with one line, as the second process."""
     for line in sys.stdin:
         asked = json.loads(line)
         try:

@@ -1,7 +1,8 @@
-"""Gradients that data-parallel training sends each step, learned against fixed classifier (paper, section 4.1): counted
-by the hook of `fixify.training.parallel` while real processes train on random images.
+"""Count the gradients that data-parallel training sends per step, with a learned and a fixed classifier.
 
-torchrun --nproc-per-node 2 tests/benchmarks/sync_bytes.py mobilenetv3_small_050 resnet50 mobilenetv3_large_100:11221
+The hook of `fixify.training.parallel` counts them while real processes train on random images (paper, section 4.1).
+
+    torchrun --nproc-per-node 2 tests/benchmarks/sync_bytes.py resnet50 mobilenetv3_large_100:11221
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ STEPS, IMAGES, SIDE = 2, 2, 64
 CPU = torch.device("cpu")
 
 
-def bytes_a_step(model: nn.Module, num_classes: int) -> tuple[float, float]:
-    """Of gradients and of running statistics."""
+def bytes_per_step(model: nn.Module, num_classes: int) -> tuple[float, float]:
+    """Return the bytes of gradients and of running statistics."""
     options = FinetuneOptions(device="cpu")
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
     replicas = ReplicatedModel(model.train(), options, CPU)
@@ -42,13 +43,13 @@ def main(names: list[str]) -> None:
             architecture, _, classes = name.partition(":")
             num_classes = int(classes or 1000)
             learned = timm.create_model(architecture, num_classes=num_classes)
-            before, _ = bytes_a_step(learned, num_classes)
+            before, _ = bytes_per_step(learned, num_classes)
             fix_classifier_(learned, "hadamard")
-            after, statistics = bytes_a_step(learned, num_classes)
+            after, statistics = bytes_per_step(learned, num_classes)
             if distributed.is_rank_zero():
                 print(
-                    f"{name}: learned {before:,.0f} bytes of gradients a step, fixed {after:,.0f} "
-                    f"({after / before:.1%}); its statistics and the batch norms': {statistics:,.0f}"
+                    f"{name}: learned {before:,.0f} bytes of gradients per step, fixed {after:,.0f} "
+                    f"({after / before:.1%}); statistics of the head and the batch norms: {statistics:,.0f}"
                 )
 
 

@@ -1,16 +1,16 @@
-"""Training throughput of `fixify finetune` and of timm's own train.py, side by side.
+"""Compare the training throughput of `fixify finetune` and of timm's train.py.
 
     python tests/benchmarks/throughput.py PATH/TO/pytorch-image-models/train.py [--out results/throughput.json]
 
 Both train the same model on the same images (Fashion-MNIST from Debian's package dataset-fashion-mnist, as a folder of
-RGB PNG files) with the same batch size, image size, augmentation, optimiser, precision and loader processes, in turns,
-each round in the other order, so that whatever else the machine does slows both. Timed is the function that trains one
-epoch, `train_one_epoch` of timm's script and `train_epoch` here, loading included; the first epoch, in which loader
-processes start, is left out. Beside the wall time stands the processor time of the process and its loaders, which
-other work on the machine changes less.
+RGB PNG files) with the same batch size, image size, augmentation, optimiser, precision and loader processes. They take
+turns, and each round reverses the order, so that other work on the machine slows both. The benchmark times the function
+that trains one epoch, loading included: `train_one_epoch` of timm's script and `train_epoch` of fixify. It leaves out
+the first epoch, in which loader processes start. Besides wall time it reports the processor time of the process and its
+loaders, which depends less on other work.
 
-Each round gives one ratio, ours to theirs; what is reported is their median and range. timm's script is not in its
-wheel: take it from a checkout of timm.
+Each round gives one ratio, fixify's to timm's; the result is the median and the range of the ratios. timm's script is
+not in its wheel: take it from a checkout of timm.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def write_images(root: Path, train: int, val: int) -> None:
-    """The first images of Fashion-MNIST as root/train/CLASS/0001.png and root/val/..."""
+    """Write the first images of Fashion-MNIST as root/train/CLASS/00001.png and root/val/..."""
     for split, count in (("train", train), ("val", val)):
         data = open_data("fashion-mnist", split=split)  # type: ignore[arg-type]
         for index in range(count):
@@ -56,7 +56,7 @@ def write_images(root: Path, train: int, val: int) -> None:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time of a process and of its living and waited-for children."""
+    """Measure the processor time of a process and of its children, running or waited for."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     own = sum(int(ticks) for ticks in fields[11:15]) / os.sysconf("SC_CLK_TCK")
     children = [child for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
@@ -64,7 +64,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def timed(train: Callable[..., Any], epochs: list[tuple[float, float]]) -> Callable[..., Any]:
-    """The function, which adds wall and processor seconds of each call to `epochs`."""
+    """Wrap a function so that it adds wall and processor seconds of each call to `epochs`."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         wall, cpu = time.perf_counter(), cpu_seconds(os.getpid())
@@ -76,7 +76,7 @@ def timed(train: Callable[..., Any], epochs: list[tuple[float, float]]) -> Calla
 
 
 def in_this_process(who: str, script: str, out: str, *arguments: str) -> None:
-    """Run one of the two with these arguments, and write the times of its epochs."""
+    """Run one of the two programs with these arguments, and write the times of its epochs."""
     epochs: list[tuple[float, float]] = []
     sys.argv = [script, *arguments]
     if who == "timm":
@@ -134,7 +134,7 @@ def arguments_for(who: str, name: str, data: Path, slim: Path, folder: Path, opt
 
 
 def make_slim(name: str, folder: Path) -> Path:
-    """A slim checkpoint of an untrained model: speed does not depend on the weights."""
+    """Write a slim checkpoint of an untrained model, because speed does not depend on the weights."""
     model = timm.create_model(name, num_classes=10, **CASES[name]["model"])
     path, slim = folder / f"{name}.pth", folder / f"{name}.fixed.safetensors"
     torch.save(model.state_dict(), path)
@@ -154,7 +154,9 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu,
         "cores_used": len(os.sched_getaffinity(0)),
-        "load_average": [round(load, 1) for load in os.getloadavg()],  # of the whole machine; above its cores is noise
+        "load_average": [
+            round(load, 1) for load in os.getloadavg()
+        ],  # of the whole machine; a load above its number of cores adds noise
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -176,8 +178,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--images", type=int, default=1920)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=1, help="at least 1, which timm's script needs")
-    parser.add_argument("--out", type=Path, help="where the results go as JSON, after each round")
+    parser.add_argument("--workers", type=int, default=1, help="loader processes; timm's script needs at least 1")
+    parser.add_argument("--out", type=Path, help="where to write the results as JSON after each round")
     options = parser.parse_args()
     rounds: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in options.models}
     settings = {key: value for key, value in vars(options).items() if key not in ("script", "out", "models", "rounds")}
@@ -196,7 +198,7 @@ def main() -> None:
                 rounds[name].append(found)
                 wall, cpu = (ratios(rounds[name], f"images_per_{unit}") for unit in ("second", "cpu_second"))
                 print(
-                    f"{name}, {number + 1} rounds: ours / timm's, images a second {wall}, a CPU second {cpu}",
+                    f"{name}, {number + 1} rounds: fixify / timm, images per second {wall}, per CPU second {cpu}",
                     flush=True,
                 )
             results = [

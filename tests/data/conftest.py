@@ -38,7 +38,7 @@ def _write_four(folder: Path, *, zipped: bool = True, classes: int = 10) -> np.n
 
 @pytest.fixture
 def make_folder(tmp_path: Path) -> Callable[..., Path]:
-    """Writes DATA/<split>/<class>/<number>.png, every image different, and returns DATA."""
+    """Write DATA/<split>/<class>/<number>.png, every image different, and return DATA."""
 
     def make(
         splits: Sequence[str] = ("train", "val"), classes: Sequence[str] = ("ant", "bee", "cat"), images: int = 3
@@ -55,17 +55,17 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def write_image() -> Callable[..., None]:
-    """Writes one random image: write_image(path, seed, mode="RGB", size=(width, height))."""
+    """Write one random image: write_image(path, seed, mode="RGB", size=(width, height))."""
     return _write_image
 
 
 @pytest.fixture
 def idx_bytes() -> Callable[..., bytes]:
-    """An array of unsigned bytes in idx format."""
+    """Encode an array of unsigned bytes in idx format."""
     return _idx_bytes
 
 
 @pytest.fixture
 def write_four() -> Callable[..., Any]:
-    """Writes MNIST's four files, 20 training and 10 test images; returns the training pixels."""
+    """Write MNIST's four files, with 20 training and 10 test images, and return the training pixels."""
     return _write_four

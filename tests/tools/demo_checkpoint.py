@@ -1,6 +1,9 @@
-"""How the shipped checkpoint was made: `python tests/tools/demo_checkpoint.py OUT.pth`, nothing else given.
+"""Train the checkpoint that comes with the demo.
 
-`glyphs500.pth`: 307,200 images, top-1 on the held-out faces 98.7 % with its weights rounded to half precision.
+    python tests/tools/demo_checkpoint.py OUT.pth
+
+The shipped `glyphs500.pth` was made with the default options: 307,200 images, and top-1 98.7 % on the held-out faces
+with its weights rounded to half precision.
 """
 
 from __future__ import annotations
@@ -38,15 +41,15 @@ MEAN, STD = 0.5, 0.5
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. Every image is distorted afresh, so none is ever seen twice.
+    """How to train. Every image is distorted anew, so no image is seen twice.
 
     Attributes:
         steps: Optimiser steps.
-        batch_size: Images a step.
+        batch_size: Images per step.
         opt: timm's name of the optimiser.
-        lr: Its highest learning rate; warmed up over a twentieth of the steps, then a half cosine to zero.
-        weight_decay: Decoupled; not for biases and normalisation.
-        seed: Of the initial weights and of the images.
+        lr: Highest learning rate. It is warmed up over a twentieth of the steps, then follows a half cosine to zero.
+        weight_decay: Decoupled weight decay; biases and normalisation layers have none.
+        seed: Decides the initial weights and the images.
     """
 
     steps: int = 1200
@@ -58,12 +61,12 @@ class Recipe:
 
 
 def to_input(images: Images) -> torch.Tensor:
-    """[n, 32, 32] brightness to the network's input, [n, 1, 32, 32]."""
+    """Turn brightness [n, 32, 32] into the network's input [n, 1, 32, 32]."""
     return ((torch.from_numpy(images).float() / 255 - MEAN) / STD).unsqueeze(1)
 
 
 def batches(recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless training batches: every glyph of every training face once, in random order, then again."""
+    """Yield training batches without end: every glyph of every training face once, in random order, then again."""
     drawn = np.concatenate([draw(face, [entry.code_point for entry in glyph_classes()]) for face in TRAIN_FACES])
     num_classes = len(glyph_classes())
     rng = generator(recipe.seed)
@@ -77,7 +80,7 @@ def batches(recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 @torch.inference_mode()
 def held_out_accuracy(model: nn.Module) -> float:
-    """Top-1 in percent on the faces that were held out."""
+    """Measure top-1 in percent on the held-out faces."""
     model.eval()
     right = total = 0
     for face in VAL_FACES:
@@ -88,7 +91,7 @@ def held_out_accuracy(model: nn.Module) -> float:
 
 
 def pretrain(recipe: Recipe, on_step: Callable[[int, float], object] | None = None) -> nn.Module:
-    """Train the network with its ordinary learned classifier; `on_step` gets the step and the loss."""
+    """Train the network with its ordinary learned classifier; `on_step` is called with the step and the loss."""
     with torch.random.fork_rng(devices=[]):  # timm draws initial weights from the global generator
         torch.manual_seed(recipe.seed)
         model = timm.create_model(ARCHITECTURE, num_classes=len(glyph_classes()), in_chans=1)
@@ -114,7 +117,7 @@ def pretrain(recipe: Recipe, on_step: Callable[[int, float], object] | None = No
 
 
 def checkpoint(model: nn.Module, recipe: Recipe, top1: float) -> dict[str, Any]:
-    """What timm's training script would have saved, with the weights in half precision."""
+    """Return what timm's training script would have saved, with the weights in half precision."""
     weights = {
         key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in model.state_dict().items()
     }
@@ -134,7 +137,7 @@ def checkpoint(model: nn.Module, recipe: Recipe, top1: float) -> dict[str, Any]:
 
 def main() -> None:
     defaults = Recipe()
-    parser = argparse.ArgumentParser(prog="python tests/tools/demo_checkpoint.py", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="where to write the checkpoint")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     for name, value in asdict(defaults).items():
@@ -149,7 +152,9 @@ def main() -> None:
             print(f"step {step + 1} of {recipe.steps}, loss {loss:.3f}", flush=True)
 
     model = pretrain(recipe, report)
-    model.load_state_dict(checkpoint(model, recipe, 0.0)["state_dict"])  # measure what is stored, rounding included
+    model.load_state_dict(
+        checkpoint(model, recipe, 0.0)["state_dict"]
+    )  # measure the weights as they are stored, rounded
     top1 = held_out_accuracy(model)
     with atomic_path(out) as temporary:
         torch.save(checkpoint(model, recipe, top1), temporary)

@@ -1,13 +1,16 @@
-"""How `classes.txt` was made: `python tests/tools/demo_classes.py OUT.txt` writes it again (half a minute).
+"""Choose the 500 characters of the demo, in about half a minute.
 
-Candidates are the characters that all twelve faces have and that fit into the image. One is kept if, in every face, it
-differs enough from everything kept before it: Latin A stays, Cyrillic А and Greek Α go. ASCII letters and digits come
-first, then other letters, then signs; the threshold is the highest that leaves 500.
+    python tests/tools/demo_classes.py OUT.txt
+
+This made `fixify/demo/classes.txt`. Candidates are the characters that all twelve faces have and that fit into the
+image. A character is kept if, in every face, it differs enough from all characters kept before it: Latin A is kept,
+Cyrillic А and Greek Α are not. ASCII letters and digits come first, then other letters, then signs. The threshold is
+the highest one that leaves 500.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import unicodedata
 from pathlib import Path
 
@@ -21,15 +24,15 @@ from fixify.demo.glyphs import ALL_FACES, GlyphClass, draw, face_path, fits
 
 NUM_CLASSES = 500
 _CATEGORIES = {"Lu", "Ll", "Lt", "Lo", "Nd", "No", "Sm", "So", "Sc", "Po", "Ps", "Pe", "Pd", "Pi", "Pf"}
-# Made to be joined or counted rather than read: braille dots, box-drawing lines, blocks.
+# Braille dots, box-drawing lines and blocks are made to be joined or counted, not read.
 _LEFT_OUT = (range(0x2500, 0x25A0), range(0x2800, 0x2900))
-_ASCII_DISTANCE = 0.13  # a lower bar for these: I and l of DejaVu Sans still fail it, O and Q pass
+_ASCII_DISTANCE = 0.13  # a lower threshold for ASCII: I and l of DejaVu Sans still fail it, O and Q pass
 
 Distances = npt.NDArray[np.float32]
 
 
 def candidates() -> list[int]:
-    """Code points, ascending, that every face can draw."""
+    """List the code points that every face can draw, in ascending order."""
     shared = set.intersection(*(set(FT2Font(str(face_path(face))).get_charmap()) for face in ALL_FACES))
     wanted = [
         point
@@ -42,10 +45,10 @@ def candidates() -> list[int]:
 
 
 def distances(face: str, code_points: list[int]) -> Distances:
-    """How much each pair of characters differs in a face, [n, n], whatever a shift by a pixel can hide.
+    """Measure how much each pair of characters differs in a face, [n, n], at the best shift by up to one pixel.
 
-    Zero for equal images; about 1 where half of the ink of either is elsewhere. Slightly blurred first, so that a
-    hair's breadth does not count.
+    The distance is 0 for equal images and about 1 where half of the ink of each is elsewhere. The images are slightly
+    blurred first, so that tiny differences do not count.
     """
     ink = draw(face, code_points).astype(np.float32) / 255
     n = len(ink)
@@ -62,15 +65,15 @@ def distances(face: str, code_points: list[int]) -> Distances:
 
 
 def select(code_points: list[int], apart: Distances, count: int = NUM_CLASSES) -> list[int]:
-    """The `count` characters to keep, given how far apart each pair is."""
+    """Choose `count` characters to keep, given the distance of each pair."""
     rank = [_rank(point) for point in code_points]
     order = sorted(range(len(code_points)), key=lambda index: (rank[index], code_points[index]))
 
     def keep(threshold: float) -> list[int]:
         kept: list[int] = []
         for index in order:
-            bar = _ASCII_DISTANCE if rank[index] == 0 else threshold
-            if not kept or apart[index, kept].min() >= bar:
+            smallest = _ASCII_DISTANCE if rank[index] == 0 else threshold
+            if not kept or apart[index, kept].min() >= smallest:
                 kept.append(index)
         return kept
 
@@ -89,10 +92,13 @@ def _rank(code_point: int) -> int:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="where to write the list")
+    out = parser.parse_args().out
     points = candidates()
     apart = np.minimum.reduce([distances(face, points) for face in ALL_FACES])
     chosen = sorted(GlyphClass.of(point) for point in select(points, apart))
-    write_atomic(Path(sys.argv[1]), "".join(f"{entry.code_point:04X} {entry.name}\n" for entry in chosen))
+    write_atomic(out, "".join(f"{entry.code_point:04X} {entry.name}\n" for entry in chosen))
 
 
 if __name__ == "__main__":
