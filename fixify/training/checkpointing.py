@@ -542,7 +542,7 @@ class RunKeeper:
         return bool(self.progress.history) and self.is_enough(self.progress.history[-1].val_top1)
 
 
-HINT = "Try a lower --lr, a longer --warmup-epochs, or --clip-grad 1."
+NOT_FINITE_HINT = "Try a lower --lr, a longer --warmup-epochs, or --clip-grad 1."
 
 
 def check_weights(model: nn.Module, updates: int) -> None:
@@ -565,7 +565,7 @@ def check_weights(model: nn.Module, updates: int) -> None:
         named = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
         raise TrainingError(
             f"After update {updates} some weights are not finite: {named}.",
-            hint=f"They were not written; the files are those of the last validation or save. {HINT}",
+            hint=f"They were not written; the files are those of the last validation or save. {NOT_FINITE_HINT}",
         )
 
 

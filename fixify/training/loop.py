@@ -15,7 +15,7 @@ from fixify.data.seeding import Stream, derive_seed, seeded_torch
 from fixify.errors import TrainingError
 from fixify.metrics import autocast
 from fixify.training import distributed
-from fixify.training.checkpointing import HINT, Progress
+from fixify.training.checkpointing import NOT_FINITE_HINT, Progress
 from fixify.training.engine import Engine, head_scale
 from fixify.training.events import Listener, Step, Warned
 from fixify.training.interrupt import Stopped, StopRequest
@@ -206,7 +206,7 @@ class _Epoch:
 def _not_finite(engine: Engine, progress: Progress, problem: str, batch: int, more: str = "") -> TrainingError:
     return TrainingError(
         f"{problem} in {_place(engine, progress, batch)} (learning rate {progress.lr:.3g}){more}.",
-        hint=f"The last saved state is kept. {HINT} Or skip such steps: --resume --nan-skip "
+        hint=f"The last saved state is kept. {NOT_FINITE_HINT} Or skip such steps: --resume --nan-skip "
         f"{max(5, 2 * engine.options.nan_skip)}",
     )
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from fixify.language.model import build_model, size_of
 from fixify.language.run import read_language_runs
 from fixify.recipes import read_recipe
 from fixify.recipes.running import train
-from fixify.training.interrupt import TrainingInterrupted
+from fixify.training import TrainingInterrupted, Warned
+from fixify.training.run_folder import write_sealed
 
 WORDS = ["learned", "tied", "orthogonal", "hadamard", "pmi"]
 
@@ -119,6 +121,22 @@ def test_a_stopped_run_goes_on_exactly(text: Path, tmp_path: Path, small: Langua
         return [dataclasses.replace(record, **timed).to_dict() for record in result_history]  # type: ignore[type-var, attr-defined]
 
     assert without_time(again.history) == without_time(whole.history)
+
+
+def test_a_damaged_state_falls_back_to_the_one_before(
+    done: Any, text: Path, tmp_path: Path, small: LanguageOptions
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(done[0].folder, folder)
+    (folder / "state.pt").write_bytes(b"damaged")
+    events: list[LanguageEvent] = []
+    again = run_language(str(text), folder, small, resume=True, on_event=events.append)
+    (warned,) = [event for event in events if isinstance(event, Warned)]
+    assert "state.pt" in warned.text and "state-previous.pt" in warned.text
+    assert_same(again.last_path, done[0].last_path)
+    with pytest.raises(TrainingError, match="hidden"):  # a state of images
+        write_sealed(folder, {"version": 1, "facts": {}})
+        run_language(str(text), folder, small, resume=True)
 
 
 def test_averaging_begins_when_validation_has_not_got_better(

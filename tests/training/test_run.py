@@ -173,6 +173,17 @@ class TestResume:
         with pytest.raises(TrainingError, match="val_every was None and is 2"):
             run(tmp_path, EVERYTHING.replace(val_every=2), resume=True)
 
+    def test_a_state_of_another_kind_of_run_is_refused(self, run: Run, whole: Path, tmp_path: Path) -> None:
+        state = load(whole / "state.pt")
+        for changed, word in (({"version": 2}, "version 2"), ({"facts": {}}, "class_names")):
+            write_sealed(tmp_path, {**state, **changed})
+            with pytest.raises(TrainingError, match=word):
+                run(tmp_path, EVERYTHING, resume=True)
+        del state["facts"]
+        write_sealed(tmp_path, state)
+        with pytest.raises(TrainingError, match="facts"):
+            run(tmp_path, EVERYTHING, resume=True)
+
     def test_nothing_to_resume(self, run: Run, tmp_path: Path) -> None:
         with pytest.raises(TrainingError, match=re.escape(str(tmp_path))):
             run(tmp_path, EVERYTHING, resume=True)

@@ -105,26 +105,7 @@ def test_a_converted_model_recovers_its_accuracy(
     assert metrics.loss == pytest.approx(result.after.val_loss, rel=1e-4)
 
 
-def test_a_resumed_run_takes_its_stored_options(few: Path, slim: Path, tmp_path: Path) -> None:
-    class Stop(Exception):
-        pass
-
-    def stop(event: object) -> None:
-        if isinstance(event, EpochEnded):
-            raise Stop
-
-    out = tmp_path / "run"
-    with pytest.raises(Stop):
-        finetune(slim, str(few), out, OPTIONS.replace(epochs=2), on_event=stop)
-    result = finetune(slim, str(few), out, resume=True)
-    assert [record.epoch for record in result.history] == [0, 1]
-    other = tmp_path / "other.fixed.safetensors"
-    other.write_bytes(result.last_path.read_bytes())
-    with pytest.raises(TrainingError, match=r"checkpoint was 'fresh\.fixed.* and is 'other\.fixed"):
-        finetune(other, str(few), out, resume=True)
-
-
-def test_a_binary_head_trains_and_resumes(few: Path, slim: Path, tmp_path: Path) -> None:
+def test_a_binary_head_trains_and_resumes_with_its_stored_options(few: Path, slim: Path, tmp_path: Path) -> None:
     """Signs and lengths stay; scale, bias and backbone move; a run that was cut off ends where a whole one does."""
     source = slim.with_name("fresh.pth")
     slim = fixify.convert(source, tmp_path / "b.fixed.safetensors", head="binary", bits_per_class=64).path
@@ -138,12 +119,15 @@ def test_a_binary_head_trains_and_resumes(few: Path, slim: Path, tmp_path: Path)
     with pytest.raises(KeyError):
         finetune(slim, str(few), tmp_path / "cut", options, on_event=stop)
     resumed = finetune(slim, str(few), tmp_path / "cut", resume=True)
+    assert [record.epoch for record in resumed.history] == [0, 1]
     before, after, again = (load_file(path) for path in (slim, whole.last_path, resumed.last_path))
     for name in ("codes", "gains"):
         assert torch.equal(after[f"classifier.{name}"], before[f"classifier.{name}"])
     for name in ("classifier.scale", "classifier.bias", "conv_stem.weight"):
         assert not torch.equal(after[name], before[name]), name
     assert all(torch.equal(after[key], again[key]) for key in after)
+    with pytest.raises(TrainingError, match=r"checkpoint was 'b\.fixed.* and is 'last\.fixed"):
+        finetune(whole.last_path, str(few), tmp_path / "cut", resume=True)
 
 
 def test_data_of_another_label_set_is_refused_before_anything_is_written(slim: Path, tmp_path: Path) -> None:
@@ -156,8 +140,12 @@ def test_data_of_another_label_set_is_refused_before_anything_is_written(slim: P
     assert not (tmp_path / "run").exists()
 
 
-def test_class_names_of_an_earlier_training_are_checked(few: Path, slim: Path, tmp_path: Path) -> None:
-    result = finetune(slim, str(few), tmp_path / "run", OPTIONS.replace(epochs=1))
+def test_class_names_of_an_earlier_training_are_checked(
+    few: Path, slim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = finetune(slim, str(few), options=OPTIONS.replace(epochs=1))
+    assert result.last_path == Path("fresh-finetuned/last.fixed.safetensors")  # the folder that it names itself
     for split in ("train", "val"):
         for label, name in enumerate(sorted(FASHION_CLASSES)):  # the same classes in another order
             folder = tmp_path / "sorted" / split / name.replace("/", "-")
