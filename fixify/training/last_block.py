@@ -25,6 +25,7 @@ from torchvision.models.feature_extraction import NodePathTracer
 from fixify.data import ImageLoader, Shard, Subset, make_loader
 from fixify.data.seeding import Stream, derive_seed, permutation, seeded_torch
 from fixify.errors import DataError, TrainingError, UsageError
+from fixify.features import record_inputs
 from fixify.heads import FixedClassifier
 from fixify.metrics import Precision, autocast, eval_mode
 from fixify.training import distributed
@@ -167,21 +168,21 @@ class Preparation:
 # Calibrating the heads.
 
 
-def uncalibrated_heads(model: nn.Module) -> list[FixedClassifier]:
-    """List the fixed heads whose center and spread were never set."""
-    return [
-        module
-        for module in model.modules()
+def uncalibrated_heads(model: nn.Module) -> dict[str, FixedClassifier]:
+    """Return by path the fixed heads whose mean and std were never set."""
+    return {
+        path: module
+        for path, module in model.named_modules()
         if isinstance(module, FixedClassifier)
         and module.num_batches_tracked is not None
         and int(module.num_batches_tracked) == 0
-    ]
+    }
 
 
 def calibrate_heads_(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: torch.device) -> int:
-    """Set center and spread of the uncalibrated heads from the features of every image of a loader.
+    """Set mean and std of the uncalibrated heads from the features of every image of a loader.
 
-    Otherwise the first steps of training would learn to make up for center 0 and spread 1.
+    Otherwise the first steps of training would learn to make up for mean 0 and std 1.
 
     Args:
         model: The model, on `device`. It runs in eval mode, and its modes are restored.
@@ -194,27 +195,14 @@ def calibrate_heads_(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], 
     heads = uncalibrated_heads(model)
     if not heads:
         return 0
-    seen: list[list[Tensor]] = [[] for _ in heads]
-
-    def keep(features: list[Tensor], inputs: tuple[Tensor, ...]) -> None:
-        features.append(inputs[0].detach().float().cpu())
-
-    hooks = [
-        head.register_forward_pre_hook(lambda _module, inputs, into=into: keep(into, inputs))
-        for head, into in zip(heads, seen, strict=True)
-    ]
     num_images = 0
-    try:
-        with eval_mode(model), torch.no_grad():
-            for images, _ in loader:
-                model(images.to(device))
-                num_images += len(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for head, features in zip(heads, seen, strict=True):
+    with record_inputs(model, heads) as seen, eval_mode(model), torch.no_grad():
+        for images, _ in loader:
+            model(images.to(device))
+            num_images += len(images)
+    for path, features in seen.items():
         if features:  # auxiliary heads are not called in eval mode; training sets their statistics
-            head.calibrate_(features)
+            heads[path].calibrate_(features)
     return num_images
 
 

@@ -286,7 +286,7 @@ class TrainOptions(FinetuneOptions):
 
     model: str = option(..., "Architecture of timm or torchvision: resnet18, torchvision/resnet18.", min_length=1)
     model_args: dict[str, Any] = Field(default_factory=dict, description="Arguments of its builder.")
-    head: Literal["learned", "auto", "hadamard", "orthogonal", "simplex"] = option(
+    head: Literal["learned", "auto", "hadamard", "orthogonal", "simplex", "identity"] = option(
         "auto", "The classifier: learned, or the kind of a fixed one; auto is hadamard where such a matrix is known."
     )
     head_standardize: bool = option(True, "Standardise each feature by its running mean and std; not in the paper.")
