@@ -52,7 +52,7 @@ def test_names_in_the_checkpoint_decide_and_without_them_the_order_is_said(run: 
     given = ("--data", numbered / "data", *QUICK, "--json")
     code, out, err = run("eval", numbered / "named.fixed.safetensors", *given)
     assert code == 0, err
-    assert "labels by name, as in the checkpoint" in " ".join(err.split())
+    assert "by class name" in " ".join(err.split())
     by_name = _metrics(out)
 
     code, out, err = run("eval", numbered / "bare.fixed.safetensors", *given)
@@ -81,7 +81,7 @@ def test_finetuning_keeps_the_checkpoints_order_and_stores_it(run: Run, numbered
     options = ("--data", numbered / "data", *QUICK, "--epochs", 1, "-b", 4, "--no-aug", "--json")
     code, out, err = run("finetune", numbered / "named.fixed.safetensors", *options, "-o", "named")
     assert code == 0, err
-    assert "labels by name, as in the checkpoint" in " ".join(err.split())
+    assert "by class name" in " ".join(err.split())
     said = json.loads(out)
     info = json.loads(run("inspect", said["last"], "--json")[1])
     assert info["training"]["class_names"] == info["labels"] == sorted(NAMES)
