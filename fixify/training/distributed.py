@@ -206,13 +206,13 @@ def on_rank_zero(do: Callable[[], T]) -> T:
     """Call a function on rank 0; every process gets its result, or the `FixifyError` that it raised."""
     if world_size() == 1:
         return do()
-    told: list[T | FixifyError | None] = [None]
+    result: list[T | FixifyError | None] = [None]
     if is_rank_zero():
         try:
-            told = [do()]
+            result = [do()]
         except FixifyError as error:
-            told = [error]
-    dist.broadcast_object_list(told, src=0)
-    if isinstance(told[0], FixifyError):
-        raise told[0]
-    return cast("T", told[0])
+            result = [error]
+    dist.broadcast_object_list(result, src=0)
+    if isinstance(result[0], FixifyError):
+        raise result[0]
+    return cast("T", result[0])

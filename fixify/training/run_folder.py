@@ -227,7 +227,7 @@ def write_recipe(folder: Path, recipe: Mapping[str, Any], section: str, options:
         OutputError: it cannot be written.
     """
     values = options.recipe()
-    # PyYAML puts a section without lists on one line if it may; then it has to be told not to.
+    # None puts lists on one line. Without any list, it would put the whole section on one line.
     style = None if any(isinstance(value, (list, dict)) for value in values.values()) else False
     text = yaml.safe_dump(
         {**recipe, section: values},
