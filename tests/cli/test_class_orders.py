@@ -94,7 +94,7 @@ def test_finetuning_keeps_the_checkpoints_order_and_stores_it(run: Run, numbered
     bare = json.loads(out)
     assert bare["after"]["val_loss"] == said["after"]["val_loss"]
     code, out, err = run("eval", bare["last"], "--data", numbered / "data", *QUICK, "--json")
-    assert code == 0 and "labels by name" in " ".join(err.split())
+    assert code == 0 and "by class name" in " ".join(err.split())
     assert _metrics(out)["loss"] == pytest.approx(bare["history"][-1]["val_loss"])
     # The order belongs to the run.
     code, _, err = run(
