@@ -20,8 +20,8 @@ from fixify.checkpoints.labels import read_class_indices
 from fixify.data.dataset import OpenedData, Relabelled, Subset, sort_classes
 from fixify.errors import DataError, SourceError
 
-_RENAMED_FRACTION = 0.1  # fraction of classes that may have other names and still be taken for other spellings
-_MANY_CLASSES = 100  # number of classes from which that is allowed
+_MANY_CLASSES = 100  # from this number of classes, a few may have other names and are taken for other spellings
+_RENAMED = 10  # fewer than one class in 10
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def _same_but_for_spelling(found: Sequence[str], names: Sequence[str]) -> bool:
     agree = {ours for ours, theirs in zip(found, names, strict=True) if ours == theirs}
     # A name that differs must not be the name of another label, because that would be another order.
     elsewhere = {ours for ours, _ in differ} & (set(names) - agree)
-    return len(differ) <= _RENAMED_FRACTION * len(names) and not elsewhere
+    return _RENAMED * len(differ) < len(names) and not elsewhere
 
 
 def _first_difference(found: Sequence[str], names: Sequence[str]) -> int:
