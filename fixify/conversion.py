@@ -111,7 +111,7 @@ def convert(
     info = SlimInfo(
         architecture=original.architecture,
         heads=tuple(head.record for head in heads),
-        preprocessing=original.preprocessing,
+        preprocessing=dict(original.preprocessing),
         labels=names,
         source=source_record(original.source),
         savings=savings.to_dict(),

@@ -25,6 +25,7 @@ from fixify.errors import DataError, UsageError
 from fixify.metrics import Agreement, Metrics, check_input_size, resolve_device
 from fixify.metrics import compare as compare_models
 from fixify.metrics import evaluate as evaluate_model
+from fixify.models.architectures import Preprocessing
 
 _SPLITS = ("train", "val", "test")
 _PRECISIONS = ("none", "bf16", "fp16")
@@ -76,7 +77,7 @@ class _Prepared:
 
     model: OpenModel
     matched: Matched
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
 
 
 def evaluate(

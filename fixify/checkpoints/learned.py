@@ -23,7 +23,7 @@ from fixify.checkpoints.resolve import open_source
 from fixify.checkpoints.slim import write_safetensors
 from fixify.checkpoints.source import Source
 from fixify.errors import AmbiguousArchitectureError, ArchitectureError, FixifyError, SourceError
-from fixify.models.architectures import Architecture, build, parse_architecture, preprocessing
+from fixify.models.architectures import Architecture, Preprocessing, build, parse_architecture, preprocessing
 from fixify.models.build import is_counter, load_weights
 from fixify.models.classifiers import ClassifierSite, find_classifiers
 from fixify.models.identify import Candidate, fit, identify, refuse_headless
@@ -58,7 +58,7 @@ class Original:
     num_classes: int
     tensors: dict[str, torch.Tensor]
     sites: tuple[ClassifierSite, ...]
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
     labels: list[str] | None
     notes: tuple[str, ...]
     reference_code_heads: Mapping[str, ReferenceCodeHead] = field(default_factory=dict)
@@ -168,7 +168,7 @@ def save_ordinary(
     architecture: Architecture,
     *,
     num_classes: int,
-    preprocessing: Mapping[str, Any],
+    preprocessing: Preprocessing,
     labels: list[str] | None = None,
     training: Mapping[str, Any] | None = None,
     force: bool = False,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from fixify.checkpoints.learned import Original, read_original
 from fixify.checkpoints.slim import Origin, SlimInfo, is_slim, load, main_dtype, source_record
 from fixify.checkpoints.source import check_finite
-from fixify.models.architectures import Architecture
+from fixify.models.architectures import Architecture, Preprocessing
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class OpenModel:
     model: nn.Module
     architecture: Architecture
     num_classes: int
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
     labels: list[str] | None
     slim: SlimInfo | None
 
@@ -59,7 +58,7 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
             model=model,
             architecture=info.architecture,
             num_classes=info.num_classes,
-            preprocessing=info.preprocessing,
+            preprocessing=info.data_config,
             labels=info.labels,
             slim=info,
         )

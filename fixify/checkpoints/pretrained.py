@@ -73,7 +73,7 @@ def _torchvision_facts(architecture: Architecture, weights: Any) -> Facts:
         architecture=architecture.ref,
         architecture_kwargs={**_torchvision_kwargs(architecture.name, weights), **architecture.kwargs},
         num_classes=len(categories),
-        pretrained_cfg=preprocessing(architecture),
+        pretrained_cfg=dict(preprocessing(architecture)),
         labels=categories,
     )
 
@@ -107,7 +107,7 @@ def _open_timm(architecture: Architecture, *, ema: bool, meta: bool) -> Source:
         architecture=tagged.ref,
         architecture_kwargs=dict(architecture.kwargs),
         num_classes=cfg.num_classes,
-        pretrained_cfg=preprocessing(tagged),
+        pretrained_cfg=dict(preprocessing(tagged)),
         labels=imagenet_labels(cfg.num_classes),
     )
     return replace(source, tensors=_as_timm_names(source, tagged), facts=facts)

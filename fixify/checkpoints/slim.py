@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer, field_validator
@@ -26,7 +26,7 @@ from fixify.checkpoints.files import LANGUAGE_KEY, SLIM_KEY, has_metadata
 from fixify.checkpoints.source import Source
 from fixify.errors import ArchitectureError, FormatError, HeadSpecError, OutputError, UsageError
 from fixify.heads import FixedClassifier
-from fixify.models.architectures import Architecture, build, parse_architecture, preprocessing
+from fixify.models.architectures import Architecture, Preprocessing, build, parse_architecture, preprocessing
 from fixify.models.build import load_weights
 from fixify.models.classifiers import find_classifiers
 from fixify.models.identify import fit, identify
@@ -70,6 +70,11 @@ class SlimInfo(BaseModel):
     def num_classes(self) -> int:
         """Number of classes; all heads of a model have the same."""
         return self.heads[0].spec.num_classes
+
+    @property
+    def data_config(self) -> Preprocessing:
+        """`preprocessing`, typed; the header was checked when it was read."""
+        return cast(Preprocessing, self.preprocessing)
 
     @field_validator("architecture", mode="before")
     @classmethod
@@ -129,7 +134,7 @@ class Origin:
     """
 
     architecture: Architecture
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
     labels: list[str] | None
     source: dict[str, Any]
     dtype: str
@@ -338,7 +343,7 @@ def describe(model: nn.Module, arch: str | Architecture | None = None) -> SlimIn
     return SlimInfo(
         architecture=origin.architecture,
         heads=tuple(HeadRecord.of(sites[path], head.spec) for path, head in heads.items()),
-        preprocessing=origin.preprocessing,
+        preprocessing=dict(origin.preprocessing),
         labels=origin.labels,
         source=origin.source,
         savings=Savings.measure(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from fixify.data.preprocessing import channels_of, normalization
 from fixify.data.sampler import BatchSampler, Shard
 from fixify.data.seeding import restored_globals, seed_globals, seeded_globals
 from fixify.errors import DataError
+from fixify.models.architectures import Preprocessing
 
 Batch = tuple[Tensor, Tensor]
 _Samples = list[tuple[Tensor, int]]
@@ -77,7 +78,7 @@ def default_workers(device: torch.device) -> int:
 
 def make_loader(
     opened: OpenedData,
-    preprocessing: Mapping[str, Any],
+    preprocessing: Preprocessing,
     *,
     training: bool,
     batch_size: int,
@@ -296,7 +297,7 @@ class UnreadableImages:
             self.on_found(found.message, count)
 
 
-def _training_transform(preprocessing: Mapping[str, Any], augmentation: Augmentation) -> Any:
+def _training_transform(preprocessing: Preprocessing, augmentation: Augmentation) -> Any:
     transform = create_transform(
         input_size=tuple(preprocessing["input_size"]),
         use_prefetcher=True,  # images stay uint8 up to the batch: less to compute, and to send between processes
@@ -316,7 +317,7 @@ def _training_transform(preprocessing: Mapping[str, Any], augmentation: Augmenta
     return transform
 
 
-def _evaluation_transform(preprocessing: Mapping[str, Any]) -> Any:
+def _evaluation_transform(preprocessing: Preprocessing) -> Any:
     return create_transform(
         input_size=tuple(preprocessing["input_size"]),
         use_prefetcher=True,
@@ -327,12 +328,12 @@ def _evaluation_transform(preprocessing: Mapping[str, Any]) -> Any:
     )
 
 
-def _mean_and_std(preprocessing: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+def _mean_and_std(preprocessing: Preprocessing) -> dict[str, tuple[float, ...]]:
     mean, std = normalization(preprocessing)
     return {"mean": mean, "std": std}
 
 
-def _padded_crop(padding: int, preprocessing: Mapping[str, Any]) -> Callable[[Image.Image], Image.Image]:
+def _padded_crop(padding: int, preprocessing: Preprocessing) -> Callable[[Image.Image], Image.Image]:
     """Resize the shorter side to the input size, pad, and take a random crop of the input size."""
     size = tuple(preprocessing["input_size"])[1:]
     mean, _ = normalization(preprocessing)

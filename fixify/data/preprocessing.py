@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from collections.abc import Sequence
 
 from fixify.errors import DataError
-
-
-class Preprocessing(TypedDict, total=False):
-    """timm's data configuration, as `timm.data.resolve_data_config` returns it and slim checkpoints store it.
-
-    Functions take any mapping with these keys, because a checkpoint may lack some.
-
-    Attributes:
-        input_size: Channels, height and width.
-        mean: Mean of each channel, subtracted from values between 0 and 1.
-        std: Standard deviation of each channel.
-        interpolation: "bilinear", "bicubic", ...
-        crop_pct: Fraction of the resized image that the evaluation crop keeps.
-        crop_mode: "center", "squash", "border", ...
-    """
-
-    input_size: Sequence[int]
-    mean: Sequence[float]
-    std: Sequence[float]
-    interpolation: str
-    crop_pct: float | None
-    crop_mode: str | None
+from fixify.models.architectures import Preprocessing
 
 
 def override(
-    preprocessing: Mapping[str, Any], *, img_size: int | None = None, crop_pct: float | None = None
-) -> dict[str, Any]:
+    preprocessing: Preprocessing, *, img_size: int | None = None, crop_pct: float | None = None
+) -> Preprocessing:
     """Return the preprocessing with another image size (both sides) or crop; None keeps the checkpoint's.
 
     Checkpoints of models that were trained on images of an unusual size often carry only weights, and then the
@@ -41,7 +19,7 @@ def override(
     >>> override({"input_size": [3, 224, 224], "crop_pct": 0.875}, img_size=288)
     {'input_size': [3, 288, 288], 'crop_pct': 0.875}
     """
-    changed = dict(preprocessing)
+    changed = preprocessing.copy()
     if img_size is not None:
         changed["input_size"] = [preprocessing["input_size"][0], img_size, img_size]
     if crop_pct is not None:
@@ -49,7 +27,7 @@ def override(
     return changed
 
 
-def channels_of(preprocessing: Mapping[str, Any]) -> int:
+def channels_of(preprocessing: Preprocessing) -> int:
     """Return the number of image channels: 1 (gray) or 3 (RGB).
 
     Raises:
@@ -64,7 +42,7 @@ def channels_of(preprocessing: Mapping[str, Any]) -> int:
     return channels
 
 
-def normalization(preprocessing: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalization(preprocessing: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and std with one number per channel each.
 
     Raises:

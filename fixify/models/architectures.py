@@ -9,10 +9,10 @@ import difflib
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import timm
 import torch
@@ -47,6 +47,28 @@ _TORCHVISION_DEFAULTS: dict[str, dict[str, Any]] = {
     "googlenet": {"init_weights": False},
     "inception_v3": {"init_weights": False},
 }
+
+
+class Preprocessing(TypedDict, total=False):
+    """timm's data configuration, as `timm.data.resolve_data_config` returns it and slim checkpoints store it.
+
+    A checkpoint may lack some of the keys.
+
+    Attributes:
+        input_size: Channels, height and width.
+        mean: Mean of each channel, subtracted from values between 0 and 1.
+        std: Standard deviation of each channel.
+        interpolation: "bilinear", "bicubic", ...
+        crop_pct: Fraction of the resized image that the evaluation crop keeps.
+        crop_mode: "center", "squash", "border", ...
+    """
+
+    input_size: Sequence[int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    interpolation: str
+    crop_pct: float | None
+    crop_mode: str | None
 
 
 @dataclass(frozen=True)
@@ -220,7 +242,7 @@ def default_num_classes(arch: Architecture) -> int:
     return 1000 if cfg is None else int(cfg.num_classes)
 
 
-def preprocessing(arch: Architecture, cfg: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def preprocessing(arch: Architecture, cfg: Mapping[str, Any] | None = None) -> Preprocessing:
     """Return how images are prepared for the network at evaluation, as plain values.
 
     Args:
@@ -247,7 +269,8 @@ def preprocessing(arch: Architecture, cfg: Mapping[str, Any] | None = None) -> d
         values = tuple(known[key])
         # RGB statistics do not apply to other channels. Their average suits grey images.
         known[key] = values if len(values) == channels else (sum(values) / len(values),) * channels
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}
+    return cast(Preprocessing, plain)
 
 
 def library_versions() -> dict[str, str]:

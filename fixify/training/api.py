@@ -24,7 +24,7 @@ from fixify.data.preprocessing import channels_of
 from fixify.data.seeding import Stream, derive_seed, seeded_globals
 from fixify.errors import UsageError
 from fixify.metrics import check_input_size
-from fixify.models.architectures import Architecture, build, parse_architecture, preprocessing
+from fixify.models.architectures import Architecture, Preprocessing, build, parse_architecture, preprocessing
 from fixify.surgery import HeadConfig, fix_classifier_
 from fixify.training import distributed
 from fixify.training.events import Listener, Warned
@@ -98,7 +98,7 @@ def finetune(
         teacher, original = _open_references(inputs, val, options)
         if original is None and options.max_drop is not None and options.original_top1 is None:
             original = teacher
-        opened = OpenedInputs(train, val, info.preprocessing, original, teacher, inputs)
+        opened = OpenedInputs(train, val, info.data_config, original, teacher, inputs)
         facts = replace(
             RunFacts.of(opened),
             checkpoint=NamedFile(source.name, sha256_of(source)),
@@ -148,7 +148,7 @@ def _class_names(info: SlimInfo) -> list[str] | None:
 def _load_slim(source: Path, info: SlimInfo, val: OpenedData, options: FinetuneOptions) -> tuple[nn.Module, SlimInfo]:
     """Load the checkpoint, and write the labels and the preprocessing of this run into its info."""
     model = load(source)
-    config = override(info.preprocessing, img_size=options.img_size, crop_pct=options.crop_pct)
+    config = override(info.data_config, img_size=options.img_size, crop_pct=options.crop_pct)
     if options.img_size is not None:
         check_input_size(model, config["input_size"])
     labels = info.labels
@@ -288,7 +288,7 @@ class NewNetwork:
 
     model: nn.Module
     architecture: Architecture
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
     num_classes: int
     info: SlimInfo | None
 
@@ -316,10 +316,12 @@ def new_network(options: TrainOptions, class_names: list[str]) -> NewNetwork:
         model = build(architecture, num_classes=num_classes)
     config = override(preprocessing(architecture), img_size=options.img_size, crop_pct=options.crop_pct)
     for name, values in (("mean", options.mean), ("std", options.std)):
-        if values is not None:
-            if len(values) != channels_of(config):
-                raise UsageError(f"{name} must have {channels_of(config)} numbers, one per channel, not {len(values)}.")
-            config[name] = list(values)
+        if values is not None and len(values) != channels_of(config):
+            raise UsageError(f"{name} must have {channels_of(config)} numbers, one per channel, not {len(values)}.")
+    if options.mean is not None:
+        config["mean"] = list(options.mean)
+    if options.std is not None:
+        config["std"] = list(options.std)
     check_input_size(model, config["input_size"])
     info = None if options.head == "learned" else _fix_(model, architecture, config, options, class_names)
     return NewNetwork(model, architecture, config, num_classes, info)
@@ -356,7 +358,7 @@ def _size_argument(architecture: Architecture) -> str | None:
 
 
 def _fix_(
-    model: nn.Module, architecture: Architecture, config: dict[str, Any], options: TrainOptions, class_names: list[str]
+    model: nn.Module, architecture: Architecture, config: Preprocessing, options: TrainOptions, class_names: list[str]
 ) -> SlimInfo:
     """Give a new network the fixed head that the options say, with codes in class order."""
     head = HeadConfig.create(

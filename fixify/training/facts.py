@@ -25,6 +25,7 @@ from fixify.data import OpenedData, listing_digest
 from fixify.data.preprocessing import channels_of
 from fixify.errors import NoClassifierError, TrainingError, UsageError
 from fixify.heads import FixedClassifier
+from fixify.models.architectures import Preprocessing
 from fixify.models.classifiers import find_classifiers
 from fixify.savings import count_bytes, count_parameters
 from fixify.training import distributed
@@ -170,7 +171,7 @@ class OpenedInputs:
 
     train: OpenedData
     val: OpenedData
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
     original: ReferenceModel | None = None
     teacher: ReferenceModel | None = None
     given: Inputs | None = None

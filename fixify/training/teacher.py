@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from fixify.data import ImageLoader, ImageSource, OpenedData, check_classes, ove
 from fixify.data.preprocessing import normalization
 from fixify.errors import DataError
 from fixify.metrics import Precision, autocast, check_input_size, eval_mode
+from fixify.models.architectures import Preprocessing
 from fixify.training import distributed
 from fixify.training.options import FinetuneOptions
 
@@ -37,7 +37,7 @@ class ReferenceModel:
     name: str
     sha256: str
     model: nn.Module
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
 
 
 def open_reference(ref: str | Path, data: OpenedData, options: FinetuneOptions) -> ReferenceModel:
@@ -96,7 +96,7 @@ class Teacher:
     def __init__(
         self,
         reference: ReferenceModel,
-        preprocessing: Mapping[str, Any],
+        preprocessing: Preprocessing,
         *,
         device: torch.device,
         amp: Precision = "none",

@@ -11,6 +11,7 @@ from torch import nn
 
 from fixify.data import ImageLoader, UnreadableImages, make_loader
 from fixify.metrics import Confusions, Metrics, Predictions, add_up, count_confusions
+from fixify.models.architectures import Preprocessing
 from fixify.training import distributed
 from fixify.training.events import Evaluating, Listener, Phase, Warned
 from fixify.training.facts import OpenedInputs
@@ -143,7 +144,7 @@ class Validation:
         self.on_event(Evaluating(phase, min(images * distributed.world_size(), total), total))
         self.stop.check()
 
-    def _make_loader(self, preprocessing: dict[str, object], unreadable: UnreadableImages | None = None) -> ImageLoader:
+    def _make_loader(self, preprocessing: Preprocessing, unreadable: UnreadableImages | None = None) -> ImageLoader:
         return make_loader(
             self.data,
             preprocessing,
