@@ -91,13 +91,13 @@ def test_sizes_are_those_of_the_papers_table() -> None:
 @pytest.mark.parametrize("opt", ["adam", "asgd"])
 def test_a_stopped_run_goes_on_exactly(text: Path, tmp_path: Path, small: LanguageOptions, opt: str) -> None:
     options = small.replace(
-        epochs=5, opt=opt, lr=0.01 if opt == "adam" else 3.0, sched="constant", patience=1, vary_seq_len=True,
+        epochs=5, opt=opt, lr=0.01 if opt == "adam" else 20.0, sched="constant", patience=1, seq_len=14, vary_seq_len=True,
         dropout_output=0.3, dropout_weights=0.2,
     )  # fmt: skip
     whole = run_language(str(text), tmp_path / "whole", options)
     assert any(record.averaged for record in whole.history) == (opt == "asgd")
 
-    stops = iter([5, 200])  # the second one after averaging has begun
+    stops = iter([5, 95])  # the second one after averaging has begun
     at = next(stops)
 
     def stop(event: LanguageEvent) -> None:
@@ -145,7 +145,7 @@ def test_averaging_begins_when_validation_has_not_got_better(
     """Merity et al. (2017), algorithm 1: worse than the best of all but the last n."""
     losses = iter([5.0, 4.0, 3.0, 3.5, 3.4, 3.6, 3.3, 3.2, 3.2, 3.2])
     monkeypatch.setattr("fixify.language.run.predict", lambda *given: Prediction(next(losses), 1))
-    options = small.replace(epochs=8, opt="asgd", lr=1.0, sched="constant", patience=2)
+    options = small.replace(epochs=8, seq_len=35, opt="asgd", lr=1.0, sched="constant", patience=2)
     history = run_language(str(text), tmp_path / "run", options).history
     assert [record.averaged for record in history] == [False] * 6 + [
         True
