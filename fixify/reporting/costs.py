@@ -93,7 +93,9 @@ def report(model: nn.Module | str | Path, *, arch: str | None = None) -> ModelRe
         original.source.name, original.architecture.ref, skeleton, list(original.sites), tensors=original.learned
     )
     return (
-        found if original.reference_code_note is None else _of_published(found, original, original.reference_code_note)
+        found
+        if original.reference_code_note is None
+        else _of_reference_code(found, original, original.reference_code_note)
     )
 
 
@@ -108,7 +110,7 @@ def _of_module(model: nn.Module) -> ModelReport:
     return _learned(name, name, model, find_classifiers(model))
 
 
-def _of_published(found: ModelReport, original: Original, note: str) -> ModelReport:
+def _of_reference_code(found: ModelReport, original: Original, note: str) -> ModelReport:
     """Count a checkpoint whose classifier is fixed already: "after" is what it stores."""
     stored = sum(count_bytes(under(original.tensors, site.path).values()) for site in original.sites)
     savings = replace(found.savings, bytes_after=count_bytes(original.tensors.values()), classifier_bytes_after=stored)

@@ -91,9 +91,16 @@ def test_sizes_are_those_of_the_papers_table() -> None:
 @pytest.mark.parametrize("opt", ["adam", "asgd"])
 def test_a_stopped_run_goes_on_exactly(text: Path, tmp_path: Path, small: LanguageOptions, opt: str) -> None:
     options = small.replace(
-        epochs=5, opt=opt, lr=0.01 if opt == "adam" else 20.0, sched="constant", patience=1, seq_len=14, vary_seq_len=True,
-        dropout_output=0.3, dropout_weights=0.2,
-    )  # fmt: skip
+        epochs=5,
+        opt=opt,
+        lr=0.01 if opt == "adam" else 20.0,
+        sched="constant",
+        patience=1,
+        seq_len=14,
+        vary_seq_len=True,
+        dropout_output=0.3,
+        dropout_weights=0.2,
+    )
     whole = run_language(str(text), tmp_path / "whole", options)
     assert any(record.averaged for record in whole.history) == (opt == "asgd")
 
