@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from fixify.demo.glyphs import TRAIN_FACES, VAL_FACES, distort, draw, generator
+from fixify.heads import kinds
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,6 +23,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_search() -> Iterator[None]:
+    """Search 1/32 of the codes that `convert` searches where there are more classes than features."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kinds, "SEARCH_BLOCKS", 128)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,16 +19,10 @@ from fixify.data import Subset, draw_images, make_loader
 from fixify.demo.glyphs import face_images
 from fixify.demo.run import SHIPPED
 from fixify.errors import DataError, UsageError
-from fixify.heads import FixedClassifier, kinds
+from fixify.heads import FixedClassifier
 from fixify.metrics import compare
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _short_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Search 1/32 of the codes that `convert` searches."""
-    monkeypatch.setattr(kinds, "SEARCH_BLOCKS", 128)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ import fixify
 from fixify.cli.app import app, main
 from fixify.demo.glyphs import write_dataset
 from fixify.demo.run import SHIPPED
-from fixify.heads import kinds
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -109,12 +108,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_dataset(folder / "glyphs", faces=FACES)
     shutil.copy(SHIPPED, folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _short_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Search 1/32 of the codes that `convert` searches where there are more classes than features."""
-    monkeypatch.setattr(kinds, "SEARCH_BLOCKS", 128)
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ def check_cosine_heads(model: nn.Module) -> None:
         if wrong:
             raise UsageError(
                 f"The cosine loss needs logits that are cosines; {path or 'the head'} has {', '.join(wrong)}.",
-                hint="Convert with: fixify convert SOURCE --head hadamard --scale 1 --fixed-scale --no-bias",
+                hint="Convert with: fixify convert SOURCE --head hadamard --alpha 1 --fixed-scale --no-bias",
             )
 
 

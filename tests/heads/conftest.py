@@ -8,6 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from fixify.heads import kinds
+
+
+@pytest.fixture(autouse=True)
+def _whole_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Search as many codes as `convert` does."""
+    monkeypatch.setattr(kinds, "SEARCH_BLOCKS", 4096)
+
 
 @pytest.fixture(scope="session")
 def draw() -> Callable[..., Tensor]:

@@ -73,26 +73,27 @@ def test_training_uses_it() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "a bias, a learned scale"),
-        ({"bias": False, "fixed_scale": True, "scale": 10.0}, "scale 10"),
-        ({"bias": False, "fixed_scale": True, "scale": 1.0, "normalize": False}, "no norm"),
+        ({}, "bias.*scale"),
+        ({"bias": False, "fixed_scale": True}, "scale"),
+        ({"bias": False, "fixed_scale": True, "normalize": False}, "norm"),
     ],
 )
 def test_other_heads_are_refused(new_model: Any, options: dict[str, Any], message: str) -> None:
+    spec = HeadSpec("hadamard", 32, 4, **options)
     with pytest.raises(UsageError, match=message) as error:
-        check_cosine_heads(fix_classifier_(new_model(fixed=False), **options))
-    assert "--scale 1 --fixed-scale --no-bias" in (error.value.hint or "")
+        check_cosine_heads(fix_classifier_(new_model(fixed=False), spec))
+    assert "--alpha 1 --fixed-scale --no-bias" in (error.value.hint or "")
 
 
 def test_learned_heads_are_refused_and_the_right_one_is_not(new_model: Any) -> None:
     with pytest.raises(UsageError, match="learned"):
         check_cosine_heads(new_model(fixed=False))
-    check_cosine_heads(fix_classifier_(new_model(fixed=False), bias=False, fixed_scale=True, scale=1.0))
+    check_cosine_heads(fix_classifier_(new_model(fixed=False), bias=False, fixed_scale=True, alpha=1.0))
 
 
 def test_a_run_with_it_learns(run: Any, new_model: Any, tmp_path: Path) -> None:
     model = fix_classifier_(
-        new_model(fixed=False, dropout=0.0), bias=False, fixed_scale=True, scale=1.0, standardize=True
+        new_model(fixed=False, dropout=0.0), bias=False, fixed_scale=True, alpha=1.0, standardize=True
     )
     options = FinetuneOptions.create(
         loss="cosine", epochs=6, batch_size=11, lr=0.1, no_aug=True, workers=0, device="cpu", warmup_epochs=0
