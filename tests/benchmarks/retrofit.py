@@ -34,8 +34,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from fixify.data import open_train_val
-from fixify.heads import FixedClassifier, HeadSpec
-from fixify.heads.fitting import replacement
+from fixify.heads import FixedClassifier, HeadSpec, replacement
 from fixify.training import FinetuneOptions
 from fixify.training.optimisers import parameter_groups
 
@@ -49,8 +48,14 @@ BASE_RATE = 1e-2
 TRAINED_BITS, TRAINED_RANKS = (24, 64, 88, 256), (2, 6, 16)
 """The compressed classifiers that are also trained: about 4, 9 to 12 and 33 bytes per class."""
 MARKS = (0.1, 0.25, 1.0)
-SCRATCH = {"from scratch, learned": None, "from scratch, fixed + centered": True}
-"""Whether the fixed head standardises; None stands for the learned classifier."""
+SCRATCH: dict[str, tuple[str, bool] | None] = {
+    "from scratch, learned": None,
+    "from scratch, fixed + centered": ("hadamard", True),
+    "from scratch, fixed (paper)": ("hadamard", False),
+    "from scratch, identity + centered": ("identity", True),
+    "from scratch, identity": ("identity", False),
+}
+"""Kind of the fixed head and whether it standardises; None stands for the learned classifier. Identity needs C <= N."""
 
 
 @dataclass(frozen=True)
@@ -172,9 +177,12 @@ def old_classifier(model: nn.Module, task: Task, seed: int) -> Old:
     return Old(layer.weight.detach().clone(), layer.bias.detach().clone(), torch.cat(parts))
 
 
-def in_order(old: Old) -> nn.Module:
+def in_order(old: Old, *, kind: str = "hadamard", calibrated: bool = False) -> nn.Module:
     """Make a fixed head with codes in class order, as in the paper, from nothing of the old classifier."""
-    return FixedClassifier(HeadSpec("hadamard", old.weight.shape[1], old.weight.shape[0]))
+    head = FixedClassifier(HeadSpec(kind, old.weight.shape[1], old.weight.shape[0], standardize=calibrated))
+    if calibrated:
+        head.calibrate_([old.features])
+    return head
 
 
 def matched(old: Old, *, calibrated: bool) -> nn.Module:
@@ -235,8 +243,12 @@ def rows(task: Task, num_features: int) -> dict[str, Row]:
         "fixed, in order (paper)": Row(in_order, 0.0, 30.0),
         "fixed, matched": Row(partial(matched, calibrated=False), index, 30.0),
         "fixed, matched + centered": Row(partial(matched, calibrated=True), index, 30.0),
+        "fixed, in order + centered": Row(partial(in_order, calibrated=True), 0.0, 30.0),
         f"binary {n}": Row(partial(binary, bits=n), n / 8 + 1, 10.0),
     }
+    if c <= n:  # class c reads feature c: the classifier deleted
+        made["identity"] = Row(partial(in_order, kind="identity"), 0.0, 30.0)
+        made["identity + centered"] = Row(partial(in_order, kind="identity", calibrated=True), 0.0, 30.0)
     for bits in (16, 24, 32, 48, 64, 88, 128, 192, 256):
         if bits < n and 2**bits >= c:
             make, size = partial(binary, bits=bits), bits / 8 + 1
@@ -311,17 +323,19 @@ class Bench:
             best = beyond
         return best
 
-    def scratch(self, name: str, seed: int, standardize: bool | None) -> None:
+    def scratch(self, name: str, seed: int, head: tuple[str, bool] | None) -> None:
         task = self.task
-        if self.find(name, seed, BASE_RATE) is not None:
+        impossible = head is not None and head[0] == "identity" and task.num_classes > self.num_features
+        if impossible or self.find(name, seed, BASE_RATE) is not None:
             return
         model = new_model(task, self.num_features, seed)
-        if standardize is not None:
+        if head is not None:
+            kind, standardize = head
             model.classifier = FixedClassifier(
-                HeadSpec("hadamard", self.num_features, task.num_classes, standardize=standardize)
+                HeadSpec(kind, self.num_features, task.num_classes, standardize=standardize)
             )
         values = train(model, task, task.base_steps + task.steps, seed, lr=BASE_RATE, head_lr_scale=1.0)
-        size = 4.0 * self.num_features if standardize is None else 0.0
+        size = 4.0 * self.num_features if head is None else 0.0
         self.record(name, seed, BASE_RATE, size, [values[-1]], top1(model, task.tune, task.tune_labels))
 
     def run(self) -> None:
@@ -341,9 +355,9 @@ class Bench:
                 if source not in rates:
                     rates[source] = self.search(source, every[source], seed, old)
                 self.trial(name, row, seed, rates[source], old)
-            for name, standardize in SCRATCH.items():
+            for name, head in SCRATCH.items():
                 if not arguments.one_shot and (not arguments.rows or name in arguments.rows):
-                    self.scratch(name, seed, standardize)
+                    self.scratch(name, seed, head)
 
 
 def read(path: Path) -> list[dict]:
