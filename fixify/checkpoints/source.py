@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fixify.checkpoints.extras import Extras
 from fixify.checkpoints.reference_code import ReferenceCodeHead, as_learned, find_reference_code_head
 from fixify.errors import SourceError
 
@@ -28,6 +29,10 @@ class Facts:
         num_classes: Number of classes, or None.
         pretrained_cfg: Preprocessing with timm's names (`input_size`, `mean`, `std`, `interpolation`, ...), or None.
         labels: One label per class, in the order of the logits, or None.
+        label_lists: Every list of labels that a training checkpoint holds, by the name of its place (`class_to_idx`,
+            `meta.CLASSES`), the most certain first.
+        unread: Places of that kind whose values are not understood.
+        global_pool: timm's name of the pooling that the file says it was trained with, or None.
     """
 
     architecture: str | None = None
@@ -35,6 +40,9 @@ class Facts:
     num_classes: int | None = None
     pretrained_cfg: dict[str, Any] | None = None
     labels: list[str] | None = None
+    label_lists: Mapping[str, list[str]] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    global_pool: str | None = None
 
     def or_else(self, other: Facts) -> Facts:
         """Return these facts, completed from `other`.
@@ -48,6 +56,9 @@ class Facts:
             num_classes=self.num_classes or other.num_classes,
             pretrained_cfg=self.pretrained_cfg or other.pretrained_cfg,
             labels=self.labels or other.labels,
+            label_lists={**self.label_lists, **other.label_lists},
+            unread=(*self.unread, *other.unread),
+            global_pool=self.global_pool or other.global_pool,
         )
 
 
@@ -66,6 +77,8 @@ class Source:
         has_ema: Whether the file also holds a moving average.
         dropped: Names of the entries that were left out because they are not tensors (`_extra_state`), are counters, or
             do not belong to the model.
+        beside: What else the file holds of tensors, and is not read, in words.
+        extras: What was applied of the tensors that the network itself does not have.
     """
 
     name: str
@@ -76,6 +89,8 @@ class Source:
     used_ema: bool = False
     has_ema: bool = False
     dropped: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    extras: Extras = field(default_factory=Extras)
 
     @property
     def reference_code_head(self) -> ReferenceCodeHead | None:
