@@ -84,16 +84,16 @@ def take_extras(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Ten
     if len(pairs) > 1:
         raise _refusal(name, [key for pair in pairs for key in pair], "several input normalisations")
     for mean_key, std_key in pairs:
-        mean, std = read_normalisation(tensors[mean_key], tensors[std_key], f"{mean_key}, {std_key}", name)
+        mean, std = _read_normalisation(tensors[mean_key], tensors[std_key], f"{mean_key}, {std_key}", name)
         taken |= {mean_key, std_key}
         applied.append(f"mean and std of images from {mean_key} and {std_key}")
     warm = [key for key in tensors if _is_temperature(short[key], tensors[key])]
     if len(warm) > 1:
         raise _refusal(name, warm, "several temperatures")
     for key in warm:
-        temperature = read_temperature(tensors[key], key, name)
+        temperature = _read_temperature(tensors[key], key, name)
         taken.add(key)
-        applied.append(describe_temperature(key, temperature))
+        applied.append(_describe_temperature(key, temperature))
     left_out = []
     for key, tensor in tensors.items():
         first, dot, _ = short[key].partition(".")
@@ -178,7 +178,7 @@ def fold_parametrizations(tensors: Mapping[str, Tensor], name: str) -> tuple[dic
     return result, tuple(f"{plain} from its {how}" for plain, (_, how) in folded.items())
 
 
-def read_temperature(value: Tensor, key: str, name: str) -> float | None:
+def _read_temperature(value: Tensor, key: str, name: str) -> float | None:
     """Read a temperature; None on the meta device.
 
     Raises:
@@ -192,12 +192,12 @@ def read_temperature(value: Tensor, key: str, name: str) -> float | None:
     return temperature
 
 
-def describe_temperature(key: str, temperature: float | None) -> str:
+def _describe_temperature(key: str, temperature: float | None) -> str:
     """Say that the logits are divided by a temperature."""
     return f"logits divided by {key}" + ("" if temperature is None else f" = {temperature:.6g}")
 
 
-def read_normalisation(
+def _read_normalisation(
     mean: Tensor, std: Tensor, keys: str, name: str
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     """Read an input normalisation, for values in 0..1 or in 0..255; None on the meta device.

@@ -14,9 +14,7 @@ from fixify.checkpoints.extras import (
     INNER_WRAPPERS,
     WRAPPERS,
     Extras,
-    describe_temperature,
     fold_parametrizations,
-    read_temperature,
     refuse_adapters,
     refuse_unknown,
     take_extras,
@@ -43,6 +41,10 @@ _OTHER_WEIGHTS_KEYS = ("module",)
 _AVERAGE = re.compile(r"(?:^|_)(?:ema|swa|averaged?)(?:_|$)")
 # torchvision's DenseNet had dots in the names of its submodules until PyTorch forbade them; its files still have them.
 _OLD_DENSENET = re.compile(r"(\bdenselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
+# What a training script may store beside the weights that changes the answers.
+_SETTINGS = ("temperature", "mean", "std")
+_MOST_NUMBERS = 16
+_LARGEST = 1e30  # a longer number is as wrong as this one
 _FEW = 8  # the tensors of a classifier, at most
 # The dtypes of an image model's weights and counters. Others (float8, packed 4 bit, complex) mean nothing without the
 # scales or the code that belong to them.
@@ -69,14 +71,14 @@ class StateDict:
         used_ema: Whether these are the moving average of the weights.
         has_ema: Whether the file also holds a moving average.
         beside: What else the file holds of tensors, and is not read, in words.
-        temperature: A temperature beside the weights, if there is one.
+        settings: Tensors of a temperature and an input normalisation that are stored beside the weights.
     """
 
     entries: dict[str, object]
     used_ema: bool = False
     has_ema: bool = False
     beside: tuple[str, ...] = ()
-    temperature: Tensor | None = None
+    settings: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def items_of(mapping: object) -> Iterator[tuple[object, object]]:
@@ -116,14 +118,14 @@ def find_state_dict(tree: object, name: str, *, ema: bool = False) -> StateDict:
     if average is not None and weights is not None and _is_swapped(top):
         # OpenMMLab stores the average as state_dict, and the weights themselves as ema_state_dict.
         found = StateDict(_innermost(top[weights]), used_ema=ema, has_ema=True)
-        beside = (f"{average} (the weights before averaging)",)
+        beside = [f"{average} (the weights before averaging)"]
     elif average is not None and (ema or weights is None):
         # A file with only the moving average holds one set of weights, so `ema` need not be given.
         found = StateDict(_innermost(top[average]), used_ema=True, has_ema=True)
-        beside = () if weights is None else (f"{weights} (the weights before averaging)",)
+        beside = [] if weights is None else [f"{weights} (the weights before averaging)"]
     elif weights is not None:
         found = StateDict(_innermost(top[weights]), has_ema=average is not None)
-        beside = () if average is None else (f"{average} (averaged weights: --ema reads them)",)
+        beside = [] if average is None else [f"{average} (averaged weights: --ema reads them)"]
     elif any(isinstance(value, Tensor) for value in top.values()):
         return StateDict(top)
     else:
@@ -132,7 +134,7 @@ def find_state_dict(tree: object, name: str, *, ema: bool = False) -> StateDict:
     return replace(
         found,
         beside=(*beside, *_beside(others, found.entries, name)),
-        temperature=_temperature(top.get("temperature")),
+        settings=_settings(top, name),
     )
 
 
@@ -184,13 +186,7 @@ def clean(found: StateDict, name: str, *, file_bytes: int, ema: bool = False) ->
             hint="They are views that repeat a few stored values. Save contiguous tensors.",
         )
     refuse_adapters(tensors, name)
-    tensors, extras = take_extras(tensors, name)
-    if found.temperature is not None:
-        if extras.temperature is not None:
-            raise SourceError(f"{name} holds two temperatures.", hint="Remove one of them, and save it again.")
-        temperature = read_temperature(found.temperature, "temperature", name)
-        said = (*extras.applied, describe_temperature("temperature", temperature))
-        extras = replace(extras, temperature=temperature, applied=said)
+    tensors, extras = take_extras({**found.settings, **tensors}, name)
     tensors, swapped = _without_swapped(tensors)
     tensors, average = _split_average(tensors, name)
     if ema and not (found.used_ema or average):
@@ -289,7 +285,7 @@ def _beside(others: Mapping[str, object], entries: Mapping[str, object], name: s
     names = {_last_parts(key) for key in entries}
     found = []
     for key, value in others.items():
-        if isinstance(value, Tensor) and key != "temperature":
+        if isinstance(value, Tensor) and key not in _SETTINGS:
             found.append(key)
         if not _holds_tensors(value):
             continue
@@ -314,13 +310,21 @@ def _last_parts(key: str) -> str:
     return ".".join(key.split(".")[-2:])
 
 
-def _temperature(value: object) -> Tensor | None:
-    """Return a temperature that is stored as a number, or a tensor of one."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return _plain("temperature", value, "the file").float()
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return torch.tensor(float(value))
-    return None
+def _settings(top: Mapping[str, object], name: str) -> dict[str, Tensor]:
+    """Return a temperature and an input normalisation that are stored beside the weights, as tensors or numbers."""
+    found = {}
+    for key in _SETTINGS:
+        value = top.get(key)
+        if isinstance(value, Tensor):
+            found[key] = _plain(key, value, name)
+            continue
+        given = list(value) if isinstance(value, (list, tuple)) else [value]
+        numbers = [number for number in given if isinstance(number, (int, float)) and not isinstance(number, bool)]
+        if 0 < len(numbers) <= _MOST_NUMBERS and len(numbers) == len(given):
+            found[key] = torch.tensor([float(max(-_LARGEST, min(_LARGEST, number))) for number in numbers])
+    if "mean" not in found or "std" not in found:
+        found = {key: value for key, value in found.items() if key == "temperature"}
+    return {key: value for key, value in found.items() if key != "temperature" or value.numel() == 1}
 
 
 def _without_swapped(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

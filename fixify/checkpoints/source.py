@@ -15,6 +15,8 @@ from fixify.errors import SourceError
 
 # Number of elements that `check_finite` looks at in one step.
 _CHUNK = 1 << 22
+# The largest absolute value of a weight.
+_LARGEST = 1e18
 # Scalars that bound an activation, and are infinite if there is no bound (timm's gemma4_vit).
 _BOUNDS = ("_min", "_max")
 
@@ -113,9 +115,10 @@ class Source:
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise `SourceError` that names the first tensor with a NaN or an infinity.
+    """Raise `SourceError` that names the first tensor with a NaN, an infinity, or a value that no weight has.
 
-    A few million elements are checked at a time, so a memory-mapped file is streamed and never copied.
+    A weight beyond 1e18 overflows when it is squared, and a variance is not negative. A few million elements are
+    checked at a time, so a memory-mapped file is streamed and never copied.
 
     >>> check_finite({"weight": torch.ones(3)})
     """
@@ -127,6 +130,17 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
             piece = flat[start : start + _CHUNK]
             # aminmax returns NaN if there is one, and is ten times as fast as testing each element.
             least, most = torch.aminmax(piece)
+            if name.endswith("running_var") and bool(least < 0):
+                raise SourceError(
+                    f"The weights hold a negative variance, {float(least):g}, in {name}: the file is damaged.",
+                    hint="Use an earlier checkpoint of the run.",
+                )
+            if bool(least.isfinite() & most.isfinite()) and max(-float(least), float(most)) > _LARGEST:
+                raise SourceError(
+                    f"The weights hold {float(max(-least, most)):g} in {name}, which is beyond any weight: training "
+                    "diverged, or the file is damaged.",
+                    hint="Use an earlier checkpoint of the run.",
+                )
             if not bool(least.isfinite() & most.isfinite()):
                 first = start + int((~piece.isfinite()).nonzero()[0])
                 raise SourceError(
@@ -134,3 +148,23 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
                     "training diverged, or the file is damaged.",
                     hint="Use an earlier checkpoint of the run.",
                 )
+
+
+def refuse_integers(name: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Refuse integers where the architecture has floating point: quantised weights without their scales.
+
+    Args:
+        name: The file's name, for messages.
+        tensors: The tensors of a file, under the architecture's names.
+        expected: Those of the architecture.
+
+    Raises:
+        SourceError: there are such integers.
+    """
+    for key, tensor in tensors.items():
+        if key in expected and expected[key].is_floating_point() and not tensor.is_floating_point():
+            raise SourceError(
+                f"{name} stores {key} as {str(tensor.dtype).removeprefix('torch.')}, where the architecture has "
+                "floating point: quantised weights without their scales.",
+                hint="Give the checkpoint from before quantisation, or dequantise it: module.weight.dequantize()",
+            )
