@@ -86,7 +86,7 @@ def take_extras(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Ten
     for mean_key, std_key in pairs:
         mean, std = _read_normalisation(tensors[mean_key], tensors[std_key], f"{mean_key}, {std_key}", name)
         taken |= {mean_key, std_key}
-        applied.append(f"mean and std of images from {mean_key} and {std_key}")
+        applied.append(f"{mean_key} and {std_key} (mean and std of the images)")
     warm = [key for key in tensors if _is_temperature(short[key], tensors[key])]
     if len(warm) > 1:
         raise _refusal(name, warm, "several temperatures")
@@ -175,7 +175,7 @@ def fold_parametrizations(tensors: Mapping[str, Tensor], name: str) -> tuple[dic
             result[plain] = folded[plain][0]
         if key not in owner:
             result[key] = tensor
-    return result, tuple(f"{plain} from its {how}" for plain, (_, how) in folded.items())
+    return result, tuple(f"{how} of {plain}" for plain, (_, how) in folded.items())
 
 
 def _read_temperature(value: Tensor, key: str, name: str) -> float | None:
@@ -193,8 +193,8 @@ def _read_temperature(value: Tensor, key: str, name: str) -> float | None:
 
 
 def _describe_temperature(key: str, temperature: float | None) -> str:
-    """Say that the logits are divided by a temperature."""
-    return f"logits divided by {key}" + ("" if temperature is None else f" = {temperature:.6g}")
+    """Say that a temperature divides the logits."""
+    return key + ("" if temperature is None else f" {temperature:.6g}") + " (it divides the logits)"
 
 
 def _read_normalisation(

@@ -31,9 +31,9 @@ def remarks_on(source: Source, num_classes: int | None) -> tuple[str, ...]:
         read.append(f"global_pool {source.facts.global_pool}")
     if source.used_ema:
         read.append("averaged weights (EMA)")
-    read += source.extras.applied
     left = [*_labels_left(source.facts, num_classes), *source.beside, *source.dropped]
     parts = [f"read {', '.join(read)}"] if read else []
+    parts += [f"applied {', '.join(source.extras.applied)}"] if source.extras.applied else []
     parts += [f"left out {shorten(left)}"] if left else []
     return (f"Besides the weights of {source.name}: {'; '.join(parts)}.",) if parts else ()
 
