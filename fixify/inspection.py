@@ -9,6 +9,7 @@ from typing import Any
 
 from fixify.checkpoints import open_source
 from fixify.checkpoints.learned import stated
+from fixify.checkpoints.remarks import remarks_on
 from fixify.checkpoints.slim import SlimInfo, read_info
 from fixify.checkpoints.verify import Check
 from fixify.checkpoints.verify import verify as verify_slim
@@ -28,6 +29,7 @@ class Identity:
         stated: That architecture if the tensors fit it, else None.
         found: The architectures that the names and shapes of the tensors fit.
         reference_head: Path of a classifier that the paper's published code fixed, else None.
+        notes: What was read of the checkpoint and what was left out, for the user.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Identity:
     stated: Candidate | None
     found: Identification
     reference_head: str | None
+    notes: tuple[str, ...] = ()
 
     @property
     def is_settled(self) -> bool:
@@ -58,6 +61,7 @@ class Identity:
                 for candidate in self.found.candidates
             ],
             "reference_code_head": self.reference_head,
+            "notes": list(self.notes),
         }
 
 
@@ -109,7 +113,15 @@ def identify(source: str | Path, *, on_progress: Callable[[int, int], object] | 
         if said is None:
             raise
         found = Identification((said,), "name")  # with arguments that no list of architectures has
-    return Identity(opened.name, opened.facts.architecture, said, found, None if head is None else head.path)
+    classes = {candidate.num_classes for candidate in ((said,) if said is not None else found.candidates)}
+    return Identity(
+        name=opened.name,
+        says=opened.facts.architecture,
+        stated=said,
+        found=found,
+        reference_head=None if head is None else head.path,
+        notes=remarks_on(opened, classes.pop() if len(classes) == 1 else None),
+    )
 
 
 def inspect(file: str | Path) -> SlimInfo | LanguageInfo:

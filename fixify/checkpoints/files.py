@@ -69,6 +69,8 @@ def open_file(path: Path, *, ema: bool = False, meta: bool = False, name: str | 
         used_ema=weights.used_ema,
         has_ema=weights.has_ema,
         dropped=weights.dropped,
+        beside=weights.beside,
+        extras=weights.extras,
     )
 
 
@@ -253,7 +255,7 @@ def _open_shards(index: Path, *, ema: bool, meta: bool, name: str) -> Source:
         num_bytes += path.stat().st_size
     weights = clean(StateDict(entries), name, file_bytes=num_bytes)
     tensors = _shapes_only(weights.tensors) if meta else weights.tensors
-    return Source(name=name, tensors=tensors, num_bytes=num_bytes, dropped=weights.dropped)
+    return Source(name=name, tensors=tensors, num_bytes=num_bytes, dropped=weights.dropped, extras=weights.extras)
 
 
 def _shapes_only(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

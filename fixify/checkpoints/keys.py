@@ -5,11 +5,20 @@ from __future__ import annotations
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from fixify.checkpoints.extras import (
+    INNER_WRAPPERS,
+    WRAPPERS,
+    Extras,
+    fold_parametrizations,
+    refuse_adapters,
+    refuse_unknown,
+    take_extras,
+)
 from fixify.errors import SourceError, UnsafeCheckpointError
 
 # Where training scripts store the weights and their moving average. The first key that is found is used.
@@ -26,15 +35,17 @@ EMA_KEYS = (
 WHERE_WEIGHTS_GO = (
     f"Weights may be at the top level or under {', '.join(WEIGHTS_KEYS[:4])}: torch.save(model.state_dict(), ...)"
 )
-# Modules that people wrap a model in. A leading one is removed if all names are below it. No model of timm or
-# torchvision has all its names below one of these, as it would for "encoder".
-_WRAPPERS = frozenset({"module", "model", "net", "network", "backbone", "base_model", "timm_model", "trunk"})
-# Names that only torch.compile, FSDP and activation checkpointing add; they may occur anywhere in a key.
-_INNER_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# Where others keep weights: DeepSpeed, DINO, ... They are read if no other key holds weights.
+_OTHER_WEIGHTS_KEYS = ("module",)
 # A copy of the model beside it in the same state dict: torch's AveragedModel or timm's ModelEma inside another module.
 _AVERAGE = re.compile(r"(?:^|_)(?:ema|swa|averaged?)(?:_|$)")
 # torchvision's DenseNet had dots in the names of its submodules until PyTorch forbade them; its files still have them.
 _OLD_DENSENET = re.compile(r"(\bdenselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
+# What a training script may store beside the weights that changes the answers.
+_SETTINGS = ("temperature", "mean", "std")
+_MOST_NUMBERS = 16
+_LARGEST = 1e30  # a longer number is as wrong as this one
+_FEW = 8  # the tensors of a classifier, at most
 # The dtypes of an image model's weights and counters. Others (float8, packed 4 bit, complex) mean nothing without the
 # scales or the code that belong to them.
 DTYPES = {
@@ -59,11 +70,15 @@ class StateDict:
         entries: Name -> tensor, or whatever else was saved between the tensors.
         used_ema: Whether these are the moving average of the weights.
         has_ema: Whether the file also holds a moving average.
+        beside: What else the file holds of tensors, and is not read, in words.
+        settings: Tensors of a temperature and an input normalisation that are stored beside the weights.
     """
 
     entries: dict[str, object]
     used_ema: bool = False
     has_ema: bool = False
+    beside: tuple[str, ...] = ()
+    settings: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def items_of(mapping: object) -> Iterator[tuple[object, object]]:
@@ -97,16 +112,30 @@ def find_state_dict(tree: object, name: str, *, ema: bool = False) -> StateDict:
     ['fc.bias']
     """
     top = {key: value for key, value in items_of(tree) if isinstance(key, str)}
-    average = next((top[key] for key in EMA_KEYS if _holds_tensors(top.get(key))), None)
-    weights = next((top[key] for key in WEIGHTS_KEYS if _holds_tensors(top.get(key))), None)
-    if average is not None and (ema or weights is None):
+    average = next((key for key in EMA_KEYS if _holds_tensors(top.get(key))), None)
+    keys = (*WEIGHTS_KEYS, *_OTHER_WEIGHTS_KEYS)
+    weights = next((key for key in keys if _holds_tensors(top.get(key))), None)
+    if average is not None and weights is not None and _is_swapped(top):
+        # OpenMMLab stores the average as state_dict, and the weights themselves as ema_state_dict.
+        found = StateDict(_innermost(top[weights]), used_ema=ema, has_ema=True)
+        beside = [f"{average} (the weights before averaging)"]
+    elif average is not None and (ema or weights is None):
         # A file with only the moving average holds one set of weights, so `ema` need not be given.
-        return StateDict(_innermost(average), used_ema=True, has_ema=True)
-    if weights is not None:
-        return StateDict(_innermost(weights), has_ema=average is not None)
-    if any(isinstance(value, Tensor) for value in top.values()):
+        found = StateDict(_innermost(top[average]), used_ema=True, has_ema=True)
+        beside = [] if weights is None else [f"{weights} (the weights before averaging)"]
+    elif weights is not None:
+        found = StateDict(_innermost(top[weights]), has_ema=average is not None)
+        beside = [] if average is None else [f"{average} (averaged weights: --ema reads them)"]
+    elif any(isinstance(value, Tensor) for value in top.values()):
         return StateDict(top)
-    raise SourceError(f"{name} holds no weights: it is {_describe(tree, top)}.", hint=WHERE_WEIGHTS_GO)
+    else:
+        raise SourceError(f"{name} holds no weights: it is {_describe(tree, top)}.", hint=_where_weights_are(top, name))
+    others = {key: value for key, value in top.items() if key not in (weights, average)}
+    return replace(
+        found,
+        beside=(*beside, *_beside(others, found.entries, name)),
+        settings=_settings(top, name),
+    )
 
 
 @dataclass(frozen=True)
@@ -116,13 +145,16 @@ class Weights:
     Attributes:
         tensors: Name -> tensor.
         dropped: Names of the entries that were left out.
-        used_ema, has_ema: See `StateDict`.
+        used_ema, has_ema, beside: See `StateDict`.
+        extras: What was applied of the tensors that the network itself does not have.
     """
 
     tensors: dict[str, Tensor]
     dropped: tuple[str, ...]
     used_ema: bool
     has_ema: bool
+    beside: tuple[str, ...] = ()
+    extras: Extras = field(default_factory=Extras)
 
 
 def clean(found: StateDict, name: str, *, file_bytes: int, ema: bool = False) -> Weights:
@@ -136,7 +168,8 @@ def clean(found: StateDict, name: str, *, file_bytes: int, ema: bool = False) ->
 
     Raises:
         SourceError: a tensor is sparse, quantised or of a dtype that models do not use; two names clash; no tensor is
-            left; or the requested moving average does not exist.
+            left; the requested moving average does not exist; or the file holds tensors besides the network that may
+            change its answers and cannot be applied (`fixify.checkpoints.extras`).
         UnsafeCheckpointError: the tensors claim several times the size of the file.
     """
     tensors = {}
@@ -152,6 +185,9 @@ def clean(found: StateDict, name: str, *, file_bytes: int, ema: bool = False) ->
             f"{name} was refused: its tensors claim {claimed} bytes and the file has {file_bytes}.",
             hint="They are views that repeat a few stored values. Save contiguous tensors.",
         )
+    refuse_adapters(tensors, name)
+    tensors, extras = take_extras({**found.settings, **tensors}, name)
+    tensors, swapped = _without_swapped(tensors)
     tensors, average = _split_average(tensors, name)
     if ema and not (found.used_ema or average):
         raise SourceError(
@@ -159,14 +195,19 @@ def clean(found: StateDict, name: str, *, file_bytes: int, ema: bool = False) ->
             hint="Leave out --ema to use the weights themselves.",
         )
     take_average = ema and not found.used_ema
-    stripped, outside = strip_wrappers(average if take_average else tensors, name)
+    chosen = average if take_average else tensors
+    stripped, outside = strip_wrappers(chosen, name)
+    refuse_unknown({key: chosen[key] for key in outside}, name)
+    stripped, folded = fold_parametrizations(stripped, name)
     if not stripped:
         raise SourceError(f"{name} holds no weights.", hint=WHERE_WEIGHTS_GO)
     return Weights(
         tensors=stripped,
-        dropped=(*dropped, *outside),
+        dropped=(*dropped, *extras.left_out, *outside, *swapped),
         used_ema=found.used_ema or take_average,
         has_ema=found.has_ema or bool(average),
+        beside=found.beside if not average else (*found.beside, _average_note(take_average)),
+        extras=replace(extras, applied=(*extras.applied, *folded)),
     )
 
 
@@ -194,7 +235,8 @@ def strip_wrappers(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, 
     outside: list[str] = []
     while len(names) > 1:
         first = Counter(new.split(".", 1)[0] for new in names.values() if "." in new)
-        known = {part: count for part, count in first.items() if part in _WRAPPERS}
+        # torch.nn.Sequential(Normalize(...), network): no network has all its names below a number.
+        known = {part: n for part, n in first.items() if part in WRAPPERS or (part.isdigit() and n == len(names))}
         if not known:
             break
         wrapper = max(known, key=known.__getitem__)
@@ -226,6 +268,87 @@ def _holds_tensors(value: object) -> bool:
         or (key in WEIGHTS_KEYS and any(isinstance(inner, Tensor) for _, inner in items_of(item)))
         for key, item in items_of(value)
     )
+
+
+def _is_swapped(top: Mapping[str, object]) -> bool:
+    """Return whether the file is one of mmengine with its EMAHook, which stores the average in place of the weights."""
+    meta = {key for key, _ in items_of(top.get("meta"))}
+    return "mmengine_version" in meta and _holds_tensors(top.get("ema_state_dict"))
+
+
+def _beside(others: Mapping[str, object], entries: Mapping[str, object], name: str) -> list[str]:
+    """List what else a file holds of tensors.
+
+    Raises:
+        SourceError: an entry looks like a classifier of its own.
+    """
+    names = {_last_parts(key) for key in entries}
+    found = []
+    for key, value in others.items():
+        if isinstance(value, Tensor) and key not in _SETTINGS:
+            found.append(key)
+        if not _holds_tensors(value):
+            continue
+        tensors = {inner: item for inner, item in _innermost(value).items() if isinstance(item, Tensor)}
+        if {_last_parts(inner) for inner in tensors} == names:
+            how = "averaged weights, not read" if _AVERAGE.search(key) else "other weights of the same network"
+            found.append(f"{key} ({how})")
+        elif len(tensors) <= _FEW and any(_is_matrix(item) for item in tensors.values()):
+            raise SourceError(
+                f"{name} holds {key} ({', '.join(list(tensors)[:3])}) beside the network: it can be the trained "
+                "classifier.",
+                hint="Save both as one state dict, with the classifier under the name that the network gives it "
+                f"(fc, head, ...): torch.save({{**network, **{{'fc.' + k: v for k, v in c[{key!r}].items()}}}}, "
+                "'model.pth'). If it is not the classifier, save the network without it.",
+            )
+        else:
+            found.append(f"{key} ({len(tensors)} tensors)")
+    return found
+
+
+def _last_parts(key: str) -> str:
+    return ".".join(key.split(".")[-2:])
+
+
+def _settings(top: Mapping[str, object], name: str) -> dict[str, Tensor]:
+    """Return a temperature and an input normalisation that are stored beside the weights, as tensors or numbers."""
+    found = {}
+    for key in _SETTINGS:
+        value = top.get(key)
+        if isinstance(value, Tensor):
+            found[key] = _plain(key, value, name)
+            continue
+        given = list(value) if isinstance(value, (list, tuple)) else [value]
+        numbers = [number for number in given if isinstance(number, (int, float)) and not isinstance(number, bool)]
+        if 0 < len(numbers) <= _MOST_NUMBERS and len(numbers) == len(given):
+            found[key] = torch.tensor([float(max(-_LARGEST, min(_LARGEST, number))) for number in numbers])
+    if "mean" not in found or "std" not in found:
+        found = {key: value for key, value in found.items() if key == "temperature"}
+    return {key: value for key, value in found.items() if key != "temperature" or value.numel() == 1}
+
+
+def _without_swapped(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Separate the copies that mmcv's EMAHook keeps as `ema_layer1_0_weight`: the weights before averaging."""
+    flat = {"ema_" + key.replace(".", "_") for key in tensors}
+    swapped = [key for key in tensors if key in flat]
+    return {key: tensor for key, tensor in tensors.items() if key not in flat}, swapped
+
+
+def _average_note(used: bool) -> str:
+    return "the weights before averaging" if used else "averaged weights (--ema reads them)"
+
+
+def _where_weights_are(top: Mapping[str, object], name: str) -> str:
+    """Say what to type for a file that keeps its weights at an unusual place."""
+    places = [key for key, value in top.items() if _holds_tensors(value)]
+    if len(places) == 1:
+        return (
+            f"Its tensors are under {places[0]!r}: torch.save(torch.load({name!r}, weights_only=True)[{places[0]!r}], "
+            "'weights.pth')"
+        )
+    if places:
+        return f"Its tensors are under {', '.join(map(repr, places[:4]))}: save the network alone, as one state dict."
+    return WHERE_WEIGHTS_GO
 
 
 def _innermost(value: object) -> dict[str, object]:
@@ -261,7 +384,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def _current(key: str) -> str:
-    key = ".".join(part for part in key.split(".") if part not in _INNER_WRAPPERS)
+    key = ".".join(part for part in key.split(".") if part not in INNER_WRAPPERS)
     return _OLD_DENSENET.sub(r"\1\2", key)
 
 

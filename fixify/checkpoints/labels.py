@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from fixify.checkpoints.keys import items_of
 from fixify.errors import SourceError
 
 _MAX_BYTES = 64 << 20
+# Where training scripts keep class names: torchvision's ImageFolder (class_to_idx, classes), transformers (id2label),
+# OpenMMLab (CLASSES). The most certain first: a mapping gives the label of each name, a list may be sorted otherwise.
+_MAPPINGS = ("class_to_idx", "idx_to_class", "id2label", "label2id", "class_indices", "idx2class", "class2idx")
+_LISTS = ("class_names", "label_names", "CLASSES", "classes", "labels", "categories", "names")
+# Dictionaries beside the weights that have such entries.
+_INSIDE = (
+    *("meta", "dataset_meta", "metadata", "hyper_parameters", "datamodule_hyper_parameters", "hparams", "args"),
+    *("config", "cfg", "opt", "data", "dataset", "info", "extra"),
+)
+_MAX_CLASSES = 1 << 22
 _LAST_NUMBER = re.compile(r"^(?P<name>.*\S)[\s,;:]+(?P<index>\d{1,7})$")
 _FIRST_NUMBER = re.compile(r"^(?P<index>\d{1,7})[\s,;:]+(?P<name>\S.*)$")
 
@@ -160,6 +173,75 @@ def labels_of_config(names: Any, descriptions: Any) -> list[str] | None:
     if isinstance(descriptions, (list, tuple)) and len(descriptions) == len(names):
         return [str(description) for description in descriptions]
     return list(names)
+
+
+def find_label_lists(tree: Mapping[str, Any]) -> tuple[dict[str, list[str]], tuple[str, ...]]:
+    """Find the class names that a training script saved with its weights, or that the metadata of a file holds.
+
+    Args:
+        tree: The content of a checkpoint, a config.json, or the metadata of a safetensors file (values in JSON).
+
+    Returns:
+        Place -> names in class order, the most certain place first; and the places whose values are not understood.
+
+    >>> find_label_lists({"class_to_idx": {"dog": 1, "cat": 0}, "meta": {"CLASSES": ("a", "b")}})[0]
+    {'class_to_idx': ['cat', 'dog'], 'meta.CLASSES': ['a', 'b']}
+    """
+    found: dict[str, list[str]] = {}
+    unread = []
+    places = [("", tree)]
+    for key in _INSIDE:
+        inner = _entries(tree.get(key))
+        places.append((f"{key}.", inner))
+        places += [(f"{key}.{second}.", _entries(inner.get(second))) for second in _INSIDE]
+    for key in (*_MAPPINGS, *_LISTS):
+        for prefix, entries in places:
+            if key not in entries or entries[key] is None:
+                continue
+            value = _from_text(entries[key])
+            names = _names_of(value)
+            if names is not None:
+                found[prefix + key] = names
+            elif key in _MAPPINGS or key in ("class_names", "CLASSES"):  # the others have other uses as well
+                unread.append(prefix + key)
+    return found, tuple(unread)
+
+
+def _entries(value: object) -> Mapping[str, Any]:
+    if isinstance(value, Namespace):
+        value = vars(value)
+    return {key: item for key, item in items_of(value) if isinstance(key, str)}
+
+
+def _from_text(value: object) -> object:
+    """Read the JSON of a safetensors file's metadata, whose values are strings."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _names_of(value: object) -> list[str] | None:
+    """Return one name per class from a list, name -> index or index -> name; None for anything else."""
+    if isinstance(value, (list, tuple)):
+        names = list(value)
+    else:
+        pairs = list(items_of(value))
+        if all(_is_index(name) and not isinstance(name, str) for _, name in pairs):
+            pairs = [(label, name) for name, label in pairs]
+        if not all(_is_index(index) for index, _ in pairs):
+            return None
+        by_index = {int(index): name for index, name in pairs}  # type: ignore[call-overload]
+        if len(by_index) != len(pairs) or sorted(by_index) != list(range(len(pairs))):
+            return None
+        names = [by_index[index] for index in range(len(by_index))]
+    if not 0 < len(names) <= _MAX_CLASSES:
+        return None
+    if any(isinstance(name, bool) or not isinstance(name, (str, int)) for name in names):
+        return None
+    return [str(name) for name in names]
 
 
 def _indexed(lines: list[str], pattern: re.Pattern[str]) -> list[str] | None:

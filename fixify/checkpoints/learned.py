@@ -9,8 +9,8 @@ architecture, the classes and the preprocessing with the keys of timm's config.j
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ from torch import nn
 
 from fixify._files import refuse_existing
 from fixify.checkpoints.reference_code import ReferenceCodeHead
+from fixify.checkpoints.remarks import choose_labels, counted, remarks_on
 from fixify.checkpoints.resolve import open_source
 from fixify.checkpoints.slim import write_safetensors
-from fixify.checkpoints.source import Source
+from fixify.checkpoints.source import Source, refuse_integers
 from fixify.errors import AmbiguousArchitectureError, ArchitectureError, FixifyError, SourceError
 from fixify.models.architectures import Architecture, Preprocessing, build, parse_architecture, preprocessing
 from fixify.models.build import is_counter, load_weights
 from fixify.models.classifiers import ClassifierSite, find_classifiers
 from fixify.models.identify import Candidate, fit, identify, refuse_headless
+from fixify.models.signature import shapes_of
 from fixify.savings import under
 from fixify.surgery import HeadRecord, apply_heads_
 
@@ -121,32 +123,38 @@ def read_original(ref: str | Path, *, arch: str | None = None, ema: bool = False
         meta: Read only names, shapes and dtypes; the tensors are on the meta device.
 
     Raises:
-        SourceError: the checkpoint cannot be read.
-        ArchitectureError: no architecture fits, or the given or named one does not.
+        SourceError: the checkpoint cannot be read, or holds integers where the architecture has floating point.
+        ArchitectureError: no architecture fits, the given or named one does not, or it cannot pool as the file says.
         AmbiguousArchitectureError: several architectures fit; the message lists what differs.
         NoClassifierError: the model has no classifier.
     """
     source = open_source(ref, ema=ema, meta=meta)
     candidate, note = _recognise(source, arch)
+    candidate = _with_stated_pooling(source, candidate)
     learned = _rename(source.learned, candidate)
     architecture, num_classes = candidate.architecture, candidate.num_classes
     skeleton = build(architecture, num_classes=num_classes, meta=True)
     _refuse_other_tensors(source, architecture, learned, skeleton)
+    refuse_integers(source.name, learned, skeleton.state_dict())
     tensors, heads = _with_reference_code_head(source, candidate, learned)
-    labels = source.facts.labels
+    sites = tuple(find_classifiers(skeleton, architecture))
+    if source.extras.temperature is not None:
+        tensors |= _divided(tensors, sites, source.extras.temperature)
+    labels = choose_labels(source.facts, num_classes)
     notes = [note] if note else []
-    if labels is not None and len(labels) != num_classes:
-        notes.append(f"The checkpoint has {len(labels)} class names for {num_classes} classes; the names are not used.")
-        labels = None
+    if labels is None and source.facts.labels is not None:
+        names = counted(len(source.facts.labels), "class name")
+        classes = counted(num_classes, "class", "classes")
+        notes.append(f"The checkpoint has {names} for {classes}; the names are not used.")
     return Original(
         source=source,
         architecture=architecture,
         num_classes=num_classes,
         tensors=tensors,
-        sites=tuple(find_classifiers(skeleton, architecture)),
-        preprocessing=preprocessing(architecture, source.facts.pretrained_cfg),
+        sites=sites,
+        preprocessing=preprocessing(architecture, _image_statistics(source)),
         labels=labels,
-        notes=tuple(notes),
+        notes=(*notes, *remarks_on(source, num_classes)),
         reference_code_heads=heads,
     )
 
@@ -242,6 +250,62 @@ def _identify(source: Source) -> tuple[Candidate, str]:
     if found.narrowed_by is not None:
         how += f" and {found.narrowed_by}"
     return candidate, f"Recognised as {candidate.architecture.ref} from {how}."
+
+
+def _with_stated_pooling(source: Source, candidate: Candidate) -> Candidate:
+    """Return the candidate with the pooling that the file says it was trained with.
+
+    Raises:
+        ArchitectureError: with that pooling, the architecture has other tensors than the file.
+    """
+    said, architecture = source.facts.global_pool, candidate.architecture
+    if said is None or architecture.library != "timm" or "global_pool" in architecture.kwargs:
+        return candidate
+    own = build(architecture, num_classes=candidate.num_classes, meta=True)
+    if _pooling_of(own) in (None, said) or (said == "token" and "cls_token" not in own.state_dict()):
+        return candidate
+    changed = replace(architecture, kwargs={**architecture.kwargs, "global_pool": said})
+    try:
+        other = shapes_of(build(changed, num_classes=candidate.num_classes, meta=True))
+    except ArchitectureError:
+        other = {}
+    if other != shapes_of(own):
+        raise ArchitectureError(
+            f"{source.name} says that it was trained with global_pool={said}; {architecture.ref} pools with "
+            f"{_pooling_of(own)}, and has other tensors with global_pool={said}.",
+            hint=f"If it pools with {_pooling_of(own)}: --arch {architecture.ref},global_pool={_pooling_of(own)}",
+        )
+    return replace(candidate, architecture=changed)
+
+
+def _pooling_of(model: nn.Module) -> str | None:
+    """Return timm's name of a model's pooling, or None."""
+    for module in model.modules():
+        pooling = getattr(module, "global_pool", None)
+        kind = pooling if isinstance(pooling, str) else getattr(pooling, "pool_type", None)
+        if isinstance(kind, str) and kind:
+            return kind
+    return None
+
+
+def _divided(
+    tensors: Mapping[str, torch.Tensor], sites: Sequence[ClassifierSite], temperature: float
+) -> dict[str, torch.Tensor]:
+    """Divide the logits by a temperature: return the weights, biases and scales of the classifiers, divided by it."""
+    keys = [f"{site.path}.{name}" for site in sites for name in ("weight", "bias", "scale")]
+    return {
+        key: (tensors[key].double() / temperature).to(tensors[key].dtype)
+        for key in keys
+        if key in tensors and not tensors[key].is_meta
+    }
+
+
+def _image_statistics(source: Source) -> dict[str, Any] | None:
+    """Return the preprocessing that a file states, with the mean and std of an input normalisation of its own."""
+    extras, stated_cfg = source.extras, source.facts.pretrained_cfg
+    if extras.mean is None or extras.std is None:
+        return stated_cfg
+    return {**(stated_cfg or {}), "mean": list(extras.mean), "std": list(extras.std)}
 
 
 def _same_network(architecture: Architecture, named: str | None) -> bool:

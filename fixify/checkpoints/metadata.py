@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fixify.checkpoints.keys import items_of
-from fixify.checkpoints.labels import labels_of_config
+from fixify.checkpoints.labels import find_label_lists, labels_of_config
 from fixify.checkpoints.source import Facts
 from fixify.errors import ArchitectureError
 
@@ -46,6 +47,8 @@ _DATA_OPTIONS: dict[str, Callable[[object], bool]] = {
     "crop_pct": _is_share,
     "crop_mode": _is_word,
 }
+# Dictionaries of a training checkpoint with such options, besides its arguments.
+_PREPROCESSING = ("pretrained_cfg", "default_cfg", "data_config", "data_cfg", "preprocessing")
 
 
 def facts_of_training(tree: object) -> Facts:
@@ -56,22 +59,24 @@ def facts_of_training(tree: object) -> Facts:
     """
     top = {key: value for key, value in items_of(tree) if isinstance(key, str)}
     args = _arguments(top.get("args"))
+    said = _said_of_classes(top, pooling=_pooling(args))
     model = args.get("model")
     arch = top.get("arch")
     name = model if isinstance(model, str) else arch if isinstance(arch, str) else None
     if name is None:
-        return Facts()
+        return said
     # torchvision's reference script saves "model" and "lr_scheduler", PyTorch's example saves "best_acc1". timm saves
     # neither.
     torchvision = ("model" in top and "lr_scheduler" in top) or "best_acc1" in top
     architecture = known_architecture(f"torchvision/{name}" if torchvision else name)
     if architecture is None:
-        return Facts()  # without args, timm saves the name of the model's class here
-    return Facts(
+        return said  # without args, timm saves the name of the model's class here
+    return replace(
+        said,
         architecture=architecture,
         architecture_kwargs=_model_arguments(args, architecture),
         num_classes=_positive(args.get("num_classes")),
-        pretrained_cfg=_data_options(args),
+        pretrained_cfg=_data_options(args) or said.pretrained_cfg,
     )
 
 
@@ -88,6 +93,7 @@ def facts_of_metadata(metadata: Mapping[str, str]) -> Facts:
     architecture = known_architecture(name) if name else None
     digits = metadata.get("num_classes", "")
     labels = metadata.get("label_names")
+    said = _said_of_classes({key: value for key, value in metadata.items() if key != "label_names"})
     return Facts(
         architecture=architecture,
         num_classes=_positive(int(digits)) if digits.isascii() and digits.isdigit() and len(digits) < 8 else None,
@@ -99,7 +105,10 @@ def facts_of_metadata(metadata: Mapping[str, str]) -> Facts:
         pretrained_cfg=_data_options(
             {str(key): value for key, value in items_of(_json(metadata.get("pretrained_cfg", "")))}
         ),
-        labels=_json_labels(labels) if labels else None,
+        labels=(_json_labels(labels) if labels else None) or said.labels,
+        label_lists=said.label_lists,
+        unread=said.unread,
+        global_pool=_pooling(metadata),
     )
 
 
@@ -107,9 +116,12 @@ def facts_of_config(config: Mapping[str, Any]) -> Facts:
     """Extract facts from a config.json of timm (also the older flat form) or transformers (also the timm wrapper)."""
     labels = labels_of_config(config.get("label_names") or config.get("labels"), config.get("label_descriptions"))
     labels = labels or labels_of_config(config.get("id2label"), None)
+    said = Facts() if labels else _said_of_classes(config)
+    labels = labels or said.labels
     name = config.get("architecture")
     if not isinstance(name, str):
-        return Facts(labels=labels, num_classes=len(labels) if labels else None)  # a model of transformers
+        num_classes = len(labels) if labels else None
+        return replace(said, labels=labels, num_classes=num_classes, pretrained_cfg=None)  # a model of transformers
     nested = config.get("pretrained_cfg")
     cfg = dict(nested) if isinstance(nested, Mapping) else dict(config)
     labels = labels or labels_of_config(cfg.get("label_names"), cfg.get("label_descriptions"))
@@ -128,6 +140,8 @@ def facts_of_config(config: Mapping[str, Any]) -> Facts:
         num_classes=num_classes,
         pretrained_cfg=data or None,
         labels=labels,
+        label_lists=said.label_lists,
+        unread=said.unread,
     )
 
 
@@ -144,6 +158,32 @@ def known_architecture(name: str) -> str | None:
         return parse_architecture(name).ref
     except ArchitectureError:
         return None
+
+
+def _said_of_classes(top: Mapping[str, Any], *, pooling: str | None = None) -> Facts:
+    """Return what a file says of its classes, its pooling and its images, whether or not it names an architecture."""
+    found, unread = find_label_lists(top)
+    nested = next((dict(items_of(top[key])) for key in _PREPROCESSING if key in top), {})
+    # The mean and std beside the weights are read with the tensors (`fixify.checkpoints.keys`): they can be tensors.
+    cfg = nested or {key: value for key, value in top.items() if key not in ("mean", "std")}
+    return Facts(
+        labels=next(iter(found.values()), None),
+        label_lists=found,
+        unread=unread,
+        global_pool=pooling or _pooling(top),
+        pretrained_cfg=_data_options({str(key): value for key, value in cfg.items()}),
+    )
+
+
+def _pooling(args: Mapping[str, Any]) -> str | None:
+    """Return the pooling that arguments name. MAE and its relatives say `global_pool=True` for the average."""
+    for key in ("global_pool", "gp"):
+        value = args.get(key)
+        if isinstance(value, bool):
+            return "avg" if value else "token"
+        if isinstance(value, str) and _is_word(value):
+            return value
+    return None
 
 
 def _arguments(args: object) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class OpenModel:
         preprocessing: timm's names and plain values: input_size, mean, std, interpolation, crop_pct, crop_mode.
         labels: Class names, or None.
         slim: The header of a slim checkpoint; None for an ordinary one.
+        notes: How an ordinary checkpoint was recognised, and what was read of it and what was left out, for the user.
     """
 
     name: str
@@ -34,6 +35,7 @@ class OpenModel:
     preprocessing: Preprocessing
     labels: list[str] | None
     slim: SlimInfo | None
+    notes: tuple[str, ...] = ()
 
 
 def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -> OpenModel:
@@ -80,4 +82,5 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
         preprocessing=original.preprocessing,
         labels=original.labels,
         slim=None,
+        notes=original.notes,
     )

@@ -141,8 +141,18 @@ class Origin:
 
 
 def source_record(source: Source) -> dict[str, Any]:
-    """Say which file a slim checkpoint was made from, without a path of the machine."""
-    return {"name": source.name, "sha256": source.sha256, "bytes": source.num_bytes, "ema": source.used_ema}
+    """Say which file a slim checkpoint was made from, without a path of the machine.
+
+    "applied" and "left_out" are only there if the file held something besides the network's weights.
+    """
+    found = {"applied": list(source.extras.applied), "left_out": [*source.beside, *source.dropped][:_MOST_LEFT_OUT]}
+    return {
+        "name": source.name,
+        "sha256": source.sha256,
+        "bytes": source.num_bytes,
+        "ema": source.used_ema,
+        **{key: names for key, names in found.items() if names},
+    }
 
 
 def main_dtype(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -159,6 +169,7 @@ def main_dtype(tensors: Mapping[str, torch.Tensor]) -> str:
     return max(elements, key=lambda name: elements[name])
 
 
+_MOST_LEFT_OUT = 100  # names in the header
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fixify.checkpoints.extras import Extras
 from fixify.checkpoints.reference_code import ReferenceCodeHead, as_learned, find_reference_code_head
 from fixify.errors import SourceError
 
 # Number of elements that `check_finite` looks at in one step.
 _CHUNK = 1 << 22
+# The largest absolute value of a weight.
+_LARGEST = 1e18
 # Scalars that bound an activation, and are infinite if there is no bound (timm's gemma4_vit).
 _BOUNDS = ("_min", "_max")
 
@@ -28,6 +31,10 @@ class Facts:
         num_classes: Number of classes, or None.
         pretrained_cfg: Preprocessing with timm's names (`input_size`, `mean`, `std`, `interpolation`, ...), or None.
         labels: One label per class, in the order of the logits, or None.
+        label_lists: Every list of labels that a training checkpoint holds, by the name of its place (`class_to_idx`,
+            `meta.CLASSES`), the most certain first.
+        unread: Places of that kind whose values are not understood.
+        global_pool: timm's name of the pooling that the file says it was trained with, or None.
     """
 
     architecture: str | None = None
@@ -35,6 +42,9 @@ class Facts:
     num_classes: int | None = None
     pretrained_cfg: dict[str, Any] | None = None
     labels: list[str] | None = None
+    label_lists: Mapping[str, list[str]] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    global_pool: str | None = None
 
     def or_else(self, other: Facts) -> Facts:
         """Return these facts, completed from `other`.
@@ -48,6 +58,9 @@ class Facts:
             num_classes=self.num_classes or other.num_classes,
             pretrained_cfg=self.pretrained_cfg or other.pretrained_cfg,
             labels=self.labels or other.labels,
+            label_lists={**self.label_lists, **other.label_lists},
+            unread=(*self.unread, *other.unread),
+            global_pool=self.global_pool or other.global_pool,
         )
 
 
@@ -66,6 +79,8 @@ class Source:
         has_ema: Whether the file also holds a moving average.
         dropped: Names of the entries that were left out because they are not tensors (`_extra_state`), are counters, or
             do not belong to the model.
+        beside: What else the file holds of tensors, and is not read, in words.
+        extras: What was applied of the tensors that the network itself does not have.
     """
 
     name: str
@@ -76,6 +91,8 @@ class Source:
     used_ema: bool = False
     has_ema: bool = False
     dropped: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    extras: Extras = field(default_factory=Extras)
 
     @property
     def reference_code_head(self) -> ReferenceCodeHead | None:
@@ -98,9 +115,10 @@ class Source:
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise `SourceError` that names the first tensor with a NaN or an infinity.
+    """Raise `SourceError` that names the first tensor with a NaN, an infinity, or a value that no weight has.
 
-    A few million elements are checked at a time, so a memory-mapped file is streamed and never copied.
+    A weight beyond 1e18 overflows when it is squared, and a variance is not negative. A few million elements are
+    checked at a time, so a memory-mapped file is streamed and never copied.
 
     >>> check_finite({"weight": torch.ones(3)})
     """
@@ -112,6 +130,17 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
             piece = flat[start : start + _CHUNK]
             # aminmax returns NaN if there is one, and is ten times as fast as testing each element.
             least, most = torch.aminmax(piece)
+            if name.endswith("running_var") and bool(least < 0):
+                raise SourceError(
+                    f"The weights hold a negative variance, {float(least):g}, in {name}: the file is damaged.",
+                    hint="Use an earlier checkpoint of the run.",
+                )
+            if bool(least.isfinite() & most.isfinite()) and max(-float(least), float(most)) > _LARGEST:
+                raise SourceError(
+                    f"The weights hold {float(max(-least, most)):g} in {name}, which is beyond any weight: training "
+                    "diverged, or the file is damaged.",
+                    hint="Use an earlier checkpoint of the run.",
+                )
             if not bool(least.isfinite() & most.isfinite()):
                 first = start + int((~piece.isfinite()).nonzero()[0])
                 raise SourceError(
@@ -119,3 +148,23 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
                     "training diverged, or the file is damaged.",
                     hint="Use an earlier checkpoint of the run.",
                 )
+
+
+def refuse_integers(name: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Refuse integers where the architecture has floating point: quantised weights without their scales.
+
+    Args:
+        name: The file's name, for messages.
+        tensors: The tensors of a file, under the architecture's names.
+        expected: Those of the architecture.
+
+    Raises:
+        SourceError: there are such integers.
+    """
+    for key, tensor in tensors.items():
+        if key in expected and expected[key].is_floating_point() and not tensor.is_floating_point():
+            raise SourceError(
+                f"{name} stores {key} as {str(tensor.dtype).removeprefix('torch.')}, where the architecture has "
+                "floating point: quantised weights without their scales.",
+                hint="Give the checkpoint from before quantisation, or dequantise it: module.weight.dequantize()",
+            )

@@ -61,7 +61,10 @@ def evaluate(
     output = Output(as_json=as_json)
 
     def opened(ref: str) -> OpenModel:
-        return with_architecture(lambda known: open_model(ref, arch=known, ema=ema), arch, output)
+        found = with_architecture(lambda known: open_model(ref, arch=known, ema=ema), arch, output)
+        for note in found.notes:
+            output.say(note)
+        return found
 
     with output.progress("evaluating") as advance:
         done = 0

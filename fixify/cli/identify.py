@@ -34,6 +34,8 @@ def identify(
         output.say(f"Narrowed down by {identity.found.narrowed_by}.")
     if identity.reference_head is not None:
         output.say(f"Its classifier {identity.reference_head} is a fixed one {REFERENCE_CODE}; it stores no weights.")
+    for note in identity.notes:
+        output.say(note)
     if identity.is_settled:
         output.next_step(f"fixify convert {source}", "replace its classifier")
     else:

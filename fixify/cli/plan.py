@@ -22,5 +22,7 @@ def plan(
 
     output = Output(as_json=as_json)
     made = with_architecture(lambda known: fixify.plan(source, arch=known), arch, output)
+    for note in made.report.notes:
+        output.say(note)
     kinds = [kinds_table(made.kinds)] if made.kinds else []
     output.result(made.to_dict(), made.verdict, savings_table(made.report.savings), *kinds)

@@ -30,6 +30,8 @@ def predict(
 
     output = Output(as_json=as_json)
     opened = with_architecture(lambda known: open_model(checkpoint, arch=known, ema=ema), arch, output)
+    for note in opened.notes:
+        output.say(note)
     if labels is None and opened.labels is None:
         which = "--labels imagenet or " if imagenet_labels(opened.num_classes) else ""
         output.say(f"{opened.name} has no class names; numbers are shown. Give names with {which}--labels FILE.")

@@ -81,8 +81,8 @@ def _report_models(names: list[str], arch: str | None, output: Output) -> None:
     savings = [savings_table(rows[0].savings)] if len(rows) == 1 else []
     output.result({"models": [row.to_dict() for row in rows]}, models_table(rows), *savings)
     for row in rows:
-        if row.note is not None:
-            output.say(f"{row.name}: {row.note}")
+        for note in (*([] if row.note is None else [row.note]), *row.notes):
+            output.say(f"{row.name}: {note}")
 
 
 def _report_runs(folders: list[Path], names: list[str], out: Path | None, output: Output, *, force: bool) -> None:

@@ -36,6 +36,7 @@ class ModelReport:
         savings: Parameters and bytes, before and after.
         heads: Features and classes of each classifier layer of a model that is not fixed.
         note: A remark, one sentence, or None.
+        notes: How a checkpoint was recognised, and what was read of it and what was left out, for the user.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ModelReport:
     savings: Savings
     heads: tuple[tuple[int, int], ...] = ()
     note: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def removable(self) -> int:
@@ -92,6 +94,7 @@ def report(model: nn.Module | str | Path, *, arch: str | None = None) -> ModelRe
     found = _learned(
         original.source.name, original.architecture.ref, skeleton, list(original.sites), tensors=original.learned
     )
+    found = replace(found, notes=original.notes)
     return (
         found
         if original.reference_code_note is None

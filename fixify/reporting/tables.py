@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from fixify.checkpoints.remarks import shorten
 from fixify.checkpoints.slim import SlimInfo
 from fixify.checkpoints.verify import Check
 from fixify.demo.run import DemoResult
@@ -186,6 +187,10 @@ def _add_slim_rows(made: Table, info: SlimInfo) -> None:
         made.add_row("source", f"{source['name']}{size}" + (", EMA weights" if source.get("ema") else ""))
     if source.get("sha256"):
         made.add_row("", short_digest(f"sha256:{source['sha256']}"))
+    for key, title in (("applied", "applied"), ("left_out", "left out")):
+        names = source.get(key)
+        if isinstance(names, list) and names:
+            made.add_row(title, shorten([str(name) for name in names]))
     made.add_row("saved", removed_line(Savings.from_dict(info.savings), info.heads))
     if info.calibration is not None:
         made.add_row("calibrated", calibration_line(info.calibration))
