@@ -7,7 +7,8 @@ code. A message says what was given and what is allowed; `hint` says what to typ
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -159,3 +160,19 @@ def resource_problem(error: BaseException) -> ResourceProblem | None:
         words = str(error).lower()
         return next((problem for text, problem in _BY_WORDS.items() if text in words), None)
     return None
+
+
+@contextmanager
+def resources_explained(doing: str) -> Iterator[None]:
+    """Turn errors within the block that come from a lack of memory or file handles into a `ResourceError`.
+
+    Args:
+        doing: What the block does, after "Cannot".
+    """
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        problem = resource_problem(error)
+        if problem is None:
+            raise
+        raise ResourceError(f"Cannot {doing}: {problem.what}.", hint=problem.hint) from error

@@ -80,6 +80,7 @@ class OpenedData:
         order: Where the order of the classes comes from: "own" is the data set's own order, "map" is a class map, and
             the others are ways of sorting the names of class folders.
         assumed: True if `order` is a default that nobody asked for.
+        asides: Files that were not read, in words; the description has them too.
     """
 
     images: ImageSource
@@ -91,6 +92,7 @@ class OpenedData:
     labelled: bool = True
     order: ClassOrder | Literal["own", "map"] = "own"
     assumed: bool = False
+    asides: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:

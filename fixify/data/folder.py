@@ -135,6 +135,7 @@ def open_folder(
         split=split,
         order=class_order or "natural",
         assumed=class_order is None,
+        asides=tuple(found.asides),
     )
 
 

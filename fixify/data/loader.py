@@ -5,6 +5,7 @@ An image that cannot be read is counted (`UnreadableImages`) and replaced or lef
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -331,7 +332,8 @@ class UnreadableImages:
         if self.max_fraction == 0:
             raise DataError(found.message, hint=found.hint)
         if count > self.max_fraction * self.num_images:
-            allow = f" Or allow more: {self.option} {min(1.0, 10 * self.max_fraction):g}" if self.option else ""
+            enough = min(1.0, max(10 * self.max_fraction, math.ceil(100 * count / self.num_images) / 100))
+            allow = f" Or allow more: {self.option} {enough:g}" if self.option else ""
             raise DataError(
                 f"{count:,} of {self.num_images:,} images cannot be read, and {self.max_fraction:g} of them may be "
                 f"unreadable{f' ({self.option})' if self.option else ''}. The last one: {found.message}",
@@ -340,6 +342,16 @@ class UnreadableImages:
         if self.on_found is not None:
             self.on_found(found.message, count)
 
+    def summary(self) -> str | None:
+        """Say how many images could not be read; None if all could.
+
+        >>> UnreadableImages(100).summary() is None
+        True
+        """
+        if not self.messages:
+            return None
+        return f"{len(self):,} of {self.num_images:,} images cannot be read and are left out."
+
     def remark(self, text: str, where: str) -> None:
         """Report what is unusual about an image, if no other image was reported for it."""
         if text in self.remarks:
@@ -347,6 +359,18 @@ class UnreadableImages:
         self.remarks[text] = where
         if self.on_remark is not None:
             self.on_remark(f"{where} {text}. Other such images are not named.")
+
+
+def name_the_first(warn: Callable[[str], object], most: int = 5) -> Callable[[str, int], None]:
+    """Make an `on_found` that warns of the first few images that cannot be read; `summary` counts the others."""
+
+    def on_found(message: str, count: int) -> None:
+        if count <= most:
+            warn(f"{message.rstrip('.')}; it is left out.")
+        elif count == most + 1:
+            warn("More images cannot be read. They are counted, not named.")
+
+    return on_found
 
 
 def _training_transform(preprocessing: Preprocessing, augmentation: Augmentation) -> Any:

@@ -280,6 +280,7 @@ def _open_without_labels(folder: Path, root: Path, class_names: Sequence[str]) -
         name=root.resolve().name,
         split="train",
         labelled=False,
+        asides=tuple(found.asides),
     )
 
 

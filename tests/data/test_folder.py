@@ -50,7 +50,7 @@ def test_a_class_without_validation_images_does_not_shift_the_labels(make_folder
     root = make_folder()
     shutil.rmtree(root / "val" / "ant")
     assert {label for path, label in labels_by_name(root, "val").items() if "bee" in path} == {1}
-    assert "1 classes have no images there" in open_data(str(root), split="val").description
+    assert "1 class has no images there" in open_data(str(root), split="val").description
 
 
 def test_a_validation_class_that_training_lacks_is_refused(make_folder: Callable[..., Path]) -> None:
