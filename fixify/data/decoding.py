@@ -109,7 +109,8 @@ def remarks_on(image: Image.Image) -> list[str]:
     if "exif" in image.info and _orientation(image) not in (None, 1):
         found.append(ROTATED)
     if image.mode == "F":
-        found.append(FLOATS.format(f"{_float_range(np.asarray(image)):,}"))
+        if (most := _float_range(np.asarray(image))) is not None:
+            found.append(FLOATS.format(f"{most:,}"))
     elif image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BIT_FORMATS):
         found.append(SIXTEEN_BITS)
     elif image.mode == "I" and _extrema(image)[1] > 255:
@@ -166,15 +167,17 @@ def _scaled_integers(image: Image.Image) -> Image.Image:
 
 def _scaled_floats(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
-    return Image.fromarray(np.rint(values * np.float32(255 / _float_range(values))).astype(np.uint8))
-
-
-def _float_range(values: NDArray[np.float32]) -> int:
-    low, high = float(values.min()), float(values.max())  # NaN if any value is
-    found = next((most for most in _FLOAT_RANGES if low >= 0 and high <= most), None)
-    if found is None:
+    most = _float_range(values)
+    if most is None:
+        low, high = float(values.min()), float(values.max())
         raise ValueError(f"its values reach from {low:g} to {high:g}; known are 0 to 1, to 255 and to 65,535")
-    return found
+    return Image.fromarray(np.rint(values * np.float32(255 / most)).astype(np.uint8))
+
+
+def _float_range(values: NDArray[np.float32]) -> int | None:
+    """Return the end of the smallest known range that holds all values; None if none does, or one is not a number."""
+    low, high = float(values.min()), float(values.max())  # NaN if any value is
+    return next((most for most in _FLOAT_RANGES if low >= 0 and high <= most), None)
 
 
 def unreadable(error: Exception, where: object, hint: str | None = None) -> DataError:
