@@ -257,7 +257,8 @@ class FoundImages:
         """
         found = []
         if self.skipped:
-            found.append("not read: " + ", ".join(f"{count:,} {suffix}" for suffix, count in self.skipped.items()))
+            most_first = sorted(self.skipped.items(), key=lambda item: (-item[1], item[0]))  # not in the disk's order
+            found.append("not read: " + ", ".join(f"{count:,} {suffix}" for suffix, count in most_first))
         if self.loops:
             more = f" and {len(self.loops) - 1:,} more links" if len(self.loops) > 1 else ""
             found.append(f"not followed, because it leads back to a folder above it: {self.loops[0]}{more}")
