@@ -96,7 +96,7 @@ def test_a_run_resumes_after_a_killed_process(run: Run, folder: Path, monkeypatc
     assert run(*COMMANDS["finetune"][:-1], "whole", "--workers", 0)[0] == 0
     runs = [(folder / name / "metrics.jsonl").read_text().splitlines() for name in ("run", "whole")]
     losses = [[json.loads(line).get("val_loss") for line in lines] for lines in runs]
-    assert losses[0] == losses[1] and len(losses[0]) == 2
+    assert losses[0] == losses[1] != [None]
 
 
 def damage(folder: Path) -> None:
