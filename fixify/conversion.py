@@ -68,7 +68,7 @@ def convert(
         changes: Options by name, instead of those in `options`: `convert("model.pth", head="binary")`.
 
     Raises:
-        DataError: There are no such images, too few, or one cannot be read.
+        DataError: There are no such images, too few, or more than 1 % of them cannot be read.
         SourceError, ArchitectureError, NoClassifierError: See `fixify.checkpoints.learned.read_original`.
         HeadSpecError: There is no such codebook, for example no Hadamard matrix of that order.
         OutputExistsError, OutputError: The output exists already, or cannot be written.
@@ -119,7 +119,8 @@ def convert(
         calibration=None if calibration is None else calibration.to_dict(),
     )
     write_slim(target, {**backbone, **head_tensors}, info, force=force)
-    notes = (*original.notes, *(note for head in heads for note in head.notes))
+    about_images = () if observed is None else tuple(observed.notes)
+    notes = (*original.notes, *about_images, *(note for head in heads for note in head.notes))
     return Conversion(path=target, info=info, savings=savings, calibration=calibration, notes=notes)
 
 

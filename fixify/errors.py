@@ -6,7 +6,10 @@ code. A message says what was given and what is allowed; `hint` says what to typ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import errno
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 
 class FixifyError(Exception):
@@ -79,6 +82,14 @@ class DataError(FixifyError):
     """A data set is missing, cannot be read, or does not fit the checkpoint."""
 
 
+class LoaderError(DataError):
+    """Images cannot be loaded because of the machine: a loader process ended, or memory or file handles ran out."""
+
+
+class ResourceError(FixifyError):
+    """The machine has too little memory, shared memory or file handles for what was asked."""
+
+
 class OutputExistsError(FixifyError):
     """An output file already exists, and `--force` was not given."""
 
@@ -95,3 +106,73 @@ class CheckFailed(FixifyError):
     """The command worked, but a check that it was asked to make failed."""
 
     exit_code = 3
+
+
+@dataclass(frozen=True)
+class ResourceProblem:
+    """What the machine lacks.
+
+    Attributes:
+        what: It in words, to be continued or followed by a full stop.
+        hint: What to type next.
+    """
+
+    what: str
+    hint: str
+
+
+_LESS_MEMORY = "Try a smaller --batch-size, fewer --workers, or a smaller --img-size."
+_MEMORY = ResourceProblem("there is not enough memory", _LESS_MEMORY)
+_HANDLES = ResourceProblem("too many files are open", "Allow more (ulimit -n 65536), or use fewer --workers.")
+_SHARED = ResourceProblem(
+    "the shared memory (/dev/shm) is full",
+    "Use fewer --workers or a smaller --batch-size, or make it larger (docker run --shm-size 8g).",
+)
+_BY_NUMBER = {errno.EMFILE: _HANDLES, errno.ENFILE: _HANDLES, errno.ENOMEM: _MEMORY}
+# Torch raises RuntimeError for all of these, so only its words tell.
+_BY_WORDS = {
+    "too many open files": _HANDLES,
+    "ancdata": _HANDLES,
+    "no space left on device": _SHARED,
+    "bus error": _SHARED,
+    "unable to mmap": _SHARED,
+    "out of memory": _MEMORY,
+    "not enough memory": _MEMORY,
+    "can't allocate memory": _MEMORY,
+    "cannot allocate memory": _MEMORY,
+    "resource temporarily unavailable": _MEMORY,
+}
+
+
+def resource_problem(error: BaseException) -> ResourceProblem | None:
+    """Say what the machine lacks, if that is why an error was raised; otherwise return None.
+
+    >>> resource_problem(OSError(errno.EMFILE, "Too many open files")).what
+    'too many files are open'
+    >>> resource_problem(ValueError("wrong size")) is None
+    True
+    """
+    if isinstance(error, MemoryError):
+        return _MEMORY
+    if isinstance(error, OSError):
+        return _BY_NUMBER.get(error.errno or 0)
+    if isinstance(error, RuntimeError):
+        words = str(error).lower()
+        return next((problem for text, problem in _BY_WORDS.items() if text in words), None)
+    return None
+
+
+@contextmanager
+def resources_explained(doing: str) -> Iterator[None]:
+    """Turn errors within the block that come from a lack of memory or file handles into a `ResourceError`.
+
+    Args:
+        doing: What the block does, after "Cannot".
+    """
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        problem = resource_problem(error)
+        if problem is None:
+            raise
+        raise ResourceError(f"Cannot {doing}: {problem.what}.", hint=problem.hint) from error

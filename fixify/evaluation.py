@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from fixify.data import (
     ImageLoader,
     Matched,
     OpenedData,
+    UnreadableImages,
     default_workers,
     make_loader,
     match_classes,
+    name_the_first,
     open_data,
     override,
 )
-from fixify.errors import DataError, UsageError
+from fixify.errors import DataError, UsageError, resources_explained
 from fixify.metrics import Agreement, Metrics, check_input_size, resolve_device
 from fixify.metrics import compare as compare_models
 from fixify.metrics import evaluate as evaluate_model
@@ -45,6 +48,7 @@ class Evaluation:
         against_name, against_metrics: The other checkpoint; None without one.
         agreement: How often both name the same class; None without another checkpoint. Its "first" model is the other
             checkpoint.
+        unreadable: A message for each image that could not be read and was left out.
     """
 
     data: str
@@ -55,6 +59,7 @@ class Evaluation:
     against_name: str | None = None
     against_metrics: Metrics | None = None
     agreement: Agreement | None = None
+    unreadable: tuple[str, ...] = ()
 
     @property
     def models(self) -> list[tuple[str, Metrics]]:
@@ -68,7 +73,8 @@ class Evaluation:
         """Return what `fixify eval --json` prints."""
         models = [{"name": name, **metrics.to_dict()} for name, metrics in self.models]
         agreement = {} if self.agreement is None else {"agreement": vars(self.agreement)}
-        return {"data": self.data, "split": self.split, "models": models, **agreement}
+        left_out = {"unreadable": list(self.unreadable)} if self.unreadable else {}
+        return {"data": self.data, "split": self.split, "models": models, **agreement, **left_out}
 
 
 @dataclass(frozen=True)
@@ -97,10 +103,12 @@ def evaluate(
     class_order: str | None = None,
     input_key: str | None = None,
     target_key: str | None = None,
+    max_unreadable: float = 0.01,
     arch: str | None = None,
     ema: bool = False,
     on_start: Callable[[OpenedData], object] | None = None,
     on_images: Callable[[int], object] | None = None,
+    on_warning: Callable[[str], object] | None = None,
 ) -> Evaluation:
     """Measure top-1, top-5, loss and calibration error of a checkpoint, and how often another one agrees.
 
@@ -122,14 +130,18 @@ def evaluate(
         class_order: "natural" or "lexical".
         input_key: Image column or file extensions.
         target_key: Label column or field.
+        max_unreadable: Share of the images that may be unreadable; they are left out.
         arch: The architecture, if the file does not show it.
         ema: Take the averaged weights of a training checkpoint.
         on_start: Called with the data before the first image is evaluated.
         on_images: Called after each batch with the number of images so far.
+        on_warning: Called with what is wrong or unusual about images; the first of each kind are named.
 
     Raises:
         UsageError: an option is out of its range, or the model does not take images of that size.
-        DataError: the data is missing or not the checkpoint's, or the two checkpoints order their classes differently.
+        DataError: the data is missing or not the checkpoint's, too many images are unreadable, or the two checkpoints
+            order their classes differently.
+        ResourceError, LoaderError: memory or file handles ran out, or a loader process ended.
         SourceError, ArchitectureError, FormatError: a checkpoint cannot be opened.
     """
     for name, value, allowed in (
@@ -148,15 +160,21 @@ def evaluate(
         model = source if isinstance(source, OpenModel) else open_model(source, arch=arch, ema=ema)
         return _prepare(model, opened, where, img_size, crop_pct)
 
+    warn = on_warning if on_warning is not None else _say_nothing
+    unreadable = UnreadableImages(len(opened), max_unreadable, name_the_first(warn), warn)
+    loaders = contextlib.ExitStack()
+
     def loader(prepared: _Prepared) -> ImageLoader:
-        return make_loader(
+        made = make_loader(
             first.matched.data,
             prepared.preprocessing,
             training=False,
             batch_size=batch_size,
             workers=default_workers(where) if workers is None else workers,
             device=where,
+            unreadable=unreadable,
         )
+        return loaders.enter_context(made)
 
     first = prepare(checkpoint)
     other = None if against is None else prepare(against)
@@ -165,19 +183,28 @@ def evaluate(
     about = (opened.name, split, first.matched.data.description, first.model.name)
     if on_start is not None:
         on_start(first.matched.data)
-    if other is None:
-        metrics = evaluate_model(first.model.model, loader(first), device=where, amp=amp, on_batch=on_images)  # type: ignore[arg-type]
-        return Evaluation(*about, metrics)
-    compared = compare_models(
-        other.model.model,
-        first.model.model,
-        loader(other),
-        None if other.preprocessing == first.preprocessing else loader(first),
-        device=where,
-        amp=amp,  # type: ignore[arg-type]
-        on_batch=on_images,
-    )
-    return Evaluation(*about, compared.second, other.model.name, compared.first, compared.agreement)
+    with loaders, resources_explained("evaluate"):
+        if other is None:
+            metrics = evaluate_model(first.model.model, loader(first), device=where, amp=amp, on_batch=on_images)  # type: ignore[arg-type]
+            found = Evaluation(*about, metrics)
+        else:
+            compared = compare_models(
+                other.model.model,
+                first.model.model,
+                loader(other),
+                None if other.preprocessing == first.preprocessing else loader(first),
+                device=where,
+                amp=amp,  # type: ignore[arg-type]
+                on_batch=on_images,
+            )
+            found = Evaluation(*about, compared.second, other.model.name, compared.first, compared.agreement)
+    if (summary := unreadable.summary()) is not None:
+        warn(summary)
+    return replace(found, unreadable=tuple(unreadable.messages))
+
+
+def _say_nothing(_text: str) -> None:
+    """Do nothing with a warning; the result has them."""
 
 
 def _prepare(

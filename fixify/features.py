@@ -15,14 +15,23 @@ from torch import Tensor, nn
 
 from fixify.checkpoints.learned import Original
 from fixify.conversion_options import MIN_IMAGES
-from fixify.data import ImageLoader, OpenedData, Subset, default_workers, draw_images, make_loader
-from fixify.errors import DataError
+from fixify.data import (
+    OpenedData,
+    Subset,
+    UnreadableImages,
+    default_workers,
+    draw_images,
+    make_loader,
+    name_the_first,
+)
+from fixify.errors import DataError, resources_explained
 from fixify.heads import FixedClassifier
 from fixify.metrics import eval_mode
 from fixify.surgery import replace_module
 
 _HELD_OUT = 0.25
 _BATCH = 32
+_MAX_UNREADABLE = 0.01  # as for finetuning
 _POSITIONS = 16  # of a feature map; neighbours are much alike, and all of them would take much memory
 
 
@@ -93,8 +102,12 @@ class Observation:
         on_images: Called after each batch with its number of images.
 
     Raises:
-        DataError: There is no such data, there are too few images, or one cannot be read.
+        DataError: There is no such data, there are too few images, or more than 1 % of them cannot be read.
+        ResourceError, LoaderError: Memory or file handles ran out, or a loader process ended.
     """
+
+    notes: list[str]
+    """What is wrong or unusual about the images; images that cannot be read are left out."""
 
     features: dict[str, Tensor]
     """By the path of a classifier layer its inputs, float32 [samples, N] on the CPU. A layer that is not called in eval
@@ -119,17 +132,24 @@ class Observation:
         self.data = drawn.name
         self.num_held_out = max(1, round(_HELD_OUT * len(drawn)))
         self.num_fitted = len(drawn) - self.num_held_out
+        self.notes = [f"{drawn.name}: {aside}." for aside in drawn.asides]
+        self._unreadable = UnreadableImages(
+            len(drawn), _MAX_UNREADABLE, name_the_first(self.notes.append), self.notes.append, option=None
+        )
         self._device = device
         self._preprocessing = original.preprocessing
         self._on_images = on_images
+        fitted = _part(drawn, 0, self.num_fitted)
         self._held_out = _part(drawn, self.num_fitted, len(drawn))
         self._model = original.model().to(device)
         channel_dims = {site.path: site.channel_dim for site in original.sites}
         with record_inputs(self._model, channel_dims, lambda path, x: _samples(x, channel_dims[path])) as seen:
-            for _ in self._answers(_part(drawn, 0, self.num_fitted)):
-                pass
+            self.num_fitted = sum(len(answers) for answers in self._answers(fitted))
         self.features = {path: torch.cat(parts) for path, parts in seen.items() if parts}
         self._expected = torch.cat(list(self._answers(self._held_out)))
+        self.num_held_out = len(self._expected)
+        if (summary := self._unreadable.summary()) is not None:
+            self.notes.append(summary)
 
     def result(self, heads: Mapping[str, FixedClassifier]) -> Calibration:
         """Put the heads into the model and count on the held-out images how often its answer is the original's."""
@@ -140,17 +160,20 @@ class Observation:
 
     def _answers(self, data: OpenedData) -> Iterator[Tensor]:
         workers = 0 if self._device.type == "cpu" else default_workers(self._device)
-        loader: ImageLoader = make_loader(
-            data, self._preprocessing, training=False, batch_size=_BATCH, workers=workers, device=self._device
+        loader = make_loader(
+            data,
+            self._preprocessing,
+            training=False,
+            batch_size=_BATCH,
+            workers=workers,
+            device=self._device,
+            unreadable=self._unreadable,
         )
-        try:
-            with eval_mode(self._model), torch.no_grad():
-                for images, _ in loader:
-                    yield self._model(images.to(self._device)).argmax(dim=-1).cpu()
-                    if self._on_images is not None:
-                        self._on_images(len(images))
-        finally:
-            loader.close()
+        with loader, eval_mode(self._model), torch.no_grad(), resources_explained("calibrate"):
+            for images, _ in loader:
+                yield self._model(images.to(self._device)).argmax(dim=-1).cpu()
+                if self._on_images is not None:
+                    self._on_images(len(images))
 
 
 def _samples(x: Tensor, channel_dim: int) -> Tensor:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fixify.errors import DataError, UsageError
+from fixify.errors import DataError, ResourceError, UsageError, resource_problem
 
 Precision = Literal["none", "bf16", "fp16"]
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -375,12 +375,18 @@ def check_input_size(model: nn.Module, input_size: Sequence[int]) -> None:
 
     Raises:
         UsageError: the model does not accept it.
+        ResourceError: the memory of this machine is too small for it.
     """
+    _, height, width = input_size
     try:
         with eval_mode(model), torch.no_grad():
             model(torch.zeros(1, *input_size))
-    except (RuntimeError, AssertionError, ValueError) as error:  # what models raise on a wrong size
-        _, height, width = input_size
+    except (RuntimeError, AssertionError, ValueError, MemoryError) as error:  # what models raise on a wrong size
+        if (problem := resource_problem(error)) is not None:
+            raise ResourceError(
+                f"Cannot run the model on one image of {height} x {width}: {problem.what}.",
+                hint="Choose a smaller --img-size.",
+            ) from error
         raise UsageError(
             f"This model does not take images of {height} x {width}: {str(error).splitlines()[0]}"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,8 +14,8 @@ from fixify.checkpoints import read_labels
 from fixify.checkpoints.open import OpenModel, open_model
 from fixify.data.dataset import OpenedData
 from fixify.data.folder import FolderImages
-from fixify.data.loader import make_loader
-from fixify.errors import UsageError
+from fixify.data.loader import UnreadableImages, make_loader, name_the_first
+from fixify.errors import UsageError, resources_explained
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ def predict(
     ema: bool = False,
     batch_size: int = 16,
     device: str = "cpu",
+    max_unreadable: float = 0.0,
     on_image: Callable[[Prediction], object] | None = None,
+    on_warning: Callable[[str], object] | None = None,
 ) -> list[Prediction]:
     """Classify image files, preprocessed as the checkpoint says.
 
@@ -61,14 +64,18 @@ def predict(
         ema: Take the averaged weights of a training checkpoint.
         batch_size: Images per step.
         device: Where the model runs.
+        max_unreadable: Share of the images that may be unreadable. They are left out; `Prediction.image` says which
+            image a prediction is of.
         on_image: Called with each prediction.
+        on_warning: Called with what is wrong or unusual about images; the first of each kind are named.
 
     Returns:
-        One prediction per image, in the given order.
+        One prediction per image that can be read, in the given order.
 
     Raises:
         UsageError: there are no images, or `top` is less than 1.
-        DataError: a file is not an image; the message names it.
+        DataError: a file cannot be read as an image, or more than allowed; the message names it.
+        ResourceError, LoaderError: memory or file handles ran out.
         SourceError, ArchitectureError, FormatError: the checkpoint cannot be opened.
     """
     if not images or top < 1:
@@ -78,23 +85,48 @@ def predict(
         opened = replace(opened, labels=read_labels(labels, opened.num_classes))
     names = [str(image) for image in images]
     data = OpenedData(
-        images=FolderImages(Path(), names, [0] * len(names)),
+        images=FolderImages(Path(), names, range(len(names))),  # the label says which image it is
         class_names=tuple(opened.labels or map(str, range(opened.num_classes))),
         location=".",
         description=f"{len(names)} images",
         name="images",
         split="val",
     )
-    loader = make_loader(data, opened.preprocessing, training=False, batch_size=batch_size)
+    unreadable = UnreadableImages(len(names), max_unreadable)
+    if on_warning is not None:
+        unreadable.on_found, unreadable.on_remark = name_the_first(on_warning), on_warning
+    loader = make_loader(data, opened.preprocessing, training=False, batch_size=batch_size, unreadable=unreadable)
     model = opened.model.to(device)
     found: list[Prediction] = []
-    with torch.inference_mode():
-        for batch, _ in loader:
+    with loader, torch.inference_mode(), resources_explained("classify the images"):
+        for batch, numbers in loader:
             probabilities = model(batch.to(device)).float().softmax(dim=-1)
             best = probabilities.topk(min(top, opened.num_classes), dim=-1)
-            for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            for number, values, indices in zip(
+                numbers.tolist(), best.values.tolist(), best.indices.tolist(), strict=True
+            ):
                 named = tuple(data.class_names[index] for index in indices)
-                found.append(Prediction(names[len(found)], tuple(indices), named, tuple(values)))
+                found.append(Prediction(names[number], tuple(indices), named, tuple(values)))
                 if on_image is not None:
                     on_image(found[-1])
+    if on_warning is not None and (summary := unreadable.summary()) is not None:
+        on_warning(summary)
     return found
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Shorten paths to their file names, and to more of the path where several files have one name.
+
+    >>> short_names(["data/a/1.png", "data/b/1.png", "data/b/2.png"])
+    ['a/1.png', 'b/1.png', '2.png']
+    """
+    found = {path: Path(path).name for path in paths}
+    for depth in range(2, 1 + max((len(Path(path).parts) for path in found), default=0)):
+        same: defaultdict[str, list[str]] = defaultdict(list)
+        for path, name in found.items():
+            same[name].append(path)
+        unclear = [path for several in same.values() if len(several) > 1 for path in several]
+        if not unclear:
+            break
+        found.update({path: str(Path(*Path(path).parts[-depth:])) for path in unclear})
+    return [found[path] for path in paths]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import fixify
 from fixify.checkpoints.open import open_model
 from fixify.checkpoints.slim import SlimInfo
-from fixify.errors import DataError, FormatError, UsageError
-from fixify.prediction import Prediction
+from fixify.errors import DataError, FormatError, ResourceError, UsageError
+from fixify.prediction import Prediction, short_names
 
 QUICK = {"img_size": 32, "workers": 0, "device": "cpu"}
 
@@ -77,3 +80,70 @@ def test_identify_inspect_verify(tiny: Path, slim: Path) -> None:
     assert checked.passed and not checked.failed and len(checked.checks) >= 5
     with pytest.raises(FormatError):
         fixify.inspect(tiny / "learned.pth")
+
+
+@pytest.fixture
+def damaged(tiny: Path, tmp_path: Path) -> Path:
+    """The data of `tiny` with one unreadable image in each split, and one of 16 bits."""
+    root = tmp_path / "data"
+    shutil.copytree(tiny / "data", root)
+    for split in ("train", "val"):
+        (root / split / "class1" / "0.png").write_bytes(b"no image")
+        Image.fromarray(np.full((32, 32), 40_000, np.uint16)).save(root / split / "class2" / "0.png")
+    return root
+
+
+def test_evaluate_leaves_out_unreadable_images_aloud(damaged: Path, tiny: Path, slim: Path) -> None:
+    with pytest.raises(DataError, match=r"class1/0\.png"):
+        fixify.evaluate(slim, damaged, **QUICK)
+    said: list[str] = []
+    for against in (None, tiny / "learned.pth"):
+        said.clear()
+        found = fixify.evaluate(slim, damaged, against=against, max_unreadable=0.25, on_warning=said.append, **QUICK)
+        assert found.metrics.num_images == 3 and len(found.unreadable) == 1
+        assert found.to_dict()["unreadable"] == list(found.unreadable)
+        assert sum("class1/0.png" in text for text in said) == 1 and len(said) == 3
+        assert any("class2/0.png" in text for text in said) and said[-1].startswith("1 of 4 ")
+    assert "unreadable" not in fixify.evaluate(slim, tiny / "data", **QUICK).to_dict()
+
+
+def test_predict_leaves_out_unreadable_images_only_if_told_to(damaged: Path, slim: Path) -> None:
+    images = [str(damaged / "val" / f"class{label}" / "0.png") for label in range(4)]
+    with pytest.raises(DataError, match=r"class1/0\.png"):
+        fixify.predict(slim, images)
+    said: list[str] = []
+    found = fixify.predict(slim, images, max_unreadable=0.25, on_warning=said.append)
+    assert [prediction.image for prediction in found] == [images[0], *images[2:]]
+    alone = fixify.predict(slim, images[3:])[0]
+    assert found[2].probabilities == pytest.approx(alone.probabilities) and found[2].image == alone.image
+    assert len(said) == 3
+
+
+@pytest.mark.parametrize("size", [1, 4096])
+def test_too_little_memory_does_not_blame_the_model(
+    tiny: Path, slim: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    def fail(*_given: object, **_more: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    opened = open_model(slim)
+    monkeypatch.setattr(opened.model, "forward", fail)
+    with pytest.raises(ResourceError, match="memory") as caught:
+        fixify.evaluate(opened, tiny / "data", **{**QUICK, "img_size": None if size == 1 else size})
+    assert "--img-size" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/0.png"], ["0.png"]),
+        (["a/0.png", "a/0.png"], ["0.png", "0.png"]),
+        (["x/a/0.png", "y/a/0.png", "y/b/0.png", "1.png"], ["x/a/0.png", "y/a/0.png", "b/0.png", "1.png"]),
+        (["0.png", "a/0.png"], ["0.png", "a/0.png"]),
+        (["/0.png", "0.png"], ["/0.png", "0.png"]),
+        ([], []),
+    ],
+)
+def test_short_names_tell_files_apart(paths: list[str], names: list[str]) -> None:
+    assert short_names(paths) == names
+    assert len(set(names)) == len(set(paths))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fixify.data import OpenedData
 
 
-@takes("fixify.training.options:FinetuneOptions", "class_order", "input_key", "target_key")
+@takes("fixify.training.options:FinetuneOptions", "class_order", "input_key", "target_key", "max_unreadable")
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A slim or ordinary checkpoint, or a model name.")],
     data: Data,
@@ -93,6 +93,7 @@ def evaluate(
             class_map=class_map,
             on_start=begin,
             on_images=count,
+            on_warning=output.warn,
             **options,
         )
     output.result(found.to_dict(), metrics_table(found))

@@ -17,6 +17,9 @@ def predict(
     labels: Annotated[
         str | None, typer.Option(help="A file of class names, or imagenet. Default: the checkpoint's.")
     ] = None,
+    max_unreadable: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the images that may be unreadable; they are left out.")
+    ] = 0.01,
     arch: Arch = None,
     ema: Ema = False,
     as_json: Json = False,
@@ -36,5 +39,13 @@ def predict(
         which = "--labels imagenet or " if imagenet_labels(opened.num_classes) else ""
         output.say(f"{opened.name} has no class names; numbers are shown. Give names with {which}--labels FILE.")
     with output.progress("classifying", total=len(images)) as advance:
-        found = fixify.predict(opened, images, top=top, labels=labels, on_image=lambda _: advance())
+        found = fixify.predict(
+            opened,
+            images,
+            top=top,
+            labels=labels,
+            max_unreadable=max_unreadable,
+            on_image=lambda _: advance(),
+            on_warning=output.warn,
+        )
     output.result({"predictions": [prediction.to_dict() for prediction in found]}, predictions_table(found))

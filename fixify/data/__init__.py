@@ -2,7 +2,15 @@
 
 from fixify.data.class_matching import Matched, check_classes, match_classes
 from fixify.data.dataset import ClassOrder, DataOptions, ImageSource, OpenedData, Split, Subset, listing_digest
-from fixify.data.loader import Augmentation, ImageLoader, Unreadable, UnreadableImages, default_workers, make_loader
+from fixify.data.loader import (
+    Augmentation,
+    ImageLoader,
+    Unreadable,
+    UnreadableImages,
+    default_workers,
+    make_loader,
+    name_the_first,
+)
 from fixify.data.preprocessing import Preprocessing, override
 from fixify.data.registry import DATA_NAMES, draw_images, open_data, open_train_val, open_unlabelled
 from fixify.data.sampler import Shard
@@ -28,6 +36,7 @@ __all__ = [
     "listing_digest",
     "make_loader",
     "match_classes",
+    "name_the_first",
     "open_data",
     "open_train_val",
     "open_unlabelled",

@@ -7,13 +7,11 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
-
-from fixify.errors import DataError
+from PIL import Image
 
 Split = Literal["train", "val", "test"]
 ClassOrder = Literal["natural", "lexical"]
@@ -54,6 +52,10 @@ class ImageSource(Protocol):
         """
         ...
 
+    def where(self, index: int) -> str:
+        """Return how to name image `index` in a message."""
+        ...
+
     def listing(self) -> Iterable[bytes]:
         """Return what identifies these images without decoding them; see `listing_digest`.
 
@@ -78,6 +80,7 @@ class OpenedData:
         order: Where the order of the classes comes from: "own" is the data set's own order, "map" is a class map, and
             the others are ways of sorting the names of class folders.
         assumed: True if `order` is a default that nobody asked for.
+        asides: Files that were not read, in words; the description has them too.
     """
 
     images: ImageSource
@@ -89,6 +92,7 @@ class OpenedData:
     labelled: bool = True
     order: ClassOrder | Literal["own", "map"] = "own"
     assumed: bool = False
+    asides: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -112,6 +116,10 @@ class Subset:
     def load(self, index: int) -> tuple[Image.Image, int]:
         """See `ImageSource.load`."""
         return self.images.load(self.indices[index])
+
+    def where(self, index: int) -> str:
+        """See `ImageSource.where`."""
+        return self.images.where(self.indices[index])
 
     def listing(self) -> Iterator[bytes]:
         """Identify the images of the source and the indices."""
@@ -138,6 +146,10 @@ class Relabelled:
         """See `ImageSource.load`."""
         image, label = self.images.load(index)
         return image, int(self.label_of[label])
+
+    def where(self, index: int) -> str:
+        """See `ImageSource.where`."""
+        return self.images.where(index)
 
     def listing(self) -> Iterator[bytes]:
         """Identify the images of the source and the new labels."""
@@ -184,24 +196,3 @@ def sort_classes(names: Iterable[str], order: ClassOrder | None) -> list[str]:
 def _natural_key(name: str) -> list[int | str]:
     # `re.split` alternates text and numbers, so equal positions always compare equal types.
     return [int(part) if position % 2 else part for position, part in enumerate(re.split(r"(\d+)", name.lower()))]
-
-
-def decode(file: Path | IO[bytes], where: object, *, hint: str | None = None) -> Image.Image:
-    """Decode an image.
-
-    Args:
-        file: Its path, or an open file.
-        where: How to name it in an error message.
-        hint: What to do if it is damaged.
-
-    Raises:
-        DataError: the image cannot be decoded.
-    """
-    try:
-        with Image.open(file) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow's decoders raise SyntaxError and ValueError for files that are damaged inside.
-        reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise DataError(f"Cannot read the image {where}: {reason}.", hint=hint) from error
-    return image

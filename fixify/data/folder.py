@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from fixify.data.dataset import ClassOrder, OpenedData, Split, decode, natural_order, sort_classes
+from fixify.data.dataset import ClassOrder, OpenedData, Split, natural_order, sort_classes
+from fixify.data.decoding import decode
 from fixify.errors import DataError
 
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
@@ -22,6 +25,12 @@ SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
 """Names that each split may have, the preferred one first."""
 
 IMAGENET_FOLDERS = ("imagenet", "ImageNet", "imagenet-1k", "imagenet1k", "ILSVRC2012", "ILSVRC/Data/CLS-LOC")
+
+_OTHER_SUFFIXES = (
+    *(".gif", ".jfif", ".jpe", ".avif", ".avifs", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".jpx", ".apng", ".svg"),
+    *(".ico", ".tga", ".psd", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".dcm"),
+)
+"""Suffixes of images that are not read, as in timm and torchvision; such files are counted."""
 
 _LAYOUT = (
     "Expected one folder per class in each split: DATA/train/<class>/*.jpg and DATA/val/<class>/*.jpg "
@@ -63,6 +72,10 @@ class FolderImages:
         image = decode(path, path, hint="Replace the file or move it out of the data folder.")
         return image, int(self.labels[index])
 
+    def where(self, index: int) -> str:
+        """See `ImageSource.where`."""
+        return str(self.path(index))
+
     def listing(self) -> Iterator[bytes]:
         """Identify each file by its relative path, its size and its label."""
         root = os.fsencode(self.root)
@@ -90,8 +103,8 @@ def open_folder(
         class_order: How to sort the class names; None means natural order.
 
     Raises:
-        DataError: no such split, images outside of class folders, an empty class folder, or a class that the training
-            split does not have.
+        DataError: no such split, images outside of class folders, a class folder for training without images, no
+            images at all, or a class that the training split does not have.
     """
     root = root.expanduser()
     folder = find_split(root, split)
@@ -108,20 +121,21 @@ def open_folder(
             f"{folder} has {len(unknown)} class folders that {train} does not have: {', '.join(unknown[:5])}.",
             hint="Both splits need the same class folder names.",
         )
-    paths, labels = scan(folder, own_names, {name: label for label, name in enumerate(class_names)})
-    missing = len(class_names) - len(own_names)
-    description = f"{len(paths):,} images of {len(class_names):,} classes from {folder.name}/" + (
-        f" ({missing} classes have no images there)" if missing else ""
-    )
+    found = scan(folder, own_names, {name: label for label, name in enumerate(class_names)}, split)
+    asides = [*found.asides]
+    if missing := len(class_names) - len(own_names) + len(found.empty):
+        asides.insert(0, "1 class has no images there" if missing == 1 else f"{missing:,} classes have no images there")
+    description = f"{len(found.paths):,} images of {count_classes(len(class_names))} from {folder.name}/"
     return OpenedData(
-        images=FolderImages(folder, paths, labels),
+        images=FolderImages(folder, found.paths, found.labels),
         class_names=tuple(class_names),
         location=str(folder),
-        description=description,
+        description=description + in_brackets(asides),
         name=name if name is not None else root.resolve().name,
         split=split,
         order=class_order or "natural",
         assumed=class_order is None,
+        asides=tuple(found.asides),
     )
 
 
@@ -216,34 +230,130 @@ def class_folders(folder: Path) -> list[str]:
     return natural_order(names)
 
 
-def images_below(folder: Path, name: str = "") -> list[str]:
-    """List the image files at any depth below folder/name, relative to `folder`, in natural order."""
-    found: list[str] = []
-    for parent, subfolders, files in os.walk(folder / name, followlinks=True):
-        subfolders[:] = [subfolder for subfolder in subfolders if not subfolder.startswith(".")]
+@dataclass
+class FoundImages:
+    """What `images_below` and `scan` find.
+
+    Attributes:
+        paths: The image files, relative to the folder, in natural order within a class.
+        labels: The label of each; filled by `scan`.
+        skipped: How many images of each suffix are there that are not read.
+        loops: Links that lead back to a folder above them; they are not followed.
+        empty: Class folders without images.
+    """
+
+    paths: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    loops: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+
+    @property
+    def asides(self) -> list[str]:
+        """What a description says about files that were not read.
+
+        >>> FoundImages(skipped=Counter({".gif": 2}), loops=["val/a/loop"]).asides
+        ['not read: 2 .gif', 'not followed, because it leads back to a folder above it: val/a/loop']
+        """
+        found = []
+        if self.skipped:
+            most_first = sorted(self.skipped.items(), key=lambda item: (-item[1], item[0]))  # not in the disk's order
+            found.append("not read: " + ", ".join(f"{count:,} {suffix}" for suffix, count in most_first))
+        if self.loops:
+            more = f" and {len(self.loops) - 1:,} more links" if len(self.loops) > 1 else ""
+            found.append(f"not followed, because it leads back to a folder above it: {self.loops[0]}{more}")
+        return found
+
+
+def in_brackets(asides: Sequence[str]) -> str:
+    """Join remarks for the end of a description; "" if there are none."""
+    return f" ({'; '.join(asides)})" if asides else ""
+
+
+def count_classes(count: int) -> str:
+    """Write a number of classes.
+
+    >>> count_classes(1), count_classes(1000)
+    ('1 class', '1,000 classes')
+    """
+    return "1 class" if count == 1 else f"{count:,} classes"
+
+
+def images_below(folder: Path, name: str = "") -> FoundImages:
+    """List the image files at any depth below folder/name.
+
+    Links to folders are followed, unless they lead back to a folder that they are in.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    found = FoundImages()
+    start = os.path.join(folder, name)  # noqa: PTH118 (as below)
+    # For each folder the real folders that the way to it has passed: that of the last link, and before it those in
+    # which a link was taken. A link to one of them, or to a folder above one, would never end.
+    passed: dict[str, tuple[str, ...]] = {start: (os.path.realpath(start),)}
+    for parent, subfolders, files in os.walk(start, followlinks=True, onerror=_cannot_read):
         relative = os.path.relpath(parent, folder)
-        found += [os.path.join(relative, file) for file in files if _is_image(file)]  # noqa: PTH118 (millions of files)
-    return natural_order(found)
+        way = passed.pop(parent)
+        kept = []
+        for subfolder in subfolders:
+            if subfolder.startswith("."):
+                continue
+            path = os.path.join(parent, subfolder)  # noqa: PTH118 (millions of files)
+            if not os.path.islink(path):  # noqa: PTH114
+                passed[path] = (*way[:-1], os.path.join(way[-1], subfolder))  # noqa: PTH118
+            elif _leads_back(target := os.path.realpath(path), way):
+                found.loops.append(os.path.join(folder.name, relative, subfolder))  # noqa: PTH118
+                continue
+            else:
+                passed[path] = (*way, target)
+            kept.append(subfolder)
+        subfolders[:] = kept
+        for file in files:
+            if _is_image(file):
+                found.paths.append(os.path.join(relative, file))  # noqa: PTH118
+            elif not file.startswith(".") and file.lower().endswith(_OTHER_SUFFIXES):
+                found.skipped[os.path.splitext(file)[1].lower()] += 1  # noqa: PTH122
+    found.paths = natural_order(found.paths)
+    found.loops.sort()
+    return found
 
 
-def scan(folder: Path, class_names: Sequence[str], label_of: dict[str, int]) -> tuple[list[str], list[int]]:
+def _leads_back(target: str, way: Sequence[str]) -> bool:
+    below = target.rstrip(os.sep) + os.sep
+    return any(real == target or real.startswith(below) for real in way)
+
+
+def _cannot_read(error: OSError) -> None:
+    raise DataError(f"Cannot read the folder {error.filename}: {error.strerror}.") from error
+
+
+def scan(folder: Path, class_names: Sequence[str], label_of: dict[str, int], split: Split) -> FoundImages:
     """List the image files of class folders, relative to `folder`, and the label of each.
 
     Raises:
-        DataError: a class folder has no images.
+        DataError: there are no images; or, in training, a class folder has none.
     """
-    paths: list[str] = []
-    labels: list[int] = []
+    total = FoundImages()
     for name in class_names:
         found = images_below(folder, name)
-        if not found:
-            raise DataError(
-                f"The class folder {folder / name} has no images ({', '.join(IMG_EXTENSIONS)}).",
-                hint="Remove the folder if it is not a class.",
-            )
-        paths += found
-        labels += [label_of[name]] * len(found)
-    return paths, labels
+        if not found.paths:
+            if split == "train":
+                raise DataError(
+                    f"The class folder {folder / name} has no images ({', '.join(IMG_EXTENSIONS)})"
+                    f"{in_brackets(found.asides)}.",
+                    hint="Convert them, for example to PNG." if found.skipped else "Remove it if it is not a class.",
+                )
+            total.empty.append(name)
+        total.paths += found.paths
+        total.labels += [label_of[name]] * len(found.paths)
+        total.skipped += found.skipped
+        total.loops += found.loops
+    if not total.paths:
+        raise DataError(
+            f"The class folders of {folder} have no images ({', '.join(IMG_EXTENSIONS)}){in_brackets(total.asides)}."
+        )
+    return total
 
 
 def _is_image(name: str) -> bool:

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fixify.data.dataset import DataOptions, OpenedData, Split, decode, natural_order
+from fixify.data.dataset import DataOptions, OpenedData, Split, natural_order
+from fixify.data.decoding import decode
 from fixify.data.folder import SPLIT_NAMES
 from fixify.errors import DataError
 
@@ -46,7 +47,7 @@ class HuggingFaceImages:
     def load(self, index: int) -> tuple[Image.Image, int]:
         """See `ImageSource.load`."""
         stored = self.table[index][self.image_key] or {}
-        where = f"number {index:,} of {self.name}" + (f" ({Path(stored['path']).name})" if stored.get("path") else "")
+        where = self._name(index, stored)
         if stored.get("bytes"):
             image = decode(io.BytesIO(stored["bytes"]), where)
         elif stored.get("path"):
@@ -54,6 +55,13 @@ class HuggingFaceImages:
         else:
             raise DataError(f"Cannot read the image {where}: it is empty.")
         return image, int(self.labels[index])
+
+    def where(self, index: int) -> str:
+        """See `ImageSource.where`."""
+        return self._name(index, self.table[index][self.image_key] or {})
+
+    def _name(self, index: int, stored: dict[str, Any]) -> str:
+        return f"number {index:,} of {self.name}" + (f" ({Path(stored['path']).name})" if stored.get("path") else "")
 
     def listing(self) -> Iterator[bytes]:
         """Identify the data by its name, its length and its labels."""

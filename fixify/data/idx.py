@@ -51,6 +51,10 @@ class ArrayImages:
         """See `ImageSource.load`."""
         return Image.fromarray(self.pixels[index]), int(self.labels[index])
 
+    def where(self, index: int) -> str:
+        """See `ImageSource.where`."""
+        return f"number {index:,}"
+
     def listing(self) -> Iterator[bytes]:
         """Identify the images by the hash of all pixels and the hash of all labels."""
         for array in (self.pixels, self.labels.astype("<i8")):

@@ -5,12 +5,13 @@ An image that cannot be read is counted (`UnreadableImages`) and replaced or lef
 
 from __future__ import annotations
 
+import math
 import os
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
 from PIL import Image
@@ -23,15 +24,26 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from torchvision import transforms
 
 from fixify.data.dataset import ImageSource, OpenedData
+from fixify.data.decoding import convert_mode, remarks_on
 from fixify.data.preprocessing import channels_of, normalization
+from fixify.data.processes import (
+    Reading,
+    close_at_exit,
+    end_workers,
+    explain,
+    start_worker,
+    starting_workers,
+    workers_of,
+)
 from fixify.data.sampler import BatchSampler, Shard
 from fixify.data.seeding import restored_globals, seed_globals, seeded_globals
-from fixify.errors import DataError
+from fixify.errors import DataError, LoaderError, resource_problem
 from fixify.models.architectures import Preprocessing
 
 Batch = tuple[Tensor, Tensor]
-_Samples = list[tuple[Tensor, int]]
 _TRIES = 50  # images to try for one place in a training batch, as in timm
+_MOST_PIXELS = 1 << 26  # of an image that is resized by its shorter side; a strip of 1 x 100,000 would take 5 GB
+_MOST_INPUTS = 16  # or so many times as many as the model takes
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,7 @@ def make_loader(
 
     Raises:
         DataError: no image can be preprocessed as configured; or, while iterating, too many images are unreadable.
+        LoaderError: while iterating, a loader process ended or hangs, or memory or file handles ran out.
     """
     device = device if device is not None else torch.device("cpu")
     augmentation = augmentation if augmentation is not None else Augmentation()
@@ -124,19 +137,22 @@ def make_loader(
         even=training and augmentation.mixes,
         shard=shard or Shard(),
     )
+    reading = Reading(workers)
     loader: Any = DataLoader(
         _TransformedImages(
             opened.images,
             "L" if channels_of(preprocessing) == 1 else "RGB",
             _training_transform(preprocessing, augmentation) if training else _evaluation_transform(preprocessing),
             random=training,
+            reading=reading,
+            shorter_side=_shorter_side(preprocessing, augmentation if training else None),
         ),
         batch_sampler=keys,
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=partial(start_worker, reading),
         # Without a generator, starting workers would draw from the global one. Seeds travel with the keys.
         generator=torch.Generator().manual_seed(0),
     )
@@ -165,7 +181,10 @@ class _BatchStages:
 
 
 class ImageLoader:
-    """Iterates over the batches of one epoch; see `make_loader`. Call `set_epoch` to choose the epoch."""
+    """Iterates over the batches of one epoch; see `make_loader`. Call `set_epoch` to choose the epoch.
+
+    Use it in a `with` block, or call `close`: its processes do not end by themselves.
+    """
 
     def __init__(self, loader: Any, keys: BatchSampler, unreadable: UnreadableImages, stages: _BatchStages) -> None:
         self._loader = loader
@@ -173,6 +192,13 @@ class ImageLoader:
         self.unreadable = unreadable
         self._stages = stages
         self._empty = 0
+        close_at_exit(self)
+
+    def __enter__(self) -> ImageLoader:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose the epoch (its order and augmentation) and the batch that the next iteration begins with."""
@@ -213,11 +239,8 @@ class ImageLoader:
             number += 1
 
     def close(self) -> None:
-        """Stop the worker processes. The loader can be iterated again afterwards."""
-        iterator = self._loader._iterator
-        if iterator is not None:
-            iterator._shutdown_workers()
-            self._loader._iterator = None
+        """End the loader processes, within seconds. The loader can be iterated again afterwards."""
+        end_workers(self._loader)
 
     def _normalized_batches(self) -> Iterator[Batch]:
         self._empty = 0
@@ -244,6 +267,14 @@ class Unreadable:
     hint: str | None = None
 
 
+@dataclass(frozen=True)
+class _Remark:
+    """What is unusual about an image that was read; see `fixify.data.decoding.remarks_on`."""
+
+    text: str
+    where: str
+
+
 class UnreadableImages:
     """Counts the unreadable images of a data set, each once.
 
@@ -253,9 +284,13 @@ class UnreadableImages:
         num_images: Images in the data set.
         max_fraction: Fraction of them that may be unreadable; 0 makes the first one an error.
         on_found: Called for each new one with its message and the number of them so far.
+        on_remark: Called with what is unusual about images that can be read (16 bits, an EXIF rotation, ...): a
+            sentence that names the first such image, once for each kind.
+        option: The option that sets `max_fraction`, for messages; None if there is none.
 
     Attributes:
         messages: The message of each, in the order in which they were found.
+        remarks: Each kind of remark and the image that it was first made of.
 
     >>> unreadable = UnreadableImages(100, max_fraction=0.01)
     >>> unreadable.add(Unreadable("Cannot read a.png."))
@@ -265,12 +300,21 @@ class UnreadableImages:
     """
 
     def __init__(
-        self, num_images: int, max_fraction: float = 0.0, on_found: Callable[[str, int], object] | None = None
+        self,
+        num_images: int,
+        max_fraction: float = 0.0,
+        on_found: Callable[[str, int], object] | None = None,
+        on_remark: Callable[[str], object] | None = None,
+        *,
+        option: str | None = "--max-unreadable",
     ) -> None:
         self.num_images = num_images
         self.max_fraction = max_fraction
         self.on_found = on_found
+        self.on_remark = on_remark
+        self.option = option
         self.messages: dict[str, None] = {}
+        self.remarks: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.messages)
@@ -288,13 +332,45 @@ class UnreadableImages:
         if self.max_fraction == 0:
             raise DataError(found.message, hint=found.hint)
         if count > self.max_fraction * self.num_images:
+            enough = min(1.0, max(10 * self.max_fraction, math.ceil(100 * count / self.num_images) / 100))
+            allow = f" Or allow more: {self.option} {enough:g}" if self.option else ""
             raise DataError(
                 f"{count:,} of {self.num_images:,} images cannot be read, and {self.max_fraction:g} of them may be "
-                f"unreadable (--max-unreadable). The last one: {found.message}",
-                hint=f"{found.hint or ''} Or allow more: --max-unreadable {10 * self.max_fraction:g}".strip(),
+                f"unreadable{f' ({self.option})' if self.option else ''}. The last one: {found.message}",
+                hint=f"{found.hint or ''}{allow}".strip() or None,
             )
         if self.on_found is not None:
             self.on_found(found.message, count)
+
+    def summary(self) -> str | None:
+        """Say how many images could not be read; None if all could.
+
+        >>> UnreadableImages(100).summary() is None
+        True
+        """
+        if not self.messages:
+            return None
+        return f"{len(self):,} of {self.num_images:,} images cannot be read and are left out."
+
+    def remark(self, text: str, where: str) -> None:
+        """Report what is unusual about an image, if no other image was reported for it."""
+        if text in self.remarks:
+            return
+        self.remarks[text] = where
+        if self.on_remark is not None:
+            self.on_remark(f"{where} {text}. Other such images are not named.")
+
+
+def name_the_first(warn: Callable[[str], object], most: int = 5) -> Callable[[str, int], None]:
+    """Make an `on_found` that warns of the first few images that cannot be read; `summary` counts the others."""
+
+    def on_found(message: str, count: int) -> None:
+        if count <= most:
+            warn(f"{message.rstrip('.')}; it is left out.")
+        elif count == most + 1:
+            warn("More images cannot be read. They are counted, not named.")
+
+    return on_found
 
 
 def _training_transform(preprocessing: Preprocessing, augmentation: Augmentation) -> Any:
@@ -368,6 +444,42 @@ def _batch_augmentation(
     return erase, mix
 
 
+def _shorter_side(preprocessing: Preprocessing, augmentation: Augmentation | None) -> int | None:
+    """Return the length that the transform gives to the shorter side; None if it never resizes the whole image so.
+
+    Args:
+        preprocessing: timm's data configuration.
+        augmentation: None outside of training.
+    """
+    side = max(tuple(preprocessing["input_size"])[1:])
+    if augmentation is not None:
+        return side if augmentation.no_aug or augmentation.crop_padding is not None else None
+    if preprocessing.get("crop_mode") in ("squash", "border"):
+        return None
+    return int(side / (preprocessing.get("crop_pct") or 0.875))  # timm's default
+
+
+@dataclass
+class _Part:
+    """What is sent of one batch to the process that asked for it.
+
+    An exception would arrive as a traceback, so errors that are no defects are sent as values.
+
+    Attributes:
+        samples: Transformed images and their labels.
+        failures: Images that cannot be read.
+        remarks: What is unusual about the others, each kind once per loader process.
+        error: Why no batch can be read at all.
+        batch: The collated samples; [] without any.
+    """
+
+    samples: list[tuple[Tensor, int]] = field(default_factory=list)
+    failures: list[Unreadable] = field(default_factory=list)
+    remarks: list[_Remark] = field(default_factory=list)
+    error: LoaderError | None = None
+    batch: list[Tensor] = field(default_factory=list)
+
+
 class _TransformedImages(Dataset[Any]):
     """Loads images, converts them to the model's number of channels, and transforms them.
 
@@ -376,50 +488,99 @@ class _TransformedImages(Dataset[Any]):
         mode: Pillow's "L" (one channel) or "RGB".
         transform: timm's.
         random: Whether the transform draws random numbers.
+        reading: Told which image is being read.
+        shorter_side: See `_shorter_side`.
     """
 
-    def __init__(self, images: ImageSource, mode: str, transform: Callable[[Image.Image], Tensor], *, random: bool):
+    def __init__(
+        self,
+        images: ImageSource,
+        mode: str,
+        transform: Callable[[Image.Image], Tensor],
+        *,
+        random: bool,
+        reading: Reading,
+        shorter_side: int | None,
+    ):
         self.images = images
         self.mode = mode
         self.transform = transform
         self.random = random
+        self.reading = reading
+        self.shorter_side = shorter_side
+        self._remarked: set[str] = set()
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[_Samples, list[Unreadable]]:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> _Part:
         # A worker process has its own global generators. Those of the caller's process must not change.
         in_this_process = self.random and get_worker_info() is None
-        samples, failures = _Samples(), list[Unreadable]()
+        part = _Part()
         with restored_globals() if in_this_process else nullcontext():
-            for index, seed in keys:
-                loaded = self._load(index, failures)
-                if loaded is not None:
-                    if self.random:
-                        seed_globals(seed)
-                    image, label = loaded
-                    samples.append((self.transform(image), label))
-        return samples, failures
+            try:
+                for index, seed in keys:
+                    self._add(part, index, seed)
+            except LoaderError as error:
+                part.error = error
+            except (MemoryError, OSError, RuntimeError) as error:
+                part.error = _resource_error(error)
+        return part
 
-    def _load(self, index: int, failures: list[Unreadable]) -> tuple[Image.Image, int] | None:
-        """Load an image, or in training the next one that is readable."""
+    def _add(self, part: _Part, index: int, seed: int) -> None:
+        """Load and transform an image, or in training the next one that is readable."""
         for place in range(index, index + (_TRIES if self.random else 1)):
             place %= len(self.images)
-            try:
-                image, label = self.images.load(place)
-                return (image if image.mode == self.mode else image.convert(self.mode)), label
-            except DataError as error:
-                failures.append(Unreadable(error.message, error.hint))
-        return None
+            with self.reading.image(place):
+                try:
+                    image, label = self._load(place, part)
+                except LoaderError:
+                    raise
+                except DataError as error:
+                    part.failures.append(Unreadable(error.message, error.hint))
+                    continue
+                if self.random:
+                    seed_globals(seed)
+                part.samples.append((self.transform(image), label))
+                return
+
+    def _load(self, place: int, part: _Part) -> tuple[Image.Image, int]:
+        image, label = self.images.load(place)
+        width, height = image.size
+        if self.shorter_side is not None:
+            pixels = self.shorter_side**2 * max(width, height) / min(width, height)
+            if pixels > max(_MOST_PIXELS, _MOST_INPUTS * self.shorter_side**2):
+                raise DataError(
+                    f"Cannot read the image {self.images.where(place)}: it is {width:,} x {height:,} pixels, and "
+                    f"would have {pixels / 1e6:,.0f} million after resizing its shorter side to {self.shorter_side}.",
+                    hint="Cut it into parts, or move it out of the data folder.",
+                )
+        for text in remarks_on(image):
+            if text not in self._remarked:
+                self._remarked.add(text)
+                part.remarks.append(_Remark(text, self.images.where(place)))
+        if image.mode != self.mode:
+            image = convert_mode(image, self.mode, self.images.where(place))
+        return image, label
 
 
-def _collate(items: Any) -> tuple[list[Tensor], list[Unreadable]]:
-    samples, failures = items  # what `_TransformedImages.__getitems__` returns
-    return (default_collate(samples) if samples else []), failures
+def _collate(part: Any) -> _Part:
+    """Make a batch of what `_TransformedImages.__getitems__` returns."""
+    if part.samples and part.error is None:
+        try:
+            part.batch = default_collate(part.samples)
+            if get_worker_info() is not None:
+                # Otherwise a thread would do this while it sends them; if it fails there, nobody hears of it.
+                part.batch = [tensor.share_memory_() for tensor in part.batch]
+        except (MemoryError, OSError, RuntimeError) as error:
+            part.error = _resource_error(error)
+    part.samples = []
+    return cast(_Part, part)
 
 
-def _ignore_interrupt(_worker: int) -> None:
-    # Ctrl-C reaches the whole process group, and so does torchrun's SIGTERM. The training loop chooses the step at
-    # which it stops, and it needs its batches until then.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _resource_error(error: Exception) -> LoaderError:
+    """Turn an error into one that says what the machine lacks; raise any other error again."""
+    problem = resource_problem(error)
+    if problem is None:
+        raise error
+    return LoaderError(f"Cannot load images: {problem.what}.", hint=problem.hint)
 
 
 class _ReadableBatches:
@@ -434,23 +595,38 @@ class _ReadableBatches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
+        for part in self._parts():
+            for remark in part.remarks:
+                self.unreadable.remark(remark.text, remark.where)
+            for failure in part.failures:
+                self.unreadable.add(failure)
+            if part.error is not None:
+                raise part.error
+            if len(part.failures) >= _TRIES and self.loader.dataset.random:
+                self._check_complete(part.batch, part.failures)
+            if part.batch:
+                yield part.batch[0], part.batch[1]
+            else:
+                self.on_empty()
+
+    def _parts(self) -> Iterator[_Part]:
+        """Iterate over the loader, and explain how it ends if a process is lost."""
         try:
-            for batch, failures in self.loader:
-                for failure in failures:
-                    self.unreadable.add(failure)
-                if len(failures) >= _TRIES and self.loader.dataset.random:
-                    self._check_complete(batch, failures)
-                if batch:
-                    yield batch[0], batch[1]
-                else:
-                    self.on_empty()
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            with starting_workers():
+                parts = iter(self.loader)
+            while True:
+                try:
+                    part = next(parts)
+                except StopIteration:
+                    return
+                yield part
+        except (RuntimeError, OSError, MemoryError) as error:
+            images = self.loader.dataset
+            found = explain(error, workers_of(self.loader), images.reading, images.images)
+            if found is None:
                 raise
-            raise DataError(
-                f"A loader process ended unexpectedly: {str(error).splitlines()[0]}",
-                hint="The machine may be out of memory. Try --workers 0 or a smaller --batch-size.",
-            ) from error
+            end_workers(self.loader)
+            raise found from error
 
     def _check_complete(self, batch: list[Tensor], failures: list[Unreadable]) -> None:
         if not batch or len(batch[0]) < self.loader.batch_sampler.batch_size:

@@ -20,8 +20,10 @@ from fixify.data.dataset import DataOptions, OpenedData, Split, Subset
 from fixify.data.folder import (
     FolderImages,
     class_folders,
+    count_classes,
     find_split,
     images_below,
+    in_brackets,
     missing_split,
     open_folder,
     open_imagenet,
@@ -186,7 +188,7 @@ def _check_disjoint_folders(train: FolderImages, val: FolderImages, same: str, h
         ours = train.root / os.fsdecode(val.paths[index])
         if theirs.resolve().is_relative_to(train_root):
             raise DataError(f"{same}: {theirs} is a link into it.", hint=hint)
-        if ours.exists():
+        if ours.is_file() and theirs.is_file():  # a pipe would never be read to its end
             if ours.samefile(theirs):
                 raise DataError(f"{same}: {theirs} and {ours} are one file.", hint=hint)
             copies += ours.stat().st_size == theirs.stat().st_size and ours.read_bytes() == theirs.read_bytes()
@@ -264,17 +266,21 @@ def _unknown_name(name: str) -> DataError:
 
 def _open_without_labels(folder: Path, root: Path, class_names: Sequence[str]) -> OpenedData:
     """Open every image below a folder, with label 0."""
-    paths = images_below(folder)
-    if not paths:
-        raise DataError(f"{folder} holds no images.", hint="Give a folder of images, or one with train/ and val/.")
+    found = images_below(folder)
+    if not found.paths:
+        raise DataError(
+            f"{folder} holds no images{in_brackets(found.asides)}.",
+            hint="Give a folder of images, or one with train/ and val/.",
+        )
     return OpenedData(
-        images=FolderImages(folder, paths, [0] * len(paths)),
+        images=FolderImages(folder, found.paths, [0] * len(found.paths)),
         class_names=tuple(class_names),
         location=str(folder),
-        description=f"{len(paths):,} images without labels from {folder.name}/",
+        description=f"{len(found.paths):,} images without labels from {folder.name}/" + in_brackets(found.asides),
         name=root.resolve().name,
         split="train",
         labelled=False,
+        asides=tuple(found.asides),
     )
 
 
@@ -282,15 +288,16 @@ def _open_labelled(folder: Path, root: Path, class_names: Sequence[str]) -> Open
     """Open the validation images if they are in class folders; otherwise return None."""
     if not any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir()):
         return None
-    found = class_folders(folder)
+    folders = class_folders(folder)
     # Use the checkpoint's order if it names the folders, because some classes may have no images here.
-    names = list(class_names) if set(found) <= set(class_names) else found
-    paths, labels = scan(folder, found, {name: label for label, name in enumerate(names)})
+    names = list(class_names) if set(folders) <= set(class_names) else folders
+    found = scan(folder, folders, {name: label for label, name in enumerate(names)}, "val")
     return OpenedData(
-        images=FolderImages(folder, paths, labels),
+        images=FolderImages(folder, found.paths, found.labels),
         class_names=tuple(names),
         location=str(folder),
-        description=f"{len(paths):,} images of {len(found):,} classes from {folder.name}/",
+        description=f"{len(found.paths):,} images of {count_classes(len(folders) - len(found.empty))} from "
+        f"{folder.name}/" + in_brackets(found.asides),
         name=root.resolve().name,
         split="val",
     )
@@ -332,6 +339,10 @@ class TorchvisionImages:
         """See `ImageSource.load`."""
         image, label = self.dataset[index]
         return image, int(label)
+
+    def where(self, index: int) -> str:
+        """See `ImageSource.where`."""
+        return f"number {index:,}"
 
     def listing(self) -> Iterator[bytes]:
         """Identify the images by the hash of all pixels and the hash of all labels."""

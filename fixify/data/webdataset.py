@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fixify.data.class_matching import read_class_map
-from fixify.data.dataset import DataOptions, OpenedData, Split, decode, natural_order
+from fixify.data.dataset import DataOptions, OpenedData, Split, natural_order
+from fixify.data.decoding import decode, unreadable
 from fixify.data.folder import SPLIT_NAMES
 from fixify.errors import DataError
 
@@ -56,15 +57,19 @@ class WebdatasetImages:
     def load(self, index: int) -> tuple[Image.Image, int]:
         """See `ImageSource.load`."""
         path = self.shards[int(self.shard[index])]
-        where = f"{self.names[index].decode()} in {path}"
+        where = self.where(index)
         try:
             # Open the file anew each time: forked workers would share one position in an open file.
             with path.open("rb") as file:
                 file.seek(int(self.offset[index]))
                 data = file.read(int(self.size[index]))
         except OSError as error:
-            raise DataError(f"Cannot read the image {where}: {error.strerror}.") from error
+            raise unreadable(error, where) from error
         return decode(io.BytesIO(data), where), int(self.labels[index])
+
+    def where(self, index: int) -> str:
+        """See `ImageSource.where`."""
+        return f"{self.names[index].decode()} in {self.shards[int(self.shard[index])]}"
 
     def listing(self) -> Iterator[bytes]:
         """Identify each image by its shard, its name, its size and its label."""
@@ -220,7 +225,7 @@ def _expand(pattern: Path) -> tuple[Path, ...]:
     text = pattern.name
     found = _RANGE.search(text)
     if found is None:
-        return tuple(sorted(pattern.parent.glob(text)))
+        return tuple(sorted(path for path in pattern.parent.glob(text) if path.is_file()))
     first, last = int(found[1]), int(found[2])
     if not first <= last < first + _MOST_SHARDS:
         raise DataError(f"{found[0]} is not a range of shards. It goes up, for example {{0000..0012}}.")
@@ -254,7 +259,8 @@ def _read_info(folder: Path, file: str, split: Split) -> _Shards:
 
 
 def _tar_files(folder: Path) -> list[Path]:
-    return [folder / name for name in natural_order(path.name for path in folder.glob("*.tar"))]
+    # A pipe of that name would never be read to its end.
+    return [folder / name for name in natural_order(path.name for path in folder.glob("*.tar") if path.is_file())]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from fixify.metrics import Metrics
 from fixify.models.architectures import LIBRARIES
 from fixify.models.classifiers import Coverage
 from fixify.models.identify import Identification
-from fixify.prediction import Prediction
+from fixify.prediction import Prediction, short_names
 from fixify.reporting.costs import KindPlan, ModelReport
 from fixify.reporting.run_report import Report
 from fixify.savings import Savings
@@ -280,10 +280,11 @@ def metrics_table(found: Evaluation) -> Table:
 def predictions_table(found: Sequence[Prediction]) -> Table:
     """Show one block per image: its classes, most probable first."""
     made = new_table("image", ">probability", ">class", "label")
-    for prediction in found:
+    names = short_names([prediction.image for prediction in found])
+    for short, prediction in zip(names, found, strict=True):
         rows = zip(prediction.probabilities, prediction.classes, prediction.labels, strict=True)
         for position, (probability, number, label) in enumerate(rows):
-            name = Path(prediction.image).name if position == 0 else ""
+            name = short if position == 0 else ""
             made.add_row(name, f"{100 * probability:.1f} %", str(number), label)
     return made
 

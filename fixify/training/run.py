@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fixify.errors import TrainingError
+from fixify.errors import FixifyError, LoaderError, ResourceError, TrainingError, resources_explained
 from fixify.metrics import Metrics
 from fixify.training import distributed
 from fixify.training.checkpointing import RunKeeper
@@ -84,16 +84,20 @@ def train_model(
         TrainingInterrupted: SIGINT or SIGTERM; the state was saved.
         OutputExistsError, OutputError: the folder has a run already, or cannot be written.
         DataError: too many images cannot be read.
+        LoaderError, ResourceError: a loader process ended, or memory or file handles ran out.
     """
     opened.check(options)
     with stop_on_signals() as stop:
         run = _Run(model, opened, options, output, RunFacts.of(opened) if facts is None else facts, on_event, stop)
         try:
-            run.check_recorded()
-            run.prepare()
-            return run.train()
+            with resources_explained("go on with the run"):
+                run.check_recorded()
+                run.prepare()
+                return run.train()
         except Stopped:
             raise run.interruption() from None
+        except (LoaderError, ResourceError) as error:
+            raise run.say_what_is_saved(error) from error
         finally:
             run.close()
 
@@ -115,6 +119,7 @@ class _Run:
         self.on_event: Listener = on_event if on_event is not None and distributed.is_rank_zero() else _ignore
         self.engine = make_engine(model, opened, options)
         self.engine.loader.unreadable.on_found = warn_of_unreadable("training", self.on_event)
+        self.engine.loader.unreadable.on_remark = lambda text: self.on_event(Warned(text))
         self.validation = Validation(opened, options, self.engine.device, stop, self.on_event)
         self.preparation = Preparation(self.engine, opened, stop, self.on_event)
         unreadable = {"train": self.engine.loader.unreadable, "val": self.validation.unreadable}
@@ -230,6 +235,15 @@ class _Run:
         progress = self.keeper.progress
         where = f"in epoch {progress.epoch + 1} of {self.options.epochs} after {progress.batch} of "
         return self.stop.interruption(f"{where}{len(self.engine.loader)} batches", self.output.folder)
+
+    def say_what_is_saved(self, error: FixifyError) -> FixifyError:
+        """Add to an error that the machine caused what was saved, and how to resume."""
+        if not self.keeper.store.has_state:
+            saved, next_step = "Nothing was saved yet.", "Then start again with the same command and --resume."
+        else:
+            saved = f"Everything up to the last state is saved in {self.output.folder}."
+            next_step = "Then resume with the same command and --resume."
+        return type(error)(f"{error.message} {saved}", hint=f"{error.hint or ''} {next_step}".strip())
 
     def close(self) -> None:
         """Stop the loaders' processes."""

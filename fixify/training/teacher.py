@@ -140,6 +140,10 @@ class _LabelledByModel:
         """Load an image and its predicted class."""
         return self.images.load(index)[0], self.labels[index]
 
+    def where(self, index: int) -> str:
+        """Name an image."""
+        return self.images.where(index)
+
     def listing(self) -> Iterable[bytes]:
         """List the images, as without labels."""
         return self.images.listing()

@@ -67,7 +67,10 @@ class Validation:
         self.data, self.preprocessing, self.options, self.device = opened.val, opened.preprocessing, options, device
         self.stop, self.on_event = stop, on_event
         self.unreadable = UnreadableImages(
-            len(self.data), options.max_unreadable, warn_of_unreadable("validation", on_event)
+            len(self.data),
+            options.max_unreadable,
+            warn_of_unreadable("validation", on_event),
+            lambda text: on_event(Warned(text)),
         )
         self._loader: ImageLoader | None = None
         self._predictions = Predictions()

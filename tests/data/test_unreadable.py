@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fixify.data import Augmentation, OpenedData, UnreadableImages, make_loader, open_data
+from fixify.data import Augmentation, OpenedData, Unreadable, UnreadableImages, make_loader, open_data
 from fixify.data.idx import ArrayImages
 from fixify.errors import DataError
 
@@ -124,3 +124,66 @@ def test_a_truncated_file(make_folder: Callable[..., Path]) -> None:
     (message,) = unreadable.messages
     assert str(path) in message
     assert total == len(open_data(str(root), split="val")) - 1
+
+
+def test_what_is_unusual_is_said_once_for_each_kind(make_folder: Callable[..., Path]) -> None:
+    root = make_folder()
+    for name in ("ant/0.png", "ant/1.png", "bee/0.png"):
+        Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(root / "val" / name)
+    Image.new("RGBA", (9, 9)).save(root / "val" / "cat" / "0.png")
+    rgb = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.2,) * 3, "crop_pct": 1.0}
+    for workers in (0, 2):
+        said: list[str] = []
+        unreadable = UnreadableImages(9, on_remark=said.append)
+        loader = make_loader(
+            open_data(str(root), split="val"),
+            rgb,
+            training=False,
+            batch_size=2,
+            workers=workers,
+            unreadable=unreadable,
+        )
+        with loader:
+            values = torch.cat([images for _ in range(2) for images, _ in loader])
+        assert len(said) == len(unreadable.remarks) == 2 and "16 bits" in said[0] and "cat/0.png" in said[1]
+        assert torch.allclose(values[0] * 0.2 + 0.5, torch.tensor(156 / 255))
+    assert len(unreadable) == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "input_size", "training", "read"),
+    [
+        ((1, 100_000), 224, False, False),
+        ((100_000, 1), 224, False, False),
+        ((1, 500), 224, False, True),
+        ((1, 100_000), 224, True, True),
+        ((2, 10), 4096, False, True),
+    ],
+)
+def test_a_strip_that_would_become_gigabytes_is_refused(
+    tmp_path: Path, size: tuple[int, int], input_size: int, training: bool, read: bool
+) -> None:
+    path = tmp_path / "train" / "a"
+    path.mkdir(parents=True)
+    for number in range(2):
+        Image.new("L", size).save(path / f"{number}.png")
+    gray = {**GRAY, "input_size": (1, input_size, input_size), "crop_pct": 0.875}
+    unreadable = UnreadableImages(2, 1.0)
+    loader = make_loader(
+        open_data(str(tmp_path), split="train"), gray, training=training, batch_size=2, unreadable=unreadable
+    )
+    assert (sum(len(labels) for _, labels in loader), len(unreadable)) == ((2, 0) if read else (0, 2))
+    assert all("100,000" in message for message in unreadable.messages)
+
+
+def test_how_many_may_be_unreadable_is_enough() -> None:
+    unreadable = UnreadableImages(7, 0.01)
+    with pytest.raises(DataError) as caught:
+        unreadable.add(Unreadable("Cannot read a.png."))
+    share = float(str(caught.value.hint).split()[-1])
+    allowed = UnreadableImages(7, share)
+    allowed.add(Unreadable("Cannot read a.png."))
+    assert allowed.summary() == "1 of 7 images cannot be read and are left out."
+    with pytest.raises(DataError) as caught:
+        UnreadableImages(7, 0.01, option=None).add(Unreadable("Cannot read a.png."))
+    assert "--" not in str(caught.value)
