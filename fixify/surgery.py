@@ -182,13 +182,19 @@ def make_heads(
         One head per layer, in the order of `sites`.
 
     Raises:
-        HeadSpecError: See `fix_classifier_`.
+        HeadSpecError: See `fix_classifier_`; or there is one class.
     """
     features = features or {}
     unknown = sorted(set(features) - {site.path for site in sites})
     if unknown:
         raise HeadSpecError(
             f"There is no classifier at {unknown[0]}; this model's: {', '.join(site.path for site in sites)}."
+        )
+    if any((num_classes or site.num_classes) == 1 for site in sites):
+        raise HeadSpecError(
+            "A classifier of one logit has no classes to fix: its answer is a sigmoid or a number.",
+            hint="If it tells two classes apart, give both a logit: "
+            "weight = torch.cat([torch.zeros_like(weight), weight]), and the same for the bias.",
         )
     made = []
     for site in sites:
