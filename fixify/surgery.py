@@ -17,7 +17,14 @@ from fixify.conversion_options import HeadConfig
 from fixify.errors import FormatError, HeadSpecError, NoClassifierError
 from fixify.heads import KINDS, FixedClassifier, HeadSpec, choose_kind, replacement
 from fixify.models.architectures import Architecture
-from fixify.models.classifiers import ClassifierSite, find_classifiers
+from fixify.models.classifiers import (
+    ClassifierSite,
+    find_classifiers,
+    has_hand_made_head,
+    is_auxiliary,
+    refuse_projection,
+)
+from fixify.models.influence import run_once
 
 _BATCH = 32  # rows of features per step when only the mean and std of a head are set
 
@@ -96,6 +103,9 @@ def fix_classifier_(
     learned classifier again. Merging BatchNorm into the classifier (`fuse()` of LeViT, RepVit and the like) is no
     longer possible: a fixed classifier has no weights to merge it into.
 
+    A forward pass on one small random image checks that each layer produces the logits (`run_once`). A model that
+    cannot be run, such as one on the meta device, is believed by its structure.
+
     Heads of the same width share one codebook. Distilled models average the logits of their heads, so the features of
     both heads are drawn to the same code.
 
@@ -113,7 +123,8 @@ def fix_classifier_(
         `model`. The new heads have the device, the floating type and the training mode of the old layers.
 
     Raises:
-        NoClassifierError: The model has no classifier, or it is fixed already.
+        NoClassifierError: The model has no classifier, it is fixed already, or the layer that looks like it does not
+            produce the logits: it makes an embedding (CLIP), is one of several heads, or more layers follow.
         HeadSpecError: There is no such codebook, or a spec has other sizes than the model. The model is unchanged.
         UsageError: An option is unknown or out of its range, or options do not go together.
 
@@ -128,7 +139,7 @@ def fix_classifier_(
             f"The classifier of this {type(model).__name__} is fixed already.",
             hint="model.reset_classifier(num_classes) gives a timm model a learned one again.",
         )
-    sites = find_classifiers(model, arch)
+    sites = _confirmed_classifiers(model, arch)
     layers: dict[str, Any] = {site.path: model.get_submodule(site.path) for site in sites}
     tensors = {
         f"{path}.{name}": tensor for path, layer in layers.items() for name, tensor in layer.state_dict().items()
@@ -171,13 +182,19 @@ def make_heads(
         One head per layer, in the order of `sites`.
 
     Raises:
-        HeadSpecError: See `fix_classifier_`.
+        HeadSpecError: See `fix_classifier_`; or there is one class.
     """
     features = features or {}
     unknown = sorted(set(features) - {site.path for site in sites})
     if unknown:
         raise HeadSpecError(
             f"There is no classifier at {unknown[0]}; this model's: {', '.join(site.path for site in sites)}."
+        )
+    if any((num_classes or site.num_classes) == 1 for site in sites):
+        raise HeadSpecError(
+            "A classifier of one logit has no classes to fix: its answer is a sigmoid or a number.",
+            hint="If it tells two classes apart, give both a logit: "
+            "weight = torch.cat([torch.zeros_like(weight), weight]), and the same for the bias.",
         )
     made = []
     for site in sites:
@@ -227,6 +244,35 @@ def naming_head(path: str, sites: Sequence[ClassifierSite]) -> Iterator[None]:
         if len(sites) == 1:
             raise
         raise HeadSpecError(f"{path}: {error.message}", hint=error.hint) from error
+
+
+def _confirmed_classifiers(model: nn.Module, arch: Architecture | None) -> list[ClassifierSite]:
+    """Find the classifier layers of a model, and check by a forward pass that they produce the logits.
+
+    A model that cannot be run is believed by its structure, unless its head was made by hand.
+
+    Raises:
+        NoClassifierError: A layer does not produce the logits; the message names it.
+    """
+    refuse_projection(model, arch)
+    sites = find_classifiers(model, arch)
+    paths = [site.path for site in sites]
+    found = run_once(model, paths)
+    name = arch.ref if arch is not None else type(model).__name__
+    if found is None:
+        if has_hand_made_head(model):
+            raise NoClassifierError(
+                f"{name} has a hand-made head, and cannot be run to see whether {', '.join(paths)} gives the logits.",
+                hint="Move the model to one device, with its weights, and make sure that model(images) works.",
+            )
+        return sites
+    for path in paths:
+        if found[path].reason is not None and (found[path].called or not is_auxiliary(path)):
+            raise NoClassifierError(
+                f"{name}: {path} {found[path].reason}.",
+                hint="fixify replaces a layer whose outputs are the logits of the model, one per class.",
+            )
+    return sites
 
 
 def _make_head(

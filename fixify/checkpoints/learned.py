@@ -27,7 +27,7 @@ from fixify.errors import AmbiguousArchitectureError, ArchitectureError, FixifyE
 from fixify.models.architectures import Architecture, Preprocessing, build, parse_architecture, preprocessing
 from fixify.models.build import is_counter, load_weights
 from fixify.models.classifiers import ClassifierSite, find_classifiers
-from fixify.models.identify import Candidate, fit, identify, refuse_headless
+from fixify.models.identify import HAND_MADE_HEAD, Candidate, explain, fit, identify, refuse_headless
 from fixify.models.signature import shapes_of
 from fixify.savings import under
 from fixify.surgery import HeadRecord, apply_heads_
@@ -227,14 +227,18 @@ def _recognise(source: Source, arch: str | None) -> tuple[Candidate, str | None]
     candidate = fit(architecture, source.shapes)
     if candidate is None:
         refuse_headless(architecture, source.shapes)
-        raise ArchitectureError(
-            f"{source.name} is not a checkpoint of {architecture.ref}: its tensors have other shapes.",
-            hint="Leave out --arch to have the architecture recognised."
-            if arch
-            else "The checkpoint or its config.json names that architecture. List what fits: fixify identify. "
-            "Then choose: --arch NAME",
-        )
-    return candidate, None
+        what = explain(architecture, source.shapes)
+        if what.count("hand-made head"):
+            hint = HAND_MADE_HEAD
+        elif arch is None:
+            hint = (
+                "The checkpoint or its config.json names that architecture. List what fits: fixify identify. "
+                "Then choose: --arch NAME"
+            )
+        else:
+            hint = "List the architectures that have these tensors: fixify identify FILE"
+        raise ArchitectureError(f"{source.name} is not a checkpoint of {architecture.spelled}.\n{what}", hint=hint)
+    return candidate, " ".join(candidate.notes) or None
 
 
 def _identify(source: Source) -> tuple[Candidate, str]:
@@ -246,10 +250,11 @@ def _identify(source: Source) -> tuple[Candidate, str]:
             choices=found.choices,
         )
     candidate = found.candidates[0]
-    how = "key names and shapes" if candidate.key_map is None else "the order of its shapes"
+    how = "the order of its shapes" if found.by == "shapes" else "key names and shapes"
     if found.narrowed_by is not None:
         how += f" and {found.narrowed_by}"
-    return candidate, f"Recognised as {candidate.architecture.ref} from {how}."
+    read = "".join(f" {note}" for note in candidate.notes)
+    return candidate, f"Recognised as {candidate.architecture.spelled} from {how}.{read}"
 
 
 def _with_stated_pooling(source: Source, candidate: Candidate) -> Candidate:
@@ -318,7 +323,13 @@ def _same_network(architecture: Architecture, named: str | None) -> bool:
 def _rename(tensors: Mapping[str, torch.Tensor], candidate: Candidate) -> dict[str, torch.Tensor]:
     if candidate.key_map is None:
         return dict(tensors)
-    return {candidate.key_map[key]: tensor for key, tensor in tensors.items() if key in candidate.key_map}
+    renamed = {candidate.key_map[key]: tensor for key, tensor in tensors.items() if key in candidate.key_map}
+    return {
+        key: tensor
+        if candidate.shapes.get(key, tensor.shape) == tensor.shape
+        else tensor.reshape(candidate.shapes[key])
+        for key, tensor in renamed.items()
+    }
 
 
 def _with_reference_code_head(

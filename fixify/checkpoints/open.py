@@ -10,6 +10,7 @@ from torch import nn
 from fixify.checkpoints.learned import Original, read_original
 from fixify.checkpoints.slim import Origin, SlimInfo, is_slim, load, main_dtype, source_record
 from fixify.checkpoints.source import check_finite
+from fixify.errors import SourceError
 from fixify.models.architectures import Architecture, Preprocessing
 
 
@@ -48,13 +49,15 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
 
     Raises:
         FormatError, CodebookMismatchError: a slim checkpoint is damaged.
-        SourceError: the weights hold a NaN or an infinity, or see `fixify.checkpoints.learned.read_original`.
+        SourceError: the weights hold a NaN or an infinity; the model has one logit, which is no probability of a class;
+            or see `fixify.checkpoints.learned.read_original`.
         ArchitectureError, NoClassifierError: see `fixify.checkpoints.learned.read_original`.
     """
     if is_slim(ref):
         model = load(ref)
         check_finite(model.state_dict())
         info: SlimInfo = model.fixify_info  # type: ignore[assignment]
+        _refuse_one_logit(Path(ref).name, info.num_classes)
         return OpenModel(
             name=Path(ref).name,
             model=model,
@@ -66,6 +69,7 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
         )
     original: Original = read_original(ref, arch=arch, ema=ema)
     check_finite(original.tensors)
+    _refuse_one_logit(original.source.name, original.num_classes)
     model = original.model()
     model.fixify_origin = Origin(  # type: ignore[assignment]
         original.architecture,
@@ -84,3 +88,13 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
         slim=None,
         notes=original.notes,
     )
+
+
+def _refuse_one_logit(name: str, num_classes: int) -> None:
+    """Refuse a model whose softmax is 1 for every image."""
+    if num_classes == 1:
+        raise SourceError(
+            f"{name} has one logit. Its answer is a sigmoid or a number, and fixify compares classes.",
+            hint="If it tells two classes apart, give both a logit: "
+            "weight = torch.cat([torch.zeros_like(weight), weight]), and the same for the bias.",
+        )

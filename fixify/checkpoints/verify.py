@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from fixify.checkpoints.slim import SlimInfo, load, read_info, read_tensors
 from fixify.checkpoints.source import check_finite
 from fixify.errors import CodebookMismatchError, FixifyError, SourceError
 from fixify.heads import coherence
+
+# Above 2^24 float32 has no digits left for a difference of one.
+_LARGEST_LOGIT = 2.0**24
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,39 @@ def _codebook(info: SlimInfo, model: nn.Module) -> Check:
 
 
 def _forward(info: SlimInfo, model: nn.Module) -> Check:
-    size = info.preprocessing["input_size"]
-    images = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
+    """Run the model on unlike images, and check that its logits depend on the image and have a possible size."""
+    images = _unlike_images(info.preprocessing["input_size"])
+    size = list(images.shape)
     with torch.inference_mode():
         logits = model(images)
-    good = logits.shape == (2, info.num_classes) and bool(logits.isfinite().all())
-    return Check("forward", good, f"images {[2, *size]} give logits {list(logits.shape)}")
+    if logits.shape != (len(images), info.num_classes):
+        return Check("forward", False, f"images {size} give logits {list(logits.shape)}")
+    fault = _fault(logits.float())
+    return Check("forward", fault is None, f"images {size} give logits {list(logits.shape)}{fault or ''}")
+
+
+def _unlike_images(input_size: Sequence[int]) -> torch.Tensor:
+    """Make four images, float32 [4, channels, height, width]: noise, darker noise, a gradient, and stripes."""
+    channels, height, width = input_size
+    noise = torch.rand(channels, height, width, generator=torch.Generator().manual_seed(0))
+    gradient = torch.linspace(-2, 2, width).expand(channels, height, width)
+    stripes = (torch.arange(height) // 8 % 2 * 4.0 - 2)[:, None].expand(channels, height, width)
+    return torch.stack([noise, noise - 2, gradient, stripes])
+
+
+def _fault(logits: torch.Tensor) -> str | None:
+    """Say what makes logits [B, C] useless; None if they can be answers."""
+    if not bool(logits.isfinite().all()):
+        return ", which are not all finite"
+    largest = float(logits.abs().max())
+    if largest > _LARGEST_LOGIT:
+        return f" as large as {largest:.3g}: float32 cannot tell such logits one apart"
+    spread = 1e-6 * max(largest, 1e-30)
+    if float((logits.amax(0) - logits.amin(0)).max()) <= spread:
+        return ", which are the same for every image"
+    if logits.shape[1] > 1 and float((logits.amax(1) - logits.amin(1)).max()) <= spread:
+        return ", which are the same for every class"
+    return None
 
 
 def _against(info: SlimInfo, tensors: dict[str, torch.Tensor], source: str | Path) -> list[Check]:

@@ -142,8 +142,7 @@ def _timm_layers(model: Any, name: str) -> dict[str, nn.Module]:
             f"{name} has no classifier: it is an encoder, or was built with num_classes=0.",
             hint="fixify replaces an existing classifier. Train one first: timm.create_model(name, num_classes=...)",
         )
-    found = model.get_classifier()
-    heads = found if isinstance(found, (tuple, list)) else (found,)
+    heads = _timm_heads(model, name)
     modules = dict(model.named_modules())
     paths = {module: path for path, module in modules.items()}
     declared = [path for path in _declared(model) if path in modules]
@@ -153,12 +152,18 @@ def _timm_layers(model: Any, name: str) -> dict[str, nn.Module]:
             raise NoClassifierError(
                 f"{name}: get_classifier() returns a {type(head).__name__} that is not a module of the model."
             )
-        below = {
-            _join(paths[head], path): layer for path, layer in _linear_layers(head) if _width(layer) == num_classes
-        }
+        inside = [(_join(paths[head], path), layer) for path, layer in _linear_layers(head)]
+        if inside and _is_by_hand(head, num_classes):
+            layers |= dict(inside[-1:])
+            continue
+        below = {path: layer for path, layer in inside if _width(layer) == num_classes}
         layers |= {path: layer for path, layer in below.items() if path in declared} or below
     layers |= {
-        path: layer for path in declared for _, layer in _linear_layers(modules[path]) if _width(layer) == num_classes
+        _join(path, inner): layer
+        for path in declared
+        if not any(path == paths[head] for head in heads)
+        for inner, layer in _linear_layers(modules[path])
+        if _width(layer) == num_classes
     }
     if not layers:
         kinds = ", ".join(type(head).__name__ for head in heads)
@@ -166,6 +171,67 @@ def _timm_layers(model: Any, name: str) -> dict[str, nn.Module]:
             f"{name}: its classifier is a {kinds}, which contains no linear layer with {num_classes} outputs."
         )
     return _in_order(model, layers)
+
+
+def has_hand_made_head(model: Any) -> bool:
+    """Return whether a timm model's classifier was replaced by hand, as with `model.fc = nn.Sequential(...)`.
+
+    A layer of another width than `model.num_classes` counts as well. Only a forward pass shows whether the last linear
+    layer of such a head produces the logits.
+    """
+    if not hasattr(model, "get_classifier"):
+        return False
+    return any(_is_by_hand(head, model.num_classes) for head in _timm_heads(model, type(model).__name__))
+
+
+def is_auxiliary(path: str) -> bool:
+    """Return whether a classifier is one of torchvision's auxiliary ones, which are unused in eval mode."""
+    return path.split(".")[0] in _TORCHVISION_AUXILIARY
+
+
+def refuse_projection(model: nn.Module, arch: Architecture | None = None) -> None:
+    """Refuse the image tower of a CLIP model, whose last layer projects to an embedding.
+
+    timm builds these towers with the width of the embedding as `num_classes`.
+
+    Raises:
+        NoClassifierError: the model is such a tower, with the width that its pretrained weights have.
+    """
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    tag = str(cfg.get("tag") or "")
+    if "clip" not in f"{cfg.get('architecture')}.{tag}" or "_ft_in" in tag:
+        return
+    width = cfg.get("num_classes")
+    if not width or width != getattr(model, "num_classes", None):
+        return
+    (site, *_) = find_classifiers(model, arch)
+    name = arch.ref if arch is not None else f"{type(model).__name__} ({cfg.get('architecture')}.{tag})"
+    raise NoClassifierError(
+        f"{name} is the image tower of a CLIP model: {site.path} is a projection to an embedding of {width} values, "
+        "not a classifier.",
+        hint="Fine-tune it on labels first: timm.create_model(name, pretrained=True, num_classes=...)",
+    )
+
+
+def _is_by_hand(head: nn.Module, num_classes: int) -> bool:
+    """Return whether a head is one that timm does not build: timm's classes count their classes, and are no Sequential.
+
+    A ModuleList holds the heads of a multi-scale model.
+    """
+    if isinstance(head, nn.Sequential):
+        return True
+    return isinstance(head, (nn.Linear, nn.Conv2d)) and _width(head) != num_classes
+
+
+def _timm_heads(model: Any, name: str) -> tuple[nn.Module, ...]:
+    try:
+        found = model.get_classifier()
+    except AttributeError as error:  # it looks for a part of the head that timm built
+        raise NoClassifierError(
+            f"{name}: its head was replaced by one in which timm's get_classifier() finds no classifier ({error}).",
+            hint="Replace only the linear layer in it: model.reset_classifier(num_classes) shows where that is.",
+        ) from error
+    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
 
 def _declared(model: nn.Module) -> tuple[str, ...]:

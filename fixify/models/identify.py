@@ -7,6 +7,7 @@ can fit; all of them are returned with what sets them apart, and none is guessed
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +16,7 @@ from fixify.models.architectures import Architecture, build, list_architectures,
 from fixify.models.build import is_counter
 from fixify.models.classifiers import find_classifiers
 from fixify.models.index import Entry, entries_of, load_index, variants
+from fixify.models.readings import Reading, differences, hand_made_head, readings
 from fixify.models.signature import StateShapes, Trait, head_positions, shapes_of, signature_of, traits
 
 Progress = Callable[[int, int], object]
@@ -33,6 +35,12 @@ _EFFICIENTNET_PYTORCH_CODE = (
 )
 
 
+HAND_MADE_HEAD = (
+    "A file does not show what is between its layers. Build the model in Python, load the file, and replace its last "
+    "Linear there: fixify.fix_classifier_(model)"
+)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """An architecture that a state dict fits.
@@ -41,9 +49,11 @@ class Candidate:
         architecture: The architecture, with the arguments that the shapes need (`in_chans`, `img_size`).
         num_classes: Number of classes of its classifier.
         key_map: Name in the state dict -> name in the architecture; None where they are the same. BatchNorm's counters
-            are omitted if the two have different numbers of them.
+            are omitted if the two have different numbers of them, and so are tensors without effect on answers.
         aliases: Other architectures that are the same network with the same preprocessing.
         differences: Trait -> value, for the traits that set it apart from the other candidates.
+        notes: How its names were read, if they are not the architecture's own.
+        shapes: Name in the architecture -> shape, for tensors that are stored with other axes of length one.
     """
 
     architecture: Architecture
@@ -51,6 +61,8 @@ class Candidate:
     key_map: Mapping[str, str] | None = None
     aliases: tuple[str, ...] = ()
     differences: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,8 @@ class Identification:
 
     Attributes:
         candidates: At least one. If there are several, they fit equally well and compute different things.
-        by: What was compared: "keys" or "shapes"; "name" if the checkpoint names its architecture.
+        by: What was compared: "keys" or "shapes"; "name" if the checkpoint names its architecture; "reading" if the
+            keys are known under other names (`fixify.models.readings`).
         narrowed_by: What else left only these candidates, in words, or None.
     """
 
@@ -101,6 +114,7 @@ def identify(shapes: Mapping[str, Sequence[int]], *, on_progress: Progress | Non
         found = _search(state, shapes, _build(stale, on_progress), confirm=set())
     if found is None:
         _refuse_headless(state, entries)
+        _refuse_hand_made_head(shapes, entries)
         raise ArchitectureError(
             f"No architecture of timm, torchvision or the paper has these {len(state.ordered)} tensors.",
             hint="If the network is a modified architecture, or a part of one, name the architecture: --arch NAME.",
@@ -133,17 +147,31 @@ def fit(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> Candidate | 
             for match in _matches(state, entries, by_order=by_order)
             if not match.extra or _confirmed(match, state, by_order=by_order)
         ]
-        if len(matches) > 1:
-            apart = set_apart([Behaviour.of(match.architecture, match.entry.traits) for match in matches])
-            choices = {match.architecture.spelled: in_words(facts) for match, facts in zip(matches, apart, strict=True)}
-            raise AmbiguousArchitectureError(
-                f"The checkpoint does not show which of these it is: {' or '.join(choices)}.",
-                hint=f"Give the full name: --arch {matches[0].architecture.spelled}",
-                choices=choices,
-            )
+        _refuse_several(matches)
         for match in matches:
-            return Candidate(match.architecture, match.choices["num_classes"], _key_map(match, shapes, by_order))
+            key_map = _key_map(match, shapes, by_order)
+            if not _most_agree(key_map):
+                return Candidate(match.architecture, match.choices["num_classes"], key_map)
+        if not by_order:
+            for reading in readings(shapes, entries):
+                matches = _read(reading, entries)
+                _refuse_several(matches)
+                for match in matches:
+                    return _as_read(match, reading)
     return None
+
+
+def explain(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> str:
+    """Say in a few lines why a state dict does not fit an architecture: the first tensors that differ.
+
+    Raises:
+        ArchitectureError: the architecture cannot be built with its arguments.
+    """
+    entries = [entry for variant in variants(arch) if (entry := _entry_of(variant)) is not None]
+    head = hand_made_head(shapes, entries)
+    if head is not None:
+        return head.describe()
+    return "\n".join(differences(arch, shapes))
 
 
 def refuse_headless(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -250,6 +278,10 @@ def _search(
     Entries are uncertain if `confirm` contains their name, because they may be outdated, or if they need arguments.
     """
     for by_order in (False, True):
+        if by_order:
+            found = _search_readings(shapes, entries)
+            if found is not None:
+                return found
         matches = [
             match
             for match in _plainest(_matches(state, entries, by_order=by_order))
@@ -258,6 +290,9 @@ def _search(
         ]
         if not matches:
             continue
+        if by_order:
+            for match in matches:
+                _refuse_odd_names(match, _key_map(match, shapes, True), shapes)
         narrowed_by = None
         if by_order and len(matches) > 1 and shapes.keys() >= _EFFICIENTNET_PYTORCH:
             padded = [match for match in matches if "as TensorFlow" in match.entry.traits.get("padding", ("", ""))[1]]
@@ -268,6 +303,92 @@ def _search(
                 )
         return Identification(_candidates(matches, shapes, by_order), "shapes" if by_order else "keys", narrowed_by)
     return None
+
+
+def _search_readings(shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry]) -> Identification | None:
+    """Find the entries that fit under the names of one of the readings."""
+    for reading in readings(shapes, entries):
+        matches = _plainest(_read(reading, entries))
+        if matches:
+            found = [
+                replace(each, key_map=reading.key_map, notes=reading.notes, shapes=reading.shapes)
+                for each in _candidates(matches, reading.shapes, by_order=False)
+            ]
+            return Identification(tuple(found), "reading")
+    return None
+
+
+def _read(reading: Reading, entries: Sequence[Entry]) -> list[_Match]:
+    """Return the entries that fit a reading, with the arguments that it shows, built and compared."""
+    state = StateShapes(reading.shapes)
+    pooling = reading.kwargs.get("global_pool")
+    if pooling is None:
+        found = _matches(state, entries, by_order=False)
+    else:
+        # The entries are those of the default pooling, under which the norm has the other name.
+        before, after = ("fc_norm", "norm") if pooling == "avg" else ("norm", "fc_norm")
+        usual = {re.sub(rf"^{before}\.", f"{after}.", key): shape for key, shape in reading.shapes.items()}
+        found = [
+            replace(match, entry=replace(match.entry, architecture=_with(match.entry.architecture, reading.kwargs)))
+            for match in _matches(StateShapes(usual), entries, by_order=False)
+            if match.entry.architecture.library == "timm" and "global_pool" not in match.entry.architecture.kwargs
+        ]
+    return [match for match in found if _confirmed(match, state, by_order=False)]
+
+
+def _as_read(match: _Match, reading: Reading) -> Candidate:
+    return Candidate(
+        match.architecture,
+        match.choices["num_classes"],
+        reading.key_map,
+        notes=reading.notes,
+        shapes=reading.shapes,
+    )
+
+
+def _with(arch: Architecture, kwargs: Mapping[str, object]) -> Architecture:
+    return replace(arch, kwargs={**arch.kwargs, **kwargs})
+
+
+def _refuse_several(matches: Sequence[_Match]) -> None:
+    if len(matches) > 1:
+        apart = set_apart([Behaviour.of(match.architecture, match.entry.traits) for match in matches])
+        choices = {match.architecture.spelled: in_words(facts) for match, facts in zip(matches, apart, strict=True)}
+        raise AmbiguousArchitectureError(
+            f"The checkpoint does not show which of these it is: {' or '.join(choices)}.",
+            hint=f"Give the full name: --arch {matches[0].architecture.spelled}",
+            choices=choices,
+        )
+
+
+def _most_agree(key_map: Mapping[str, str] | None) -> bool:
+    """Return whether a map by the order of shapes keeps most names and renames a few, which is a guess."""
+    if key_map is None:
+        return False
+    same = sum(old == new for old, new in key_map.items())
+    return len(key_map) / 2 < same < len(key_map)
+
+
+def _refuse_odd_names(match: _Match, key_map: Mapping[str, str] | None, shapes: Mapping[str, Sequence[int]]) -> None:
+    if key_map is None or not _most_agree(key_map):
+        return
+    odd = [(old, new) for old, new in key_map.items() if old != new]
+    shown = ", ".join(f"{old} stands where {new} is expected" for old, new in odd[:3])
+    raise ArchitectureError(
+        f"{len(key_map) - len(odd)} of {len(shapes)} names are those of {match.architecture.ref}, and these are not: "
+        f"{shown}{f' and {len(odd) - 3} more' if len(odd) > 3 else ''}.",
+        hint="The network may compute something else there. Rename the tensors if you know that it does not, or name "
+        "the architecture with its arguments: --arch NAME,option=value",
+    )
+
+
+def _refuse_hand_made_head(shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry]) -> None:
+    head = hand_made_head(shapes, entries)
+    if head is not None:
+        raise NoClassifierError(
+            f"This is {head.architecture.ref} with another head: {head.describe()}.",
+            hint=HAND_MADE_HEAD,
+        )
 
 
 def _matches(state: StateShapes, entries: Iterable[Entry], *, by_order: bool) -> list[_Match]:
