@@ -186,6 +186,7 @@ def clean(found: StateDict, name: str, *, file_bytes: int, ema: bool = False) ->
             hint="They are views that repeat a few stored values. Save contiguous tensors.",
         )
     refuse_adapters(tensors, name)
+    _refuse_quantised(tensors, name)
     tensors, extras = take_extras({**found.settings, **tensors}, name)
     tensors, swapped = _without_swapped(tensors)
     tensors, average = _split_average(tensors, name)
@@ -283,9 +284,10 @@ def _beside(others: Mapping[str, object], entries: Mapping[str, object], name: s
         SourceError: an entry looks like a classifier of its own.
     """
     names = {_last_parts(key) for key in entries}
+    settings = [key for key in ("mean", "std") if key in others]
     found = []
     for key, value in others.items():
-        if isinstance(value, Tensor) and key not in _SETTINGS:
+        if isinstance(value, Tensor) and (key not in _SETTINGS or (key != "temperature" and len(settings) < 2)):
             found.append(key)
         if not _holds_tensors(value):
             continue
@@ -310,6 +312,16 @@ def _last_parts(key: str) -> str:
     return ".".join(key.split(".")[-2:])
 
 
+def _refuse_quantised(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Refuse weight matrices of bytes: quantised ones, with or without their scales."""
+    for key, tensor in tensors.items():
+        if tensor.ndim >= 2 and tensor.dtype in (torch.int8, torch.uint8) and key.endswith("weight"):
+            raise SourceError(
+                f"{name} stores {key} as {str(tensor.dtype).removeprefix('torch.')}: quantised weights.",
+                hint="Give the checkpoint from before quantisation, or dequantise it: module.weight.dequantize()",
+            )
+
+
 def _settings(top: Mapping[str, object], name: str) -> dict[str, Tensor]:
     """Return a temperature and an input normalisation that are stored beside the weights, as tensors or numbers."""
     found = {}
@@ -324,7 +336,14 @@ def _settings(top: Mapping[str, object], name: str) -> dict[str, Tensor]:
             found[key] = torch.tensor([float(max(-_LARGEST, min(_LARGEST, number))) for number in numbers])
     if "mean" not in found or "std" not in found:
         found = {key: value for key, value in found.items() if key == "temperature"}
-    return {key: value for key, value in found.items() if key != "temperature" or value.numel() == 1}
+    temperature = found.get("temperature")
+    if temperature is not None and temperature.numel() != 1:
+        raise SourceError(
+            f"{name} holds a temperature of {temperature.numel()} numbers; fixify applies one number to all classes.",
+            hint="Divide the classifier by it where the model was made: weight / temperature[:, None] and "
+            "bias / temperature. Then save the network without it.",
+        )
+    return found
 
 
 def _without_swapped(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from fixify._words import counted
 from fixify.checkpoints.keys import items_of
 from fixify.errors import SourceError
 
@@ -143,11 +144,16 @@ def read_labels(path: Path | str, num_classes: int) -> list[str]:
     if str(path) == "imagenet":
         known = imagenet_labels(num_classes)
         if known is None:
-            raise SourceError(f"No version of ImageNet has {num_classes} classes.", hint="Give a file of class names.")
+            raise SourceError(
+                f"No version of ImageNet has {counted(num_classes, 'class', 'classes')}.",
+                hint="Give a file of class names.",
+            )
         return known
     names = read_class_map(Path(path))
     if len(names) != num_classes:
-        raise SourceError(f"{path} has {len(names)} class names; the model has {num_classes} classes.")
+        raise SourceError(
+            f"{path} has {counted(len(names), 'class name')}; the model has {counted(num_classes, 'class', 'classes')}."
+        )
     return names
 
 

@@ -43,6 +43,12 @@ _PARSER_ERRORS = (
 _TENSOR_GLOBAL = re.compile(
     r"torch\._utils\._rebuild_\w+|collections\.OrderedDict|torch\.(storage\.)?\w*Storage|torch\.\w+\d+"
 )
+# A string in the pickle of each framework's checkpoints -> its name, and the key of the weights.
+_TRAINERS = {
+    b"pytorch-lightning_version": ("Lightning", "state_dict"),
+    b"mmengine_version": ("mmengine", "state_dict"),
+    b"ds_version": ("DeepSpeed", "module"),
+}
 _REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)")
 
 
@@ -162,11 +168,28 @@ def _refusal(path: Path, reason: str) -> SourceError:
 
 
 def _unsafe(path: Path, name: str) -> UnsafeCheckpointError:
+    trainer = _trainer_of(path)
+    if trainer is not None:
+        who, key = trainer
+        return UnsafeCheckpointError(
+            f"{path} was refused: its pickle asks for {name}, which could run any code. Nothing was run.",
+            hint=f"It is a checkpoint of {who}. If you trust it, save only its weights where it was made: "
+            f"torch.save(torch.load({path.name!r}, weights_only=False)[{key!r}], 'weights.pth')",
+        )
     return UnsafeCheckpointError(
         f"{path} was refused: its pickle asks for {name}, which could run any code. Nothing was run.",
         hint="If it holds a whole model that you trust, save only its weights where it was made: "
         "torch.save(model.state_dict(), 'weights.pth')",
     )
+
+
+def _trainer_of(path: Path) -> tuple[str, str] | None:
+    """Return which framework's trainer wrote a zip archive, and its key of the weights; None if it is unknown."""
+    try:
+        content = _pickle_bytes(path) if kind_of(path) == "zip" else b""
+    except (ValueError, LookupError, OSError, StopIteration, zipfile.BadZipFile):
+        return None
+    return next((found for mark, found in _TRAINERS.items() if mark in content), None)
 
 
 def _scan(path: Path) -> tuple[int, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fixify._words import counted
 from fixify.checkpoints.source import Facts, Source
 
 _MOST = 6  # names on the line
@@ -63,12 +64,3 @@ def _labels_left(facts: Facts, num_classes: int | None) -> list[str]:
             how = "other class names" if len(names) == num_classes else f"{counted(len(names), 'class name')}"
             left.append(f"{place} ({how})")
     return left
-
-
-def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """Write a number with its noun.
-
-    >>> counted(1, "class", "classes"), counted(1200, "class", "classes"), counted(2, "tensor")
-    ('1 class', '1,200 classes', '2 tensors')
-    """
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fixify._files import sha256_of
+from fixify._words import counted
 from fixify.checkpoints.learned import read_original
 from fixify.checkpoints.slim import SlimInfo, load, read_info, read_tensors
 from fixify.checkpoints.source import check_finite
@@ -50,7 +51,8 @@ def verify(path: str | Path, *, source: str | Path | None = None) -> list[Check]
     path = Path(path)
     info = read_info(path)
     tensors = read_tensors(path)
-    checks = [Check("header", True, f"format version 1, {info.architecture.ref}, {info.num_classes} classes")]
+    classes = counted(info.num_classes, "class", "classes")
+    checks = [Check("header", True, f"format version 1, {info.architecture.ref}, {classes}")]
     checks.append(_finite(tensors))
     try:
         model = load(path)

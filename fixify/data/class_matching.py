@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
+from fixify._words import counted
 from fixify.checkpoints.labels import read_class_indices
 from fixify.data.dataset import OpenedData, Relabelled, Subset, sort_classes
 from fixify.errors import DataError, SourceError
@@ -96,7 +97,8 @@ def match_classes(
         return _matched(opened, numbers, names, note)
     if len(found) != num_classes:
         raise DataError(
-            f"The checkpoint has {num_classes} classes and the data at {opened.location} has {len(found)}.",
+            f"The checkpoint has {counted(num_classes, 'class', 'classes')} and the data at {opened.location} has "
+            f"{len(found)}.",
             hint="Use the data that the checkpoint was trained on, give a --class-map FILE, "
             f"or convert again for this label set: fixify convert SOURCE --num-classes {len(found)}",
         )
@@ -174,7 +176,8 @@ def _match_by_map(opened: OpenedData, num_classes: int, vocabularies: Sequence[t
     """Keep the labels of a class map, which takes precedence unless it contradicts the checkpoint's class names."""
     found = opened.class_names
     if len(found) > num_classes:
-        raise DataError(f"The class map has label {len(found) - 1}, but the checkpoint has {num_classes} classes.")
+        classes = counted(num_classes, "class", "classes")
+        raise DataError(f"The class map has label {len(found) - 1}, but the checkpoint has {classes}.")
     for names in vocabularies:
         label_of = _unique_labels(names)
         if any(label_of.get(name, label) != label for label, name in enumerate(found)):

@@ -116,7 +116,7 @@ def identify(shapes: Mapping[str, Sequence[int]], *, on_progress: Progress | Non
         _refuse_headless(state, entries)
         _refuse_hand_made_head(shapes, entries)
         raise ArchitectureError(
-            f"No architecture of timm, torchvision or the paper has these {len(state.ordered)} tensors.",
+            f"No architecture of timm, torchvision or the paper has these {len(shapes)} tensors.",
             hint="If the network is a modified architecture, or a part of one, name the architecture: --arch NAME.",
         )
     return found

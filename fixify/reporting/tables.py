@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from fixify._words import counted
 from fixify.checkpoints.remarks import shorten
 from fixify.checkpoints.slim import SlimInfo
 from fixify.checkpoints.verify import Check
@@ -172,7 +173,10 @@ def _add_slim_rows(made: Table, info: SlimInfo) -> None:
     made.add_row("architecture", info.architecture.ref)
     for record in info.heads:
         spec = record.spec
-        made.add_row(f"head {record.path}", f"{spec.kind}, {spec.num_classes} classes x {spec.num_features} features")
+        made.add_row(
+            f"head {record.path}",
+            f"{spec.kind}, {counted(spec.num_classes, 'class', 'classes')} x {spec.num_features} features",
+        )
         if spec.bytes_per_class:
             made.add_row("", spec.description)
         made.add_row("", ", ".join(part for part in (spec.construction, f"seed {spec.seed}") if part))

@@ -301,3 +301,30 @@ def test_values_that_no_weight_has(tmp_path: Path, key: str, value: float) -> No
         open_model(path)
     with pytest.raises(SourceError, match=name):
         convert(path, tmp_path / "x.fixed.safetensors")
+
+
+@pytest.mark.parametrize("scale", ["fc.weight_scale", "fc.SCB", "fc.zero_point"])
+def test_quantised_weights_with_their_scales(tmp_path: Path, scale: str) -> None:
+    state = network().state_dict() | {"fc.weight": torch.zeros(10, 96, dtype=torch.int8), scale: torch.ones(10)}
+    with pytest.raises(SourceError, match=r"fc\.weight"):
+        open_source(save(state, tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize("extra", [{"temperature": torch.ones(10)}, {"temperature": [1.0, 2.0]}])
+def test_a_temperature_of_several_numbers_is_refused(tmp_path: Path, extra: dict[str, Any]) -> None:
+    with pytest.raises(SourceError, match="temperature"):
+        open_source(save({"state_dict": network().state_dict(), **extra}, tmp_path / "w.pth"))
+
+
+def test_numbers_without_bounds(tmp_path: Path) -> None:
+    for extra in ({"temperature": 10**400}, {"mean": [10**400] * 3, "std": [1, 1, 1]}):
+        with pytest.raises(SourceError):
+            open_source(save({"state_dict": network().state_dict(), **extra}, tmp_path / "w.pth"))
+
+
+def test_a_mean_without_a_standard_deviation_is_listed_or_refused(tmp_path: Path) -> None:
+    mean = torch.full((3,), 0.5)
+    source = open_source(save({"state_dict": network().state_dict(), "mean": mean}, tmp_path / "w.pth"))
+    assert "mean" in source.beside
+    with pytest.raises(SourceError, match=r"normalize\.mean"):
+        open_source(save(wrapped(network(), **{"normalize.mean": mean}), tmp_path / "w.pth"))

@@ -77,6 +77,21 @@ def test_an_environment_variable_does_not_weaken_it(
     refused(path, unsafe=True)
 
 
+@pytest.mark.parametrize(
+    ("mark", "who", "key"),
+    [
+        ({"pytorch-lightning_version": "2.5"}, "Lightning", "state_dict"),
+        ({"meta": {"mmengine_version": "0.10"}}, "mmengine", "state_dict"),
+        ({"ds_version": "0.14"}, "DeepSpeed", "module"),
+    ],
+)
+def test_the_hint_fits_the_trainer(tmp_path: Path, payload: Any, mark: dict[str, Any], who: str, key: str) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save({key: GOOD, "callbacks": payload, **mark}, path)
+    said = refused(path, unsafe=True)
+    assert who in said and f"['{key}']" in said
+
+
 def test_a_whole_model(tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     torch.save(torch.nn.Sequential(torch.nn.Linear(2, 2)), path)
