@@ -41,6 +41,9 @@ HAND_MADE_HEAD = (
 )
 
 
+_SORTED = " Its tensors are sorted by name, as in safetensors files, so the order of the modules is lost: a .pth file shows it."
+
+
 @dataclass(frozen=True)
 class Candidate:
     """An architecture that a state dict fits.
@@ -117,7 +120,8 @@ def identify(shapes: Mapping[str, Sequence[int]], *, on_progress: Progress | Non
         _refuse_hand_made_head(shapes, entries)
         raise ArchitectureError(
             f"No architecture of timm, torchvision or the paper has these {len(state.ordered)} tensors.",
-            hint="If the network is a modified architecture, or a part of one, name the architecture: --arch NAME.",
+            hint="If it is a modified architecture, or a part of one, see what differs from that: --arch NAME."
+            + (_SORTED if list(shapes) == sorted(shapes) else ""),
         )
     return found
 
@@ -290,9 +294,6 @@ def _search(
         ]
         if not matches:
             continue
-        if by_order:
-            for match in matches:
-                _refuse_odd_names(match, _key_map(match, shapes, True), shapes)
         narrowed_by = None
         if by_order and len(matches) > 1 and shapes.keys() >= _EFFICIENTNET_PYTORCH:
             padded = [match for match in matches if "as TensorFlow" in match.entry.traits.get("padding", ("", ""))[1]]
@@ -301,7 +302,10 @@ def _search(
                 narrowed_by = (
                     f"the key names of efficientnet-pytorch (padding as TensorFlow, {_EFFICIENTNET_PYTORCH_CODE})"
                 )
-        return Identification(_candidates(matches, shapes, by_order), "shapes" if by_order else "keys", narrowed_by)
+        candidates = _candidates(matches, shapes, by_order)
+        for candidate in candidates:
+            _refuse_odd_names(candidate)
+        return Identification(candidates, "shapes" if by_order else "keys", narrowed_by)
     return None
 
 
@@ -369,14 +373,16 @@ def _most_agree(key_map: Mapping[str, str] | None) -> bool:
     return len(key_map) / 2 < same < len(key_map)
 
 
-def _refuse_odd_names(match: _Match, key_map: Mapping[str, str] | None, shapes: Mapping[str, Sequence[int]]) -> None:
+def _refuse_odd_names(candidate: Candidate) -> None:
+    """Refuse a match by the order of shapes if most names agree: those that do not are a message."""
+    key_map = candidate.key_map
     if key_map is None or not _most_agree(key_map):
         return
     odd = [(old, new) for old, new in key_map.items() if old != new]
     shown = ", ".join(f"{old} stands where {new} is expected" for old, new in odd[:3])
     raise ArchitectureError(
-        f"{len(key_map) - len(odd)} of {len(shapes)} names are those of {match.architecture.ref}, and these are not: "
-        f"{shown}{f' and {len(odd) - 3} more' if len(odd) > 3 else ''}.",
+        f"{len(key_map) - len(odd)} of {len(key_map)} names are those of {candidate.architecture.ref}, and these are "
+        f"not: {shown}{f' and {len(odd) - 3} more' if len(odd) > 3 else ''}.",
         hint="The network may compute something else there. Rename the tensors if you know that it does not, or name "
         "the architecture with its arguments: --arch NAME,option=value",
     )
