@@ -24,6 +24,8 @@ Progress = Callable[[int, int], object]
 # The class names of the modules: a long trait, and mostly a consequence of another trait that says it better.
 _SHOWN_LAST = {".class"}
 _MOST_SHOWN = 5
+# The last part of a tensor's name, where it means the same in every implementation.
+_KINDS = {"weight", "bias", "running_mean", "running_var"}
 # Key names that occur together in every state dict of efficientnet-pytorch and in no other known implementation. The
 # fork github.com/ml-illustrated/EfficientNet-Lite-PyTorch has the same names. Every convolution of both comes from
 # `get_same_padding_conv2d`, since their weights are ports of TensorFlow's checkpoints.
@@ -41,7 +43,10 @@ HAND_MADE_HEAD = (
 )
 
 
-_SORTED = " Its tensors are sorted by name, as in safetensors files, so the order of the modules is lost: a .pth file shows it."
+_SORTED = (
+    " Its tensors are sorted by name, as in safetensors files, and so do not show the order of the modules. "
+    "A .pth file shows it."
+)
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ def fit(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> Candidate | 
         _refuse_several(matches)
         for match in matches:
             key_map = _key_map(match, shapes, by_order)
-            if not _most_agree(key_map):
+            if _keeps_kinds(key_map) and not _most_agree(key_map):
                 return Candidate(match.architecture, match.choices["num_classes"], key_map)
         if not by_order:
             for reading in readings(shapes, entries):
@@ -303,6 +308,9 @@ def _search(
                     f"the key names of efficientnet-pytorch (padding as TensorFlow, {_EFFICIENTNET_PYTORCH_CODE})"
                 )
         candidates = _candidates(matches, shapes, by_order)
+        candidates = tuple(candidate for candidate in candidates if _keeps_kinds(candidate.key_map))
+        if not candidates:
+            continue
         for candidate in candidates:
             _refuse_odd_names(candidate)
         return Identification(candidates, "shapes" if by_order else "keys", narrowed_by)
@@ -363,6 +371,12 @@ def _refuse_several(matches: Sequence[_Match]) -> None:
             hint=f"Give the full name: --arch {matches[0].architecture.spelled}",
             choices=choices,
         )
+
+
+def _keeps_kinds(key_map: Mapping[str, str] | None) -> bool:
+    """Return whether a map by the order of shapes takes no bias for a weight, as it would in a file sorted by name."""
+    kinds = [(old.rpartition(".")[2], new.rpartition(".")[2]) for old, new in (key_map or {}).items()]
+    return all(old == new for old, new in kinds if old in _KINDS and new in _KINDS)
 
 
 def _most_agree(key_map: Mapping[str, str] | None) -> bool:
