@@ -24,10 +24,16 @@ from fixify.checkpoints.remarks import choose_labels, remarks_on
 from fixify.checkpoints.resolve import open_source
 from fixify.checkpoints.slim import write_safetensors
 from fixify.checkpoints.source import Source, refuse_integers
-from fixify.errors import AmbiguousArchitectureError, ArchitectureError, FixifyError, SourceError
+from fixify.errors import (
+    AmbiguousArchitectureError,
+    ArchitectureError,
+    FixifyError,
+    NoClassifierError,
+    SourceError,
+)
 from fixify.models.architectures import Architecture, Preprocessing, build, parse_architecture, preprocessing
 from fixify.models.build import is_counter, load_weights
-from fixify.models.classifiers import ClassifierSite, find_classifiers
+from fixify.models.classifiers import ClassifierSite, find_classifiers, refuse_projection
 from fixify.models.identify import HAND_MADE_HEAD, Candidate, explain, fit, identify, refuse_headless
 from fixify.models.signature import shapes_of
 from fixify.savings import under
@@ -127,7 +133,7 @@ def read_original(ref: str | Path, *, arch: str | None = None, ema: bool = False
         SourceError: the checkpoint cannot be read, or holds integers where the architecture has floating point.
         ArchitectureError: no architecture fits, the given or named one does not, or it cannot pool as the file says.
         AmbiguousArchitectureError: several architectures fit; the message lists what differs.
-        NoClassifierError: the model has no classifier.
+        NoClassifierError: the model has no classifier, or is the image tower of a CLIP model.
     """
     source = open_source(ref, ema=ema, meta=meta)
     candidate, note = _recognise(source, arch)
@@ -135,6 +141,7 @@ def read_original(ref: str | Path, *, arch: str | None = None, ema: bool = False
     learned = _rename(source.learned, candidate)
     architecture, num_classes = candidate.architecture, candidate.num_classes
     skeleton = build(architecture, num_classes=num_classes, meta=True)
+    refuse_projection(skeleton, architecture)
     _refuse_other_tensors(source, architecture, learned, skeleton)
     refuse_integers(source.name, learned, skeleton.state_dict())
     tensors, heads = _with_reference_code_head(source, candidate, learned)
@@ -228,18 +235,28 @@ def _recognise(source: Source, arch: str | None) -> tuple[Candidate, str | None]
     candidate = fit(architecture, source.shapes)
     if candidate is None:
         refuse_headless(architecture, source.shapes)
-        what = explain(architecture, source.shapes)
-        if what.count("hand-made head"):
-            hint = HAND_MADE_HEAD
-        elif arch is None:
-            hint = (
-                "The checkpoint or its config.json names that architecture. List what fits: fixify identify. "
-                "Then choose: --arch NAME"
-            )
-        else:
-            hint = "List the architectures that have these tensors: fixify identify FILE"
-        raise ArchitectureError(f"{source.name} is not a checkpoint of {architecture.spelled}.\n{what}", hint=hint)
+        raise _does_not_fit(source, architecture, named_by_file=arch is None)
     return candidate, " ".join(candidate.notes) or None
+
+
+def _does_not_fit(source: Source, architecture: Architecture, *, named_by_file: bool) -> ArchitectureError:
+    """Make the error for a checkpoint that is not of the named architecture: what differs, and what fits instead."""
+    try:
+        fits = identify(source.shapes).candidates[0].architecture.spelled
+    except (ArchitectureError, NoClassifierError):
+        fits = None
+    what = explain(architecture, source.shapes)
+    if fits is not None:
+        hint = f"Its tensors fit {fits}. If that is the network: --arch {fits}"
+    elif "hand-made head" in what:
+        hint = HAND_MADE_HEAD
+    else:
+        hint = (
+            "No other architecture fits either. If the network was changed, build it in Python, load the file, and "
+            "replace its classifier there: fixify.fix_classifier_(model)"
+        )
+    said = " The file, or its config.json, names that architecture." if named_by_file else ""
+    return ArchitectureError(f"{source.name} is not a checkpoint of {architecture.spelled}.{said}\n{what}", hint=hint)
 
 
 def _identify(source: Source) -> tuple[Candidate, str]:

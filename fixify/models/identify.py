@@ -24,6 +24,8 @@ Progress = Callable[[int, int], object]
 # The class names of the modules: a long trait, and mostly a consequence of another trait that says it better.
 _SHOWN_LAST = {".class"}
 _MOST_SHOWN = 5
+# The last part of a tensor's name, where it means the same in every implementation.
+_KINDS = {"weight", "bias", "running_mean", "running_var"}
 # Key names that occur together in every state dict of efficientnet-pytorch and in no other known implementation. The
 # fork github.com/ml-illustrated/EfficientNet-Lite-PyTorch has the same names. Every convolution of both comes from
 # `get_same_padding_conv2d`, since their weights are ports of TensorFlow's checkpoints.
@@ -38,6 +40,12 @@ _EFFICIENTNET_PYTORCH_CODE = (
 HAND_MADE_HEAD = (
     "A file does not show what is between its layers. Build the model in Python, load the file, and replace its last "
     "Linear there: fixify.fix_classifier_(model)"
+)
+
+
+_SORTED = (
+    " Its tensors are sorted by name, as in safetensors files, and so do not show the order of the modules. "
+    "A .pth file shows it."
 )
 
 
@@ -117,7 +125,8 @@ def identify(shapes: Mapping[str, Sequence[int]], *, on_progress: Progress | Non
         _refuse_hand_made_head(shapes, entries)
         raise ArchitectureError(
             f"No architecture of timm, torchvision or the paper has these {len(shapes)} tensors.",
-            hint="If the network is a modified architecture, or a part of one, name the architecture: --arch NAME.",
+            hint="If it is a modified architecture, or a part of one, see what differs from that: --arch NAME."
+            + (_SORTED if list(shapes) == sorted(shapes) else ""),
         )
     return found
 
@@ -150,7 +159,7 @@ def fit(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> Candidate | 
         _refuse_several(matches)
         for match in matches:
             key_map = _key_map(match, shapes, by_order)
-            if not _most_agree(key_map):
+            if _keeps_kinds(key_map) and not _most_agree(key_map):
                 return Candidate(match.architecture, match.choices["num_classes"], key_map)
         if not by_order:
             for reading in readings(shapes, entries):
@@ -290,9 +299,6 @@ def _search(
         ]
         if not matches:
             continue
-        if by_order:
-            for match in matches:
-                _refuse_odd_names(match, _key_map(match, shapes, True), shapes)
         narrowed_by = None
         if by_order and len(matches) > 1 and shapes.keys() >= _EFFICIENTNET_PYTORCH:
             padded = [match for match in matches if "as TensorFlow" in match.entry.traits.get("padding", ("", ""))[1]]
@@ -301,7 +307,13 @@ def _search(
                 narrowed_by = (
                     f"the key names of efficientnet-pytorch (padding as TensorFlow, {_EFFICIENTNET_PYTORCH_CODE})"
                 )
-        return Identification(_candidates(matches, shapes, by_order), "shapes" if by_order else "keys", narrowed_by)
+        candidates = _candidates(matches, shapes, by_order)
+        candidates = tuple(candidate for candidate in candidates if _keeps_kinds(candidate.key_map))
+        if not candidates:
+            continue
+        for candidate in candidates:
+            _refuse_odd_names(candidate)
+        return Identification(candidates, "shapes" if by_order else "keys", narrowed_by)
     return None
 
 
@@ -361,6 +373,12 @@ def _refuse_several(matches: Sequence[_Match]) -> None:
         )
 
 
+def _keeps_kinds(key_map: Mapping[str, str] | None) -> bool:
+    """Return whether a map by the order of shapes takes no bias for a weight, as it would in a file sorted by name."""
+    kinds = [(old.rpartition(".")[2], new.rpartition(".")[2]) for old, new in (key_map or {}).items()]
+    return all(old == new for old, new in kinds if old in _KINDS and new in _KINDS)
+
+
 def _most_agree(key_map: Mapping[str, str] | None) -> bool:
     """Return whether a map by the order of shapes keeps most names and renames a few, which is a guess."""
     if key_map is None:
@@ -369,14 +387,16 @@ def _most_agree(key_map: Mapping[str, str] | None) -> bool:
     return len(key_map) / 2 < same < len(key_map)
 
 
-def _refuse_odd_names(match: _Match, key_map: Mapping[str, str] | None, shapes: Mapping[str, Sequence[int]]) -> None:
+def _refuse_odd_names(candidate: Candidate) -> None:
+    """Refuse a match by the order of shapes if most names agree: those that do not are a message."""
+    key_map = candidate.key_map
     if key_map is None or not _most_agree(key_map):
         return
     odd = [(old, new) for old, new in key_map.items() if old != new]
     shown = ", ".join(f"{old} stands where {new} is expected" for old, new in odd[:3])
     raise ArchitectureError(
-        f"{len(key_map) - len(odd)} of {len(shapes)} names are those of {match.architecture.ref}, and these are not: "
-        f"{shown}{f' and {len(odd) - 3} more' if len(odd) > 3 else ''}.",
+        f"{len(key_map) - len(odd)} of {len(key_map)} names are those of {candidate.architecture.ref}, and these are "
+        f"not: {shown}{f' and {len(odd) - 3} more' if len(odd) > 3 else ''}.",
         hint="The network may compute something else there. Rename the tensors if you know that it does not, or name "
         "the architecture with its arguments: --arch NAME,option=value",
     )

@@ -129,17 +129,18 @@ def describe_head(tensors: Mapping[str, Sequence[int]]) -> str:
 
 def differences(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> list[str]:
     """List what is missing, extra, or of another shape, compared with an architecture; at most three of each."""
-    shapes = max(
-        ({key: tuple(shape) for key, shape in shapes.items()}, *(each.shapes for each in _without_wrapper(shapes))),
-        key=lambda named: len(set(named) & set(shapes_of(build(arch, meta=True)))),
-    )
     model = build(arch, meta=True)
     try:
         sites = [f"{site.path}." for site in find_classifiers(model, arch)]
     except NoClassifierError:
         sites = []
     own = {key: shape for key, shape in shapes_of(model).items() if not is_counter(key)}
-    theirs = {key: tuple(shape) for key, shape in shapes.items() if not is_counter(key)}
+    theirs = {key: tuple(shapes[key]) for key in sorted(shapes, key=_natural) if not is_counter(key)}
+    largest = max(theirs, key=lambda key: sum(other.startswith(key.partition(".")[0] + ".") for other in theirs))
+    inside = f"{largest.partition('.')[0]}."
+    stripped = {key.removeprefix(inside): shape for key, shape in theirs.items()}
+    if len(stripped) == len(theirs) and len(own.keys() & stripped) > len(own.keys() & theirs):
+        theirs = stripped
     missing = [f"{key} {list(own[key])}" for key in own if key not in theirs]
     extra = [f"{key} {list(theirs[key])}" for key in theirs if key not in own]
     other = [

@@ -196,7 +196,11 @@ def test_one_renamed_tensor_is_no_match(tmp_path: Path, container: str) -> None:
 
 
 MLPS = {
-    "two": ({"fc.0": (64, 96), "fc.3": (5, 64)}, {}, r"fc\.0, fc\.3: a hand-made head of two Linears \(96 -> 64 -> 5\)"),
+    "two": (
+        {"fc.0": (64, 96), "fc.3": (5, 64)},
+        {},
+        r"fc\.0, fc\.3: a hand-made head of two Linears \(96 -> 64 -> 5\)",
+    ),
     "norm": ({"fc.1": (5, 96)}, {"fc.0": 96}, r"fc\.1: a hand-made head of one Linear .*fc\.0"),
     "named": ({"fc.hidden": (64, 96), "fc.out": (5, 64)}, {}, r"fc\.hidden, fc\.out: .* two Linears"),
 }

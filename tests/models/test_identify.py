@@ -127,6 +127,29 @@ def test_ties_say_what_differs() -> None:
     assert "padding even" in found.describe()
 
 
+def test_order_takes_no_bias_for_a_weight() -> None:
+    """With its tensors sorted by name a batch norm has the right shapes in the wrong order."""
+    modules: dict[str, Shapes] = {}
+    for key, shape in _shapes("test_efficientnet").items():
+        if not is_counter(key):
+            path, _, kind = key.rpartition(".")
+            modules.setdefault(path, {})[kind] = shape
+    in_order, norms_sorted = (
+        {
+            f"m{number:03}.{kind}": shape
+            for number, parts in enumerate(modules.values())
+            for kind, shape in (sorted(parts.items()) if "running_mean" in parts and by_name else parts.items())
+        }
+        for by_name in (False, True)
+    )
+    assert list(in_order.values()) == list(norms_sorted.values()) and list(in_order) != list(norms_sorted)
+    assert identify(in_order).by == "shapes"
+    assert fit(parse_architecture("test_efficientnet"), in_order) is not None
+    with pytest.raises(ArchitectureError):
+        identify(norms_sorted)
+    assert fit(parse_architecture("test_efficientnet"), norms_sorted) is None
+
+
 def test_nothing_fits() -> None:
     with pytest.raises(ArchitectureError, match=r"\b2\b"):
         identify({"weight": (3, 4), "bias": (3,)})
