@@ -27,6 +27,7 @@ from fixify.data.dataset import ImageSource, OpenedData
 from fixify.data.decoding import convert_mode, remarks_on
 from fixify.data.preprocessing import channels_of, normalization
 from fixify.data.processes import (
+    BROKEN,
     Reading,
     close_at_exit,
     end_workers,
@@ -620,7 +621,7 @@ class _ReadableBatches:
                 except StopIteration:
                     return
                 yield part
-        except (RuntimeError, OSError, MemoryError) as error:
+        except (RuntimeError, OSError, MemoryError, *BROKEN) as error:
             images = self.loader.dataset
             found = explain(error, workers_of(self.loader), images.reading, images.images)
             if found is None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import multiprocessing.connection
 import os
+import pickle
 import signal
 import threading
 import time
@@ -24,6 +26,9 @@ from fixify.errors import LoaderError, resource_problem
 
 PATIENCE = 60.0
 """Seconds that a loader process may spend on one image; $FIXIFY_IMAGE_SECONDS changes it."""
+
+BROKEN = (ConnectionError, FileNotFoundError, EOFError, pickle.UnpicklingError)
+"""What receiving a batch raises if its sender is killed meanwhile."""
 
 _HUNG = 75  # exit code of a process that gives up
 _NOTHING = -1
@@ -123,6 +128,9 @@ def explain(error: Exception, workers: Sequence[Any], reading: Reading, images: 
     if str(error).startswith("Caught "):  # an exception in a worker, which is alive; its traceback is in the message
         problem = resource_problem(error)
         return None if problem is None else LoaderError(f"A loader process failed: {problem.what}.", hint=problem.hint)
+    if isinstance(error, BROKEN):
+        # The connection breaks a moment before the process counts as ended.
+        multiprocessing.connection.wait([process.sentinel for process in workers], timeout=_GRACE)
     for number, process in enumerate(workers):
         if process.exitcode not in (None, 0):
             index = reading.of(number)

@@ -166,6 +166,15 @@ def test_how_a_process_ended(code: int, words: str, hint: str) -> None:
     assert re.search(words, found.message) and hint in str(found.hint)
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError, ConnectionRefusedError, FileNotFoundError, EOFError])
+def test_a_process_that_is_killed_while_it_sends_a_batch(error: type[Exception]) -> None:
+    process = multiprocessing.get_context("fork").Process(target=kill_myself)
+    process.start()
+    found = explain(error(), [process], Reading(1), IMAGES)  # type: ignore[arg-type]
+    process.join()
+    assert found is not None and "SIGKILL" in found.message
+
+
 def test_a_process_that_ended_between_two_images() -> None:
     assert "image" not in lost(-signal.SIGKILL, image=-1).message
 
