@@ -57,14 +57,17 @@ def open_file(path: Path, *, ema: bool = False, meta: bool = False, name: str | 
         UnsafeCheckpointError: the file would run code, or lies about what it holds. Nothing was run.
         SourceError: the file is not a checkpoint, is damaged, holds no weights, or lacks the requested moving average.
     """
-    tree, facts = read_tree(path, meta=meta)
-    num_bytes = path.stat().st_size
-    weights = clean(find_state_dict(tree, path.name, ema=ema), path.name, file_bytes=num_bytes, ema=ema)
+    with _files.unchanged(path, SourceError):
+        tree, facts = read_tree(path, meta=meta)
+        num_bytes = path.stat().st_size
+        weights = clean(find_state_dict(tree, path.name, ema=ema), path.name, file_bytes=num_bytes, ema=ema)
+        tensors = _shapes_only(weights.tensors) if meta else _copied(weights.tensors)
+        sha256 = None if meta else _files.sha256_of(path)
     return Source(
         name=name or path.name,
-        tensors=_shapes_only(weights.tensors) if meta else weights.tensors,
+        tensors=tensors,
         facts=facts,
-        sha256=None if meta else _files.sha256_of(path),
+        sha256=sha256,
         num_bytes=num_bytes,
         used_ema=weights.used_ema,
         has_ema=weights.has_ema,
@@ -177,7 +180,7 @@ def read_tree(path: Path, *, meta: bool) -> tuple[object, Facts]:
             if key in contents.metadata:
                 raise SourceError(f"{path} is {what}.", hint=f"Show what is in it: fixify inspect {path}")
         return contents.tensors, facts_of_metadata(contents.metadata)
-    tree = read_zip(path) if kind == "zip" else read_legacy(path)
+    tree = read_zip(path, check=not meta) if kind == "zip" else read_legacy(path)
     for key, tensor in find_state_dict(tree, path.name).entries.items():
         if isinstance(tensor, Tensor) and tensor.is_meta:
             raise SourceError(
@@ -228,9 +231,10 @@ def read_safetensors(path: Path, *, meta: bool = False) -> SafetensorsContents:
 def has_metadata(path: Path | str, key: str) -> bool:
     """Return whether a file is a safetensors file with this key in its metadata. Only the header is read."""
     try:
+        _files.require_regular(path, SourceError)
         with safe_open(path, framework="pt") as file:
             return key in (file.metadata() or {})
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError, SourceError):
         return False
 
 
@@ -245,15 +249,22 @@ def _open_shards(index: Path, *, ema: bool, meta: bool, name: str) -> Source:
             raise SourceError(
                 f"{index} names {shard}, which does not exist.", hint=f"Download it into {index.parent} as well."
             )
-        held = find_state_dict(read_tree(path, meta=meta)[0], path.name).entries
-        missing = [key for key in keys if not isinstance(held.get(key), Tensor)]
-        if missing:
-            raise SourceError(f"{index.name} says that {path} holds {missing[0]}, but it does not.")
-        entries.update((key, held[key]) for key in keys)
+        with _files.unchanged(path, SourceError):
+            held = find_state_dict(read_tree(path, meta=meta)[0], path.name).entries
+            found = {key: tensor for key in keys if isinstance(tensor := held.get(key), Tensor)}
+            missing = [key for key in keys if key not in found]
+            if missing:
+                raise SourceError(f"{index.name} says that {path} holds {missing[0]}, but it does not.")
+            entries.update(found if meta else _copied(found))
         num_bytes += path.stat().st_size
     weights = clean(StateDict(entries), name, file_bytes=num_bytes)
     tensors = _shapes_only(weights.tensors) if meta else weights.tensors
     return Source(name=name, tensors=tensors, num_bytes=num_bytes, dropped=weights.dropped)
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors out of the mapped file: later changes of the file would change them, or end the process."""
+    return {key: tensor.clone() for key, tensor in tensors.items()}
 
 
 def _shapes_only(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -262,6 +273,7 @@ def _shapes_only(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    _files.require_regular(path, SourceError, f"Put the real {path.name} there, or remove it.")
     try:
         if path.stat().st_size > _MAX_JSON:
             raise SourceError(

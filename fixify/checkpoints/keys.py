@@ -223,9 +223,14 @@ def unusual_dtype(name: str, key: str, dtype: str) -> SourceError:
 def _holds_tensors(value: object) -> bool:
     return any(
         isinstance(item, Tensor)
-        or (key in WEIGHTS_KEYS and any(isinstance(inner, Tensor) for _, inner in items_of(item)))
+        or (key in WEIGHTS_KEYS and any(isinstance(inner, Tensor) for name, inner in items_of(item) if _is_name(name)))
         for key, item in items_of(value)
+        if _is_name(key)
     )
+
+
+def _is_name(key: object) -> bool:
+    return isinstance(key, str)
 
 
 def _innermost(value: object) -> dict[str, object]:
