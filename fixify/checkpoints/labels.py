@@ -88,7 +88,7 @@ def read_class_indices(path: Path) -> dict[str, int]:
     indices = dict(found)
     if len(indices) != len(found):
         name = next(name for name, index in found if indices[name] != index or found.count((name, index)) > 1)
-        raise SourceError(f"{path} gives the class {name!r} two indices.")
+        raise SourceError(f"{path} gives the class {name[:200]!r} two indices.")
     return indices
 
 

@@ -8,6 +8,7 @@ either. No option overrides this: a file that the reader refuses is refused.
 from __future__ import annotations
 
 import argparse
+import copy
 import mmap
 import pickle
 import pickletools
@@ -118,7 +119,6 @@ def read_zip(path: Path, *, check: bool = True) -> object:
         SourceError: it is another kind of zip archive, or is damaged.
     """
     _check_archive(path, check=check)
-    _refuse_endless(path, _pickle_bytes(path))
     # torch passes any path that ends in .safetensors to the safetensors library, whatever the file holds
     return _load(path, mmap=path.suffix != ".safetensors")
 
@@ -318,21 +318,23 @@ def _pickle_bytes(path: Path) -> bytes:
     if kind_of(path) != "zip":
         return path.read_bytes()
     with zipfile.ZipFile(path) as archive:
-        return archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+        entry = next(entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl"))
+        return _read_entry(archive, entry, keep=True)
 
 
 def _check_archive(path: Path, *, check: bool) -> None:
-    """Check the directory of an archive, and the checksums of what it lists."""
+    """Check the directory of an archive, the checksums of what it lists, and its pickle."""
     entries = _entries(path)
     _check_entries(path, entries)
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in entries:
+                is_pickle = entry.filename.endswith("data.pkl")
                 # torch.save may be told to leave out the checksums; they are 0 then.
-                if entry.CRC and (check or entry.filename.endswith(".pkl")):
-                    with archive.open(entry) as content:
-                        while content.read(_CHUNK):
-                            pass
+                if is_pickle or (check and entry.CRC):
+                    content = _read_entry(archive, entry, keep=is_pickle)
+                    if is_pickle:
+                        _refuse_endless(path, content)
     except (zipfile.BadZipFile, EOFError, struct.error, ValueError, NotImplementedError, RuntimeError) as error:
         raise SourceError(
             f"{path} is damaged: {entry.filename} in it is not what was written ({error}).",
@@ -340,6 +342,23 @@ def _check_archive(path: Path, *, check: bool) -> None:
         ) from error
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, *, keep: bool) -> bytes:
+    """Read one entry, and compare it with its checksum if it has one; return its bytes only if they are kept.
+
+    Raises:
+        zipfile.BadZipFile: they differ, or the directory of the archive contradicts the entry.
+    """
+    if not entry.CRC:
+        entry = copy.copy(entry)
+        del entry.CRC  # zipfile then compares nothing
+    kept = []
+    with archive.open(entry) as content:
+        while chunk := content.read(_CHUNK):
+            if keep:
+                kept.append(chunk)
+    return b"".join(kept)
 
 
 def _entries(path: Path) -> list[zipfile.ZipInfo]:
