@@ -19,7 +19,7 @@ from torch import Tensor
 from fixify import _files
 from fixify.checkpoints.keys import DTYPES, StateDict, clean, find_state_dict, unusual_dtype
 from fixify.checkpoints.metadata import facts_of_config, facts_of_metadata, facts_of_training
-from fixify.checkpoints.pickles import read_legacy, read_zip
+from fixify.checkpoints.pickles import LARGEST_COPY, read_legacy, read_zip
 from fixify.checkpoints.sniffing import kind_of
 from fixify.checkpoints.source import Facts, Source
 from fixify.errors import SourceError, UnsafeCheckpointError
@@ -61,7 +61,7 @@ def open_file(path: Path, *, ema: bool = False, meta: bool = False, name: str | 
         tree, facts = read_tree(path, meta=meta)
         num_bytes = path.stat().st_size
         weights = clean(find_state_dict(tree, path.name, ema=ema), path.name, file_bytes=num_bytes, ema=ema)
-        tensors = _shapes_only(weights.tensors) if meta else _copied(weights.tensors)
+        tensors = _shapes_only(weights.tensors) if meta else weights.tensors
         sha256 = None if meta else _files.sha256_of(path)
     return Source(
         name=name or path.name,
@@ -164,8 +164,8 @@ def read_tree(path: Path, *, meta: bool) -> tuple[object, Facts]:
 
     Args:
         path: The file.
-        meta: Read only the header of a safetensors file. The tensors of a zip archive are memory-mapped in any case,
-            and cost nothing until they are used.
+        meta: Read only the header of a safetensors file. The tensors of a zip archive are memory-mapped then, and cost
+            nothing.
 
     Raises:
         UnsafeCheckpointError, SourceError: see `open_file`.
@@ -180,7 +180,7 @@ def read_tree(path: Path, *, meta: bool) -> tuple[object, Facts]:
             if key in contents.metadata:
                 raise SourceError(f"{path} is {what}.", hint=f"Show what is in it: fixify inspect {path}")
         return contents.tensors, facts_of_metadata(contents.metadata)
-    tree = read_zip(path, check=not meta) if kind == "zip" else read_legacy(path)
+    tree = read_zip(path, meta=meta) if kind == "zip" else read_legacy(path)
     for key, tensor in find_state_dict(tree, path.name).entries.items():
         if isinstance(tensor, Tensor) and tensor.is_meta:
             raise SourceError(
@@ -208,7 +208,7 @@ def read_safetensors(path: Path, *, meta: bool = False) -> SafetensorsContents:
 
     Args:
         path: The file.
-        meta: Read only the header: tensors are on the meta device. Otherwise they are memory-mapped.
+        meta: Read only the header: tensors are on the meta device.
 
     Raises:
         UnsafeCheckpointError: the header lies about what the file holds.
@@ -220,12 +220,34 @@ def read_safetensors(path: Path, *, meta: bool = False) -> SafetensorsContents:
             names = list(file.offset_keys())
             for name in names:
                 _check_tensor(path, name, file.get_slice(name))
-            tensors = {name: _on_meta(file, name) if meta else file.get_tensor(name) for name in names}
-            return SafetensorsContents(tensors, dict(file.metadata() or {}))
+            if meta or path.stat().st_size <= LARGEST_COPY:
+                tensors = {name: _on_meta(file, name) for name in names}
+            else:
+                tensors = {name: file.get_tensor(name) for name in names}
+            metadata = dict(file.metadata() or {})
+        return SafetensorsContents(tensors if meta else _read_tensors(path, tensors), metadata)
     except SafetensorError as error:
         raise _disagreement(path, str(error).removeprefix("Error while deserializing header: ")) from error
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _read_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Read the tensors that are on the meta device into memory; the library would map them."""
+    read = {}
+    with open(path, "rb") as file:
+        start = 8 + (length := int.from_bytes(file.read(8), "little"))
+        header = json.loads(file.read(length))
+        for name, tensor in tensors.items():
+            read[name] = torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
+            content = read[name].reshape(-1).view(torch.uint8).numpy()
+            if not tensor.is_meta or not content.nbytes:
+                continue
+            begin, end = header[name]["data_offsets"]
+            file.seek(start + begin)
+            if end - begin != content.nbytes or file.readinto(content.data) != content.nbytes:
+                raise SourceError(f"{path} is cut short, or changed while it was read.", hint=_AGAIN)
+    return read
 
 
 def has_metadata(path: Path | str, key: str) -> bool:
@@ -255,16 +277,11 @@ def _open_shards(index: Path, *, ema: bool, meta: bool, name: str) -> Source:
             missing = [key for key in keys if key not in found]
             if missing:
                 raise SourceError(f"{index.name} says that {path} holds {missing[0]}, but it does not.")
-            entries.update(found if meta else _copied(found))
+            entries.update(found)
         num_bytes += path.stat().st_size
     weights = clean(StateDict(entries), name, file_bytes=num_bytes)
     tensors = _shapes_only(weights.tensors) if meta else weights.tensors
     return Source(name=name, tensors=tensors, num_bytes=num_bytes, dropped=weights.dropped)
-
-
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors out of the mapped file: later changes of the file would change them, or end the process."""
-    return {key: tensor.clone() for key, tensor in tensors.items()}
 
 
 def _shapes_only(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
