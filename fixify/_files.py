@@ -122,11 +122,12 @@ def unchanged(path: Path, error: type[FixifyError]) -> Iterator[None]:
     before = _state_of(path)
     try:
         yield
-    finally:
+    except Exception as failed:
         if _state_of(path) != before:
-            raise error(
-                f"{path} changed while it was read.", hint="Run this again when no other program writes to the file."
-            )
+            raise _changed(path, error) from failed
+        raise
+    if _state_of(path) != before:
+        raise _changed(path, error)
 
 
 def sha256_of(path: Path, on_progress: Callable[[int], object] | None = None) -> str:
@@ -151,6 +152,11 @@ def _state_of(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _changed(path: Path, error: type[FixifyError]) -> FixifyError:
+    hint = "Run this again when no other program writes to the file."
+    return error(f"{path} changed while it was read.", hint=hint)
 
 
 def _move_new(temporary: Path, path: Path) -> None:
