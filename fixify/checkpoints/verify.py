@@ -84,7 +84,7 @@ def _digest(contents: Contents, path: Path) -> Check:
     try:
         contents.check_digest(path)
     except FormatError as error:
-        return Check("digest", False, error.message)
+        return Check("digest", False, error.message.rstrip("."))
     return Check("digest", True, "tensors as written")
 
 

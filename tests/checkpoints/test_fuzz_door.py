@@ -65,7 +65,7 @@ def _mutated(value: Any, rng: random.Random) -> Any:
             for _ in range(rng.choice((1, 2, 150))):
                 inside[last] = [inside[last]]
         elif how == "add" and isinstance(inside, dict):
-            inside[rng.choice(("text", "a b", "", "depth", "img_size", "\x1b"))] = rng.choice(_VALUES)
+            inside[rng.choice(("text", "a b", "", "depth", "img_size", "\x1b"))] = copy.deepcopy(rng.choice(_VALUES))
         elif how == "repeat" and isinstance(inside[last], list):
             inside[last] = inside[last] * rng.choice((2, 1000))
         elif how == "other":
@@ -78,7 +78,7 @@ def _mutated(value: Any, rng: random.Random) -> Any:
             except (LookupError, TypeError):
                 pass  # it was changed before
         else:
-            inside[last] = rng.choice(_VALUES)
+            inside[last] = copy.deepcopy(rng.choice(_VALUES))
     return value
 
 
