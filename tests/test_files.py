@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fixify._files import atomic_path, refuse_existing, sha256_of, write_atomic
-from fixify.errors import OutputError, OutputExistsError
+from fixify._files import atomic_path, refuse_existing, sha256_of, unchanged, write_atomic
+from fixify.errors import OutputError, OutputExistsError, SourceError
 
 
 def test_written_whole_and_nothing_else_left(tmp_path: Path) -> None:
@@ -75,3 +75,68 @@ def test_sha256(tmp_path: Path) -> None:
     seen: list[int] = []
     assert sha256_of(tmp_path / "a", seen.append) == hashlib.sha256(data).hexdigest()
     assert sum(seen) == len(data)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="devices and pipes are POSIX's")
+def test_outputs_that_are_no_files_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for path in (Path("/dev/null"), tmp_path / "pipe", tmp_path / "link", tmp_path):
+        for force in (False, True):
+            with pytest.raises(OutputError):
+                refuse_existing(path, force=force)
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file" / "a", tmp_path / ("x" * 300), tmp_path / "a\0b"):
+        with pytest.raises(OutputError):
+            refuse_existing(path, force=True)
+    with pytest.raises(OutputError), atomic_path(tmp_path / ("x" * 250)):
+        pass
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links are POSIX's")
+def test_a_link_that_leads_nowhere_is_a_file_that_exists(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "missing")
+    with pytest.raises(OutputExistsError):
+        refuse_existing(link, force=False)
+    refuse_existing(link, force=True)
+    with pytest.raises(OutputExistsError), atomic_path(link, force=False) as temporary:
+        temporary.write_text("new")
+    assert link.is_symlink() and list(tmp_path.iterdir()) == [link]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o000)
+    with pytest.raises(OutputError):
+        refuse_existing(tmp_path / "closed" / "a", force=True)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    target = tmp_path / "a.txt"
+    with pytest.raises(OutputExistsError), atomic_path(target, force=False) as temporary:
+        temporary.write_text("mine")
+        target.write_text("theirs")
+    assert target.read_text() == "theirs" and list(tmp_path.iterdir()) == [target]
+    target.unlink()
+    with atomic_path(target, force=False) as temporary:
+        temporary.write_text("mine")
+    assert target.read_text() == "mine" and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_change_explains_the_failure_that_it_causes(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("x")
+    with unchanged(path, SourceError):
+        path.read_text()
+    with pytest.raises(SourceError, match="changed"), unchanged(path, SourceError):
+        path.write_text("longer")
+        raise ValueError("it cannot be parsed")
+    with pytest.raises(KeyError), unchanged(path, SourceError):
+        raise KeyError

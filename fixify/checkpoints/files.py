@@ -19,7 +19,7 @@ from torch import Tensor
 from fixify import _files
 from fixify.checkpoints.keys import DTYPES, StateDict, clean, find_state_dict, unusual_dtype
 from fixify.checkpoints.metadata import facts_of_config, facts_of_metadata, facts_of_training
-from fixify.checkpoints.pickles import read_legacy, read_zip
+from fixify.checkpoints.pickles import LARGEST_COPY, read_legacy, read_zip
 from fixify.checkpoints.sniffing import kind_of
 from fixify.checkpoints.source import Facts, Source
 from fixify.errors import SourceError, UnsafeCheckpointError
@@ -57,14 +57,17 @@ def open_file(path: Path, *, ema: bool = False, meta: bool = False, name: str | 
         UnsafeCheckpointError: the file would run code, or lies about what it holds. Nothing was run.
         SourceError: the file is not a checkpoint, is damaged, holds no weights, or lacks the requested moving average.
     """
-    tree, facts = read_tree(path, meta=meta)
-    num_bytes = path.stat().st_size
-    weights = clean(find_state_dict(tree, path.name, ema=ema), path.name, file_bytes=num_bytes, ema=ema)
+    with _files.unchanged(path, SourceError):
+        tree, facts = read_tree(path, meta=meta)
+        num_bytes = path.stat().st_size
+        weights = clean(find_state_dict(tree, path.name, ema=ema), path.name, file_bytes=num_bytes, ema=ema)
+        tensors = _shapes_only(weights.tensors) if meta else weights.tensors
+        sha256 = None if meta else _files.sha256_of(path)
     return Source(
         name=name or path.name,
-        tensors=_shapes_only(weights.tensors) if meta else weights.tensors,
+        tensors=tensors,
         facts=facts,
-        sha256=None if meta else _files.sha256_of(path),
+        sha256=sha256,
         num_bytes=num_bytes,
         used_ema=weights.used_ema,
         has_ema=weights.has_ema,
@@ -163,8 +166,8 @@ def read_tree(path: Path, *, meta: bool) -> tuple[object, Facts]:
 
     Args:
         path: The file.
-        meta: Read only the header of a safetensors file. The tensors of a zip archive are memory-mapped in any case,
-            and cost nothing until they are used.
+        meta: Read only the header of a safetensors file. The tensors of a zip archive are memory-mapped then, and cost
+            nothing.
 
     Raises:
         UnsafeCheckpointError, SourceError: see `open_file`.
@@ -179,7 +182,7 @@ def read_tree(path: Path, *, meta: bool) -> tuple[object, Facts]:
             if key in contents.metadata:
                 raise SourceError(f"{path} is {what}.", hint=f"Show what is in it: fixify inspect {path}")
         return contents.tensors, facts_of_metadata(contents.metadata)
-    tree = read_zip(path) if kind == "zip" else read_legacy(path)
+    tree = read_zip(path, meta=meta) if kind == "zip" else read_legacy(path)
     for key, tensor in find_state_dict(tree, path.name).entries.items():
         if isinstance(tensor, Tensor) and tensor.is_meta:
             raise SourceError(
@@ -207,7 +210,7 @@ def read_safetensors(path: Path, *, meta: bool = False) -> SafetensorsContents:
 
     Args:
         path: The file.
-        meta: Read only the header: tensors are on the meta device. Otherwise they are memory-mapped.
+        meta: Read only the header: tensors are on the meta device.
 
     Raises:
         UnsafeCheckpointError: the header lies about what the file holds.
@@ -219,20 +222,43 @@ def read_safetensors(path: Path, *, meta: bool = False) -> SafetensorsContents:
             names = list(file.offset_keys())
             for name in names:
                 _check_tensor(path, name, file.get_slice(name))
-            tensors = {name: _on_meta(file, name) if meta else file.get_tensor(name) for name in names}
-            return SafetensorsContents(tensors, dict(file.metadata() or {}))
+            if meta or path.stat().st_size <= LARGEST_COPY:
+                tensors = {name: _on_meta(file, name) for name in names}
+            else:
+                tensors = {name: file.get_tensor(name) for name in names}
+            metadata = dict(file.metadata() or {})
+        return SafetensorsContents(tensors if meta else _read_tensors(path, tensors), metadata)
     except SafetensorError as error:
         raise _disagreement(path, str(error).removeprefix("Error while deserializing header: ")) from error
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
+def _read_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Read the tensors that are on the meta device into memory; the library would map them."""
+    read = {}
+    with open(path, "rb") as file:
+        start = 8 + (length := int.from_bytes(file.read(8), "little"))
+        header = json.loads(file.read(length))
+        for name, tensor in tensors.items():
+            read[name] = torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
+            content = read[name].reshape(-1).view(torch.uint8).numpy()
+            if not tensor.is_meta or not content.nbytes:
+                continue
+            begin, end = header[name]["data_offsets"]
+            file.seek(start + begin)
+            if end - begin != content.nbytes or file.readinto(content.data) != content.nbytes:
+                raise SourceError(f"{path} is cut short, or changed while it was read.", hint=_AGAIN)
+    return read
+
+
 def has_metadata(path: Path | str, key: str) -> bool:
     """Return whether a file is a safetensors file with this key in its metadata. Only the header is read."""
     try:
+        _files.require_regular(path, SourceError)
         with safe_open(path, framework="pt") as file:
             return key in (file.metadata() or {})
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError, SourceError):
         return False
 
 
@@ -247,11 +273,13 @@ def _open_shards(index: Path, *, ema: bool, meta: bool, name: str) -> Source:
             raise SourceError(
                 f"{index} names {shard}, which does not exist.", hint=f"Download it into {index.parent} as well."
             )
-        held = find_state_dict(read_tree(path, meta=meta)[0], path.name).entries
-        missing = [key for key in keys if not isinstance(held.get(key), Tensor)]
-        if missing:
-            raise SourceError(f"{index.name} says that {path} holds {missing[0]}, but it does not.")
-        entries.update((key, held[key]) for key in keys)
+        with _files.unchanged(path, SourceError):
+            held = find_state_dict(read_tree(path, meta=meta)[0], path.name).entries
+            found = {key: tensor for key in keys if isinstance(tensor := held.get(key), Tensor)}
+            missing = [key for key in keys if key not in found]
+            if missing:
+                raise SourceError(f"{index.name} says that {path} holds {missing[0]}, but it does not.")
+            entries.update(found)
         num_bytes += path.stat().st_size
     weights = clean(StateDict(entries), name, file_bytes=num_bytes)
     tensors = _shapes_only(weights.tensors) if meta else weights.tensors
@@ -264,6 +292,7 @@ def _shapes_only(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    _files.require_regular(path, SourceError, f"Put the real {path.name} there, or remove it.")
     try:
         if path.stat().st_size > _MAX_JSON:
             raise SourceError(

@@ -266,8 +266,9 @@ def unusual_dtype(name: str, key: str, dtype: str) -> SourceError:
 def _holds_tensors(value: object) -> bool:
     return any(
         isinstance(item, Tensor)
-        or (key in WEIGHTS_KEYS and any(isinstance(inner, Tensor) for _, inner in items_of(item)))
+        or (key in WEIGHTS_KEYS and any(isinstance(inner, Tensor) for name, inner in items_of(item) if _is_name(name)))
         for key, item in items_of(value)
+        if _is_name(key)
     )
 
 
@@ -368,6 +369,10 @@ def _where_weights_are(top: Mapping[str, object], name: str) -> str:
     if places:
         return f"Its tensors are under {', '.join(map(repr, places[:4]))}: save the network alone, as one state dict."
     return WHERE_WEIGHTS_GO
+
+
+def _is_name(key: object) -> bool:
+    return isinstance(key, str)
 
 
 def _innermost(value: object) -> dict[str, object]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from fixify._files import require_regular
 from fixify._words import counted
 from fixify.checkpoints.keys import items_of
 from fixify.errors import SourceError
@@ -26,8 +27,9 @@ _INSIDE = (
     *("config", "cfg", "opt", "data", "dataset", "info", "extra"),
 )
 _MAX_CLASSES = 1 << 22
-_LAST_NUMBER = re.compile(r"^(?P<name>.*\S)[\s,;:]+(?P<index>\d{1,7})$")
-_FIRST_NUMBER = re.compile(r"^(?P<index>\d{1,7})[\s,;:]+(?P<name>\S.*)$")
+# Both take time in proportion to the length of a line, whatever is in it.
+_LAST_NUMBER = re.compile(r"[\s,;:](?P<index>[0-9]{1,7})$")
+_FIRST_NUMBER = re.compile(r"^(?P<index>[0-9]{1,7})[\s,;:]+(?=\S)")
 
 
 def imagenet_labels(num_classes: int) -> list[str] | None:
@@ -100,7 +102,7 @@ def read_class_indices(path: Path) -> dict[str, int]:
     indices = dict(found)
     if len(indices) != len(found):
         name = next(name for name, index in found if indices[name] != index or found.count((name, index)) > 1)
-        raise SourceError(f"{path} gives the class {name!r} two indices.")
+        raise SourceError(f"{path} gives the class {name[:200]!r} two indices.")
     return indices
 
 
@@ -110,6 +112,7 @@ def _read(path: Path) -> list[str] | dict[Any, Any]:
         raise SourceError(
             f"{path} is a pickle, which can run code when it is read.", hint="Write the class names as JSON or text."
         )
+    require_regular(path, SourceError, "Give a file of class names.")
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise SourceError(f"{path} is too large for a list of class names.", hint="Write one name per line.")
@@ -251,8 +254,12 @@ def _names_of(value: object) -> list[str] | None:
 
 
 def _indexed(lines: list[str], pattern: re.Pattern[str]) -> list[str] | None:
-    matches = [pattern.match(line) for line in lines]
-    by_index = {int(match["index"]): match["name"].rstrip(" ,;:\t") for match in matches if match}
+    matches = [pattern.search(line) for line in lines]
+    by_index = {
+        int(match["index"]): (line[: match.start()] + line[match.end() :]).rstrip(" ,;:\t")
+        for match, line in zip(matches, lines, strict=True)
+        if match and line[: match.start()].strip() + line[match.end() :]
+    }
     if sorted(by_index) != list(range(len(lines))):
         return None
     # If at most half of the names are distinct, they are names that end in a number ("class 0", "class 1", ...), not
@@ -272,8 +279,10 @@ def _from_json(path: Path, text: str) -> Any:
 def _from_yaml(path: Path, text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SourceError(f"The class names in {path} are not valid YAML: {' '.join(str(error).split())}.") from error
+    # The last three are what PyYAML makes of tags whose value is of another kind: "!!bool x", "!!timestamp x".
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:500]
+        raise SourceError(f"The class names in {path} are not valid YAML: {reason}.") from error
 
 
 def _checked(path: Path, value: Any) -> list[str] | dict[Any, Any]:

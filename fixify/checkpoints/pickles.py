@@ -8,6 +8,8 @@ either. No option overrides this: a file that the reader refuses is refused.
 from __future__ import annotations
 
 import argparse
+import copy
+import mmap
 import pickle
 import pickletools
 import re
@@ -105,25 +107,45 @@ _STAND_INS: tuple[tuple[Any, str], ...] = (
 )
 
 
-def read_zip(path: Path) -> object:
-    """Read a zip archive that `torch.save` wrote. Tensors are memory-mapped; their bytes are not read yet.
+# Limits of a checkpoint of an image model, so that a small file cannot keep the reader busy.
+_MAX_ENTRIES = 50_000  # of an archive: a tensor each
+_MAX_KEY = 10_000  # values in one tuple, those inside it included: a tuple is hashed as a whole
+_CHUNK = 1 << 20
+
+
+# Larger files are mapped, since they may not fit into memory. Whoever cuts off a mapped file ends the process.
+LARGEST_COPY = 4 << 30
+
+
+def read_zip(path: Path, *, meta: bool = False) -> object:
+    """Read a zip archive that `torch.save` wrote.
+
+    Args:
+        path: The file.
+        meta: Only names and shapes are needed: the tensors are memory-mapped, and not compared with the archive's
+            checksums. The pickle is, in any case.
 
     Raises:
-        UnsafeCheckpointError: the pickle would run code, or the archive lies about sizes.
+        UnsafeCheckpointError: the pickle would run code or never end, or the archive lies about sizes.
         SourceError: it is another kind of zip archive, or is damaged.
     """
-    _check_archive(path)
+    _check_archive(path, check=not meta)
     # torch passes any path that ends in .safetensors to the safetensors library, whatever the file holds
-    return _load(path, mmap=path.suffix != ".safetensors")
+    return _load(path, mmap=(meta or path.stat().st_size > LARGEST_COPY) and path.suffix != ".safetensors")
 
 
 def read_legacy(path: Path) -> object:
     """Read a pickle that `torch.save` wrote before PyTorch 1.6 (or on request since) into memory.
 
     Raises:
-        UnsafeCheckpointError: the pickle would run code.
+        UnsafeCheckpointError: the pickle would run code or never end.
         SourceError: it is another kind of pickle, or is damaged.
     """
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            _refuse_endless(path, content)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
     return _load(path, mmap=False)
 
 
@@ -214,17 +236,163 @@ def _scan(path: Path) -> tuple[int, list[str]]:
     return protocol, names
 
 
+def _refuse_endless(path: Path, content: bytes | mmap.mmap) -> None:
+    """Refuse pickles whose tuples hold themselves again and again: hashing such a key takes for ever.
+
+    A tuple that is built of two references to another one, which is built in the same way, takes three bytes and
+    doubles the number of values. torch's reader hashes the tuples that are keys, and cannot be interrupted then.
+    """
+    place = 0
+    try:
+        for _ in range(_OLD_PICKLES):
+            largest, place = _largest_tuple(content, place)
+            if largest > _MAX_KEY:
+                raise UnsafeCheckpointError(
+                    f"{path} was refused: a tuple in its pickle holds more than {_MAX_KEY:,} values. torch.save "
+                    "never writes that.",
+                    hint="Download it again from a source that you trust.",
+                )
+    except (LookupError, ValueError):
+        pass  # cut short, or not a pickle; torch's reader says what is wrong
+
+
+_OLD_PICKLES = 5  # of the older format: magic number, protocol, system, tree, names of the storages
+_MARK = -1  # on the stack of sizes
+# What follows the byte of an operation: a number of bytes, a length (of 1 or 4 bytes) and as many bytes, or lines.
+_FIXED = dict(zip(b"hqjrKMJGRb\x80\x82", (1, 1, 4, 4, 1, 2, 4, 8, 0, 0, 1, 1), strict=True))
+_COUNTED = dict(zip(b"UTXC\x8aB\x8c", (1, 4, 4, 1, 1, 4, 1), strict=True))
+_LINES = dict.fromkeys(b"ILFSVPgp", 1) | dict.fromkeys(b"ci", 2)
+_TUPLES = dict(zip(b"\x85\x86\x87", (1, 2, 3), strict=True))
+# How many values an operation takes from the stack and puts there, where it does not go down to a mark.
+_EFFECTS = {
+    **dict.fromkeys(b"KMJGUTXCBILFSVNcP\x88\x89\x8a\x8c]}\x8f", (0, 1)),
+    **dict.fromkeys(b"R\x81ab\x93", (2, 1)),
+    **dict.fromkeys(b"Q", (1, 1)),
+    **dict.fromkeys(b"0", (1, 0)),
+    **dict.fromkeys(b"s", (3, 1)),
+    **dict.fromkeys(b"\x80", (0, 0)),
+}
+_TO_THE_MARK = {**dict.fromkeys(b"eu1\x90", 0), **dict.fromkeys(b"ldi", 1)}  # and how many they put
+
+
+def _largest_tuple(content: bytes | mmap.mmap, place: int) -> tuple[int, int]:
+    """Follow the sizes of the values in a pickle, without making them.
+
+    An operation that torch's reader does not know ends the scan, as it ends the reading.
+
+    Returns:
+        How many values the largest tuple holds (not much more than the limit), and where the next pickle starts.
+    """
+    stack: list[int] = []
+    memo: dict[int, int] = {}
+    largest = 0
+    while True:
+        code = content[place]
+        place += 1
+        start = place
+        if code in _FIXED:
+            place += _FIXED[code]
+        elif code in _COUNTED:
+            place += _COUNTED[code]
+            place += int.from_bytes(content[start:place], "little")
+        elif code in _LINES:
+            for _ in range(_LINES[code]):
+                place = content.find(b"\n", place) + 1
+                if not place:
+                    raise ValueError("a line without end")
+        if code in b"qrp":
+            memo[_number_at(content, code, start, place)] = stack[-1]
+        elif code in b"hjg":
+            stack.append(memo[_number_at(content, code, start, place)])
+        elif code == 40:  # (
+            stack.append(_MARK)
+        elif code in _TUPLES or code == 116:  # t
+            count = _TUPLES[code] if code in _TUPLES else _above_mark(stack)
+            size = 1 + sum(stack[len(stack) - count :]) if count else 1
+            del stack[len(stack) - count - (code == 116) :]
+            stack.append(size)
+            largest = max(largest, size)
+        elif code == 41:  # )
+            stack.append(1)
+        elif code == 50:  # 2
+            stack.append(stack[-1])
+        elif code in _EFFECTS:
+            taken, put = _EFFECTS[code]
+            if taken:
+                del stack[len(stack) - taken :]
+            if put:
+                stack.append(1)
+        elif code in _TO_THE_MARK:
+            del stack[len(stack) - _above_mark(stack) - 1 :]
+            if _TO_THE_MARK[code]:
+                stack.append(1)
+        else:  # the end, or an operation that is unknown to torch's reader
+            return largest, place
+        if largest > _MAX_KEY:
+            return largest, place
+
+
+def _number_at(content: bytes | mmap.mmap, code: int, start: int, end: int) -> int:
+    argument = content[start:end]
+    return int(argument) if code in b"pg" else int.from_bytes(argument, "little")
+
+
+def _above_mark(stack: list[int]) -> int:
+    """Count the values above the topmost mark."""
+    return stack[::-1].index(_MARK)
+
+
 def _pickle_bytes(path: Path) -> bytes:
     if kind_of(path) != "zip":
         return path.read_bytes()
     with zipfile.ZipFile(path) as archive:
-        return archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+        entry = next(entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl"))
+        return _read_entry(archive, entry, keep=True)
 
 
-def _check_archive(path: Path) -> None:
+def _check_archive(path: Path, *, check: bool) -> None:
+    """Check the directory of an archive, the checksums of what it lists, and its pickle."""
+    entries = _entries(path)
+    _check_entries(path, entries)
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
+            for entry in entries:
+                is_pickle = entry.filename.endswith("data.pkl")
+                # torch.save may be told to leave out the checksums; they are 0 then.
+                if is_pickle or (check and entry.CRC):
+                    content = _read_entry(archive, entry, keep=is_pickle)
+                    if is_pickle:
+                        _refuse_endless(path, content)
+    except (zipfile.BadZipFile, EOFError, struct.error, ValueError, NotImplementedError, RuntimeError) as error:
+        raise SourceError(
+            f"{path} is damaged: {entry.filename} in it is not what was written ({error}).",
+            hint="Compare its size with the original, or download it again.",
+        ) from error
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, *, keep: bool) -> bytes:
+    """Read one entry, and compare it with its checksum if it has one; return its bytes only if they are kept.
+
+    Raises:
+        zipfile.BadZipFile: they differ, or the directory of the archive contradicts the entry.
+    """
+    if not entry.CRC:
+        entry = copy.copy(entry)
+        del entry.CRC  # zipfile then compares nothing
+    kept = []
+    with archive.open(entry) as content:
+        while chunk := content.read(_CHUNK):
+            if keep:
+                kept.append(chunk)
+    return b"".join(kept)
+
+
+def _entries(path: Path) -> list[zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error) as error:
         raise SourceError(
             f"{path} is cut short or damaged: the directory at the end of the archive cannot be read ({error}).",
@@ -232,7 +400,12 @@ def _check_archive(path: Path) -> None:
         ) from error
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
     names = [entry.filename for entry in entries]
+    if len(names) > _MAX_ENTRIES:
+        raise UnsafeCheckpointError(f"{path} was refused: it lists {len(names):,} entries, more than any model has.")
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
         raise SourceError(
             f"{path} is a TorchScript program, not a state dict.",

@@ -3,31 +3,50 @@
 A slim checkpoint is an ordinary `.safetensors` file. Its tensors are the backbone under the key names of its library
 and, below the classifier's path, those of `scale`, `bias`, `center` (the mean), `spread` (the std),
 `num_batches_tracked`, `codes` and `gains` (the row scales) that the head has. Its metadata holds `format: "pt"`,
-`fixify.version` and, under `fixify`, one JSON object: `SlimInfo`. The codebook is not in the file: it is rebuilt from
-the head spec, and its digest is compared.
+`fixify.version`, under `fixify` one JSON object: `SlimInfo`, and under `fixify.tensors` a digest of the tensors, which
+older files lack. The codebook is not in the file: it is rebuilt from the head spec, and its digest is compared.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from fixify._files import atomic_path, refuse_existing
+from fixify._files import atomic_path, refuse_existing, require_regular, unchanged
+from fixify._json import parse_json
 from fixify.checkpoints.files import LANGUAGE_KEY, SLIM_KEY, has_metadata
+from fixify.checkpoints.records import CalibrationRecord, SavingsRecord, SourceRecord, TrainingRecord, checked
 from fixify.checkpoints.source import Source
 from fixify.errors import ArchitectureError, FormatError, HeadSpecError, OutputError, UsageError
 from fixify.heads import FixedClassifier
-from fixify.models.architectures import Architecture, Preprocessing, build, parse_architecture, preprocessing
-from fixify.models.build import load_weights
+from fixify.models.architectures import (
+    Architecture,
+    Preprocessing,
+    build,
+    check_preprocessing,
+    parse_architecture,
+    preprocessing,
+)
+from fixify.models.build import Bounds, load_weights
 from fixify.models.classifiers import find_classifiers
 from fixify.models.identify import fit, identify
 from fixify.models.signature import module_traits
@@ -36,7 +55,10 @@ from fixify.surgery import HeadRecord, apply_heads_, replace_module
 
 FORMAT_VERSION = "1"
 SUFFIX = ".fixed.safetensors"
-_LARGEST_INPUT = 1 << 14  # of channels and pixels: a header comes from outside, and images of its size are made
+DIGEST_KEY = "fixify.tensors"
+_DIGEST = re.compile("sha256:[0-9a-f]{64}")
+_MAX_HEADS = 16
+_MAX_TEXT = 10_000  # characters of a class name or a path
 
 
 class SlimInfo(BaseModel):
@@ -84,26 +106,41 @@ class SlimInfo(BaseModel):
     @field_validator("heads", mode="before")
     @classmethod
     def _read_heads(cls, value: Any) -> Any:
+        if not isinstance(value, (list, tuple)) or not 0 < len(value) <= _MAX_HEADS:
+            raise ValueError(f"a slim checkpoint has a list of 1 to {_MAX_HEADS} heads")
         return tuple(HeadRecord.from_dict(entry) if isinstance(entry, dict) else entry for entry in value)
 
     @field_validator("heads")
     @classmethod
     def _check_heads(cls, value: tuple[HeadRecord, ...]) -> tuple[HeadRecord, ...]:
-        if not value:
-            raise ValueError("a slim checkpoint has at least one head")
+        if len({record.path for record in value}) < len(value) or any(len(record.path) > _MAX_TEXT for record in value):
+            raise ValueError("each head has a path of its own")
+        if len({record.spec.num_classes for record in value}) > 1:
+            raise ValueError("all heads of a model have the same classes")
         return value
 
     @field_validator("preprocessing")
     @classmethod
     def _check_preprocessing(cls, value: dict[str, Any]) -> dict[str, Any]:
-        size = value.get("input_size")
-        if size is not None and not (
-            isinstance(size, list)
-            and len(size) == 3
-            and all(isinstance(number, int) and 0 < number <= _LARGEST_INPUT for number in size)
-        ):
-            raise ValueError(f"input_size is [channels, height, width], each up to {_LARGEST_INPUT}")
+        try:
+            check_preprocessing(value)
+        except ArchitectureError as error:
+            raise ValueError(error.message) from None
         return value
+
+    @field_validator("source", "savings", "calibration", "training")
+    @classmethod
+    def _check_records(cls, value: dict[str, Any] | None, field: ValidationInfo) -> dict[str, Any] | None:
+        return checked(_RECORDS[field.field_name or ""], value) if value else value
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> SlimInfo:
+        if self.labels is not None:
+            if len(self.labels) != self.num_classes:
+                raise ValueError(f"there are {len(self.labels)} labels for {self.num_classes} classes")
+            if any(len(label) > _MAX_TEXT for label in self.labels):
+                raise ValueError(f"a label is longer than {_MAX_TEXT} characters")
+        return self
 
     @field_validator("dtype")
     @classmethod
@@ -119,6 +156,14 @@ class SlimInfo(BaseModel):
     @field_serializer("heads")
     def _write_heads(self, value: tuple[HeadRecord, ...]) -> list[dict[str, Any]]:
         return [record.to_dict() for record in value]
+
+
+_RECORDS: dict[str, type[BaseModel]] = {
+    "source": SourceRecord,
+    "savings": SavingsRecord,
+    "calibration": CalibrationRecord,
+    "training": TrainingRecord,
+}
 
 
 @dataclass(frozen=True)
@@ -178,23 +223,86 @@ def is_slim(path: Path | str) -> bool:
     return has_metadata(path, SLIM_KEY)
 
 
+@dataclass(frozen=True)
+class Contents:
+    """A slim checkpoint as it is stored.
+
+    Attributes:
+        info: What it says about itself.
+        tensors: Its tensors, memory-mapped; empty if only the header was read.
+        digest: The recorded digest of the tensors; None in files of older versions, which have none.
+    """
+
+    info: SlimInfo
+    tensors: dict[str, torch.Tensor]
+    digest: str | None
+
+    def check_digest(self, path: Path | str) -> None:
+        """Check that the tensors are those that were written; nothing is checked in a file without digest.
+
+        Raises:
+            FormatError: they are not.
+        """
+        if self.digest is not None and digest_of(self.tensors) != self.digest:
+            raise FormatError(
+                f"The tensors of {path} are not those that were written: their digest is another one.",
+                hint="The file is damaged, or was edited. Copy or download it again, or convert the original again.",
+            )
+
+
+def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of the names, types, shapes and bytes of some tensors, in the order of their names.
+
+    >>> digest_of({"a": torch.zeros(2)})[:20]
+    'sha256:6ffaf78bf26e0'
+    """
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        total.update(json.dumps([name, dtype, list(tensor.shape)]).encode() + b"\n")
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{total.hexdigest()}"
+
+
+def read_contents(path: Path | str, *, header_only: bool = False) -> Contents:
+    """Read a slim checkpoint. The file is opened once, so header and tensors are of the same file.
+
+    Args:
+        path: The file.
+        header_only: Leave out the tensors.
+
+    Raises:
+        FormatError: The file is not a regular file, is damaged, was not written by fixify, or has a newer version.
+    """
+    path = Path(path)
+    require_regular(path, FormatError)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            info = _read_metadata(path, metadata)
+            tensors = {} if header_only else {name: file.get_tensor(name) for name in file.offset_keys()}
+    except (SafetensorError, OSError) as error:
+        raise FormatError(
+            f"{path} is not a readable .safetensors file: {error}.",
+            hint=f"If it is an ordinary checkpoint, make a slim one of it first: fixify convert {path}",
+        ) from error
+    digest = metadata.get(DIGEST_KEY)
+    if digest is not None and not _DIGEST.fullmatch(digest):
+        raise FormatError(f"The header of {path} is damaged: {digest[:40]!r} is not a digest.")
+    return Contents(info, tensors, digest)
+
+
 def read_info(path: Path | str) -> SlimInfo:
     """Read the description in a slim checkpoint; of the file only the header is read.
 
     Raises:
         FormatError: The file is not a safetensors file, is damaged, was not written by fixify, or has a newer version.
     """
-    path = Path(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except FileNotFoundError:
-        raise FormatError(f"There is no file {path}.") from None
-    except (SafetensorError, OSError) as error:
-        raise FormatError(
-            f"{path} is not a readable .safetensors file: {error}.",
-            hint=f"If it is an ordinary checkpoint, make a slim one of it first: fixify convert {path}",
-        ) from error
+    return read_contents(path, header_only=True).info
+
+
+def _read_metadata(path: Path, metadata: Mapping[str, str]) -> SlimInfo:
     if LANGUAGE_KEY in metadata:
         raise FormatError(
             f"{path} is a language model, not one of images.", hint="Load it: fixify.language.load_language"
@@ -206,32 +314,30 @@ def read_info(path: Path | str) -> SlimInfo:
     version = metadata.get("fixify.version")
     if version != FORMAT_VERSION:
         raise FormatError(
-            f"{path} has format version {version}; this fixify reads version {FORMAT_VERSION}.",
+            f"{path} has format version {str(version)[:20]}; this fixify reads version {FORMAT_VERSION}.",
             hint="Upgrade: pip install --upgrade fixify",
         )
     try:
-        return SlimInfo.model_validate(json.loads(metadata[SLIM_KEY]))
-    except (json.JSONDecodeError, RecursionError) as error:
+        return _validated(parse_json(metadata[SLIM_KEY]))
+    except ValueError as error:
         raise FormatError(f"The header of {path} is damaged: {error}.") from error
+
+
+def _validated(values: Any) -> SlimInfo:
+    """Check the values of a header.
+
+    Raises:
+        ValueError: one is missing or is not allowed; the message names it.
+    """
+    try:
+        return SlimInfo.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise FormatError(f"The header of {path} is damaged: {where}: {first['msg']}.") from error
+        raise ValueError(f"{where}: {first['msg']}".removeprefix(": ").rstrip(".")) from error
 
 
-def read_tensors(path: Path | str) -> dict[str, torch.Tensor]:
-    """Read the stored tensors as they are (memory-mapped).
-
-    Raises:
-        FormatError: The file cannot be read.
-    """
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} is not a readable .safetensors file: {error}.") from error
-
-
-def load(path: Path | str, *, device: str | torch.device = "cpu") -> nn.Module:
+def load(path: Path | str, *, device: str | torch.device = "cpu", check: bool = False) -> nn.Module:
     """Load a slim checkpoint as a model that is ready for inference.
 
     The architecture is built, the codebook is rebuilt from the head spec and compared with its digest, and the stored
@@ -240,20 +346,33 @@ def load(path: Path | str, *, device: str | torch.device = "cpu") -> nn.Module:
     Args:
         path: A slim checkpoint.
         device: The device of the model.
+        check: Compare the tensors with the digest in the file. This about doubles the time; `fixify.verify` and the
+            commands always do it. Files of older versions have no digest.
 
     Returns:
         The model in eval mode. Its `SlimInfo` is `model.fixify_info`.
 
     Raises:
-        FormatError: The file is damaged, or its tensors do not fit its architecture.
+        FormatError: The file is damaged, changes while it is read, or its tensors do not fit its architecture.
         CodebookMismatchError: The codebook rebuilt here is not the one that the file was written with.
     """
     path = Path(path)
-    info = read_info(path)
-    model = build(info.architecture, num_classes=info.num_classes, blank=True)
+    with unchanged(path, FormatError):
+        contents = read_contents(path)
+        if check:
+            contents.check_digest(path)
+        return load_contents(contents, path).to(device)
+
+
+def load_contents(contents: Contents, path: Path | str) -> nn.Module:
+    """Build the model of a slim checkpoint that was read; see `load`."""
+    info = contents.info
+    codes = sum(record.spec.num_features * record.spec.num_classes for record in info.heads)
+    within = Bounds.of(contents.tensors, classifier=codes)
+    model = build(info.architecture, num_classes=info.num_classes, blank=True, within=within)
     apply_heads_(model, info.heads)
     try:
-        load_weights(model, read_tensors(path))
+        load_weights(model, contents.tensors)
     except RuntimeError as error:
         raise FormatError(
             f"The tensors of {path} are not those of {info.architecture.ref}: {_first_problem(error)}"
@@ -264,7 +383,7 @@ def load(path: Path | str, *, device: str | torch.device = "cpu") -> nn.Module:
             hint="The file is damaged or was edited. Convert the original again.",
         ) from error
     model.fixify_info = info  # type: ignore[assignment]
-    return model.to(device).eval()
+    return model.eval()
 
 
 def save(
@@ -459,26 +578,36 @@ def write_slim(path: Path, tensors: Mapping[str, torch.Tensor], info: SlimInfo, 
     """Write tensors and their description as a slim checkpoint, in one step.
 
     Raises:
+        UsageError: The description has a value that a reader would refuse, for example too few labels.
         OutputExistsError: `path` exists and `force` is not given.
         OutputError: The file cannot be written; nothing half-written is left.
     """
     refuse_existing(path, force=force)
+    text = json.dumps(info.model_dump(), allow_nan=False, separators=(",", ":"), sort_keys=True)
+    try:
+        _validated(parse_json(text))
+    except ValueError as error:
+        raise UsageError(f"{path} would not be readable: {error}.") from error
     metadata = {
         "format": "pt",  # Hugging Face's loaders insist on it
         "fixify.version": FORMAT_VERSION,
-        SLIM_KEY: json.dumps(info.model_dump(), allow_nan=False, separators=(",", ":"), sort_keys=True),
+        SLIM_KEY: text,
+        DIGEST_KEY: digest_of(tensors),
     }
-    write_safetensors(path, tensors, metadata)
+    write_safetensors(path, tensors, metadata, force=force)
     return path
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], *, force: bool = True
+) -> None:
     """Write a `.safetensors` file in one step. The same tensors and metadata give the same bytes.
 
     Tensors are detached, moved to the CPU and made contiguous. Tied weights are written twice, since safetensors
     refuses tensors that share memory.
 
     Raises:
+        OutputExistsError: `path` exists and `force` is False.
         OutputError: The file cannot be written; nothing half-written is left.
     """
     seen: set[int] = set()
@@ -489,7 +618,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
             tensor = tensor.clone()
         seen.add(tensor.data_ptr())
         stored[key] = tensor
-    with atomic_path(path) as temporary:
+    with atomic_path(path, force=force) as temporary:
         try:
             save_file(stored, temporary, metadata=dict(metadata))
         except SafetensorError as error:  # what safetensors makes of a full disk

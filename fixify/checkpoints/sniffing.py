@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import stat
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from fixify._files import require_regular
 from fixify.errors import SourceError
 
 Kind = Literal["zip", "safetensors", "pickle"]
@@ -66,12 +66,10 @@ def kind_of(path: Path) -> Kind:
 
 
 def _head_of(path: Path) -> tuple[bytes, int]:
+    require_regular(path, SourceError)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise SourceError(f"{path} is not a regular file.", hint="Give a checkpoint file.")
         with open(path, "rb") as file:
-            return file.read(_HEAD), status.st_size
+            return file.read(_HEAD), path.stat().st_size
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
 

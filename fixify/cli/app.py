@@ -6,22 +6,23 @@ quick. A command imports what it needs when it runs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from inspect import cleandoc
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from fixify._version import __version__
 from fixify.cli import convert, demo, eval, finetune, identify, inspect, plan, predict, recipes, report, train, verify
 from fixify.cli.launch import leave_if_told, may_tell, silence_all_but_first, speak
 from fixify.cli.options import with_options
-from fixify.cli.output import fail
+from fixify.cli.output import fail, visible
 from fixify.errors import FixifyError
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -43,6 +44,27 @@ _SETTINGS: dict[str, Any] = {
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 
+_UsageError: Any = typer.BadParameter.__base__  # click's, or that of the copy of click in newer versions of typer
+
+
+@contextlib.contextmanager
+def _showing_arguments() -> Iterator[None]:
+    """Make the control characters visible that a complaint of the parser repeats."""
+    try:
+        yield
+    except _UsageError as error:
+        error.message = visible(error.message)
+        raise
+
+
+class _Commands(TyperGroup):
+    """The program itself, which looks up a command."""
+
+    def resolve_command(self, *args: Any, **kwargs: Any) -> Any:
+        """Find the command that is named first."""
+        with _showing_arguments():
+            return super().resolve_command(*args, **kwargs)
+
 
 class _Command(TyperCommand):
     """A command that gets its options when they are first read.
@@ -56,6 +78,11 @@ class _Command(TyperCommand):
         alone = typer.Typer(add_completion=False, **_SETTINGS)
         alone.command(self.name)(with_options(COMMANDS[self.name or ""]))
         return typer.main.get_command(alone)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse the arguments. A complaint repeats them, and a shell puts names of files there for a `*`."""
+        with _showing_arguments():
+            return super().make_context(*args, **kwargs)
 
     @property
     def params(self) -> Any:
@@ -85,6 +112,7 @@ def _listed() -> None:
 
 app = typer.Typer(
     name="fixify",
+    cls=_Commands,
     help="Replace the classifier of a pretrained image model with a fixed one that is rebuilt from a few bytes.",
     no_args_is_help=True,
     **_SETTINGS,

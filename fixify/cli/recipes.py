@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +41,7 @@ def show(recipe: RecipeName) -> None:
     from fixify.recipes import find_recipe
     from fixify.recipes.parsing import read_text
 
-    sys.stdout.write(read_text(find_recipe(recipe)))
+    Output().text(read_text(find_recipe(recipe)))
 
 
 @app.command("cp")
@@ -102,6 +101,6 @@ def validate(
     if as_json:
         Output(as_json=True).result({"recipes": found})
     else:  # not wrapped: one line per mistake, for grep and editors
-        sys.stdout.write("".join(f"{line}\n" for line in lines))
+        Output().text("".join(f"{line}\n" for line in lines))
     if any(not each["valid"] for each in found):
         raise typer.Exit(UsageError.exit_code)

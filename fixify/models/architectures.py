@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, TypedDict, cast
+from typing import Annotated, Any, Literal, TypedDict, cast
 
 import timm
 import torch
 import torchvision
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from timm.data import resolve_data_config
 from timm.models import get_deprecated_models, get_pretrained_cfg, split_model_name_tag
 from torch import nn
 
+from fixify._json import parse_json
 from fixify._version import __version__
 from fixify.errors import ArchitectureError
-from fixify.models.build import build_blank, build_on_meta
+from fixify.models.build import Bounds, bounded, build_blank, build_on_meta
 from fixify.models.networks import NETWORKS
 
 LIBRARIES = ("timm", "torchvision", "fixify")
@@ -35,6 +38,17 @@ _RESERVED = {
     *("pretrained_filter_fn", "pretrained_model_args", "checkpoint_path", "cache_dir", "weights", "weights_backbone"),
     *("progress", "features_only", "device", "dtype"),
 }
+# Limits of arguments, which may come from a file. Builders loop over some numbers and multiply others.
+_LARGEST_NUMBER = 1 << 16
+_LARGEST_SUM = 1 << 17  # of the numbers in one argument: depths are added up
+_MANY = 64  # arguments, and values of one argument
+_LONGEST = 200  # characters of a name
+_SMALL = 1 << 10  # a network whose arguments are smaller is built at once; others first without memory
+# timm's names of poolings, for feature maps and for tokens. Some builders take any other name for one of them.
+_POOLINGS = (
+    *("", "avg", "avgmax", "catavgmax", "max", "fast", "fastavg", "fastavgmax", "fastcatavgmax", "fastmax"),
+    *("token", "map", "merge", "align", "prr", "soft", "none"),
+)
 _TORCHVISION_TASKS = {
     "detection": "object detection",
     "segmentation": "segmentation",
@@ -69,6 +83,60 @@ class Preprocessing(TypedDict, total=False):
     interpolation: str
     crop_pct: float | None
     crop_mode: str | None
+
+
+def _positive_numbers(values: list[float]) -> list[float]:
+    if min(values) <= 0:
+        raise ValueError("every std is above 0")
+    return values
+
+
+def _bounded_size(size: list[int]) -> list[int]:
+    if math.prod(size) > _LARGEST_INPUT:
+        raise ValueError(f"an input of {size} has more than {_LARGEST_INPUT:,} values")
+    return size
+
+
+_LARGEST_SIDE = 1 << 14  # channels and pixels
+_LARGEST_INPUT = 1 << 26  # values of one image
+_Statistics = Annotated[
+    list[Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False, strict=True)]],
+    Field(min_length=1, max_length=_LARGEST_SIDE),
+]
+
+
+class _PreprocessingRecord(BaseModel):
+    """The values that `Preprocessing` may have: what the transforms of timm accept, and no memory ends."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    input_size: Annotated[
+        list[Annotated[int, Field(ge=1, le=_LARGEST_SIDE, strict=True)]],
+        Field(min_length=3, max_length=3),
+        AfterValidator(_bounded_size),
+    ] = [3, 224, 224]
+    mean: _Statistics = [0.0]
+    std: Annotated[_Statistics, AfterValidator(_positive_numbers)] = [1.0]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] = "bilinear"
+    crop_pct: Annotated[float, Field(gt=0, le=4, allow_inf_nan=False, strict=True)] | None = None
+    crop_mode: Literal["center", "squash", "border"] | None = None
+
+
+def check_preprocessing(values: Mapping[str, Any]) -> None:
+    """Check values that may come from a file; see `Preprocessing`.
+
+    Raises:
+        ArchitectureError: one is missing its meaning: a name that timm does not know, a std of 0, a huge image.
+    """
+    try:
+        _PreprocessingRecord.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise ArchitectureError(
+            f"The preprocessing has {name} {str(first['input'])[:60]!r}: {first['msg'].removeprefix('Value error, ')}.",
+            hint="The file or its config.json is damaged, or was edited.",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -114,8 +182,10 @@ class Architecture:
         unknown = sorted(set(values) - {"library", "name", "tag", "kwargs"})
         library, name, tag, kwargs = (values.get(key) for key in ("library", "name", "tag", "kwargs"))
         if unknown or not isinstance(library, str) or not isinstance(name, str):
-            raise ArchitectureError(f"Not an architecture: {dict(values)!r}; expected library, name, tag and kwargs.")
-        if not isinstance(kwargs or {}, Mapping) or not isinstance(tag or "", str):
+            raise ArchitectureError(
+                f"Not an architecture: {str(dict(values))[:_LONGEST]}; expected library, name, tag and kwargs."
+            )
+        if not isinstance(kwargs or {}, Mapping) or not isinstance(tag or "", str) or len(tag or "") > _LONGEST:
             raise ArchitectureError(f"The arguments of {library}/{name} must be an object and its tag a string.")
         found = parse_architecture(f"{library}/{name}", **(kwargs or {}))
         # A tag that the installed version does not know is kept: only its preprocessing is unavailable.
@@ -139,7 +209,7 @@ def list_architectures(library: str | None = None) -> list[str]:
     return [f"{lib}/{name}" for lib in LIBRARIES if library in (None, lib) for name in _names(lib)]
 
 
-def parse_architecture(text: str, **kwargs: Any) -> Architecture:
+def parse_architecture(text: str, /, **kwargs: Any) -> Architecture:
     """Parse the name of an architecture.
 
     Args:
@@ -160,6 +230,8 @@ def parse_architecture(text: str, **kwargs: Any) -> Architecture:
     >>> parse_architecture("vit_base_patch16_224,img_size=384").kwargs
     {'img_size': 384}
     """
+    if len(text) > 100 * _LONGEST:
+        raise ArchitectureError(f"{text[:_LONGEST]!r}... is too long for the name of an architecture.")
     spelled, _, arguments = text.strip().partition(",")
     kwargs = {**_arguments(text, arguments), **kwargs}
     prefix, slash, rest = _of_weights(spelled).partition("/")
@@ -192,6 +264,7 @@ def build(
     meta: bool = False,
     blank: bool = False,
     pretrained: bool = False,
+    within: Bounds | None = None,
 ) -> nn.Module:
     """Build an architecture.
 
@@ -203,9 +276,12 @@ def build(
         blank: Skip drawing initial weights, which takes most of the time of a build. For a model whose whole state dict
             is loaded next.
         pretrained: Load the library's weights for `arch.tag`, downloading them if they are not in its cache.
+        within: How large it may be, given the tensors of the file that names it; default: larger than any that the
+            libraries have.
 
     Raises:
-        ArchitectureError: the library refuses the arguments, or has no weights with that tag.
+        ArchitectureError: the library refuses the arguments, the network is larger than allowed, or there are no
+            weights with that tag.
 
     >>> build(parse_architecture("resnet18"), num_classes=7, meta=True).get_classifier()
     Linear(in_features=512, out_features=7, bias=True)
@@ -218,11 +294,19 @@ def build(
         constructor = _torchvision_constructor(arch, num_classes, pretrained)
     construct = build_on_meta if meta else build_blank if blank and not pretrained else _construct
     if not arch.kwargs:
-        return construct(constructor)
+        with bounded(within, arch.ref):
+            return construct(constructor)
     try:
-        return construct(constructor)
+        if not meta and _largest(list(arch.kwargs.values())) > _SMALL:
+            with bounded(within, arch.ref):
+                build_on_meta(constructor)
+        with bounded(within, arch.ref):
+            return construct(constructor)
     # The libraries do not specify what a builder raises for unsuitable arguments; all of these occur.
-    except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, KeyError) as error:
+    except (
+        *(TypeError, ValueError, AssertionError, RuntimeError, AttributeError, NameError),
+        *(LookupError, ArithmeticError, MemoryError),
+    ) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in arch.kwargs.items())
         reason = str(error) or type(error).__name__
         raise ArchitectureError(f"{arch.ref} cannot be built with {given}: {reason}") from error
@@ -254,6 +338,9 @@ def preprocessing(arch: Architecture, cfg: Mapping[str, Any] | None = None) -> P
         input_size [channels, height, width], mean and std (of values in 0..1, one per channel), interpolation,
         crop_pct (the share of the resized image that is kept), crop_mode.
 
+    Raises:
+        ArchitectureError: a value is not one that images can be prepared with.
+
     >>> preprocessing(parse_architecture("resnet18"))["input_size"]
     [3, 224, 224]
     """
@@ -261,15 +348,20 @@ def preprocessing(arch: Architecture, cfg: Mapping[str, Any] | None = None) -> P
     known.update({key: value for key, value in (cfg or {}).items() if key in known and value is not None})
     size = arch.kwargs.get("img_size", arch.kwargs.get("image_size"))
     if size is not None:
+        if not isinstance(size, int) and not (isinstance(size, (list, tuple)) and len(size) == 2):
+            raise ArchitectureError(f"{arch.ref}: img_size must be one number or two, got {size!r}.")
         height, width = (size, size) if isinstance(size, int) else size
         known["input_size"] = (known["input_size"][0], height, width)
     channels = arch.kwargs.get("in_chans", known["input_size"][0])
+    if type(channels) is not int or not 0 < channels <= _LARGEST_SIDE:
+        raise ArchitectureError(f"{arch.ref}: in_chans must be from 1 to {_LARGEST_SIDE}, got {channels!r}.")
     known["input_size"] = (channels, *known["input_size"][1:])
     for key in ("mean", "std"):
         values = tuple(known[key])
         # RGB statistics do not apply to other channels. Their average suits grey images.
         known[key] = values if len(values) == channels else (sum(values) / len(values),) * channels
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}
+    check_preprocessing(plain)
     return cast(Preprocessing, plain)
 
 
@@ -316,10 +408,18 @@ def _checked_kwargs(text: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     refused = sorted(_RESERVED & set(kwargs))
     if refused:
         raise ArchitectureError(f"{text}: {', '.join(refused)} cannot be an argument of an architecture.")
-    odd = sorted(key for key, value in kwargs.items() if not _is_plain(value))
+    if len(kwargs) > _MANY:
+        raise ArchitectureError(f"{text}: {len(kwargs)} arguments are more than any architecture has.")
+    odd = [key[:_LONGEST] for key, value in kwargs.items() if not (key.isidentifier() and _is_plain(value))]
     if odd:
         raise ArchitectureError(
-            f"{text}: the value of {', '.join(odd)} must be a number, a string, a boolean or a list."
+            f"{text}: the value of {', '.join(sorted(odd))} must be a number up to {_LARGEST_NUMBER:,}, a name, a "
+            "boolean or a short list of these."
+        )
+    pooling = kwargs.get("global_pool")
+    if isinstance(pooling, str) and pooling not in _POOLINGS:
+        raise ArchitectureError(
+            f"{text}: there is no pooling {pooling!r}.", hint=f"timm has {', '.join(filter(None, _POOLINGS))}."
         )
     return {key: value for key, value in kwargs.items() if value is not None}
 
@@ -335,18 +435,32 @@ def _arguments(text: str, arguments: str) -> dict[str, Any]:
                 hint="For example: vit_base_patch16_224,img_size=384,in_chans=1",
             )
         try:
-            found[key] = json.loads(value)
-        except json.JSONDecodeError:
+            found[key] = parse_json(value)
+        except ValueError:
             found[key] = value
     return found
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) for item in value)
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, (list, tuple, Mapping)):
+        if depth > 4 or len(value) > _MANY:
+            return False
+        if isinstance(value, Mapping):
+            return all(isinstance(key, str) and _is_plain(item, depth + 1) for key, item in value.items())
+        numbers = [abs(item) for item in value if isinstance(item, (int, float))]
+        return all(_is_plain(item, depth + 1) for item in value) and sum(numbers) <= _LARGEST_SUM
+    if isinstance(value, (int, float)):
+        return abs(value) <= _LARGEST_NUMBER  # false for NaN
+    return value is None or (isinstance(value, str) and len(value) <= _LONGEST)
+
+
+def _largest(value: Any) -> float:
+    """Return the largest number in nested lists and objects; 0 if there is none."""
     if isinstance(value, Mapping):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
-    return value is None or isinstance(value, (bool, int, float, str))
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return max(map(_largest, value), default=0)
+    return abs(value) if isinstance(value, (int, float)) else 0
 
 
 def _checked_tag(library: str, name: str, tag: str | None) -> str | None:

@@ -7,13 +7,24 @@ of a build.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
+
+from fixify.errors import ArchitectureError
 
 _STORAGE = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.empty_strided}
 _VALUES = {torch.tensor, torch.as_tensor, torch.arange, torch.linspace, torch.eye, torch.randperm}
@@ -24,6 +35,71 @@ _INITIALISATION = {
     *("mul_", "add_", "sub_", "div_", "clamp_", "constant_", "ones_", "zeros_", "orthogonal_"),
     *("kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_"),
 }
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How large a network may become while it is built. The default is beyond every network of timm and torchvision.
+
+    Attributes:
+        modules: Number of modules.
+        elements: Elements of all parameters and buffers.
+    """
+
+    modules: int = 20_000
+    elements: int = 40_000_000_000
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], *, classifier: int = 0) -> Bounds:
+        """Bound a network whose tensors are known, for example those of the file that names it.
+
+        There is room for modules without tensors, buffers that are not stored (masks, position indices), and
+        tensors that a builder makes twice.
+
+        Args:
+            tensors: The tensors.
+            classifier: Elements of classifier weights that are not among them.
+        """
+        elements = sum(tensor.numel() for tensor in tensors.values()) + classifier
+        return cls(modules=1_000 + 20 * len(tensors), elements=(1 << 26) + 4 * elements)
+
+
+@contextlib.contextmanager
+def bounded(within: Bounds | None, name: str) -> Iterator[None]:
+    """Stop the construction of a network in the block as soon as it is larger than allowed.
+
+    Args:
+        within: How large it may become; None for the default.
+        name: The architecture, for the message.
+
+    Raises:
+        ArchitectureError: it is larger.
+    """
+    limit = within or Bounds()
+    here = threading.get_ident()
+    modules = elements = 0
+
+    def count_module(_parent: nn.Module, _name: str, _module: nn.Module | None) -> None:
+        nonlocal modules
+        modules += threading.get_ident() == here
+        if modules > limit.modules:
+            raise ArchitectureError(f"{name} with these arguments has more than {limit.modules:,} modules.", hint=hint)
+
+    def count_elements(_parent: nn.Module, _name: str, tensor: Tensor | None) -> None:
+        nonlocal elements
+        if tensor is not None and threading.get_ident() == here and not is_lazy(tensor):
+            elements += tensor.numel()
+        if elements > limit.elements:
+            raise ArchitectureError(
+                f"{name} with these arguments has more than {limit.elements:,} parameters.", hint=hint
+            )
+
+    hint = "The file or its config.json does not fit its tensors." if within else "Use smaller arguments."
+    with contextlib.ExitStack() as hooks:
+        hooks.callback(register_module_module_registration_hook(count_module).remove)
+        hooks.callback(register_module_parameter_registration_hook(count_elements).remove)
+        hooks.callback(register_module_buffer_registration_hook(count_elements).remove)
+        yield
 
 
 def build_on_meta(constructor: Callable[[], nn.Module]) -> nn.Module:

@@ -147,7 +147,7 @@ def _class_names(info: SlimInfo) -> list[str] | None:
 
 def _load_slim(source: Path, info: SlimInfo, val: OpenedData, options: FinetuneOptions) -> tuple[nn.Module, SlimInfo]:
     """Load the checkpoint, and write the labels and the preprocessing of this run into its info."""
-    model = load(source)
+    model = load(source, check=True)
     config = override(info.data_config, img_size=options.img_size, crop_pct=options.crop_pct)
     if options.img_size is not None:
         check_input_size(model, config["input_size"])

@@ -516,6 +516,8 @@ class RunKeeper:
 
     def _training_record(self, record: EpochRecord) -> dict[str, Any]:
         before = None if self.progress.before is None else self.progress.before.to_dict()
+        if before is not None:
+            del before["seconds"]  # no result: equal runs write equal files
         original_top1 = self.original_top1()
         return {
             **self.facts.to_dict(),

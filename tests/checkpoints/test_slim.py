@@ -342,4 +342,4 @@ def test_one_other_sign_is_not_the_recorded_codebook(binary: Path, tmp_path: Pat
     with pytest.raises(CodebookMismatchError, match="stored signs are not"):
         load(tmp_path / "bad.safetensors")
     failed = [check for check in verify(tmp_path / "bad.safetensors") if not check.passed]
-    assert [check.name for check in failed] == ["codebook"]
+    assert [check.name for check in failed] == ["digest", "codebook"]
