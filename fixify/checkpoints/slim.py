@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fixify._files import atomic_path, refuse_existing
+from fixify._leftovers import private_folder, remove_leftovers
 from fixify.checkpoints.files import LANGUAGE_KEY, SLIM_KEY, has_metadata
 from fixify.checkpoints.source import Source
 from fixify.errors import ArchitectureError, FormatError, HeadSpecError, OutputError, UsageError
@@ -478,12 +479,16 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
             tensor = tensor.clone()
         seen.add(tensor.data_ptr())
         stored[key] = tensor
-    with atomic_path(path) as temporary:
+    remove_leftovers(path)
+    # safetensors writes to a temporary file of its own, and a process that is killed leaves it behind.
+    with private_folder(path) as folder, atomic_path(path) as temporary:
+        written = folder / path.name
         try:
-            save_file(stored, temporary, metadata=dict(metadata))
+            save_file(stored, written, metadata=dict(metadata))
         except SafetensorError as error:  # what safetensors makes of a full disk
             raise OutputError(f"Cannot write {path}: {error}.", hint="Nothing was changed.") from error
-        _sort_metadata(temporary)
+        _sort_metadata(written)
+        written.replace(temporary)
 
 
 def _sort_metadata(path: Path) -> None:

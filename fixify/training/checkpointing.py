@@ -379,6 +379,10 @@ class RunKeeper:
         facts: What the run is; part of every file, and compared when resuming.
         on_event: Called with every validation and warning.
         unreadable: The images of "train" and "val" that cannot be read; they are counted and listed.
+
+    Attributes:
+        progress: How far the run is.
+        saved: The epoch of the newest state, from 0, and how many of its batches are done; None if there is no state.
     """
 
     def __init__(
@@ -393,6 +397,7 @@ class RunKeeper:
         self.output, self.facts, self.on_event, self.unreadable = output, facts, on_event, unreadable
         self.progress = Progress()
         self.machine = this_machine(engine.device)
+        self.saved: tuple[int, int] | None = None
         self.store = StateStore(output.folder, self.options.save_minutes, lambda text: on_event(Warned(text)))
 
     def resume(self) -> None:
@@ -410,6 +415,7 @@ class RunKeeper:
         if changes is not None:
             self.on_event(Warned(f"Results may differ from an uninterrupted run: {changes}."))
         self.store.resume_from(stored)
+        self.saved = self.progress.epoch, self.progress.batch
         self.engine.schedule.step_update(self.progress.updates)
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -439,6 +445,7 @@ class RunKeeper:
                 "machine": self.machine.to_dict(),
             }
         )
+        self.saved = self.progress.epoch, self.progress.batch
 
     def _share_unreadable(self) -> None:
         """Tell every process which images the others could not read."""
@@ -516,6 +523,8 @@ class RunKeeper:
 
     def _training_record(self, record: EpochRecord) -> dict[str, Any]:
         before = None if self.progress.before is None else self.progress.before.to_dict()
+        if before is not None:
+            del before["seconds"]  # no result: equal runs write equal files
         original_top1 = self.original_top1()
         return {
             **self.facts.to_dict(),
