@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -52,7 +53,7 @@ def remove_leftovers(path: Path) -> None:
     Nothing is removed while another process writes the same output.
 
     Args:
-        path: The output. Its temporary files and folders lie beside it and are called `.NAME.*.tmp`.
+        path: The output. Its temporary files and folders lie beside it and are called `.NAME.xxxxxxxx.tmp`.
 
     Raises:
         OutputError: one cannot be removed.
@@ -64,12 +65,12 @@ def remove_leftovers(path: Path) -> None:
 
 def leftovers(path: Path) -> list[Path]:
     """List the temporary files and folders of an output, of processes that live and that do not."""
-    prefix = f".{path.name}."
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.tmp")  # what `tempfile` makes
     try:
-        names = os.listdir(path.parent)
+        beside = sorted(path.parent.iterdir())
     except OSError:
         return []  # the one who writes there says why
-    return [path.parent / name for name in sorted(names) if name.startswith(prefix) and name.endswith(_SUFFIX)]
+    return [each for each in beside if pattern.fullmatch(each.name)]
 
 
 def remove(found: list[Path]) -> None:
@@ -239,6 +240,6 @@ def _may_be_alive(owner: str) -> bool:
 
 def _is_still(descriptor: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+        return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 from fixify.errors import TrainingError
 from fixify.training import distributed
 
+HANGUP = 1
+"""The number of SIGHUP, which Windows does not have."""
 RESUME_HINT = "Resume with the same command and --resume."
 
 
@@ -20,6 +24,9 @@ _IMPATIENT = (signal.SIGINT, signal.SIGTERM)
 _PATIENT = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
+
+
+T = TypeVar("T")
 
 
 class TrainingInterrupted(TrainingError):
@@ -60,6 +67,19 @@ class StopRequest:
         """Raise `Stopped` if any process got a signal; every process must call this."""
         if self.requested():
             raise Stopped
+
+    def on_hangup(self, listener: Callable[[T], object]) -> Callable[[T], None]:
+        """Wrap a listener that prints: if its terminal is gone, the run stops as on SIGHUP, which may come later."""
+
+        def tell(event: T) -> None:
+            try:
+                listener(event)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                self.number = self.number or HANGUP
+
+        return tell
 
     def interruption(self, where: str, folder: Path) -> TrainingInterrupted:
         """Make the error for a run that stopped and saved its state.

@@ -82,8 +82,8 @@ def train_model(
     Raises:
         UsageError: `max_drop` without a top-1 to measure it from; images without labels and without a teacher; or a
             teacher of images with other channels.
-        TrainingError: a loss is not finite, the run cannot be resumed, the state is of another run, a loader process was
-            killed, or memory ran out.
+        TrainingError: a loss is not finite, the run cannot be resumed, the state is of another run, a loader process
+            was killed, or memory ran out.
         TrainingInterrupted: SIGINT, SIGTERM, SIGHUP or SIGUSR1; the state was saved.
         OutputExistsError, OutputError: the folder has a run already, another process trains in it, or it cannot be
             written.
@@ -122,7 +122,8 @@ class _Run:
         stop: StopRequest,
     ) -> None:
         self.opened, self.options, self.output, self.facts, self.stop = opened, options, output, facts, stop
-        self.on_event: Listener = on_event if on_event is not None and distributed.is_rank_zero() else _ignore
+        tells = on_event is not None and distributed.is_rank_zero()
+        self.on_event: Listener = stop.on_hangup(on_event) if tells and on_event is not None else _ignore
         self.engine = make_engine(model, opened, options)
         self.engine.loader.unreadable.on_found = warn_of_unreadable("training", self.on_event)
         self.validation = Validation(opened, options, self.engine.device, stop, self.on_event)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from fixify._bounds import Count, Number, Percent, Text
+from fixify._bounds import Number, Percent, Text
 from fixify.errors import FormatError
 
 T = TypeVar("T")
@@ -81,8 +80,6 @@ class StartedRun(BaseModel):
     launch: Text | None = None
 
 
-
-
 Started = TypeVar("Started", bound=StartedRun)
 
 
@@ -110,7 +107,7 @@ def read_record(path: Path, kind: type[T], *, hint: str | None = _LOGS_HINT) -> 
     Raises:
         FormatError: it is missing or damaged; the message names the entry.
     """
-    return _parsed(path, kind, read_file(path), "", hint)
+    return _parsed(path, TypeAdapter(kind), read_file(path), "", hint)
 
 
 def read_records(path: Path, kind: type[T]) -> tuple[T, ...]:
@@ -119,9 +116,9 @@ def read_records(path: Path, kind: type[T]) -> tuple[T, ...]:
     Raises:
         FormatError: it is missing or damaged; the message names the line and the entry.
     """
-    lines = read_file(path).splitlines()
+    adapter, lines = TypeAdapter(kind), read_file(path).splitlines()
     return tuple(
-        _parsed(path, kind, line, f", line {number}", _LOGS_HINT) for number, line in enumerate(lines, start=1)
+        _parsed(path, adapter, line, f", line {number}", _LOGS_HINT) for number, line in enumerate(lines, start=1)
     )
 
 
@@ -148,24 +145,22 @@ def _unreadable(path: Path, why: str) -> FormatError:
     return FormatError(f"The run in {path.parent} cannot be read: {path.name}: {why}.")
 
 
-def _parsed(path: Path, kind: type[T], text: bytes, where: str, hint: str | None) -> T:
+def _parsed(path: Path, adapter: TypeAdapter[T], text: bytes, where: str, hint: str | None) -> T:
     try:
-        return _adapter(kind).validate_json(text, strict=True)
+        return adapter.validate_json(text, strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        entry = ".".join(str(part) for part in first["loc"])
-        entry = f" {_shown(entry)}:" if entry else ""
         raise FormatError(
-            f"The run in {path.parent} is damaged: {path.name}{where}:{entry} {_shown(first['msg'])}.", hint=hint
+            f"The run in {path.parent} is damaged: {path.name}{where}: {first_problem(error)}.", hint=hint
         ) from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the entry and the sentence of the first thing that is wrong, printable."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return _shown(": ".join([*filter(None, [".".join(map(str, first["loc"]))]), first["msg"]]))
 
 
 def _shown(text: str) -> str:
     """Shorten a text from a file, and make what is not printable visible."""
     text = text if len(text) <= 200 else text[:200] + "..."
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
-
-
-@cache
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
-    return TypeAdapter(kind)

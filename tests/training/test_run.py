@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fixify.data import OpenedData, Subset, make_loader
 from fixify.data.idx import ArrayImages
-from fixify.errors import DataError, OutputExistsError, TrainingError
+from fixify.errors import DataError, FormatError, OutputExistsError, TrainingError
 from fixify.heads import FixedClassifier
 from fixify.metrics import evaluate
 from fixify.training import (
@@ -184,9 +184,18 @@ class TestResume:
         with pytest.raises(TrainingError, match="facts"):
             run(tmp_path, EVERYTHING, resume=True)
 
-    def test_nothing_to_resume(self, run: Run, tmp_path: Path) -> None:
+    def test_nothing_to_resume_begins_anew_and_says_so(self, run: Run, whole: Path, tmp_path: Path) -> None:
+        events = list[Event]()
+        run(tmp_path / "new", EVERYTHING, resume=True, on_event=events.append)
+        (text,) = (event.text for event in events if isinstance(event, Warned))
+        assert str(tmp_path / "new") in text
+        self.same_as(whole, tmp_path / "new")
+
+    def test_checkpoints_without_a_run_are_kept(self, run: Run, tmp_path: Path) -> None:
+        (tmp_path / "best.fixed.safetensors").write_bytes(b"of value")
         with pytest.raises(TrainingError, match=re.escape(str(tmp_path))):
             run(tmp_path, EVERYTHING, resume=True)
+        assert (tmp_path / "best.fixed.safetensors").read_bytes() == b"of value"
 
     @pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
     def test_a_damaged_state_falls_back_to_the_one_before(
@@ -263,8 +272,17 @@ class TestResume:
         self.same_as(whole, tmp_path)
 
     def test_options_are_stored(self, whole: Path, tmp_path: Path) -> None:
-        assert stored_options(whole, FinetuneOptions).recipe() == EVERYTHING.recipe()
+        stored = stored_options(whole, FinetuneOptions)
+        assert stored is not None and stored.recipe() == EVERYTHING.recipe()
+        assert stored_options(tmp_path, FinetuneOptions) is None
+        shutil.copy(whole / "state.pt", tmp_path)
         with pytest.raises(TrainingError, match=re.escape(str(tmp_path))):
+            stored_options(tmp_path, FinetuneOptions)
+
+    @pytest.mark.parametrize("content", ["", "[]", '{"options": 3}', "[" * 100_000, '{"fixify": "1", "options": null}'])
+    def test_a_damaged_run_file_is_named(self, tmp_path: Path, content: str) -> None:
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(FormatError, match=r"run\.json"):
             stored_options(tmp_path, FinetuneOptions)
 
 
