@@ -26,7 +26,10 @@ FAILURES = [
     (KILLED, "loader process"),
     (RuntimeError("DataLoader worker (pid(s) 41, 42) exited unexpectedly"), "loader process"),
     (MemoryError(), "Memory"),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory"), "Memory"),
+    (
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        "Memory",
+    ),
     (torch.OutOfMemoryError("CUDA out of memory."), "Memory"),
     (OSError(errno.ENOMEM, "Cannot allocate memory"), "Memory"),
     (OSError(errno.EMFILE, "Too many open files"), "files"),
