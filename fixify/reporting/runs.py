@@ -26,7 +26,7 @@ def _counts(savings: Savings) -> Savings:
     """Check that the counts are counts, and that there is something to take a share of."""
     for name, count in asdict(savings).items():
         if not (name == "parameters_before") <= count <= 2**53:
-            raise ValueError(f"{name} is {count:.3g}")
+            raise ValueError(f"{name} is no possible count")
     return savings
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from fixify.errors import FixifyError, FormatError
 from fixify.reporting.page import write_page
 from fixify.reporting.run_report import report_runs
 from fixify.reporting.runs import read_runs, runs_in
+from fixify.savings import Savings
 
 Write = Callable[..., Path]
 FILES = ("run.json", "metrics.jsonl", "steps.jsonl", "confusions.json")
 NAN = float("nan")
+SAVINGS = dict.fromkeys((each.name for each in fields(Savings)), 1)
 ODD: list[Any] = [
     None, True, 0, -1, 1.5, 1e308, -1e308, NAN, float("inf"), 2**53 + 1, 10**400, "", "x", "\x1b]0;x\x07", "9" * 5000,
     [], {}, [[]], {"a": 1}, 101, -0.5, [1e308] * 3, "x" * 200_000,
@@ -91,6 +94,8 @@ def test_mutations(write_run_folder: Write, tmp_path: Path, name: str, count: in
         ("run.json", "train_images", "many"),
         ("run.json", "before", {"top1": 50.0}),
         ("run.json", "model", {"savings": {"parameters_before": 0}}),
+        ("run.json", "model", {"savings": {**SAVINGS, "parameters_before": 10**400}}),
+        ("run.json", "model", {"savings": {**SAVINGS, "removed": -1}}),
         ("run.json", "model", []),
         ("run.json", "original", {"name": 3}),
         ("run.json", "options", {"epochs": "three"}),

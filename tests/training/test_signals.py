@@ -44,7 +44,7 @@ def test_a_hangup_and_slurms_warning_stop_the_run_with_its_state_saved(run: Run,
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)  # a shell and the kernel both send SIGHUP
 
-    with pytest.raises(TrainingInterrupted, match="after . of 5 batches") as caught:
+    with pytest.raises(TrainingInterrupted, match=r"after . of 5 batches") as caught:
         run(tmp_path, PLAIN, on_event=at_second_step(send))
     assert caught.value.exit_code == 128 + number
     assert signal.getsignal(number) is signal.SIG_DFL
