@@ -245,6 +245,7 @@ class _LanguageRun:
         """
         stored = self.store.read(self.trainer.device)
         stored.check_kind(_VERSION, "hidden")
+        stored.check_entries(recipe=dict, position=dict)
         if Recorded.from_dict(stored.content) != self.recorded:
             raise TrainingError(
                 f"The run in {self.out} was started with another text.", hint="Restore the original text."

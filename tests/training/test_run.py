@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fixify.data import OpenedData, Subset, make_loader
 from fixify.data.idx import ArrayImages
-from fixify.errors import DataError, FormatError, OutputExistsError, TrainingError
+from fixify.errors import DataError, FormatError, OutputError, OutputExistsError, TrainingError
 from fixify.heads import FixedClassifier
 from fixify.metrics import evaluate
 from fixify.training import (
@@ -190,6 +190,20 @@ class TestResume:
         (text,) = (event.text for event in events if isinstance(event, Warned))
         assert str(tmp_path / "new") in text
         self.same_as(whole, tmp_path / "new")
+
+    @pytest.mark.parametrize("how", [{"resume": True}, {"force": True}, {}])
+    def test_a_folder_that_a_run_is_in_is_refused(self, run: Run, tmp_path: Path, how: dict[str, bool]) -> None:
+        refused = list[str]()
+
+        def start_another(event: Event) -> None:
+            if isinstance(event, EpochEnded):
+                with pytest.raises(OutputError, match=str(os.getpid())) as caught:
+                    run(tmp_path, PLAIN, **how)
+                refused.append(caught.value.message)
+
+        run(tmp_path, PLAIN, on_event=start_another)
+        assert len(refused) == 2 and str(tmp_path) in refused[0]
+        assert not list(tmp_path.glob("*.lock"))
 
     def test_checkpoints_without_a_run_are_kept(self, run: Run, tmp_path: Path) -> None:
         (tmp_path / "best.fixed.safetensors").write_bytes(b"of value")
