@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fixify._bounds import Count, Measured, Percent
 from fixify.errors import DataError, ResourceError, UsageError, resource_problem
 
 Precision = Literal["none", "bf16", "fp16"]
@@ -43,12 +44,12 @@ class Metrics:
         seconds: Time taken, loading included.
     """
 
-    top1: float
-    top5: float
-    loss: float
-    ece: float
-    num_images: int
-    seconds: float
+    top1: Percent
+    top5: Percent
+    loss: Measured
+    ece: Measured
+    num_images: Count
+    seconds: Measured
 
     def to_dict(self) -> dict[str, float | int | None]:
         """Return values that JSON knows: a loss that is not finite becomes None.

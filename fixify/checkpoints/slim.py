@@ -33,6 +33,7 @@ from torch import nn
 
 from fixify._files import atomic_path, refuse_existing, require_regular, unchanged
 from fixify._json import parse_json
+from fixify._leftovers import private_folder, remove_leftovers
 from fixify.checkpoints.files import LANGUAGE_KEY, SLIM_KEY, has_metadata
 from fixify.checkpoints.records import CalibrationRecord, SavingsRecord, SourceRecord, TrainingRecord, checked
 from fixify.checkpoints.source import Source
@@ -618,12 +619,16 @@ def write_safetensors(
             tensor = tensor.clone()
         seen.add(tensor.data_ptr())
         stored[key] = tensor
-    with atomic_path(path, force=force) as temporary:
+    remove_leftovers(path)
+    # safetensors writes to a temporary file of its own, and a process that is killed leaves it behind.
+    with private_folder(path) as folder, atomic_path(path, force=force) as temporary:
+        written = folder / path.name
         try:
-            save_file(stored, temporary, metadata=dict(metadata))
+            save_file(stored, written, metadata=dict(metadata))
         except SafetensorError as error:  # what safetensors makes of a full disk
             raise OutputError(f"Cannot write {path}: {error}.", hint="Nothing was changed.") from error
-        _sort_metadata(temporary)
+        _sort_metadata(written)
+        written.replace(temporary)
 
 
 def _sort_metadata(path: Path) -> None:

@@ -7,6 +7,7 @@ quick. A command imports what it needs when it runs.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ from fixify.cli import convert, demo, eval, finetune, identify, inspect, plan, p
 from fixify.cli.launch import leave_if_told, may_tell, silence_all_but_first, speak
 from fixify.cli.options import with_options
 from fixify.cli.output import fail, visible
-from fixify.errors import FixifyError
+from fixify.errors import FixifyError, OutputError
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert.convert,
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "verify": verify.verify,
     "demo": demo.demo,
 }
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _SETTINGS: dict[str, Any] = {
     "pretty_exceptions_enable": False,
     "rich_markup_mode": "rich",
@@ -140,19 +142,20 @@ def _root(
 def main() -> None:
     """Run the program.
 
-    Exit codes: 0 done, 1 failed, 2 bad usage, 3 a check failed, 130 or 143 interrupted.
+    Exit codes: 0 done, 1 failed, 2 bad usage, 3 a check failed, 129, 130, 138 or 143 interrupted by SIGHUP, SIGINT,
+    SIGUSR1 or SIGTERM.
     """
     leave_if_told()
     silence_all_but_first()
     try:
-        app()
+        _call_app()
     except FixifyError as error:
         if os.environ.get("FIXIFY_DEBUG"):
             speak()
             raise
         if may_tell(error):
             speak()
-            fail(error)
+            _tell(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
@@ -164,3 +167,43 @@ def main() -> None:
     except Exception:
         speak()  # a defect of fixify, whichever process it is in
         raise
+
+
+def _call_app() -> None:
+    """Run the command and write out what it printed.
+
+    Raises:
+        OutputError: stdout or stderr cannot be written, because the disk is full or the terminal is gone. Files that
+            cannot be written raise it elsewhere.
+    """
+    try:
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:  # `>&-`
+                sys.stdout.flush()  # when the process ends, Python could only print a traceback
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE or error.filename is not None:
+            raise
+        _drop_what_cannot_be_written()
+        raise OutputError(f"Cannot write the output: {error.strerror}.") from error
+
+
+def _drop_what_cannot_be_written() -> None:
+    """Send a stream that cannot be written to the null device: Python would try again when the process ends."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _tell(error: FixifyError) -> None:
+    """Print an error, if there is still something to print on; the exit code says it too."""
+    try:
+        fail(error)
+    except OSError as failed:
+        if failed.errno not in _CANNOT_WRITE:
+            raise
+        _drop_what_cannot_be_written()

@@ -112,7 +112,7 @@ def hand_over(processes: int | None, max_restarts: int | None) -> None:
 def launch(processes: int, max_restarts: int, arguments: Sequence[str]) -> int:
     """Run `fixify` with these arguments in N processes on this machine, and return its exit code.
 
-    SIGINT and SIGTERM are passed on, and the processes get half a minute to save their state.
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on, and the processes get half a minute to save their state.
 
     Args:
         processes: Number of processes.
@@ -127,6 +127,9 @@ def launch(processes: int, max_restarts: int, arguments: Sequence[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.disable(logging.CRITICAL)  # torchrun's own report of what is one sentence here
+    if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        # Slurm's warning; torch's launcher would leave the workers behind.
+        signal.signal(signal.SIGUSR1, lambda _number, _frame: os.kill(os.getpid(), signal.SIGTERM))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
     with tempfile.TemporaryDirectory(prefix="fixify-") as folder:
         outcome = Path(folder) / "outcome"

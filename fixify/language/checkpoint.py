@@ -17,8 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fixify._files import atomic_path
 from fixify.checkpoints.files import LANGUAGE_KEY, has_metadata
+from fixify.checkpoints.slim import write_safetensors
 from fixify.checkpoints.verify import Check
 from fixify.errors import CodebookMismatchError, FormatError, HeadSpecError, UsageError
 from fixify.heads import HeadSpec, codebook, unpack_signs
@@ -92,8 +92,7 @@ def save_language(
         spec = rebuilt_spec(options.words, len(words), options.num_features, seed=options.seed)
         about["codebook"] = spec.to_dict()
     tensors = _stored({name: tensor.cpu() for name, tensor in model.state_dict().items()}, options)
-    with atomic_path(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt", LANGUAGE_KEY: json.dumps(about)})
+    write_safetensors(path, tensors, {"format": "pt", LANGUAGE_KEY: json.dumps(about)})
 
 
 def is_language(path: Path | str) -> bool:

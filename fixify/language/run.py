@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fixify.errors import FormatError, TrainingError
+from pydantic import BaseModel, ConfigDict, Field
+
+from fixify._bounds import Count, Text
+from fixify._leftovers import FolderLock
+from fixify.errors import FormatError, TrainingError, UsageError
 from fixify.language.checkpoint import load_language, save_language
 from fixify.language.corpus import END_OF_LINE, Corpus, read_corpus
 from fixify.language.loop import (
@@ -26,7 +29,8 @@ from fixify.language.options import LanguageOptions
 from fixify.training.checkpointing import StateStore
 from fixify.training.events import Warned
 from fixify.training.facts import Recorded, absolute_if_found, this_machine
-from fixify.training.interrupt import Stopped, StopRequest, stop_on_signals
+from fixify.training.failures import machine_failure
+from fixify.training.interrupt import RESUME_HINT, Stopped, StopRequest, stop_on_signals
 from fixify.training.run_folder import (
     LEARNED_BEST_FILE as BEST_FILE,
 )
@@ -37,11 +41,13 @@ from fixify.training.run_folder import (
     METRICS_FILE,
     RUN_FILE,
     add_to_run,
+    begins_anew,
     claim_folder,
     write_lines,
     write_recipe,
     write_run,
 )
+from fixify.training.run_records import StartedRun, read_record, read_records, read_run_file
 
 DIVERGED = 100.0
 """Validation loss above which a run has diverged, nats per word: that of guessing among 1e43 words."""
@@ -99,23 +105,40 @@ def run_language(
         DataError: see `read_corpus`.
         UsageError: the options do not fit this machine.
         TrainingError: the loss is not finite; there is nothing to resume; or the run has other options or another text.
-        TrainingInterrupted: SIGINT or SIGTERM; the state was saved.
-        OutputExistsError, OutputError: the folder has a run already, or cannot be written.
+        TrainingInterrupted: SIGINT, SIGTERM, SIGHUP or SIGUSR1; the state was saved.
+        OutputExistsError, OutputError: the folder has a run already, another process trains in it, or it cannot be
+            written.
     """
     out = Path(out_dir)
     corpus = read_corpus(data, min_count=options.min_count, lowercase=options.lowercase)
     Recorded.from_dict(recorded).check_inputs(Recorded(text_sha256=corpus.digest))
-    if not (resume or force):
-        claim_folder(out, force=False)  # before computing word vectors, which can take minutes
-    with stop_on_signals() as stop:
-        run = _LanguageRun(out, options, corpus, _ignore if on_event is None else on_event)
-        if resume:
-            run.resume()
-        else:
-            claim_folder(out, force=force)
-            run.write_about(data, command)
-        run.train(stop)
-    return run.result()
+    tell = _ignore if on_event is None else on_event
+    lock = FolderLock(out)
+    lock.acquire()
+    try:
+        why = begins_anew(out) if resume else None
+        if why is not None:
+            tell(Warned(why))
+            resume, force = False, True
+        if not (resume or force):
+            claim_folder(out, force=False)  # before computing word vectors, which can take minutes
+        with stop_on_signals() as stop:
+            run = _LanguageRun(out, options, corpus, stop.on_hangup(tell))
+            if resume:
+                run.resume()
+            else:
+                claim_folder(out, force=force)
+                run.write_about(data, command)
+            run.train(stop)
+        return run.result()
+    except (RuntimeError, MemoryError, OSError) as error:
+        failure = machine_failure(error)
+        if failure is None:
+            raise
+        hint = f"{failure.hint} The last saved state is kept. {RESUME_HINT}"
+        raise TrainingError(f"{failure.what} while training in {out}.", hint=hint) from error
+    finally:
+        lock.release()
 
 
 class _LanguageRun:
@@ -222,6 +245,7 @@ class _LanguageRun:
         """
         stored = self.store.read(self.trainer.device)
         stored.check_kind(_VERSION, "hidden")
+        stored.check_entries(recipe=dict, position=dict)
         if Recorded.from_dict(stored.content) != self.recorded:
             raise TrainingError(
                 f"The run in {self.out} was started with another text.", hint="Restore the original text."
@@ -284,11 +308,46 @@ class LanguageRun:
         return {**asdict(self), "size": self.size.to_dict()}
 
 
+_Perplexity = Annotated[float, Field(gt=0, le=1e50, allow_inf_nan=False)]
+_STRICT = ConfigDict(strict=True, frozen=True)
+
+
+class _StoredSize(BaseModel):
+    model_config = _STRICT
+
+    parameters: Annotated[Count, Field(ge=1)]
+    fixed: Count
+    learned: Count
+
+
+class _StoredResult(BaseModel):
+    model_config = _STRICT
+
+    test_perplexity: _Perplexity | None = None
+
+
+class _StartedLanguageRun(StartedRun):
+    """What reports take from run.json."""
+
+    text: Text
+    num_words: Count
+    size: _StoredSize
+    result: _StoredResult = _StoredResult()
+
+
+class _EpochLine(BaseModel):
+    """What reports take from a line of metrics.jsonl."""
+
+    model_config = _STRICT
+
+    val_perplexity: _Perplexity
+
+
 def is_language_run(folder: Path) -> bool:
     """Check whether a folder is that of a language model's run."""
     try:
-        return bool(json.loads((folder / RUN_FILE).read_text()).get("section") == LanguageOptions.section)
-    except (OSError, ValueError, AttributeError):
+        return read_record(folder / RUN_FILE, dict[str, Any]).get("section") == LanguageOptions.section
+    except FormatError:
         return False
 
 
@@ -302,22 +361,23 @@ def read_language_runs(folders: Sequence[Path]) -> list[LanguageRun]:
 
 
 def _read_run(folder: Path) -> LanguageRun:
+    about = read_run_file(folder, _StartedLanguageRun)
+    history = read_records(folder / METRICS_FILE, _EpochLine)
+    if not history:
+        raise FormatError(f"The run in {folder} has no complete epoch yet.", hint="Resume it, or leave it out.")
     try:
-        about = json.loads((folder / RUN_FILE).read_text())
-        options = LanguageOptions.create(**about["options"])
-        history = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
-        size = Size(*(about["size"][name] for name in ("parameters", "fixed", "learned")))
-        return LanguageRun(
-            label=folder.resolve().name,
-            text=about["text"],
-            words=options.label,
-            num_layers=options.num_layers,
-            num_features=options.num_features,
-            num_words=about["num_words"],
-            perplexity=min(record["val_perplexity"] for record in history),
-            test_perplexity=about.get("result", {}).get("test_perplexity"),
-            epochs=len(history),
-            size=size,
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{folder} is not a complete run of a language model: {error}.") from error
+        options = LanguageOptions.create(**about.options)
+    except UsageError as error:
+        raise FormatError(f"The run in {folder} is damaged: {RUN_FILE}: options: {error.message}") from error
+    return LanguageRun(
+        label=folder.resolve().name,
+        text=about.text,
+        words=options.label,
+        num_layers=options.num_layers,
+        num_features=options.num_features,
+        num_words=about.num_words,
+        perplexity=min(record.val_perplexity for record in history),
+        test_perplexity=about.result.test_perplexity,
+        epochs=len(history),
+        size=Size(about.size.parameters, about.size.fixed, about.size.learned),
+    )

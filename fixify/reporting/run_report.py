@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fixify._bounds import finite_or_none
 from fixify.metrics import Confusions, Metrics
 from fixify.reporting.runs import Run
 from fixify.savings import Savings
@@ -149,8 +150,9 @@ class Report:
     verdict: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `fixify report --json` prints."""
-        return asdict(self)
+        """Return what `fixify report --json` prints; a number that is not finite becomes None."""
+        found: dict[str, Any] = _finite(asdict(self))
+        return found
 
 
 def report_runs(runs: Sequence[Run]) -> Report:
@@ -161,25 +163,25 @@ def report_runs(runs: Sequence[Run]) -> Report:
 
 def _report(run: Run, number: int, runs: Sequence[Run]) -> RunReport:
     facts, last = run.facts, run.history[-1] if run.history else None
-    savings = run.model.get("savings")
+    savings = run.model.savings
     return RunReport(
         label=run.label,
         head=run.head,
-        architecture=run.model.get("architecture"),
-        command=facts.get("command"),
-        data=str(facts.get("data", "")),
-        train_images=facts.get("train_images"),
-        val_images=facts.get("val_images"),
+        architecture=run.model.architecture,
+        command=facts.command,
+        data=facts.data,
+        train_images=facts.train_images,
+        val_images=facts.val_images,
         epochs_done=0 if last is None else round(last.epochs, 4),
         epochs=int(run.options.get("epochs", 0)),
         best=run.best,
         before=run.before,
         original=run.original,
         original_top1=run.original_top1,
-        agreement="val_labels" in facts,
+        agreement=facts.val_labels is not None,
         images_per_second=None if last is None else last.images_per_second,
-        size=_size(run, number, None if savings is None else Savings.from_dict(savings)),
-        savings=None if savings is None else Savings.from_dict(savings),
+        size=_size(run, number, savings),
+        savings=savings,
         history=run.history,
         steps=run.steps,
         classes=None if run.confusions is None else _classes(run, run.confusions, runs),
@@ -200,8 +202,8 @@ def _size(run: Run, number: int, savings: Savings | None) -> Size | None:
             savings.bytes_after,
             savings.classifier_bytes_after,
         )
-    counts = [model.get(name) for name in ("parameters", "classifier_parameters", "bytes", "classifier_bytes")]
-    whole = [count for count in counts if isinstance(count, int)]
+    counts = (model.parameters, model.classifier_parameters, model.bytes, model.classifier_bytes)
+    whole = [count for count in counts if count is not None]
     # An older run has none of these facts.
     return Size(run.label, number, *whole) if len(whole) == len(counts) else None
 
@@ -209,22 +211,22 @@ def _size(run: Run, number: int, savings: Savings | None) -> Size | None:
 def _facts(run: Run) -> dict[str, str]:
     facts = run.facts
     counts = [
-        f"{facts[name]:,} {what}"
-        for name, what in (("train_images", "training"), ("val_images", "validation images"))
-        if name in facts
+        f"{count:,} {what}"
+        for count, what in ((facts.train_images, "training"), (facts.val_images, "validation images"))
+        if count is not None
     ]
     classes = f"{len(run.class_names):,}" if run.class_names else None
     found = {
-        "model": run.model.get("architecture"),
-        "checkpoint": facts.get("checkpoint"),
-        "data": facts.get("data"),
+        "model": run.model.architecture,
+        "checkpoint": facts.checkpoint,
+        "data": facts.data or None,
         "images": " and ".join(counts) or None,
         "classes": classes,
-        "original": (facts.get("original") or {}).get("name"),
-        "teacher": (facts.get("teacher") or {}).get("name"),
-        "device": facts.get("device"),
+        "original": None if facts.original is None else facts.original.name,
+        "teacher": None if facts.teacher is None else facts.teacher.name,
+        "device": facts.device,
         "seed": run.options.get("seed"),
-        "fixify": facts.get("fixify"),
+        "fixify": facts.fixify,
     }
     return {name: str(value) for name, value in found.items() if value is not None}
 
@@ -237,8 +239,9 @@ def _classes(run: Run, found: Confusions, runs: Sequence[Run]) -> ClassReport:
         return names[label] if label < len(names) else str(label)
 
     def right_in(other: Run, label: int) -> int | None:
-        same = other.confusions is not None and other.class_names == names
-        return other.confusions.right[label] if same and other.confusions is not None else None
+        theirs = other.confusions
+        same = theirs is not None and other.class_names == names and len(theirs.right) == len(found.right)
+        return theirs.right[label] if same and theirs is not None else None
 
     rows = tuple(
         ClassRow(
@@ -289,6 +292,14 @@ def _verdict(reports: Sequence[RunReport]) -> list[str]:
             sentence += f"; its classifier takes {100 * after / before:.1f} % of the bytes that the original's took"
         said.append(f"{sentence}.")
     return said
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return finite_or_none(value)
 
 
 def _gap(points: float) -> str:

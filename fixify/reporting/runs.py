@@ -2,20 +2,108 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from fixify._bounds import Count, Text
 from fixify.checkpoints.files import holds_one_checkpoint
 from fixify.errors import FormatError, UsageError
-from fixify.metrics import Confusions, Metrics
+from fixify.metrics import WORST, Confusions, Metrics, WorstClass
+from fixify.savings import Savings
 from fixify.training.events import EpochRecord
 from fixify.training.run_folder import CONFUSIONS_FILE, METRICS_FILE, RUN_FILE, STEPS_FILE, StepRecord
+from fixify.training.run_records import StartedRun, read_record, read_records, read_run_file
 
-_Record = TypeVar("_Record")
+_STRICT = ConfigDict(strict=True, frozen=True)
+
+
+def _counts(savings: Savings) -> Savings:
+    """Check that the counts are counts, and that there is something to take a share of."""
+    for name, count in asdict(savings).items():
+        if not (name == "parameters_before") <= count <= 2**53:
+            raise ValueError(f"{name} is no possible count")
+    return savings
+
+
+class ModelFacts(BaseModel):
+    """What run.json says of the model; see `fixify.training.facts.describe_model`."""
+
+    model_config = _STRICT
+
+    architecture: Text | None = None
+    head: Text | None = None
+    num_features: Count | None = None
+    num_classes: Count | None = None
+    parameters: Count | None = None
+    bytes: Count | None = None
+    classifier_parameters: Count | None = None
+    classifier_bytes: Count | None = None
+    savings: Annotated[Savings, AfterValidator(_counts)] | None = None
+
+
+class NamedModel(BaseModel):
+    """The original or the teacher."""
+
+    model_config = _STRICT
+
+    name: Text
+
+
+class ImageRun(StartedRun):
+    """What run.json says of a run on images. Everything but the options may be missing in an older run.
+
+    Attributes:
+        command: What was typed.
+        data: Name of the data.
+        class_names: In label order.
+        train_images, val_images: Number of images per split.
+        checkpoint: Name of the checkpoint that was finetuned.
+        device: Where it ran.
+        val_labels: What stands for labels that the validation images lack.
+        original, teacher: The reference models.
+        before, original_metrics: Metrics of the model before training, and of the original.
+        model: Facts of the model.
+    """
+
+    command: Text | None = None
+    data: Text = ""
+    class_names: tuple[Text, ...] | None = None
+    train_images: Count | None = None
+    val_images: Count | None = None
+    checkpoint: Text | None = None
+    device: Text | None = None
+    val_labels: Text | None = None
+    original: NamedModel | None = None
+    teacher: NamedModel | None = None
+    before: Metrics | None = None
+    original_metrics: Metrics | None = None
+    model: ModelFacts = ModelFacts()
+
+
+class StoredConfusions(BaseModel):
+    """What confusions.json holds; see `fixify.metrics.Confusions`."""
+
+    model_config = _STRICT
+
+    images: tuple[Count, ...]
+    right: tuple[Count, ...]
+    worst: Annotated[tuple[WorstClass, ...], Field(max_length=WORST)]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> StoredConfusions:
+        Confusions.from_dict(self.model_dump())
+        if any(right > images for right, images in zip(self.right, self.images, strict=True)):
+            raise ValueError("a class has more right predictions than images")
+        return self
+
+    def to_confusions(self) -> Confusions:
+        """Return what was stored."""
+        return Confusions(self.images, self.right, self.worst)
 
 
 @dataclass(frozen=True)
@@ -25,7 +113,7 @@ class Run:
     Attributes:
         folder: The folder.
         label: A short name, different from those of the other runs.
-        facts: Everything in run.json: data, class_names, options; in newer runs also command and model.
+        facts: What run.json says.
         history: Every validation.
         steps: The logged steps.
         confusions: The mistakes of the last validation; None if they were not recorded.
@@ -35,7 +123,7 @@ class Run:
 
     folder: Path
     label: str
-    facts: dict[str, Any]
+    facts: ImageRun
     history: tuple[EpochRecord, ...]
     steps: tuple[StepRecord, ...]
     confusions: Confusions | None
@@ -45,18 +133,18 @@ class Run:
     @property
     def options(self) -> dict[str, Any]:
         """The options that it was trained with."""
-        return dict(self.facts["options"])
+        return dict(self.facts.options)
 
     @property
-    def model(self) -> dict[str, Any]:
-        """Facts of the model, see `fixify.training.run_folder`; empty in an older run."""
-        return dict(self.facts.get("model") or {})
+    def model(self) -> ModelFacts:
+        """Facts of the model; empty in an older run."""
+        return self.facts.model
 
     @property
     def head(self) -> str:
         """The kind of its fixed head, or "learned"; an older run with a scale is "fixed"."""
         scaled = any(record.scale is not None for record in self.history)
-        return str(self.model.get("head") or ("fixed" if scaled else "learned"))
+        return str(self.model.head or ("fixed" if scaled else "learned"))
 
     @property
     def is_learned(self) -> bool:
@@ -71,7 +159,7 @@ class Run:
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in label order."""
-        return [str(name) for name in self.facts.get("class_names") or ()]
+        return list(self.facts.class_names or ())
 
     @property
     def original_top1(self) -> float | None:
@@ -122,11 +210,12 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def _is_run(folder: Path) -> bool:
     """Check that run.json is fixify's and not another program's."""
+    path = folder / RUN_FILE
     try:
-        content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_record(path, dict[str, Any])
+    except FormatError:
         return False
-    return isinstance(content, dict) and "fixify" in content and isinstance(content.get("options"), dict)
+    return "fixify" in content and isinstance(content.get("options"), dict)
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
@@ -138,48 +227,17 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 
 
 def _read(folder: Path, label: str) -> Run:
-    facts = _json(folder / RUN_FILE)
-    measured = [
-        _parsed(folder / RUN_FILE, lambda values: None if values is None else Metrics(**values), facts.get(name))
-        for name in ("before", "original_metrics")
-    ]
+    facts = read_run_file(folder, ImageRun)
     confusions = None
     if (folder / CONFUSIONS_FILE).exists():
-        confusions = _parsed(folder / CONFUSIONS_FILE, Confusions.from_dict, _json(folder / CONFUSIONS_FILE))
+        confusions = read_record(folder / CONFUSIONS_FILE, StoredConfusions).to_confusions()
     return Run(
         folder=folder,
         label=label,
         facts=facts,
-        history=_lines(folder / METRICS_FILE, EpochRecord),
-        steps=_lines(folder / STEPS_FILE, StepRecord) if (folder / STEPS_FILE).exists() else (),
+        history=read_records(folder / METRICS_FILE, EpochRecord),
+        steps=read_records(folder / STEPS_FILE, StepRecord) if (folder / STEPS_FILE).exists() else (),
         confusions=confusions,
-        before=measured[0],
-        original=measured[1],
+        before=facts.before,
+        original=facts.original_metrics,
     )
-
-
-def _lines(path: Path, record: Callable[..., _Record]) -> tuple[_Record, ...]:
-    lines = _text(path).splitlines()
-    return tuple(_parsed(path, lambda text: record(**json.loads(text)), line) for line in lines)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return _parsed(path, lambda text: dict(json.loads(text)), _text(path))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise FormatError(f"The run in {path.parent} cannot be read: {path.name}: {reason}.") from error
-
-
-def _parsed(path: Path, parse: Callable[[Any], _Record], value: Any) -> _Record:
-    try:
-        return parse(value)
-    except (ValueError, TypeError, KeyError) as error:
-        raise FormatError(
-            f"The run in {path.parent} is damaged: {path.name} is not what fixify writes ({error}).",
-            hint="Resuming the run writes its logs again.",
-        ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from fixify.checkpoints.slim import Origin, SlimInfo, describe, load, read_info,
 from fixify.data import DataOptions, OpenedData, match_classes, open_train_val, open_unlabelled, override
 from fixify.data.preprocessing import channels_of
 from fixify.data.seeding import Stream, derive_seed, seeded_globals
-from fixify.errors import UsageError
+from fixify.errors import FormatError, UsageError
 from fixify.metrics import check_input_size
 from fixify.models.architectures import Architecture, Preprocessing, build, parse_architecture, preprocessing
 from fixify.surgery import HeadConfig, fix_classifier_
@@ -31,7 +30,8 @@ from fixify.training.events import Listener, Warned
 from fixify.training.facts import Inputs, NamedFile, OpenedInputs, Recorded, RunFacts, RunOutput, SaveModel
 from fixify.training.options import FinetuneOptions, TrainOptions
 from fixify.training.run import FinetuneResult, train_model
-from fixify.training.run_folder import BEST_FILE, LAST_FILE, RUN_FILE, stored_options
+from fixify.training.run_folder import BEST_FILE, LAST_FILE, stored_options
+from fixify.training.run_records import StartedRun, read_run_file
 from fixify.training.teacher import ReferenceModel, open_reference
 
 
@@ -86,7 +86,7 @@ def finetune(
     if source.resolve() in {(out / name).resolve() for name in (BEST_FILE, LAST_FILE)}:
         raise UsageError(f"The run in {out} would overwrite {source}.", hint="Choose another folder with -o.")
     if options is None:
-        options = stored_options(out, FinetuneOptions) if resume else FinetuneOptions()
+        options = (stored_options(out, FinetuneOptions) if resume else None) or FinetuneOptions()
     options = options.for_this_process()
     inputs = Inputs(data_name, source, against, distill, class_map, Recorded.from_dict(recorded))
     with connected_processes(options, out, on_event) as restarted:
@@ -195,10 +195,9 @@ def is_restarted_run(out: Path) -> bool:
 
 def _launch_of(out: Path) -> str | None:
     try:
-        found = json.loads((out / RUN_FILE).read_text()).get("launch")
-    except (OSError, ValueError, AttributeError):
+        return read_run_file(out, StartedRun).launch
+    except FormatError:
         return None
-    return str(found)
 
 
 def train_from_scratch(
@@ -247,6 +246,11 @@ def train_from_scratch(
         if not resume:
             raise UsageError("Training from scratch needs options: TrainOptions.create(model=...).")
         options = stored_options(out, TrainOptions)
+    if options is None:
+        raise UsageError(
+            f"There is no run in {out} yet, so its options are unknown.",
+            hint="Give the options: TrainOptions.create(model=...).",
+        )
     if options.unlabelled:
         raise UsageError("unlabelled is for finetuning: training from scratch needs labels.")
     options = options.for_this_process()

@@ -12,15 +12,18 @@ can resume after any update and with any number of loader processes.
 from __future__ import annotations
 
 import io
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from fixify._bounds import Count
 from fixify.data import Unreadable, UnreadableImages
 from fixify.errors import TrainingError
 from fixify.metrics import Confusions, Metrics
@@ -41,6 +44,7 @@ from fixify.training.run_folder import (
     write_sealed,
     write_unreadable,
 )
+from fixify.training.run_records import first_problem
 
 # Any run: find the state, check that it belongs to the run, write a new one.
 
@@ -73,6 +77,21 @@ class StoredState:
                 f"{self.path} is the state of another kind of run: it has no {key}.",
                 hint="Choose another folder with -o.",
             )
+
+    def check_entries(self, **kinds: type) -> None:
+        """Check that entries have these types; a state of an older version may lack "machine".
+
+        Raises:
+            TrainingError: one is missing or of another type.
+        """
+        for name, kind in kinds.items():
+            if name not in self.content and name == "machine":
+                continue
+            if not isinstance(self.content.get(name), kind):
+                raise TrainingError(
+                    f"{self.path} is damaged: its {name} is no {kind.__name__}.",
+                    hint="Choose another folder with -o, or replace the run with --force.",
+                )
 
     def check_same(
         self, what: str, stored: Mapping[str, Any], given: Mapping[str, Any], *, ignored: Iterable[str] = ()
@@ -107,8 +126,9 @@ class StoredState:
         """
         try:
             load(self.content)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise TrainingError(f"{self.path} does not fit this model: {str(error).splitlines()[0]}") from error
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise TrainingError(f"{self.path} does not fit this model: {problem}") from error
 
     def to_bytes(self) -> tuple[Path, bytes, Path | None]:
         """Serialise the state for other processes; pickle cannot restore unsigned 16-bit tensors."""
@@ -209,6 +229,12 @@ class StateStore:
 # A run on images: its progress, and the content of its state.
 
 
+def _of_splits(messages: dict[str, list[str]]) -> dict[str, list[str]]:
+    if not messages.keys() <= {"train", "val"}:
+        raise ValueError("the splits are train and val")
+    return messages
+
+
 @dataclass
 class Progress:
     """How far a run is.
@@ -229,33 +255,37 @@ class Progress:
         window_loss, window_images: Sums since the last of these records.
     """
 
-    epoch: int = 0
-    batch: int = 0
-    updates: int = 0
-    skipped: int = 0
+    epoch: Count = 0
+    batch: Count = 0
+    updates: Count = 0
+    skipped: Count = 0
     loss_sum: float = 0.0
-    right: int = 0
-    images: int = 0
+    right: Count = 0
+    images: Count = 0
     seconds: float = 0.0
     lr: float = 0.0
     original: Metrics | None = None
     before: Metrics | None = None
     history: list[EpochRecord] = field(default_factory=list)
-    unreadable: dict[str, list[str]] = field(default_factory=dict)
+    unreadable: Annotated[dict[str, list[str]], AfterValidator(_of_splits)] = field(default_factory=dict)
     steps: list[StepRecord] = field(default_factory=list)
     window_loss: float = 0.0
-    window_images: int = 0
+    window_images: Count = 0
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Progress:
-        """Read what `dataclasses.asdict` made of a progress."""
-        progress = cls(**stored)
-        for name in ("original", "before"):
-            metrics = stored.get(name)
-            setattr(progress, name, None if metrics is None else Metrics(**metrics))
-        progress.history = [EpochRecord(**record) for record in stored["history"]]
-        progress.steps = [StepRecord(**record) for record in stored.get("steps", [])]
-        return progress
+        """Read what `dataclasses.asdict` made of a progress.
+
+        Raises:
+            ValueError: a value has another type, is out of range, or is unknown; the message names it.
+        """
+        unknown = sorted(str(name) for name in stored.keys() - {each.name for each in fields(cls)})
+        if unknown:
+            raise ValueError(f"progress has an unknown entry {unknown[0]!r}")
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(stored), strict=True)  # JSON keeps every bit of a float
+        except ValidationError as error:
+            raise ValueError(f"progress.{first_problem(error)}") from None
 
     def best(self) -> EpochRecord | None:
         """Return the validation with the highest top-1; of equal ones that with the lowest loss, then the first."""
@@ -319,13 +349,16 @@ def check_stored_run(stored: StoredState, facts: RunFacts, options: FinetuneOpti
     state, folder = stored.content, stored.path.parent
     try:
         was = RunFacts.from_dict(state["facts"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise TrainingError(f"{stored.path} does not say what its run is of: {error}.") from error
+    stored.check_entries(recipe=dict, machine=dict)
     _check_images(folder, was, facts)
     stored.check_same("facts", was.to_dict(), facts.to_dict())
     # An option that did not exist when the state was written had the effect of its default.
     recipe = {**options.defaults(), **state["recipe"]}
     machine = Machine.from_dict(state.get("machine", {}))
+    if not all(isinstance(each, int) and each > 0 for each in (recipe["batch_size"], machine.processes)):
+        raise TrainingError(f"{stored.path} is damaged: it does not say how many images were in a step.")
     _check_batches(folder, recipe["batch_size"], machine.processes, options.batch_size)
     stored.check_same("options", recipe, options.recipe(), ignored=(*PATIENCE, "batch_size"))
 
@@ -379,6 +412,10 @@ class RunKeeper:
         facts: What the run is; part of every file, and compared when resuming.
         on_event: Called with every validation and warning.
         unreadable: The images of "train" and "val" that cannot be read; they are counted and listed.
+
+    Attributes:
+        progress: How far the run is.
+        saved: The epoch of the newest state, from 0, and how many of its batches are done; None if there is no state.
     """
 
     def __init__(
@@ -393,6 +430,7 @@ class RunKeeper:
         self.output, self.facts, self.on_event, self.unreadable = output, facts, on_event, unreadable
         self.progress = Progress()
         self.machine = this_machine(engine.device)
+        self.saved: tuple[int, int] | None = None
         self.store = StateStore(output.folder, self.options.save_minutes, lambda text: on_event(Warned(text)))
 
     def resume(self) -> None:
@@ -410,6 +448,7 @@ class RunKeeper:
         if changes is not None:
             self.on_event(Warned(f"Results may differ from an uninterrupted run: {changes}."))
         self.store.resume_from(stored)
+        self.saved = self.progress.epoch, self.progress.batch
         self.engine.schedule.step_update(self.progress.updates)
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -439,6 +478,7 @@ class RunKeeper:
                 "machine": self.machine.to_dict(),
             }
         )
+        self.saved = self.progress.epoch, self.progress.batch
 
     def _share_unreadable(self) -> None:
         """Tell every process which images the others could not read."""

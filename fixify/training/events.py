@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fixify._bounds import Count, Measured, Number, Percent, Share, finite_or_none
 from fixify.metrics import Metrics
 
 Phase = Literal["teacher", "original", "before", "features", "validation"]
@@ -177,23 +178,23 @@ class EpochRecord:
             head. None as for `gradient_bytes`.
     """
 
-    epoch: int
-    step: int
-    lr: float
-    train_loss: float | None
-    train_top1: float | None
-    val_loss: float
-    val_top1: float
-    val_top5: float
-    val_ece: float
-    scale: float | None
-    images_per_second: float
-    seconds: float
-    fraction: float = 1.0
-    unreadable: int = 0
-    val_unreadable: int = 0
-    gradient_bytes: float | None = None
-    statistics_bytes: float | None = None
+    epoch: Count
+    step: Count
+    lr: Measured
+    train_loss: Number | None
+    train_top1: Percent | None
+    val_loss: Measured
+    val_top1: Percent
+    val_top5: Percent
+    val_ece: Measured
+    scale: Number | None
+    images_per_second: Measured
+    seconds: Measured
+    fraction: Share = 1.0
+    unreadable: Count = 0
+    val_unreadable: Count = 0
+    gradient_bytes: Number | None = None
+    statistics_bytes: Number | None = None
 
     @property
     def epochs(self) -> float:
@@ -201,8 +202,8 @@ class EpochRecord:
         return self.epoch + self.fraction
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as a line of metrics.jsonl holds it."""
-        return asdict(self)
+        """Return the record as a line of metrics.jsonl holds it; a number that is not finite becomes None."""
+        return {name: finite_or_none(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)

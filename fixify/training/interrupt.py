@@ -1,18 +1,32 @@
-"""Stop a run on Ctrl-C or SIGTERM at a step where everything can be saved."""
+"""Stop a run on Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 at a step where everything can be saved."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 from fixify.errors import TrainingError
 from fixify.training import distributed
 
-_RESUME = "Resume with the same command and --resume."
+HANGUP = 1
+"""The number of SIGHUP, which Windows does not have."""
+RESUME_HINT = "Resume with the same command and --resume."
+
+
+_IMPATIENT = (signal.SIGINT, signal.SIGTERM)
+_PATIENT = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name))
+
+Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
+
+
+T = TypeVar("T")
 
 
 class TrainingInterrupted(TrainingError):
@@ -54,6 +68,19 @@ class StopRequest:
         if self.requested():
             raise Stopped
 
+    def on_hangup(self, listener: Callable[[T], object]) -> Callable[[T], None]:
+        """Wrap a listener that prints: if its terminal is gone, the run stops as on SIGHUP, which may come later."""
+
+        def tell(event: T) -> None:
+            try:
+                listener(event)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                self.number = self.number or HANGUP
+
+        return tell
+
     def interruption(self, where: str, folder: Path) -> TrainingInterrupted:
         """Make the error for a run that stopped and saved its state.
 
@@ -62,7 +89,7 @@ class StopRequest:
             folder: Folder of the run.
         """
         message = f"Stopped {where}. Everything up to there is saved in {folder}."
-        return TrainingInterrupted(message, number=self.number or signal.SIGINT, hint=_RESUME)
+        return TrainingInterrupted(message, number=self.number or signal.SIGINT, hint=RESUME_HINT)
 
     def interruption_before_training(self) -> TrainingInterrupted:
         """Make the error for a run that stopped before it had a state."""
@@ -75,28 +102,44 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM within the block into a request; a second one acts as usual.
+    """Turn signals within the block into a request to stop.
 
+    SIGINT and SIGTERM act as usual when they arrive a second time. SIGHUP, which a closed terminal sends, and SIGUSR1,
+    which Slurm sends before it takes the machine away, are always requests, but stay ignored if they were (nohup).
     Outside the main thread signals cannot be caught, and the request stays unset.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    caught = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.getsignal(number) for number in caught}
+    previous = {number: signal.getsignal(number) for number in _IMPATIENT}
+    for number in _PATIENT:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            previous[number] = signal.getsignal(number)
+    came = set[int]()
 
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number in came and number in _IMPATIENT:
+            _act_as_usual(number, previous[signal.Signals(number)], frame)
+        came.add(number)
+        request.number = request.number or number
 
-    def handle(number: int, _frame: FrameType | None) -> None:
-        request.number = number
-        restore()
-
-    for number in caught:
+    for number in previous:
         signal.signal(number, handle)
     try:
         yield request
     finally:
-        restore()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _act_as_usual(number: int, handler: Handler, frame: FrameType | None) -> None:
+    """Do what a signal did before it was caught.
+
+    The handler is not put back for the next signal: Python prints a traceback if that one has arrived already.
+    """
+    if callable(handler):
+        handler(number, frame)
+    elif handler is signal.SIG_DFL:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)

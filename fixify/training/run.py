@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from fixify.errors import FixifyError, LoaderError, ResourceError, TrainingError, resources_explained
+from fixify._leftovers import FolderLock
+from fixify.errors import DataError, FixifyError, LoaderError, ResourceError, TrainingError
 from fixify.metrics import Metrics
 from fixify.training import distributed
 from fixify.training.checkpointing import RunKeeper
@@ -25,11 +26,12 @@ from fixify.training.events import (
     Warned,
 )
 from fixify.training.facts import OpenedInputs, RunFacts, RunOutput, describe_model
-from fixify.training.interrupt import Stopped, StopRequest, stop_on_signals
+from fixify.training.failures import Failure, machine_failure
+from fixify.training.interrupt import RESUME_HINT, Stopped, StopRequest, stop_on_signals
 from fixify.training.last_block import Preparation
 from fixify.training.loop import train_epoch
 from fixify.training.options import FinetuneOptions, TrainOptions
-from fixify.training.run_folder import claim_folder, stored_nothing, write_recipe, write_run
+from fixify.training.run_folder import begins_anew, claim_folder, write_recipe, write_run
 from fixify.training.teacher import Teacher
 from fixify.training.validation import Validation, warn_of_unreadable
 
@@ -80,9 +82,11 @@ def train_model(
     Raises:
         UsageError: `max_drop` without a top-1 to measure it from; images without labels and without a teacher; or a
             teacher of images with other channels.
-        TrainingError: a loss is not finite, there is nothing to resume, or the state is of another run.
-        TrainingInterrupted: SIGINT or SIGTERM; the state was saved.
-        OutputExistsError, OutputError: the folder has a run already, or cannot be written.
+        TrainingError: a loss is not finite, the run cannot be resumed, the state is of another run, a loader process
+            was killed, or memory ran out.
+        TrainingInterrupted: SIGINT, SIGTERM, SIGHUP or SIGUSR1; the state was saved.
+        OutputExistsError, OutputError: the folder has a run already, another process trains in it, or it cannot be
+            written.
         DataError: too many images cannot be read.
         LoaderError, ResourceError: a loader process ended, or memory or file handles ran out.
     """
@@ -90,14 +94,19 @@ def train_model(
     with stop_on_signals() as stop:
         run = _Run(model, opened, options, output, RunFacts.of(opened) if facts is None else facts, on_event, stop)
         try:
-            with resources_explained("go on with the run"):
-                run.check_recorded()
-                run.prepare()
-                return run.train()
+            run.check_recorded()
+            run.lock()
+            run.prepare()
+            return run.train()
         except Stopped:
             raise run.interruption() from None
         except (LoaderError, ResourceError) as error:
             raise run.say_what_is_saved(error) from error
+        except (RuntimeError, MemoryError, OSError, DataError) as error:
+            failure = machine_failure(error)
+            if failure is None:
+                raise
+            raise run.failed(failure) from error
         finally:
             run.close()
 
@@ -116,7 +125,8 @@ class _Run:
         stop: StopRequest,
     ) -> None:
         self.opened, self.options, self.output, self.facts, self.stop = opened, options, output, facts, stop
-        self.on_event: Listener = on_event if on_event is not None and distributed.is_rank_zero() else _ignore
+        tells = on_event is not None and distributed.is_rank_zero()
+        self.on_event: Listener = stop.on_hangup(on_event) if tells and on_event is not None else _ignore
         self.engine = make_engine(model, opened, options)
         self.engine.loader.unreadable.on_found = warn_of_unreadable("training", self.on_event)
         self.engine.loader.unreadable.on_remark = lambda text: self.on_event(Warned(text))
@@ -124,6 +134,7 @@ class _Run:
         self.preparation = Preparation(self.engine, opened, stop, self.on_event)
         unreadable = {"train": self.engine.loader.unreadable, "val": self.validation.unreadable}
         self.keeper = RunKeeper(self.engine, output, facts, self.on_event, unreadable)
+        self._lock = FolderLock(output.folder)
 
     def check_recorded(self) -> None:
         """Check the inputs against what the recipe recorded, if the run repeats one."""
@@ -131,6 +142,10 @@ class _Run:
             recorded = self.opened.given.recorded
             recorded.check_batches(self.options)
             recorded.check_inputs(self.facts.recorded(self.options))
+
+    def lock(self) -> None:
+        """Keep other processes out of the folder until `close`."""
+        distributed.on_rank_zero(self._lock.acquire)
 
     def prepare(self) -> None:
         """Bring the model to where training starts or resumes."""
@@ -156,8 +171,9 @@ class _Run:
         if not self.output.resume:
             distributed.on_rank_zero(lambda: self._claim(force=self.output.force))
             return False
-        if distributed.on_rank_zero(lambda: stored_nothing(folder)):
-            self.on_event(Warned(f"The run in {folder} ended before it stored a state. It starts again."))
+        why = distributed.on_rank_zero(lambda: begins_anew(folder))
+        if why is not None:
+            self.on_event(Warned(why))
             distributed.on_rank_zero(lambda: self._claim(force=True))
             return False
         return True
@@ -233,8 +249,27 @@ class _Run:
         if not self.keeper.store.has_state:
             return self.stop.interruption_before_training()
         progress = self.keeper.progress
-        where = f"in epoch {progress.epoch + 1} of {self.options.epochs} after {progress.batch} of "
-        return self.stop.interruption(f"{where}{len(self.engine.loader)} batches", self.output.folder)
+        return self.stop.interruption(self._place(progress.epoch, progress.batch), self.output.folder)
+
+    def _place(self, epoch: int, batch: int) -> str:
+        return f"in epoch {epoch + 1} of {self.options.epochs} after {batch} of {len(self.engine.loader)} batches"
+
+    def failed(self, failure: Failure) -> TrainingError:
+        """Make the error that says what the machine did to the run, and what was saved before."""
+        saved = self.keeper.saved
+        if saved is None:
+            return TrainingError(
+                f"{failure.what} before training began.",
+                hint=f"{failure.hint} Start again with the same command and --resume, or with --force.",
+            )
+        progress = self.keeper.progress
+        epoch, batch = saved
+        done = self._place(epoch, batch) if epoch < self.options.epochs else "at its end"
+        return TrainingError(
+            f"{failure.what} {self._place(progress.epoch, progress.batch)}. The state {done} is saved in "
+            f"{self.output.folder}.",
+            hint=f"{failure.hint} {RESUME_HINT}",
+        )
 
     def say_what_is_saved(self, error: FixifyError) -> FixifyError:
         """Add to an error that the machine caused what was saved, and how to resume."""
@@ -246,9 +281,12 @@ class _Run:
         return type(error)(f"{error.message} {saved}", hint=f"{error.hint or ''} {next_step}".strip())
 
     def close(self) -> None:
-        """Stop the loaders' processes."""
-        self.engine.loader.close()
-        self.validation.close()
+        """Stop the loaders' processes, and let other processes into the folder."""
+        try:
+            self.engine.loader.close()
+            self.validation.close()
+        finally:
+            self._lock.release()
 
     def _write_about(self) -> None:
         """Write run.json and recipe.yaml."""

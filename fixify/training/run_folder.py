@@ -25,12 +25,15 @@ import torch
 import yaml
 from torch import Tensor
 
+from fixify._bounds import Count, Measured, Number, finite_or_none
 from fixify._files import atomic_path, write_atomic
+from fixify._leftovers import leftovers, remove
 from fixify._options import CheckedOptions
 from fixify._version import __version__
 from fixify.errors import OutputError, OutputExistsError, TrainingError
 from fixify.metrics import Confusions
 from fixify.training.events import EpochRecord
+from fixify.training.run_records import StartedRun, read_record, read_run_file
 
 BEST_FILE, LAST_FILE = "best.fixed.safetensors", "last.fixed.safetensors"
 LEARNED_BEST_FILE, LEARNED_LAST_FILE = "best.safetensors", "last.safetensors"
@@ -76,21 +79,23 @@ def tidy(out: Path) -> None:
     Raises:
         OutputError: the folder cannot be changed.
     """
-    try:
-        for name in _FILES:
-            for temporary in out.glob(f".{name}.*.tmp"):
-                temporary.unlink()
-    except OSError as error:
-        raise OutputError(f"Cannot use the folder {out}: {error.strerror}.") from error
+    for name in _FILES:
+        remove(leftovers(out / name))
 
 
-def stored_nothing(out: Path) -> bool:
-    """Check whether a run started in the folder and ended before it stored a state.
+def begins_anew(out: Path) -> str | None:
+    """Return why resuming a folder means to start from the beginning, as a sentence; None if there is a run to resume.
 
-    run.json is the first file that a run writes; metrics.jsonl comes after the first state.
+    A run that was killed early left nothing, or what it writes before the first state. run.json is its first file;
+    metrics.jsonl comes after the first state.
     """
-    later = (STATE_FILE, PREVIOUS_STATE_FILE, METRICS_FILE)
-    return (out / RUN_FILE).exists() and not any((out / name).exists() for name in later)
+    if (out / RUN_FILE).exists():
+        if any((out / name).exists() for name in (STATE_FILE, PREVIOUS_STATE_FILE, METRICS_FILE)):
+            return None
+        return f"The run in {out} ended before it stored a state. It starts again."
+    if any((out / name).exists() for name in _FILES):
+        return None
+    return f"There is no run in {out} yet. It starts from the beginning."
 
 
 # The state: a zip archive that `torch.save` writes. Its comment holds the SHA-256 of all bytes before the comment, and
@@ -99,6 +104,7 @@ def stored_nothing(out: Path) -> bool:
 _DIGEST_SIZE = 64  # hexadecimal digits of a SHA-256
 _NO_COMMENT, _COMMENT = (0).to_bytes(2, "little"), _DIGEST_SIZE.to_bytes(2, "little")
 _CHUNK = 1 << 20
+_ZIP_WRITER = ("PytorchStreamWriter", "inline_container")  # in its messages
 _STATE_KEPT = "The previous state was kept. Free some space, then go on with --resume."
 
 
@@ -113,6 +119,8 @@ def write_sealed(folder: Path, content: dict[str, Any]) -> None:
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # torch's zip writer raises this for every failure to write
+            if not any(word in str(error) for word in _ZIP_WRITER):
+                raise
             raise OutputError(f"Cannot write {path}: {_failure(folder, content)}.", hint=_STATE_KEPT) from error
         _seal(temporary)
         if path.exists():
@@ -201,17 +209,18 @@ def write_run(folder: Path, about: Mapping[str, Any], options: CheckedOptions) -
         OutputError: it cannot be written.
     """
     content = {"fixify": __version__, **about, "options": options.recipe()}
-    write_atomic(folder / RUN_FILE, json.dumps(content, indent=2) + "\n")
+    write_atomic(folder / RUN_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def add_to_run(folder: Path, more: Mapping[str, Any]) -> None:
     """Add entries to run.json.
 
     Raises:
+        FormatError: it is damaged.
         OutputError: it cannot be written.
     """
-    content = {**json.loads((folder / RUN_FILE).read_text()), **more}
-    write_atomic(folder / RUN_FILE, json.dumps(content, indent=2) + "\n")
+    content = {**read_record(folder / RUN_FILE, dict[str, Any], hint=None), **more}
+    write_atomic(folder / RUN_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def write_recipe(folder: Path, recipe: Mapping[str, Any], section: str, options: CheckedOptions) -> None:
@@ -239,22 +248,29 @@ def write_recipe(folder: Path, recipe: Mapping[str, Any], section: str, options:
     write_atomic(folder / RECIPE_FILE, _RECIPE_HEADER + text)
 
 
-def stored_options(folder: Path, kind: type[Options]) -> Options:
+def stored_options(folder: Path, kind: type[Options]) -> Options | None:
     """Read the options that the run in a folder was started with.
 
     Args:
         folder: Folder of the run.
         kind: The class of the options.
 
+    Returns:
+        The options; None if the folder has no run yet.
+
     Raises:
-        TrainingError: there is no run.
+        TrainingError: run.json is missing beside other files of a run.
+        FormatError: run.json is damaged.
+        UsageError: this version does not know the options.
     """
-    path = folder / RUN_FILE
-    try:
-        stored = json.loads(path.read_text())["options"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(f"There is no run to resume in {folder}: {RUN_FILE} is missing or damaged.") from error
-    return kind.create(**stored)
+    if not (folder / RUN_FILE).exists():
+        if begins_anew(folder) is not None:
+            return None
+        raise TrainingError(
+            f"The run in {folder} cannot be resumed: {RUN_FILE} is missing.",
+            hint="Choose another folder with -o, or replace the run with --force.",
+        )
+    return kind.create(**read_run_file(folder, StartedRun).options)
 
 
 # The logs. Each is written anew from the whole history, so that no line is missing or doubled after a crash.
@@ -280,15 +296,15 @@ class StepRecord:
         scale: The head's learned scale alpha after it; None for other heads.
     """
 
-    step: int
-    epochs: float
-    loss: float
-    lr: float
-    scale: float | None
+    step: Count
+    epochs: Measured
+    loss: Measured
+    lr: Measured
+    scale: Number | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as a line of steps.jsonl holds it."""
-        return asdict(self)
+        """Return the record as a line of steps.jsonl holds it; a number that is not finite becomes None."""
+        return {name: finite_or_none(value) for name, value in asdict(self).items()}
 
 
 _PER_DECADE = 32
@@ -315,7 +331,7 @@ def write_lines(path: Path, records: Iterable[LogRecord]) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    write_atomic(path, "".join(json.dumps(record.to_dict()) + "\n" for record in records))
+    write_atomic(path, "".join(json.dumps(record.to_dict(), allow_nan=False) + "\n" for record in records))
 
 
 def write_logs(folder: Path, history: Sequence[EpochRecord], steps: Sequence[StepRecord]) -> None:
@@ -356,4 +372,4 @@ def write_confusions(folder: Path, step: int, found: Confusions) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    write_atomic(folder / CONFUSIONS_FILE, json.dumps({"step": step, **found.to_dict()}) + "\n")
+    write_atomic(folder / CONFUSIONS_FILE, json.dumps({"step": step, **found.to_dict()}, allow_nan=False) + "\n")

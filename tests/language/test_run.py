@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fixify.errors import OutputExistsError, TrainingError, UsageError
+from fixify.errors import FormatError, OutputError, OutputExistsError, TrainingError, UsageError
 from fixify.language import Corpus, LanguageOptions, LanguageResult, load_language, run_language
 from fixify.language.loop import LanguageEpochEnded, LanguageEvent, LanguageStep, Prediction
 from fixify.language.model import build_model, size_of
@@ -231,3 +231,49 @@ def test_metrics_are_written_line_by_line(done: Any) -> None:
 def test_mistakes_in_options_are_explained(given: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         LanguageOptions.create(**given)
+
+
+def test_nothing_to_resume_begins_anew_and_a_folder_in_use_is_refused(
+    done: Any, text: Path, tmp_path: Path, small: LanguageOptions
+) -> None:
+    events, refused = list[LanguageEvent](), list[str]()
+
+    def listen(event: LanguageEvent) -> None:
+        events.append(event)
+        if isinstance(event, LanguageEpochEnded):
+            with pytest.raises(OutputError) as caught:
+                run_language(str(text), tmp_path / "run", small, force=True)
+            refused.append(caught.value.message)
+
+    run_language(str(text), tmp_path / "run", small, resume=True, on_event=listen)
+    assert isinstance(events[0], Warned) and str(tmp_path / "run") in events[0].text
+    assert len(refused) == 2
+    for name in ("best.safetensors", "last.safetensors"):  # equal runs leave equal bytes
+        assert (tmp_path / "run" / name).read_bytes() == (done[0].folder / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.jsonl", ""),
+        ("metrics.jsonl", '{"val_perplexity": "low"}'),
+        ("metrics.jsonl", '{"val_perplexity": NaN}'),
+        ("metrics.jsonl", "[" * 100_000),
+        ("run.json", {"num_words": -1}),
+        ("run.json", {"size": {"parameters": 0, "fixed": 0, "learned": 0}}),
+        ("run.json", {"size": 3}),
+        ("run.json", {"result": {"test_perplexity": 1e300}}),
+        ("run.json", {"options": {"words": "none"}}),
+        ("run.json", {"options": 3}),
+        ("run.json", {"text": [1]}),
+    ],
+)
+def test_damaged_files_are_named(done: Any, tmp_path: Path, name: str, content: Any) -> None:
+    shutil.copytree(done[0].folder, tmp_path / "run")
+    path = tmp_path / "run" / name
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads(path.read_text()), **content})
+    path.write_text(content)
+    with pytest.raises(FormatError, match=re.escape(str(tmp_path / "run"))) as caught:
+        read_language_runs([tmp_path / "run"])
+    assert name in str(caught.value) or content == ""

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from fixify._files import atomic_path
+from fixify.checkpoints.slim import write_safetensors
 from fixify.training import Event, FinetuneOptions, Step
 
 CONFTEST = runpy.run_path(str(Path(__file__).with_name("conftest.py")))  # the tiny network and its images
@@ -55,8 +55,7 @@ Prepare = Callable[[Path], Callable[[Event], object]]
 
 
 def save(model: torch.nn.Module, path: Path, record: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        save_file(model.state_dict(), temporary)
+    write_safetensors(path, model.state_dict(), {"format": "pt"})
 
 
 def start(out: Path, prepare: Prepare, *, resume: bool) -> int:
@@ -171,9 +170,9 @@ def main(folder: Path, kills: int, seed: int) -> None:
         if how == "done":  # it was quicker than the first
             continue
         left = sorted(path.name for path in out.iterdir()) if out.exists() else []
-        wait(start(out, never, resume="run.json" in left))
+        wait(start(out, never, resume=True))  # also if nothing was left
         found = contents(out)
-        leftover = [path.name for path in out.iterdir() if path.name.endswith(".tmp")]
+        leftover = [path.name for path in out.iterdir() if path.name.startswith(".") or path.suffix == ".lock"]
         lines.append(
             json.dumps(
                 {

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fixify.data import OpenedData, Subset, make_loader
 from fixify.data.idx import ArrayImages
-from fixify.errors import DataError, OutputExistsError, TrainingError
+from fixify.errors import DataError, FormatError, OutputError, OutputExistsError, TrainingError
 from fixify.heads import FixedClassifier
 from fixify.metrics import evaluate
 from fixify.training import (
@@ -184,9 +184,32 @@ class TestResume:
         with pytest.raises(TrainingError, match="facts"):
             run(tmp_path, EVERYTHING, resume=True)
 
-    def test_nothing_to_resume(self, run: Run, tmp_path: Path) -> None:
+    def test_nothing_to_resume_begins_anew_and_says_so(self, run: Run, whole: Path, tmp_path: Path) -> None:
+        events = list[Event]()
+        run(tmp_path / "new", EVERYTHING, resume=True, on_event=events.append)
+        (text,) = (event.text for event in events if isinstance(event, Warned))
+        assert str(tmp_path / "new") in text
+        self.same_as(whole, tmp_path / "new")
+
+    @pytest.mark.parametrize("how", [{"resume": True}, {"force": True}, {}])
+    def test_a_folder_that_a_run_is_in_is_refused(self, run: Run, tmp_path: Path, how: dict[str, bool]) -> None:
+        refused = list[str]()
+
+        def start_another(event: Event) -> None:
+            if isinstance(event, EpochEnded):
+                with pytest.raises(OutputError, match=str(os.getpid())) as caught:
+                    run(tmp_path, PLAIN, **how)
+                refused.append(caught.value.message)
+
+        run(tmp_path, PLAIN, on_event=start_another)
+        assert len(refused) == 2 and str(tmp_path) in refused[0]
+        assert not list(tmp_path.glob("*.lock"))
+
+    def test_checkpoints_without_a_run_are_kept(self, run: Run, tmp_path: Path) -> None:
+        (tmp_path / "best.fixed.safetensors").write_bytes(b"of value")
         with pytest.raises(TrainingError, match=re.escape(str(tmp_path))):
             run(tmp_path, EVERYTHING, resume=True)
+        assert (tmp_path / "best.fixed.safetensors").read_bytes() == b"of value"
 
     @pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
     def test_a_damaged_state_falls_back_to_the_one_before(
@@ -263,8 +286,17 @@ class TestResume:
         self.same_as(whole, tmp_path)
 
     def test_options_are_stored(self, whole: Path, tmp_path: Path) -> None:
-        assert stored_options(whole, FinetuneOptions).recipe() == EVERYTHING.recipe()
+        stored = stored_options(whole, FinetuneOptions)
+        assert stored is not None and stored.recipe() == EVERYTHING.recipe()
+        assert stored_options(tmp_path, FinetuneOptions) is None
+        shutil.copy(whole / "state.pt", tmp_path)
         with pytest.raises(TrainingError, match=re.escape(str(tmp_path))):
+            stored_options(tmp_path, FinetuneOptions)
+
+    @pytest.mark.parametrize("content", ["", "[]", '{"options": 3}', "[" * 100_000, '{"fixify": "1", "options": null}'])
+    def test_a_damaged_run_file_is_named(self, tmp_path: Path, content: str) -> None:
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(FormatError, match=r"run\.json"):
             stored_options(tmp_path, FinetuneOptions)
 
 
