@@ -130,7 +130,10 @@ def explain(error: Exception, workers: Sequence[Any], reading: Reading, images: 
         return None if problem is None else LoaderError(f"A loader process failed: {problem.what}.", hint=problem.hint)
     if isinstance(error, BROKEN):
         # The connection breaks a moment before the process counts as ended.
-        multiprocessing.connection.wait([process.sentinel for process in workers], timeout=_GRACE)
+        ended = multiprocessing.connection.wait([process.sentinel for process in workers], timeout=_GRACE)
+        for process in workers:
+            if process.sentinel in ended:
+                process.join(_GRACE)
     for number, process in enumerate(workers):
         if process.exitcode not in (None, 0):
             index = reading.of(number)

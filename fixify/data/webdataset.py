@@ -115,6 +115,9 @@ def open_webdataset(name: str, roots: Sequence[Path], split: Split, options: Dat
         class_names, labels = (), np.zeros(len(index.targets), dtype=np.int64)
     rows = np.flatnonzero(labels >= 0)
     without_class = len(labels) - len(rows)
+    asides = [f"{without_class:,} more have no class"] if without_class else []
+    if index.without_image:
+        asides.append(f"images of unknown suffixes are not read: {index.without_image:,}")
     short = shards.folder.resolve().name
     files = shards.files[0].name if len(shards.files) == 1 else f"{len(shards.files):,} shards"
     return OpenedData(
@@ -122,10 +125,11 @@ def open_webdataset(name: str, roots: Sequence[Path], split: Split, options: Dat
         class_names=class_names,
         location=str(shards.folder),
         description=f"{len(rows):,} images of {len(class_names):,} classes from {files} of wds/{short}"
-        + (f" ({without_class:,} more have no class)" if without_class else ""),
+        + (f" ({'; '.join(asides)})" if asides else ""),
         name=f"wds/{short}",
         split=split,
         labelled=options.need_labels,
+        asides=tuple(asides),
     )
 
 
@@ -274,6 +278,7 @@ class ShardIndex:
         size: Size of the image in bytes, int64 [num_samples].
         names: Name of the image, for messages; one array of bytes.
         targets: The class that the sample states: a number, a name, or None.
+        without_image: Number of further samples that state a class and have no image of the extensions asked for.
     """
 
     shards: tuple[Path, ...]
@@ -282,6 +287,7 @@ class ShardIndex:
     size: NDArray[np.int64]
     names: NDArray[np.bytes_]
     targets: tuple[Label, ...]
+    without_image: int = 0
 
 
 @lru_cache(maxsize=4)
@@ -302,11 +308,14 @@ def index_shards(
     """
     rows: list[tuple[int, int, int, bytes]] = []
     targets: list[Label] = []
+    without_image = 0
     for number, path in enumerate(shards):
         for sample in _read_samples(path, extensions, target_key).values():
             if sample.image is not None:
                 rows.append((number, sample.image.offset_data, sample.image.size, sample.image.name.encode()))
                 targets.append(sample.target)
+            elif sample.target is not None:
+                without_image += 1
     if not rows:
         raise DataError(
             f"The shards hold no images that end in {', '.join(extensions)}: {', '.join(map(str, shards[:3]))}."
@@ -319,6 +328,7 @@ def index_shards(
         np.array(size, dtype=np.int64),
         np.array(names),
         tuple(targets),
+        without_image,
     )
 
 

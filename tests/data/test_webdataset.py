@@ -182,3 +182,10 @@ def test_if_a_sample_has_several_images_the_first_extension_in_the_list_wins(tmp
     index = index_shards((_shard(tmp_path / "x.tar", members),))
     assert index.names.tolist() == [b"s.png"]
     assert index_shards((tmp_path / "x.tar",), ("webp", "png")).names.tolist() == [b"s.webp"]
+
+
+def test_samples_without_an_image_that_is_read_are_counted(tmp_path: Path) -> None:
+    members = {**_samples(0, 3), "a/8.gif": b"GIF89a", "a/8.cls": b"1", "a/readme.txt": b"hello"}
+    _shard(tmp_path / "shards" / "x-val-0000.tar", members)
+    opened = open_data(f"wds/{tmp_path / 'shards'}", split="val")
+    assert len(opened) == 3 and opened.description.endswith("not read: 1)") and len(opened.asides) == 1
