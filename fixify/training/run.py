@@ -99,7 +99,7 @@ def train_model(
             return run.train()
         except Stopped:
             raise run.interruption() from None
-        except (RuntimeError, MemoryError, OSError, DataError) as error:
+        except (RuntimeError, MemoryError, OSError, EOFError, DataError) as error:
             failure = machine_failure(error)
             if failure is None:
                 raise
