@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import re
+import traceback
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -43,6 +45,8 @@ def machine_failure(error: BaseException) -> Failure | None:
 
 def _failure(error: BaseException) -> Failure | None:
     text = str(error)
+    if isinstance(error, (ConnectionError, EOFError, FileNotFoundError)) and _was_received(error):
+        return _worker_failure("ended unexpectedly")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return _OUT_OF_MEMORY
     if isinstance(error, OSError):
@@ -54,14 +58,25 @@ def _failure(error: BaseException) -> Failure | None:
     if worker := _WORKER.search(text):
         signal = worker[2]
         how = "ended unexpectedly" if signal is None else f"was ended by a signal ({signal.strip()})"
-        return Failure(
-            f"A loader process {how}",
-            "A kill often means that memory ran out: try fewer --workers or a smaller --batch-size.",
-        )
+        return _worker_failure(how)
     if any(words in text for words in _NO_MEMORY):
         return _OUT_OF_MEMORY
     return _OUT_OF_HANDLES if any(words in text for words in _NO_HANDLES) else None
 
 
+def _was_received(error: BaseException) -> bool:
+    """Check whether an error arose while a tensor was received from another process, which must have ended."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(Path(frame.f_code.co_filename).parts[-3:] == _RECEIVER for frame, _ in frames)
+
+
+def _worker_failure(how: str) -> Failure:
+    return Failure(
+        f"A loader process {how}",
+        "A kill often means that memory ran out: try fewer --workers or a smaller --batch-size.",
+    )
+
+
+_RECEIVER = ("torch", "multiprocessing", "reductions.py")
 _OUT_OF_MEMORY = Failure("Memory ran out", "Try a smaller --batch-size or fewer --workers.")
 _OUT_OF_HANDLES = Failure("Too many files are open", "Allow more with `ulimit -n 65536`, or try fewer --workers.")

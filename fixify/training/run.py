@@ -102,7 +102,7 @@ def train_model(
             raise run.interruption() from None
         except (LoaderError, ResourceError) as error:
             raise run.say_what_is_saved(error) from error
-        except (RuntimeError, MemoryError, OSError, DataError) as error:
+        except (RuntimeError, MemoryError, OSError, EOFError, DataError) as error:
             failure = machine_failure(error)
             if failure is None:
                 raise

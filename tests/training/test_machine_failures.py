@@ -104,3 +104,13 @@ def test_a_real_loader_process(run: Run, tmp_path: Path, moment: str) -> None:
     assert "--resume" in str(caught.value.hint)
     assert multiprocessing.active_children() == []
     assert len(run(tmp_path, PLAIN, resume=True).history) == 3
+
+
+def test_a_tensor_of_a_process_that_is_gone() -> None:
+    with pytest.raises(ConnectionResetError) as caught:
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+    assert machine_failure(caught.value) is None  # of anything else
+    receive = compile("raise ConnectionResetError(104, 'x')", "/any/torch/multiprocessing/reductions.py", "exec")
+    with pytest.raises(ConnectionResetError) as caught:
+        exec(receive)  # noqa: S102
+    assert machine_failure(caught.value) is not None
