@@ -157,7 +157,6 @@ def test_mistakes_are_one_line_and_what_to_do(run: Run, stripes: Path, tmp_path:
         (("finetune", slim, "--data", "imagnet"), 1, "'imagenet'"),
         (("finetune", slim, "--data", data, "--opt", "sgdd"), 2, "'sgdd'"),
         (("finetune", slim, "--data", data / "train"), 1, "data/train"),
-        (("finetune", slim, "--data", data, "--resume"), 1, "net-finetuned"),
         (("finetune", stripes / "learned.pth", "--data", data), 1, "fixify convert"),
         (("eval", slim, "--data", data, "--split", "training"), 2, "'training'"),
         (("eval", slim, "--data", data, "--device", "gpu"), 2, "'gpu'"),

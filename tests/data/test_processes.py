@@ -120,7 +120,7 @@ def test_processes_ignore_the_signals_that_stop_a_run() -> None:
     with loader() as batches:
         for number, (images, _) in enumerate(batches):
             assert len(images) == 2
-            if number == 0:
+            if number == 1:  # each of the two has read a batch, so it has started
                 for process in multiprocessing.active_children():
                     os.kill(process.pid or 0, signal.SIGTERM)
                     os.kill(process.pid or 0, signal.SIGINT)

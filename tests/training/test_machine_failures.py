@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fixify.errors import DataError, OutputError, TrainingError
+from fixify.errors import DataError, LoaderError, OutputError, TrainingError
 from fixify.training import EpochEnded, Evaluated, Event, FinetuneOptions, FinetuneResult, Step
 from fixify.training.failures import machine_failure
 from fixify.training.run_folder import write_sealed
@@ -99,7 +99,7 @@ def test_a_real_loader_process(run: Run, tmp_path: Path, moment: str) -> None:
             time.sleep(0.2)  # within it torch raises
 
     options: Any = PLAIN.replace(workers=1)
-    with pytest.raises(TrainingError, match=r"loader process .*state .* saved in") as caught:
+    with pytest.raises(LoaderError, match=r"(?i)loader process .*state .*saved in") as caught:
         run(tmp_path, options, on_event=kill)
     assert "--resume" in str(caught.value.hint)
     assert multiprocessing.active_children() == []
