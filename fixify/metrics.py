@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fixify._bounds import Count, Measured, Percent
+from fixify._values import Count, Measured, Percent
 from fixify.errors import DataError, ResourceError, UsageError, resource_problem
 
 Precision = Literal["none", "bf16", "fp16"]

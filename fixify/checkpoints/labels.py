@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from fixify._files import require_regular
-from fixify._words import counted
+from fixify._values import counted
 from fixify.checkpoints.keys import items_of
 from fixify.errors import SourceError
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fixify._files import refuse_existing
-from fixify._words import counted
+from fixify._values import counted
 from fixify.checkpoints.reference_code import ReferenceCodeHead
 from fixify.checkpoints.remarks import choose_labels, remarks_on
 from fixify.checkpoints.resolve import open_source

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fixify._words import counted
+from fixify._values import counted
 from fixify.checkpoints.source import Facts, Source
 
 _MOST = 6  # names on the line

@@ -32,8 +32,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fixify._files import atomic_path, refuse_existing, require_regular, unchanged
-from fixify._json import parse_json
 from fixify._leftovers import private_folder, remove_leftovers
+from fixify._values import parse_json
 from fixify.checkpoints.files import LANGUAGE_KEY, SLIM_KEY, has_metadata
 from fixify.checkpoints.records import CalibrationRecord, SavingsRecord, SourceRecord, TrainingRecord, checked
 from fixify.checkpoints.source import Source

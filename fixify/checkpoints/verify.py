@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fixify._files import sha256_of, unchanged
-from fixify._words import counted
+from fixify._values import counted
 from fixify.checkpoints.learned import read_original
 from fixify.checkpoints.slim import Contents, SlimInfo, load_contents, read_contents
 from fixify.checkpoints.source import check_finite

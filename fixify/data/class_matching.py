@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-from fixify._words import counted
+from fixify._values import counted
 from fixify.checkpoints.labels import read_class_indices
 from fixify.data.dataset import OpenedData, Relabelled, Subset, sort_classes
 from fixify.errors import DataError, SourceError

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fixify._bounds import Count, Text
 from fixify._leftovers import FolderLock
+from fixify._values import Count, Text
 from fixify.errors import FormatError, TrainingError, UsageError
 from fixify.language.checkpoint import load_language, save_language
 from fixify.language.corpus import END_OF_LINE, Corpus, read_corpus

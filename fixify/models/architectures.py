@@ -23,7 +23,7 @@ from timm.data import resolve_data_config
 from timm.models import get_deprecated_models, get_pretrained_cfg, split_model_name_tag
 from torch import nn
 
-from fixify._json import parse_json
+from fixify._values import parse_json
 from fixify._version import __version__
 from fixify.errors import ArchitectureError
 from fixify.models.build import Bounds, bounded, build_blank, build_on_meta

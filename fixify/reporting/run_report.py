@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fixify._bounds import finite_or_none
+from fixify._values import finite_or_none
 from fixify.metrics import Confusions, Metrics
 from fixify.reporting.runs import Run
 from fixify.savings import Savings

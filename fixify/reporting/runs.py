@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from fixify._bounds import Count, Text
+from fixify._values import Count, Text
 from fixify.checkpoints.files import holds_one_checkpoint
 from fixify.errors import FormatError, UsageError
 from fixify.metrics import WORST, Confusions, Metrics, WorstClass

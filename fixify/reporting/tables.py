@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fixify._words import counted
+from fixify._values import counted
 from fixify.checkpoints.remarks import shorten
 from fixify.checkpoints.slim import SlimInfo
 from fixify.checkpoints.verify import Check

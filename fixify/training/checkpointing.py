@@ -23,7 +23,7 @@ import torch
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from fixify._bounds import Count
+from fixify._values import Count
 from fixify.data import Unreadable, UnreadableImages
 from fixify.errors import TrainingError
 from fixify.metrics import Confusions, Metrics

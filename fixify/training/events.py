@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fixify._bounds import Count, Measured, Number, Percent, Share, finite_or_none
+from fixify._values import Count, Measured, Number, Percent, Share, finite_or_none
 from fixify.metrics import Metrics
 
 Phase = Literal["teacher", "original", "before", "features", "validation"]

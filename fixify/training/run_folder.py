@@ -25,10 +25,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from fixify._bounds import Count, Measured, Number, finite_or_none
 from fixify._files import atomic_path, write_atomic
 from fixify._leftovers import leftovers, remove
 from fixify._options import CheckedOptions
+from fixify._values import Count, Measured, Number, finite_or_none
 from fixify._version import __version__
 from fixify.errors import OutputError, OutputExistsError, TrainingError
 from fixify.metrics import Confusions

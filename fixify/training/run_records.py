@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from fixify._bounds import Number, Percent, Text
+from fixify._values import Number, Percent, Text
 from fixify.errors import FormatError
 
 T = TypeVar("T")
