@@ -195,8 +195,8 @@ def _unsafe(path: Path, name: str) -> UnsafeCheckpointError:
         who, key = trainer
         return UnsafeCheckpointError(
             f"{path} was refused: its pickle asks for {name}, which could run any code. Nothing was run.",
-            hint=f"It is a checkpoint of {who}. If you trust it, save only its weights where it was made: "
-            f"torch.save(torch.load({path.name!r}, weights_only=False)[{key!r}], 'weights.pth')",
+            hint=f"It is a checkpoint of {who}. If you trust it, load it where it was made, and save only its weights: "
+            f"torch.save(checkpoint[{key!r}], 'weights.pth')",
         )
     return UnsafeCheckpointError(
         f"{path} was refused: its pickle asks for {name}, which could run any code. Nothing was run.",

@@ -130,7 +130,7 @@ def _count_frames(image: Image.Image, file: Path | IO[bytes]) -> int:
     try:
         with Image.open(file) as other:
             return int(getattr(other, "n_frames", 1))
-    except Exception:
+    except Exception:  # any decoder's; the first frame was or will be read by itself, and says what is wrong with it
         return 1
     finally:
         if not isinstance(file, Path):

@@ -6,17 +6,14 @@ to expect it anywhere.
 
 from __future__ import annotations
 
-import errno
 import re
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from fixify.errors import resource_problem
 
 _WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))?:? ?([0-9, ]+)\)(?: is killed by signal: ([\w ]+))?")
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "out of memory")
-_NO_HANDLES = ("Too many open files", "received 0 items of ancdata")
 
 
 @dataclass(frozen=True)
@@ -44,24 +41,14 @@ def machine_failure(error: BaseException) -> Failure | None:
 
 
 def _failure(error: BaseException) -> Failure | None:
-    text = str(error)
     if isinstance(error, (ConnectionError, EOFError, FileNotFoundError)) and _was_received(error):
         return _worker_failure("ended unexpectedly")
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return _OUT_OF_MEMORY
-    if isinstance(error, OSError):
-        if error.errno == errno.ENOMEM:
-            return _OUT_OF_MEMORY
-        return _OUT_OF_HANDLES if error.errno in (errno.EMFILE, errno.ENFILE) else None
-    if not isinstance(error, RuntimeError):
-        return None
-    if worker := _WORKER.search(text):
+    if isinstance(error, RuntimeError) and (worker := _WORKER.search(str(error))):
         signal = worker[2]
         how = "ended unexpectedly" if signal is None else f"was ended by a signal ({signal.strip()})"
         return _worker_failure(how)
-    if any(words in text for words in _NO_MEMORY):
-        return _OUT_OF_MEMORY
-    return _OUT_OF_HANDLES if any(words in text for words in _NO_HANDLES) else None
+    problem = resource_problem(error)
+    return None if problem is None else Failure(problem.what[0].upper() + problem.what[1:], problem.hint)
 
 
 def _was_received(error: BaseException) -> bool:
@@ -78,5 +65,3 @@ def _worker_failure(how: str) -> Failure:
 
 
 _RECEIVER = ("torch", "multiprocessing", "reductions.py")
-_OUT_OF_MEMORY = Failure("Memory ran out", "Try a smaller --batch-size or fewer --workers.")
-_OUT_OF_HANDLES = Failure("Too many files are open", "Allow more with `ulimit -n 65536`, or try fewer --workers.")

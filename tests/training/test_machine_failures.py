@@ -25,13 +25,13 @@ KILLED = RuntimeError("DataLoader worker (pid 4242) is killed by signal: Killed.
 FAILURES = [
     (KILLED, "loader process"),
     (RuntimeError("DataLoader worker (pid(s) 41, 42) exited unexpectedly"), "loader process"),
-    (MemoryError(), "Memory"),
+    (MemoryError(), "memory"),
     (
         RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory"),
-        "Memory",
+        "memory",
     ),
-    (torch.OutOfMemoryError("CUDA out of memory."), "Memory"),
-    (OSError(errno.ENOMEM, "Cannot allocate memory"), "Memory"),
+    (torch.OutOfMemoryError("CUDA out of memory."), "memory"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory"),
     (OSError(errno.EMFILE, "Too many open files"), "files"),
     (RuntimeError("received 0 items of ancdata"), "files"),
 ]
