@@ -36,11 +36,15 @@ def private_folder(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder cannot be created.
     """
-    try:
-        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX))
-    except OSError as error:
-        raise OutputError(f"Cannot write in {path.parent}: {error.strerror}.") from error
-    with _held(folder):
+    with contextlib.ExitStack() as held:
+        folder = None
+        while folder is None:
+            try:
+                made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX))
+            except OSError as error:
+                raise OutputError(f"Cannot write in {path.parent}: {error.strerror}.") from error
+            held.enter_context(_locked(made, wait=True))  # for a process that looks whether it is a leftover
+            folder = made if made.exists() else None
         try:
             yield folder
         finally:
@@ -59,7 +63,12 @@ def remove_leftovers(path: Path) -> None:
         OutputError: one cannot be removed.
     """
     found = leftovers(path)
-    if not any(_is_in_use(each) for each in found):
+    with contextlib.ExitStack() as held:
+        # Listed again: the folder of a writer is made before its file, but the first list can hold the file alone.
+        for each in leftovers(path):
+            free = held.enter_context(_locked(each))
+            if not (_is_old(each) if free is None else free):
+                return
         remove(found)
 
 
@@ -92,37 +101,39 @@ def remove(found: list[Path]) -> None:
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Lock a folder within the block, where folders can be locked."""
+def _locked(path: Path, *, wait: bool = False) -> Iterator[bool | None]:
+    """Lock a temporary folder within the block.
+
+    Yield False if a living process writes to it or removes it, True if not, and None where folders cannot be locked.
+    A file counts as free: it is written while its process holds the folder of the same output.
+    """
     if sys.platform == "win32":
-        yield
+        yield None
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _is_in_use(path: Path) -> bool:
-    """Check whether a living process writes to a temporary file or folder."""
-    try:
-        if sys.platform == "win32":
-            return time.time() - path.stat().st_mtime < _OLD
-        if not path.is_dir():
-            return False  # it is written while its process holds the folder of the same output
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
-        return False
+        yield True
+        return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in _NO_LOCKS or time.time() - os.fstat(descriptor).st_mtime < _OLD
+        yield _flock(descriptor, wait)
     finally:
         os.close(descriptor)
-    return False
+
+
+def _flock(descriptor: int, wait: bool) -> bool | None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        return None if error.errno in _NO_LOCKS else False
+    return True
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime >= _OLD
+    except FileNotFoundError:
+        return True
 
 
 class FolderLock:

@@ -7,8 +7,10 @@ import fcntl
 import multiprocessing
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,6 +137,25 @@ class TestLeftovers:
             assert in_child(lambda: remove_leftovers(path)) == 0
             assert len(leftovers(path)) == 2 and (folder / "part").exists()
         remove_leftovers(path)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_writers_at_once_take_nothing_from_each_other(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Every folder is looked at by another writer before it is locked, and some are removed then."""
+        path, make = tmp_path / "net", tempfile.mkdtemp
+
+        def make_and_lose(**options: Any) -> str:
+            made = make(**options)
+            if len(lost) < 2:
+                lost.append(made)
+                remove_leftovers(path)
+            return made
+
+        lost: list[str] = []
+        monkeypatch.setattr(tempfile, "mkdtemp", make_and_lose)
+        with private_folder(path) as folder:
+            assert folder.exists() and len(lost) == 2 and str(folder) not in lost
         assert list(tmp_path.iterdir()) == []
 
     def test_links_are_removed_and_not_followed(self, tmp_path: Path) -> None:
