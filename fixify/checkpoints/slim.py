@@ -48,7 +48,7 @@ from fixify.models.architectures import (
     preprocessing,
 )
 from fixify.models.build import Bounds, load_weights
-from fixify.models.classifiers import find_classifiers
+from fixify.models.classifiers import find_heads
 from fixify.models.identify import fit, identify
 from fixify.models.signature import module_traits
 from fixify.savings import Savings
@@ -461,7 +461,7 @@ def describe(model: nn.Module, arch: str | Architecture | None = None) -> SlimIn
         origin = Origin(architecture, preprocessing(architecture, cfg), None, {}, main_dtype(model.state_dict()))
     num_classes = next(iter(heads.values())).out_features
     original = build(origin.architecture, num_classes=num_classes, meta=True)
-    sites = {site.path: site for site in find_classifiers(original, origin.architecture)}
+    sites = {site.path: site for site in find_heads(original, origin.architecture)}
     dtype, head_keys = DTYPES[origin.dtype], tuple(f"{path}." for path in heads)
     stored = {
         key: tensor.to("meta", dtype) if tensor.is_floating_point() else tensor.to("meta")

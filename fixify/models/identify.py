@@ -28,6 +28,7 @@ Progress = Callable[[int, int], object]
 _SHOWN_LAST = {".class"}
 _MOST_SHOWN = 5
 _MOST_CHOICES = 8
+_SOME_CLASSES = 1000
 # Key names that occur together in every state dict of efficientnet-pytorch and in no other known implementation. The
 # fork github.com/ml-illustrated/EfficientNet-Lite-PyTorch has the same names. Every convolution of both comes from
 # `get_same_padding_conv2d`, since their weights are ports of TensorFlow's checkpoints.
@@ -319,7 +320,11 @@ def _search_structure(shapes: Mapping[str, Sequence[int]], entries: Sequence[Ent
 
 
 def _arranged(shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry]) -> list[tuple[_Match, NameMatch]]:
-    """Find the entries that have the shapes of a state dict, and how its names are matched to theirs."""
+    """Find the entries that have the shapes of a state dict, and how its names are matched to theirs.
+
+    Raises:
+        ArchitectureError: equal shapes mean something else in the program that the names are of.
+    """
     theirs = StateShapes(shapes)
     groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
@@ -327,7 +332,7 @@ def _arranged(shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry]) -> 
             groups.setdefault((entry.signature.ordered, entry.signature.keys), []).append(entry)
     found: list[tuple[_Match, NameMatch]] = []
     for first, *others in groups.values():
-        own = shapes_of(build(first.architecture, meta=True))
+        own = shapes_of(build(first.architecture, num_classes=_SOME_CLASSES, meta=True))
         for choices in _choices(theirs, first, own):
             names = match_names(shapes, _with_choices(own, first, choices))
             if names is None:

@@ -1,9 +1,11 @@
 """Match two state dicts of the same shapes by the structure of their names, whatever order the tensors are stored in.
 
 A state dict lists the modules of a tree, each with everything below it. Foreign names therefore fit an architecture if
-the branches of their tree can be arranged so that the shapes are those of the architecture, one after the other.
-Siblings whose names differ only in a number (`norm1`, `norm2`) are arranged by that number. If other siblings can be
-exchanged, the names do not decide, and neither does the order of a file: that is a tie, which is reported.
+the branches of their tree can be arranged so that the shapes are those of the architecture, one after the other. The
+best arrangement has the most branches that are modules of the architecture, too, and among those the most with the
+same names. Siblings whose names differ only in a number (`norm1`, `norm2`) are arranged by that number. If other
+siblings can be exchanged, the names do not decide, and neither does the order of a file: that is a tie, which is
+reported.
 """
 
 from __future__ import annotations
@@ -56,12 +58,16 @@ def match_names(theirs: Mapping[str, Sequence[int]], ours: Mapping[str, Sequence
     root = _tree(given)
     search = _Search(target)
     try:
-        ways = search.ways(root, 0)
+        found = search.best(root, 0)
     except _TooManyWaysError:
         return NameMatch({}, "The shapes of too many modules are alike, and their names have no numbers.")
-    if not ways:
+    if found is None:
         return None
-    tie = search.tie(root, 0) if ways > 1 else _contradiction(root, {key: place for place, key in enumerate(theirs)})
+    tie = (
+        search.tie(root, 0)
+        if found.ways > 1
+        else _contradiction(root, {key: place for place, key in enumerate(theirs)})
+    )
     mapped = search.key_map(root, 0)
     return NameMatch(_with_counters(mapped, theirs, ours), tie)
 
@@ -79,12 +85,14 @@ class _Target:
         shapes: Their shapes.
         sums: Sum of the hashes of the shapes before each position.
         last: The last parts of all names.
+        modules: (first position, position after the last) of each module.
     """
 
     keys: tuple[str, ...]
     shapes: tuple[Shape, ...]
     sums: tuple[int, ...]
     last: frozenset[str]
+    modules: frozenset[tuple[int, int]]
 
     @classmethod
     def of(cls, tensors: Mapping[str, Shape]) -> _Target:
@@ -92,7 +100,12 @@ class _Target:
         for shape in tensors.values():
             sums.append(sums[-1] + hash(shape))
         last = frozenset(key.rpartition(".")[2] for key in tensors)
-        return cls(tuple(tensors), tuple(tensors.values()), tuple(sums), last)
+        inside: dict[str, list[int]] = {"": [*range(len(tensors))]}
+        for position, key in enumerate(tensors):
+            for match in re.finditer(r"\.", key):
+                inside.setdefault(key[: match.start()], []).append(position)
+        modules = frozenset((found[0], found[-1] + 1) for found in inside.values() if found)
+        return cls(tuple(tensors), tuple(tensors.values()), tuple(sums), last, modules)
 
     def names(self, start: int, end: int) -> set[str]:
         """Return the parts that the names of some tensors have in common."""
@@ -183,34 +196,57 @@ def _pattern(name: str) -> tuple[str, tuple[int, ...]]:
     return _NUMBERS.sub(lambda m: "#" if m[0].isdecimal() and len(m[0]) < 10 else m[0], name), numbers
 
 
+@dataclass(frozen=True)
+class _Best:
+    """The best arrangements of a node at a position.
+
+    Attributes:
+        cost: Number of branches in it that are no module of the architecture; number of those that have another name
+            there. The smallest pair is best.
+        ways: Number of arrangements; two stand for any number above one.
+    """
+
+    cost: tuple[int, int] = (0, 0)
+    ways: int = 1
+
+    def then(self, other: _Best) -> _Best:
+        cost = (self.cost[0] + other.cost[0], self.cost[1] + other.cost[1])
+        return _Best(cost, min(2, self.ways * other.ways))
+
+
 @dataclass
 class _Step:
-    """A partial arrangement of the branches of a module: how often it is reached, and from where."""
+    """A partial arrangement of the branches of a module: where it ends, how good it is, and what was placed last."""
 
     position: int
-    ways: int = 0
+    best: _Best
     before: list[tuple[tuple[int, ...], _Node]] = field(default_factory=list)
 
 
 class _Search:
-    """Count the arrangements of a tree that have the shapes of an architecture; two stand for any number above one."""
+    """Find the best arrangements of a tree that have the shapes of an architecture."""
 
     def __init__(self, target: _Target) -> None:
         self._target = target
-        self._ways: dict[tuple[_Node, int], int] = {}
+        self._best: dict[tuple[_Node, int], _Best | None] = {}
         self._ends: dict[tuple[_Node, int], list[dict[tuple[int, ...], _Step]]] = {}
         self._steps = 0
 
-    def ways(self, node: _Node, start: int) -> int:
-        """Return in how many ways a node can stand at a position: 0, 1 or 2."""
+    def best(self, node: _Node, start: int) -> _Best | None:
+        """Return the best arrangements of a node that begin at a position, or None if it does not fit there."""
         sums = self._target.sums
         end = start + node.size
         if end >= len(sums) or sums[end] - sums[start] != node.total:
-            return 0
-        if (node, start) not in self._ways:
-            fits = self._fits(node, start) if node.tensors else self._arranged(node, start)
-            self._ways[node, start] = int(fits)
-        return self._ways[node, start]
+            return None
+        if (node, start) not in self._best:
+            leaf = _Best() if node.tensors and self._fits(node, start) else None
+            found = leaf if node.tensors else self._arranged(node, start)
+            if found is not None:
+                strange = not node.tensors and (start, end) not in self._target.modules
+                unlike = node.name not in self._target.names(start, end)
+                found = found.then(_Best((int(strange), int(unlike))))
+            self._best[node, start] = found
+        return self._best[node, start]
 
     def key_map(self, node: _Node, start: int) -> dict[str, str]:
         """Return foreign name -> name in the architecture, for one arrangement."""
@@ -235,7 +271,8 @@ class _Search:
                 return f"{first} and {second} have tensors of the same shapes, and no numbers say which comes first."
             state, child = step.before[0]
             place = layers[number - 1][state].position
-            if self._ways[child, place] > 1:
+            found = self._best[child, place]
+            if found is not None and found.ways > 1:
                 return self.tie(child, place)
         raise RuntimeError("unreachable: the node has several arrangements")
 
@@ -267,40 +304,38 @@ class _Search:
         parent = keys[0].rpartition(".")[0]
         return {key: _join(parent, key.rpartition(".")[2]) for key in node.tensors}
 
-    def _arranged(self, node: _Node, start: int) -> int:
-        """Count the arrangements of a module's branches, by the number of branches placed."""
-        layers = [{(0,) * len(node.branches): _Step(start, 1)}]
+    def _arranged(self, node: _Node, start: int) -> _Best | None:
+        """Arrange a module's branches, one after the other."""
+        layers = [{(0,) * len(node.branches): _Step(start, _Best())}]
         for _ in range(sum(len(branch) for branch in node.branches)):
             layer: dict[tuple[int, ...], _Step] = {}
             for state, step in layers[-1].items():
-                fitting = self._next(node, state, step.position)
-                for index, child in fitting:
+                for index, child, best in self._next(node, state, step.position):
                     after = (*state[:index], state[index] + 1, *state[index + 1 :])
-                    new = layer.setdefault(after, _Step(step.position + child.size))
-                    new.ways = min(2, new.ways + step.ways * self.ways(child, step.position))
-                    new.before.append((state, child))
+                    found = step.best.then(best)
+                    old = layer.get(after)
+                    if old is None or found.cost < old.best.cost:
+                        layer[after] = _Step(step.position + child.size, found, [(state, child)])
+                    elif found.cost == old.best.cost:
+                        old.best = _Best(found.cost, 2)
+                        old.before.append((state, child))
             if not layer:
-                return 0
+                return None
             layers.append(layer)
         self._ends[node, start] = layers
         (end,) = layers[-1].values()
-        return end.ways
+        return end.best
 
-    def _next(self, node: _Node, state: tuple[int, ...], position: int) -> list[tuple[int, _Node]]:
-        """Return the branches that can come next. If the architecture has the name of just one of them there, that."""
-        self._steps += len(state)
+    def _next(self, node: _Node, state: tuple[int, ...], position: int) -> list[tuple[int, _Node, _Best]]:
+        """Return the branches that can come next."""
+        fitting = [
+            (index, branch[done], best)
+            for index, (branch, done) in enumerate(zip(node.branches, state, strict=True))
+            if done < len(branch) and (best := self.best(branch[done], position)) is not None
+        ]
+        self._steps += len(state) * (1 + len(fitting))
         if self._steps > _MOST_STEPS:
             raise _TooManyWaysError
-        heads = [
-            (index, branch[done])
-            for index, (branch, done) in enumerate(zip(node.branches, state, strict=True))
-            if done < len(branch)
-        ]
-        fitting = [(index, child) for index, child in heads if self.ways(child, position)]
-        if len(fitting) > 1 and len({child.size for _, child in fitting}) == 1:
-            names = self._target.names(position, position + fitting[0][1].size)
-            named = [(index, child) for index, child in fitting if child.name in names]
-            return named if len(named) == 1 else fitting
         return fitting
 
 

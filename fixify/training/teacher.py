@@ -32,12 +32,14 @@ class ReferenceModel:
         sha256: SHA-256 of the file, or of the weights if there is no single file; 64 hexadecimal digits.
         model: Images to logits, in eval mode.
         preprocessing: timm's data configuration of this model.
+        notes: How the file was recognised, and what was read of it and what was left out, for the user.
     """
 
     name: str
     sha256: str
     model: nn.Module
     preprocessing: Preprocessing
+    notes: tuple[str, ...] = ()
 
 
 def open_reference(ref: str | Path, data: OpenedData, options: FinetuneOptions) -> ReferenceModel:
@@ -64,7 +66,7 @@ def open_reference(ref: str | Path, data: OpenedData, options: FinetuneOptions) 
     preprocessing = override(opened.preprocessing, img_size=options.img_size, crop_pct=options.crop_pct)
     if options.img_size is not None:
         check_input_size(opened.model, preprocessing["input_size"])
-    return ReferenceModel(opened.name, reference_digest(ref, opened), opened.model, preprocessing)
+    return ReferenceModel(opened.name, reference_digest(ref, opened), opened.model, preprocessing, opened.notes)
 
 
 def reference_digest(ref: str | Path, opened: OpenModel) -> str:

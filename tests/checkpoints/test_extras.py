@@ -117,6 +117,15 @@ def test_an_input_normalisation_beside_the_state_dict(tmp_path: Path, kind: Any)
     assert original.preprocessing["mean"] == pytest.approx(MEAN)
 
 
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+@pytest.mark.parametrize("key", ["mean", "std"])
+def test_half_an_input_normalisation_is_refused(tmp_path: Path, key: str, kind: Any) -> None:
+    path = tmp_path / "model.pth"
+    torch.save({"state_dict": network().state_dict(), key: kind(STD)}, path)
+    with pytest.raises(SourceError, match=f"holds {key} "):
+        read_original(path, meta=True)
+
+
 @pytest.mark.parametrize(("mean", "std"), [(0.5, 0.0), (0.5, -1.0), (0.5, 4.37), (1e6, 1.0), (float("nan"), 1.0)])
 def test_an_input_normalisation_that_means_nothing(tmp_path: Path, mean: float, std: float) -> None:
     extra = {"normalize.mean": torch.full((3,), mean), "normalize.std": torch.full((3,), std)}
