@@ -341,6 +341,12 @@ def _arranged(shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry]) -> 
             found += [
                 (match, names) for match in matches if not match.extra or _confirmed(match, theirs, names=names.key_map)
             ]
+    if found and any(".w_msa." in key for key in shapes):
+        raise ArchitectureError(
+            f"These are the names of mmpretrain's Swin transformer. It has the shapes of "
+            f"{found[0][0].entry.architecture.ref}, but its downsample layers expect their channels in another order.",
+            hint="Convert the file to the names and the order of timm first.",
+        )
     return found
 
 

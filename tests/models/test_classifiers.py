@@ -118,7 +118,7 @@ def test_rows_of_the_coverage() -> None:
 
 
 def test_the_projection_of_a_clip_tower_is_no_classifier() -> None:
-    ref = "timm/vit_base_patch32_clip_224"
+    ref = "timm/resnet50_clip"
     (row,) = coverage([ref])
     assert not row.convertible and row.takes_classes and row.reason is not None and "CLIP" in row.reason
     arch = parse_architecture(ref)
