@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fixify import _files
+from fixify._values import counted
 from fixify.checkpoints.keys import DTYPES, StateDict, clean, find_state_dict, unusual_dtype
 from fixify.checkpoints.metadata import facts_of_config, facts_of_metadata, facts_of_training
 from fixify.checkpoints.pickles import LARGEST_COPY, read_legacy, read_zip
@@ -335,7 +336,9 @@ def _check_header_size(path: Path) -> None:
     with open(path, "rb") as file:
         start = file.read(8)
     if len(start) < 8:
-        raise SourceError(f"{path} is not a safetensors file: {size} bytes are too few for a header.", hint=_AGAIN)
+        raise SourceError(
+            f"{path} is not a safetensors file: {counted(size, 'byte')}, too few for a header.", hint=_AGAIN
+        )
     header = int.from_bytes(start, "little")
     if header > _MAX_HEADER:
         raise UnsafeCheckpointError(

@@ -33,7 +33,7 @@ from torch import nn
 
 from fixify._files import atomic_path, refuse_existing, require_regular, unchanged
 from fixify._leftovers import private_folder, remove_leftovers
-from fixify._values import parse_json
+from fixify._values import counted, parse_json
 from fixify.checkpoints.files import LANGUAGE_KEY, SLIM_KEY, has_metadata
 from fixify.checkpoints.records import CalibrationRecord, SavingsRecord, SourceRecord, TrainingRecord, checked
 from fixify.checkpoints.source import Source
@@ -138,7 +138,10 @@ class SlimInfo(BaseModel):
     def _check_labels(self) -> SlimInfo:
         if self.labels is not None:
             if len(self.labels) != self.num_classes:
-                raise ValueError(f"there are {len(self.labels)} labels for {self.num_classes} classes")
+                raise ValueError(
+                    f"there is not one label per class: {counted(len(self.labels), 'label')}, "
+                    f"{counted(self.num_classes, 'class', 'classes')}"
+                )
             if any(len(label) > _MAX_TEXT for label in self.labels):
                 raise ValueError(f"a label is longer than {_MAX_TEXT} characters")
         return self

@@ -67,7 +67,7 @@ def _checks(path: Path, source: str | Path | None) -> list[Check]:
     except FixifyError as error:
         checks.append(Check("tensors", False, error.message))
         return checks
-    checks.append(Check("tensors", True, f"{len(tensors)} tensors, as {info.architecture.ref} has them"))
+    checks.append(Check("tensors", True, f"{counted(len(tensors), 'tensor')}, as {info.architecture.ref} has them"))
     checks.append(_codebook(info, model))
     checks.append(_forward(info, model))
     if source is not None:
@@ -159,7 +159,9 @@ def _against(info: SlimInfo, tensors: dict[str, torch.Tensor], source: str | Pat
     heads = tuple(f"{record.path}." for record in info.heads)
     backbone = [key for key in original.tensors if not key.startswith(heads)]
     changed = [key for key in backbone if key not in tensors or not _identical(tensors[key], original.tensors[key])]
-    detail = f"{changed[0]} and {len(changed) - 1} more differ" if changed else f"{len(backbone)} tensors, bit for bit"
+    detail = f"{counted(len(backbone), 'tensor')}, bit for bit"
+    if changed:
+        detail = f"{changed[0]} differs" if len(changed) == 1 else f"{changed[0]} and {len(changed) - 1} more differ"
     return [*checks, Check("backbone", not changed, detail)]
 
 

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fixify._values import counted
 from fixify.checkpoints.files import LANGUAGE_KEY, has_metadata
 from fixify.checkpoints.slim import write_safetensors
 from fixify.checkpoints.verify import Check
@@ -123,7 +124,7 @@ def read_language_info(path: Path | str) -> LanguageInfo:
     if spec is not None and (spec.kind, spec.num_classes, spec.num_features) != (
         options.words, len(words), options.num_features,
     ):  # fmt: skip
-        raise FormatError(f"{path} is damaged: its codebook does not have {len(words)} words.")
+        raise FormatError(f"{path} is damaged: its codebook does not have {counted(len(words), 'word')}.")
     training = about.get("training")
     return LanguageInfo(options, words, spec, training if isinstance(training, dict) else {})
 
@@ -215,7 +216,7 @@ def verify_language(path: Path | str) -> list[Check]:
         name = "codebook" if isinstance(error, CodebookMismatchError) else "tensors"
         return [*checks, Check(name, False, error.message)]
     state = loaded.model.state_dict()
-    checks.append(Check("tensors", True, f"{len(state)} tensors fit the model"))
+    checks.append(Check("tensors", True, f"{counted(len(state), 'tensor')}, as the model has them"))
     bad = next((name for name, tensor in state.items() if not bool(tensor.isfinite().all())), None)
     checks.append(Check("values", bad is None, "all finite" if bad is None else f"{bad} holds a NaN or an infinity"))
     if not info.options.is_learned:

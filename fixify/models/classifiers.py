@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from fixify._values import counted
 from fixify.errors import ArchitectureError, NoClassifierError
 from fixify.models.architectures import Architecture, build, list_architectures, parse_architecture
 
@@ -207,8 +208,8 @@ def refuse_projection(model: nn.Module, arch: Architecture | None = None) -> Non
     (site, *_) = find_classifiers(model, arch)
     name = arch.ref if arch is not None else f"{type(model).__name__} ({cfg.get('architecture')}.{tag})"
     raise NoClassifierError(
-        f"{name} is the image tower of a CLIP model: {site.path} is a projection to an embedding of {width} values, "
-        "not a classifier.",
+        f"{name} is the image tower of a CLIP model: {site.path} is a projection to an embedding of "
+        f"{counted(width, 'value')}, not a classifier.",
         hint="Fine-tune it on labels first: timm.create_model(name, pretrained=True, num_classes=...)",
     )
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from fixify._values import counted
 from fixify.errors import AmbiguousArchitectureError, ArchitectureError, NoClassifierError
 from fixify.models.architectures import Architecture, build, list_architectures, preprocessing
 from fixify.models.build import is_counter
@@ -124,7 +125,7 @@ def identify(shapes: Mapping[str, Sequence[int]], *, on_progress: Progress | Non
         _refuse_headless(state, entries)
         _refuse_hand_made_head(shapes, entries)
         raise ArchitectureError(
-            f"No architecture of timm, torchvision or the paper has these {len(shapes)} tensors.",
+            f"No architecture of timm, torchvision or the paper has such tensors: the file has {len(shapes):,}.",
             hint="If it is a modified architecture, or a part of one, see what differs from that: --arch NAME."
             + (_SORTED if list(shapes) == sorted(shapes) else ""),
         )
@@ -488,7 +489,8 @@ def _refuse_headless(state: StateShapes, entries: Iterable[Entry]) -> None:
             state.headless(signature.free) == signature.headless
         ):
             raise NoClassifierError(
-                f"These {len(state.ordered)} tensors are {entry.architecture.ref} without its classifier.",
+                f"The file is {entry.architecture.ref} without its classifier: "
+                f"{counted(len(state.ordered), 'tensor')}.",
                 hint="fixify replaces an existing classifier. Convert a checkpoint that still has it.",
             )
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fixify._values import counted
 from fixify.data import Shard
 from fixify.errors import FixifyError, TrainingError, UsageError
 from fixify.metrics import resolve_device
@@ -92,7 +93,8 @@ def device_for(name: str) -> str:
     available = torch.accelerator.device_count()
     if local_world_size() > available:
         raise UsageError(
-            f"{local_world_size()} processes were started on this machine, which has {available} {kind} devices.",
+            f"{local_world_size()} processes were started on this machine, which has "
+            f"{counted(available, f'{kind} device')}.",
             hint=f"Start {available} with --nproc-per-node {available}.",
         )
     return f"{kind}:{local_rank()}"

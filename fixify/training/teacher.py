@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fixify._files import sha256_of
+from fixify._values import counted
 from fixify.checkpoints.open import OpenModel, open_model
 from fixify.data import ImageLoader, ImageSource, OpenedData, check_classes, override
 from fixify.data.preprocessing import normalization
@@ -57,7 +58,8 @@ def open_reference(ref: str | Path, data: OpenedData, options: FinetuneOptions) 
     training = (opened.slim.training if opened.slim is not None else None) or {}
     if opened.num_classes != data.num_classes:
         raise DataError(
-            f"{opened.name} has {opened.num_classes} classes; the checkpoint that is trained has {data.num_classes}.",
+            f"{opened.name} has {counted(opened.num_classes, 'class', 'classes')}; the checkpoint that is "
+            f"trained has {data.num_classes}.",
             hint="Use the checkpoint that was converted, or another one of the same classes.",
         )
     check_classes(data, opened.num_classes, training.get("class_names"), opened.labels)

@@ -109,7 +109,7 @@ def test_ten_synsets_and_a_model_of_imagenet() -> None:
     by_number = match_classes(opened("000", "217", "482", order="natural", assumed=True), 1000, subset=True)
     assert by_number.label_of == (0, 217, 482) and str(by_number.note).startswith("3 of the checkpoint's 1,000")
     # A model of 1,000 other classes is no model of ImageNet.
-    with pytest.raises(DataError, match=r"\b1000 classes .*somewhere has 10\b"):
+    with pytest.raises(DataError, match=r"\b1,000 classes .*somewhere has 10\b"):
         match_classes(opened(*IMAGENETTE), 1000, [f"thing {label}" for label in range(1000)], subset=True)
 
 
