@@ -515,8 +515,8 @@ class Identity(Kind):
         """
         if spec.num_classes > spec.num_features:
             raise HeadSpecError(
-                f"An identity head reads one feature per class: with {counted(spec.num_features, 'feature')} there are at "
-                f"most {counted(spec.num_features, 'class', 'classes')}, got {spec.num_classes:,}.",
+                f"An identity head reads one feature per class: {counted(spec.num_features, 'feature')} for at most "
+                f"{counted(spec.num_features, 'class', 'classes')}, got {spec.num_classes:,}.",
                 hint="Use `--head hadamard` or `--head orthogonal`.",
             )
 

@@ -195,15 +195,6 @@ def all_gather(own: T) -> list[T]:
     return cast("list[T]", everyone)
 
 
-def gather_interleaved(own: list[T]) -> list[T]:
-    """Gather a list in data order; rank r holds every world_size-th item, starting at r."""
-    parts = all_gather(own)
-    whole = [None] * sum(map(len, parts))
-    for first, part in enumerate(parts):
-        whole[first :: len(parts)] = part  # type: ignore[assignment]
-    return cast("list[T]", whole)
-
-
 def on_rank_zero(do: Callable[[], T]) -> T:
     """Call a function on rank 0; every process gets its result, or the `FixifyError` that it raised."""
     if world_size() == 1:
