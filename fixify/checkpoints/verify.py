@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from torch import nn
 
 from fixify._files import sha256_of, unchanged
 from fixify._values import counted
+from fixify.checkpoints.digests import compare_digests, digest_of
 from fixify.checkpoints.learned import read_original
-from fixify.checkpoints.slim import Contents, SlimInfo, load_contents, read_contents
+from fixify.checkpoints.slim import SlimInfo, load_contents, read_contents
 from fixify.checkpoints.source import check_finite
 from fixify.errors import CodebookMismatchError, FixifyError, FormatError, SourceError
 from fixify.heads import coherence
@@ -58,7 +59,7 @@ def _checks(path: Path, source: str | Path | None) -> list[Check]:
     info, tensors = contents.info, contents.tensors
     classes = counted(info.num_classes, "class", "classes")
     checks = [Check("header", True, f"format version 1, {info.architecture.ref}, {classes}")]
-    checks += [_finite(tensors), _digest(contents, path)]
+    checks += [_finite(tensors), check_digest(tensors, contents.digest, path)]
     try:
         model = load_contents(contents, path)
     except CodebookMismatchError as error:
@@ -83,12 +84,12 @@ def _finite(tensors: dict[str, torch.Tensor]) -> Check:
     return Check("values", True, "all finite")
 
 
-def _digest(contents: Contents, path: Path) -> Check:
-    """Compare the tensors with the recorded digest, which sees a single flipped bit."""
-    if contents.digest is None:
+def check_digest(tensors: Mapping[str, torch.Tensor], recorded: str | None, path: Path | str) -> Check:
+    """Compare tensors with the recorded digest, which notices a single flipped bit."""
+    if recorded is None:
         return Check("digest", True, "none recorded: the file was written by an older version")
     try:
-        contents.check_digest(path)
+        compare_digests(digest_of(tensors), recorded, path)
     except FormatError as error:
         return Check("digest", False, error.message.rstrip("."))
     return Check("digest", True, "tensors as written")

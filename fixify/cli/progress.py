@@ -12,7 +12,6 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from fixify._values import counted
 from fixify.cli.output import Output
 
 if TYPE_CHECKING:
@@ -267,10 +266,10 @@ class TrainingDisplay(RunDisplay):
             metrics = event.metrics
             self.output.say(f"before training: top-1 {metrics.top1:.2f} %, loss {metrics.loss:.4f}")
         elif isinstance(event, training.Calibrated):
-            self.output.say(f"feature statistics taken from {counted(event.images, 'training image')}")
+            self.output.say(f"feature statistics taken from {_images(event.images, 'training image')}")
         elif isinstance(event, training.LastBlockEpoch):
             where = f"last blocks, epoch {event.epoch + 1}/{event.epochs}"
-            self.output.say(f"{where}: loss {event.loss:.4f} on the features of {counted(event.images, 'image')}")
+            self.output.say(f"{where}: loss {event.loss:.4f} on the features of {_images(event.images)}")
         elif isinstance(event, training.Step):
             self._step(event)
         elif isinstance(event, training.Validated):
@@ -362,7 +361,7 @@ class LanguageDisplay(RunDisplay):
         self.begin(event.epochs, event.steps)
         self._best = None
         self.output.say(f"text: {event.text}")
-        self.output.say(f"training {counted(event.learned, 'parameter')} on {event.device}")
+        self.output.say(f"training {event.learned:,} parameters on {event.device}")
         if event.first_epoch:
             self.output.say(f"resuming in epoch {event.first_epoch + 1} of {event.epochs}")
 
@@ -406,3 +405,9 @@ def watching(output: Output, trackers: Sequence[str]) -> Iterator[Listener]:
                 listener(event)
 
         yield tell
+
+
+def _images(number: int, noun: str = "image") -> str:
+    from fixify._values import counted  # which imports pydantic
+
+    return counted(number, noun)

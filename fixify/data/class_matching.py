@@ -287,10 +287,11 @@ def _names_differ(opened: OpenedData, stored: Sequence[str]) -> DataError:
     shared = set(stored) & set(opened.class_names)
     missing = [name for name in stored if name not in shared]
     extra = [name for name in opened.class_names if name not in shared]
-    lacks = f"{len(missing):,} of the checkpoint's {len(stored):,} are not in the data: {_shorten(missing)}. "
+    lacks = f"the data lacks {len(missing):,} of the checkpoint's {counted(len(stored), 'class', 'classes')}"
+    others = f"The checkpoint lacks {len(extra):,} of the data's {counted(opened.num_classes, 'class', 'classes')}"
+    also = f"; {lacks}: {_shorten(missing)}" if missing else ""
     return DataError(
-        f"The class names differ. {lacks if missing else ''}{len(extra):,} of the data's {opened.num_classes:,} are "
-        f"not in the checkpoint: {_shorten(extra)}.",
+        f"{others}: {_shorten(extra)}{also}.",
         hint="Use the class folders that the checkpoint was trained on, say which folder has which label with "
         "--class-map FILE, or convert again with --num-classes.",
     )

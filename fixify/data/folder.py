@@ -126,7 +126,7 @@ def open_folder(
     found = scan(folder, own_names, {name: label for label, name in enumerate(class_names)}, split)
     asides = [*found.asides]
     if missing := len(class_names) - len(own_names) + len(found.empty):
-        asides.insert(0, f"{counted(missing, 'class', 'classes')} without images there")
+        asides.insert(0, f"{counted(missing, 'class', 'classes')} {'has' if missing == 1 else 'have'} no images there")
     description = (
         f"{counted(len(found.paths), 'image')} of {counted(len(class_names), 'class', 'classes')} from {folder.name}/"
     )

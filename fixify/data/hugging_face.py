@@ -113,7 +113,7 @@ def open_hugging_face(name: str, roots: Sequence[Path], split: Split, options: D
         class_names=class_names,
         location=f"hfds/{name}",
         description=f"{counted(len(labels), 'image')} of {counted(len(class_names), 'class', 'classes')}, the split "
-        f"{found} of hfds/{short}" + (f" (without a label: {missing:,} more)" if missing else ""),
+        f"{found} of hfds/{short}" + (f" ({missing:,} more without a label)" if missing else ""),
         name=f"hfds/{short}",
         split=split,
         labelled=options.need_labels,

@@ -116,7 +116,7 @@ def open_webdataset(name: str, roots: Sequence[Path], split: Split, options: Dat
         class_names, labels = (), np.zeros(len(index.targets), dtype=np.int64)
     rows = np.flatnonzero(labels >= 0)
     without_class = len(labels) - len(rows)
-    asides = [f"without a class: {without_class:,} more"] if without_class else []
+    asides = [f"{without_class:,} more without a class"] if without_class else []
     if index.without_image:
         asides.append(f"images of unknown suffixes are not read: {index.without_image:,}")
     short = shards.folder.resolve().name
@@ -240,7 +240,7 @@ def _expand(pattern: Path) -> tuple[Path, ...]:
     ]
     missing = [path for path in paths if not path.is_file()]
     if missing and len(missing) < len(paths):
-        raise DataError(f"Shards are missing: {len(missing)} of {len(paths)}, for example {missing[0]}.")
+        raise DataError(f"Missing: {len(missing)} of the {counted(len(paths), 'shard')}, for example {missing[0]}.")
     return () if missing else tuple(paths)
 
 
@@ -259,7 +259,7 @@ def _read_info(folder: Path, file: str, split: Split) -> _Shards:
             hint='Expected {"splits": {"train": {"filenames": [...], "num_samples": N}}}.',
         ) from error
     if missing := [path for path in files if not path.is_file()]:
-        raise DataError(f"Shards are missing: {len(missing)} of {len(files)}, for example {missing[0]}.")
+        raise DataError(f"Missing: {len(missing)} of the {counted(len(files), 'shard')}, for example {missing[0]}.")
     return shards
 
 

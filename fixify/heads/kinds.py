@@ -417,7 +417,7 @@ class Binary(Kind):
         bits, n = spec.bits_per_class, spec.num_features
         if type(bits) is not int or not 1 <= bits <= n:
             raise HeadSpecError(
-                f"bits_per_class must be an integer from 1 to the number of features, {n}, got {bits!r}."
+                f"bits_per_class must be an integer from 1 to the {counted(n, 'feature')}, got {bits!r}."
             )
         if spec.num_classes > 2 ** min(bits, 63):
             raise HeadSpecError(

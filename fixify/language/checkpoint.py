@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from fixify._values import counted
+from fixify.checkpoints.digests import DIGEST_KEY, digest_of, recorded_digest
 from fixify.checkpoints.files import LANGUAGE_KEY, has_metadata
 from fixify.checkpoints.slim import write_safetensors
-from fixify.checkpoints.verify import Check
+from fixify.checkpoints.verify import Check, check_digest
 from fixify.errors import CodebookMismatchError, FormatError, HeadSpecError, UsageError
 from fixify.heads import HeadSpec, codebook, unpack_signs
 from fixify.language.model import Size, assemble, size_of
@@ -93,7 +94,8 @@ def save_language(
         spec = rebuilt_spec(options.words, len(words), options.num_features, seed=options.seed)
         about["codebook"] = spec.to_dict()
     tensors = _stored({name: tensor.cpu() for name, tensor in model.state_dict().items()}, options)
-    write_safetensors(path, tensors, {"format": "pt", LANGUAGE_KEY: json.dumps(about)})
+    metadata = {"format": "pt", LANGUAGE_KEY: json.dumps(about), DIGEST_KEY: digest_of(tensors)}
+    write_safetensors(path, tensors, metadata)
 
 
 def is_language(path: Path | str) -> bool:
@@ -210,6 +212,9 @@ def verify_language(path: Path | str) -> list[Check]:
     """
     info = read_language_info(path)
     checks = [Check("header", True, f"words: {info.options.words}; {len(info.words):,} of them")]
+    with safetensors.safe_open(path, framework="pt") as file:
+        recorded = recorded_digest(path, file.metadata() or {})
+        checks.append(check_digest({name: file.get_tensor(name) for name in file.offset_keys()}, recorded, path))
     try:
         loaded = load_language(path)
     except (CodebookMismatchError, FormatError) as error:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from fixify._values import counted
 from fixify.errors import AmbiguousArchitectureError, ArchitectureError, NoClassifierError
 from fixify.models.architectures import Architecture, build, list_architectures, preprocessing
 from fixify.models.build import is_counter
@@ -489,8 +488,7 @@ def _refuse_headless(state: StateShapes, entries: Iterable[Entry]) -> None:
             state.headless(signature.free) == signature.headless
         ):
             raise NoClassifierError(
-                f"The file is {entry.architecture.ref} without its classifier: "
-                f"{counted(len(state.ordered), 'tensor')}.",
+                f"These {len(state.ordered)} tensors are {entry.architecture.ref} without its classifier.",
                 hint="fixify replaces an existing classifier. Convert a checkpoint that still has it.",
             )
 

@@ -119,12 +119,12 @@ def test_a_few_renamed_of_many_keep_their_places() -> None:
     matched = match_classes(opened(*found), 200, stored)
     assert not matched.moved and "'another spelling', not 'class 199'" in str(matched.note)
     swapped = [*stored[:198], stored[199], "another spelling"]
-    with pytest.raises(DataError, match=r"\b1 of .* 200 classes .*'class 198'"):
+    with pytest.raises(DataError, match=r"\b1 of .* 200 classes: 'class 198'"):
         match_classes(opened(*swapped), 200, stored)
 
 
 def test_partly_different_names_are_refused_and_named() -> None:
-    with pytest.raises(DataError, match=r"\b1 of .* 3 classes .*'cat'.*\b1 of .*'dog'"):
+    with pytest.raises(DataError, match=r"\b1 of .* 3 classes: 'dog'.*\b1 of .* 3 classes: 'cat'"):
         check_classes(opened("ant", "bee", "dog"), 3, ["ant", "bee", "cat"])
 
 

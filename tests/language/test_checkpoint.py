@@ -112,3 +112,16 @@ def test_vectors_that_lost_their_length_are_told(corpus: Corpus, small: Language
         model.embedding.weight[3] *= 2
     save_language(model, tmp_path / "model.safetensors", small, corpus.words, {})
     assert [check.name for check in verify_language(tmp_path / "model.safetensors") if not check.passed] == ["vectors"]
+
+
+def test_a_flipped_bit_is_noticed(corpus: Corpus, small: LanguageOptions, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_language(build_model(small, corpus), path, small, corpus.words, {})
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    assert [check.name for check in verify_language(path) if not check.passed] == ["digest"]
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key == LANGUAGE_KEY}
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path, metadata)  # as older versions wrote it
+    assert all(check.passed for check in verify_language(path))
