@@ -138,7 +138,7 @@ class SlimInfo(BaseModel):
         if self.labels is not None:
             if len(self.labels) != self.num_classes:
                 raise ValueError(
-                    f"there is not one label per class: {counted(len(self.labels), 'label')}, "
+                    f"the labels are not one per class: {counted(len(self.labels), 'label')}, "
                     f"{counted(self.num_classes, 'class', 'classes')}"
                 )
             if any(len(label) > _MAX_TEXT for label in self.labels):
