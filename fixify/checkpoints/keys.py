@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from fixify._values import counted
 from fixify.checkpoints.extras import (
     INNER_WRAPPERS,
     WRAPPERS,
@@ -304,7 +305,7 @@ def _beside(others: Mapping[str, object], entries: Mapping[str, object], name: s
                 "'model.pth'). If it is not the classifier, save the network without it.",
             )
         else:
-            found.append(f"{key} ({len(tensors)} tensors)")
+            found.append(f"{key} ({counted(len(tensors), 'tensor')})")
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from fixify._values import counted
 from fixify.errors import ArchitectureError, NoClassifierError
 from fixify.models.architectures import Architecture, build, list_architectures, parse_architecture
 
@@ -215,8 +216,7 @@ def refuse_projection(model: nn.Module, arch: Architecture | None = None) -> Non
     name = arch.ref if arch is not None else f"{type(model).__name__} ({cfg.get('architecture')}.{cfg.get('tag')})"
     raise NoClassifierError(
         f"{name} is the image tower of a CLIP model: {site.path} is a projection to an embedding of "
-        f"{site.num_classes} values, "
-        "not a classifier.",
+        f"{counted(site.num_classes, 'value')}, not a classifier.",
         hint="Fine-tune it on labels first: timm.create_model(name, pretrained=True, num_classes=...)",
     )
 

@@ -121,7 +121,7 @@ def identify(shapes: Mapping[str, Sequence[int]], *, on_progress: Progress | Non
         _refuse_headless(state, entries)
         _refuse_hand_made_head(shapes, entries)
         raise ArchitectureError(
-            f"No architecture of timm, torchvision or the paper has these {len(shapes)} tensors.",
+            f"No architecture of timm, torchvision or the paper has such tensors: the file has {len(shapes):,}.",
             hint="If it is a modified architecture, or a part of one, see what differs from that: --arch NAME.",
         )
     return found
