@@ -108,7 +108,7 @@ _STAND_INS: tuple[tuple[Any, str], ...] = (
 
 
 # Limits of a checkpoint of an image model, so that a small file cannot keep the reader busy.
-_MAX_ENTRIES = 50_000  # of an archive: a tensor each
+MAX_ENTRIES = 50_000  # of an archive: a tensor each
 _MAX_KEY = 10_000  # values in one tuple, those inside it included: a tuple is hashed as a whole
 _CHUNK = 1 << 20
 
@@ -284,6 +284,7 @@ def _largest_tuple(content: bytes | mmap.mmap, place: int) -> tuple[int, int]:
         How many values the largest tuple holds (not much more than the limit), and where the next pickle starts.
     """
     stack: list[int] = []
+    marks: list[int] = []  # where the marks are on the stack
     memo: dict[int, int] = {}
     largest = 0
     while True:
@@ -305,9 +306,10 @@ def _largest_tuple(content: bytes | mmap.mmap, place: int) -> tuple[int, int]:
         elif code in b"hjg":
             stack.append(memo[_number_at(content, code, start, place)])
         elif code == 40:  # (
+            marks.append(len(stack))
             stack.append(_MARK)
         elif code in _TUPLES or code == 116:  # t
-            count = _TUPLES[code] if code in _TUPLES else _above_mark(stack)
+            count = _TUPLES[code] if code in _TUPLES else len(stack) - 1 - marks.pop()
             size = 1 + sum(stack[len(stack) - count :]) if count else 1
             del stack[len(stack) - count - (code == 116) :]
             stack.append(size)
@@ -323,7 +325,7 @@ def _largest_tuple(content: bytes | mmap.mmap, place: int) -> tuple[int, int]:
             if put:
                 stack.append(1)
         elif code in _TO_THE_MARK:
-            del stack[len(stack) - _above_mark(stack) - 1 :]
+            del stack[marks.pop() :]
             if _TO_THE_MARK[code]:
                 stack.append(1)
         else:  # the end, or an operation that is unknown to torch's reader
@@ -335,11 +337,6 @@ def _largest_tuple(content: bytes | mmap.mmap, place: int) -> tuple[int, int]:
 def _number_at(content: bytes | mmap.mmap, code: int, start: int, end: int) -> int:
     argument = content[start:end]
     return int(argument) if code in b"pg" else int.from_bytes(argument, "little")
-
-
-def _above_mark(stack: list[int]) -> int:
-    """Count the values above the topmost mark."""
-    return stack[::-1].index(_MARK)
 
 
 def _pickle_bytes(path: Path) -> bytes:
@@ -404,7 +401,7 @@ def _entries(path: Path) -> list[zipfile.ZipInfo]:
 
 def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
     names = [entry.filename for entry in entries]
-    if len(names) > _MAX_ENTRIES:
+    if len(names) > MAX_ENTRIES:
         raise UnsafeCheckpointError(f"{path} was refused: it lists {len(names):,} entries, more than any model has.")
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
         raise SourceError(

@@ -110,7 +110,7 @@ class StoredState:
         differences = [
             f"{key} was {_shortened(stored.get(key))} and is {_shortened(given.get(key))}"
             for key in sorted({*stored, *given} - set(ignored))
-            if stored.get(key) != given.get(key)
+            if _differ(stored.get(key), given.get(key))
         ]
         if differences:
             raise TrainingError(
@@ -126,7 +126,7 @@ class StoredState:
         """
         try:
             load(self.content)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             problem = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise TrainingError(f"{self.path} does not fit this model: {problem}") from error
 
@@ -135,6 +135,14 @@ class StoredState:
         buffer = io.BytesIO()
         torch.save(self.content, buffer)
         return self.path, buffer.getvalue(), self.unusable
+
+
+def _differ(stored: Any, given: Any) -> bool:
+    """Compare an entry of a state with what it should be; tensors, which no such entry is, cannot be compared."""
+    try:
+        return bool(stored != given)
+    except (RuntimeError, TypeError, ValueError):
+        return True
 
 
 def _shortened(value: Any) -> str:
@@ -449,11 +457,11 @@ class RunKeeper:
             self.on_event(Warned(f"Results may differ from an uninterrupted run: {changes}."))
         self.store.resume_from(stored)
         self.saved = self.progress.epoch, self.progress.batch
-        self.engine.schedule.step_update(self.progress.updates)
 
     def _load(self, state: dict[str, Any]) -> None:
         load_engine_state(self.engine, state)
         self.progress = Progress.from_dict(state["progress"])
+        self.engine.schedule.step_update(self.progress.updates)  # of the learning rates that the optimiser's state has
 
     def state_is_due(self) -> bool:
         """Check whether the last state is older than `options.save_minutes`; every process must call this."""

@@ -61,15 +61,35 @@ def main() -> int:
 
 
 def _table(found: dict[str, Summary]) -> Table:
-    table = Table("kind", *(f"{name}" for name in ("inputs", "read", "refused", "fell", f"> {SECONDS:.0f} s",
-                  f"> {MEGABYTES} MB", "slowest", "largest", "s in all")))  # fmt: skip
+    table = Table(
+        "kind",
+        *(
+            f"{name}"
+            for name in (
+                "inputs",
+                "read",
+                "refused",
+                "fell",
+                f"> {SECONDS:.0f} s",
+                f"> {MEGABYTES} MB",
+                "slowest",
+                "largest",
+                "s in all",
+            )
+        ),
+    )
     for name, each in found.items():
         slowest, largest = each.slowest, each.largest
         table.add_row(
-            name, *(f"{n:,}" for n in (each.inputs, each.read, each.refused, len(each.fell), len(each.slow), len(each.large))),
+            name,
+            *(
+                f"{n:,}"
+                for n in (each.inputs, each.read, each.refused, len(each.fell), len(each.slow), len(each.large))
+            ),
             f"{slowest.seconds:.2f} s ({slowest.number})" if slowest else "",
-            f"{largest.megabytes:,.0f} MB ({largest.number})" if largest else "", f"{each.seconds:.0f}",
-        )  # fmt: skip
+            f"{largest.megabytes:,.0f} MB ({largest.number})" if largest else "",
+            f"{each.seconds:.0f}",
+        )
     return table
 
 

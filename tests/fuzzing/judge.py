@@ -188,9 +188,13 @@ def judge(kind: Kind, number: int, folder: Path, *, kill: bool = False) -> Outco
     except Exception as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
         where = next(
-            (f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[::-1]
-             if "/fixify/" in f.filename), "?",
-        )  # fmt: skip
+            (
+                f"{Path(f.filename).name}:{f.lineno}"
+                for f in traceback.extract_tb(error.__traceback__)[::-1]
+                if "/fixify/" in f.filename
+            ),
+            "?",
+        )
         verdict = f"{type(error).__name__}: {str(error)[:200]!r} at {Path(at.filename).name}:{at.lineno}, from {where}"
     seconds = time.process_time() - started
     return Outcome(kind.name, number, verdict, seconds, max(0.0, (_peak() - before) / 2**20))

@@ -152,8 +152,12 @@ def _safetensors(seeds: Seeds) -> Callable[[random.Random, Path], None]:
             content = as_safetensors(json_bytes(header, rng), body)
         else:  # what the file says of itself: JSON inside of strings
             facts = mutated(seeds.facts, rng)
-            metadata = {key: json_bytes(value, rng).decode("utf-8", "replace") if isinstance(value, (dict, list)) else
-                        str(value)[:100_000] for key, value in facts.items()}  # fmt: skip
+            metadata = {
+                key: json_bytes(value, rng).decode("utf-8", "replace")
+                if isinstance(value, (dict, list))
+                else str(value)[:100_000]
+                for key, value in facts.items()
+            }
             text = json.dumps({**header, "__metadata__": metadata}).encode("utf-8", "replace")
             content = as_safetensors(text, body)
         _write_checkpoint(folder, content, rng)
@@ -219,9 +223,19 @@ def rezipped(archive: bytes, content: bytes) -> bytes:
 
 
 _OPERATIONS = tuple(operation.code.encode("latin-1") for operation in pickletools.opcodes)
-_STRINGS = (b"X\x04\x00\x00\x00text", b"cos\nsystem\n", b"cbuiltins\neval\n", b"ccollections\nOrderedDict\n",
-            b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"\x8a\xff" + b"\x7f" * 255,
-            b"(" * 300, b"\x85" * 300, b"q\x01h\x01h\x01\x86" * 60, b"J\xff\xff\xff\x7f")  # fmt: skip
+_STRINGS = (
+    b"X\x04\x00\x00\x00text",
+    b"cos\nsystem\n",
+    b"cbuiltins\neval\n",
+    b"ccollections\nOrderedDict\n",
+    b"ctorch\nFloatStorage\n",
+    b"ctorch._utils\n_rebuild_tensor_v2\n",
+    b"\x8a\xff" + b"\x7f" * 255,
+    b"(" * 300,
+    b"\x85" * 300,
+    b"q\x01h\x01h\x01\x86" * 60,
+    b"J\xff\xff\xff\x7f",
+)
 
 
 def _other_operations(content: bytes, rng: random.Random) -> bytes:
@@ -246,12 +260,40 @@ def _other_operations(content: bytes, rng: random.Random) -> bytes:
 
 def _changed_tree(tree: Any, rng: random.Random) -> Any:
     odd = (
-        None, True, -1, 0, 2.5, 10**30, float("nan"), "x", "9" * 5000, "\x1b[2J", b"bytes", [], [[]], {}, {"a": 1}, (), {1: 2},
-        torch.zeros(2), torch.zeros(0), torch.zeros(()), torch.ones(3, 3), torch.zeros(2, dtype=torch.complex64), {1: torch.zeros(2)},
-        torch.zeros(1).expand(10**9), torch.sparse_coo_tensor(torch.tensor([[0]]), torch.tensor([1.0]), (3,)),
-        torch.zeros(2, 2, dtype=torch.int8), torch.full((2, 2), float("nan")), torch.empty(10**6, 10**6, device="meta"),
-        torch.nn.Parameter(torch.zeros(2)), torch.zeros(2, 0, 3), torch.float32, torch.Size([1, 2]), torch.device("cpu"),
-    )  # fmt: skip
+        None,
+        True,
+        -1,
+        0,
+        2.5,
+        10**30,
+        float("nan"),
+        "x",
+        "9" * 5000,
+        "\x1b[2J",
+        b"bytes",
+        [],
+        [[]],
+        {},
+        {"a": 1},
+        (),
+        {1: 2},
+        torch.zeros(2),
+        torch.zeros(0),
+        torch.zeros(()),
+        torch.ones(3, 3),
+        torch.zeros(2, dtype=torch.complex64),
+        {1: torch.zeros(2)},
+        torch.zeros(1).expand(10**9),
+        torch.sparse_coo_tensor(torch.tensor([[0]]), torch.tensor([1.0]), (3,)),
+        torch.zeros(2, 2, dtype=torch.int8),
+        torch.full((2, 2), float("nan")),
+        torch.empty(10**6, 10**6, device="meta"),
+        torch.nn.Parameter(torch.zeros(2)),
+        torch.zeros(2, 0, 3),
+        torch.float32,
+        torch.Size([1, 2]),
+        torch.device("cpu"),
+    )
     tree = mutated(tree, rng, odd)
     if rng.random() < 0.2:
         tree = {rng.choice(("module", "model", "state_dict", "ema", 1, ("a",), "\x1b")): tree}

@@ -20,10 +20,17 @@ VALUES: tuple[Any, ...] = (
 
 # What only a text can hold: numbers as long as a book, and nesting. `json_bytes` puts them in place of these words.
 RAW = {
-    "RAW:book": "9" * 5000, "RAW:infinite": "1e999", "RAW:long": "0." + "3" * 5000, "RAW:negative": "-" + "1" * 40,
-    "RAW:deep": "[" * 100_000 + "]" * 100_000, "RAW:objects": '{"a":' * 2000 + "1" + "}" * 2000, "RAW:150": "[" * 150 + "]" * 150,
-    "RAW:twice": '{"a": 1, "a": [2]}', "RAW:half": '"\\ud800"', "RAW:nothing": "",
-}  # fmt: skip
+    "RAW:book": "9" * 5000,
+    "RAW:infinite": "1e999",
+    "RAW:long": "0." + "3" * 5000,
+    "RAW:negative": "-" + "1" * 40,
+    "RAW:deep": "[" * 100_000 + "]" * 100_000,
+    "RAW:objects": '{"a":' * 2000 + "1" + "}" * 2000,
+    "RAW:150": "[" * 150 + "]" * 150,
+    "RAW:twice": '{"a": 1, "a": [2]}',
+    "RAW:half": '"\\ud800"',
+    "RAW:nothing": "",
+}
 _WORD = re.compile('"RAW:[a-z0-9]+"')
 
 KEYS = ("text", "a b", "", "depth", "img_size", "\x1b", "self", "num_classes", "pretrained", "\ud800", "__class__")
@@ -106,7 +113,9 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
         elif how == "byte" and place < len(changed):
             changed[place] = rng.randrange(256)
         elif how == "word":
-            word = rng.choice((0, 1, 0xFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)).to_bytes(4, rng.choice(("little", "big")))
+            word = rng.choice((0, 1, 0xFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)).to_bytes(
+                4, rng.choice(("little", "big"))
+            )
             changed[place : place + 4] = word
         elif how == "cut" and rng.random() < 0.3:
             del changed[place:]

@@ -46,10 +46,17 @@ class Seeds:
         state = OrderedDict([("module.conv.weight", torch.ones(2, 3, 1, 1)), ("module.n", torch.tensor(3))])
         self.weights = safetensors.torch.save(dict(state), metadata={"architecture": "resnet18"})
         self.tree: dict[str, Any] = {
-            "state_dict": dict(state), "arch": "resnet18", "betas": [0.9, (1, 2)], "state_dict_ema": dict(state),
-            "class_to_idx": {"a": 0, "b": 1}, "args": {"model": "resnet18", "num_classes": 2, "img_size": 32},
-            "meta": {"CLASSES": ("a", "b")}, "mean": [0.5], "temperature": 2.0, "epoch": 3,
-        }  # fmt: skip
+            "state_dict": dict(state),
+            "arch": "resnet18",
+            "betas": [0.9, (1, 2)],
+            "state_dict_ema": dict(state),
+            "class_to_idx": {"a": 0, "b": 1},
+            "args": {"model": "resnet18", "num_classes": 2, "img_size": 32},
+            "meta": {"CLASSES": ("a", "b")},
+            "mean": [0.5],
+            "temperature": 2.0,
+            "epoch": 3,
+        }
         self.zips, self.legacy = [], []
         for tree in (self.tree, state):
             for is_zip, found in ((True, self.zips), (False, self.legacy)):
@@ -57,23 +64,40 @@ class Seeds:
                 torch.save(tree, buffer, _use_new_zipfile_serialization=is_zip)
                 found.append(buffer.getvalue())
         self.facts = {
-            "architecture": "test_efficientnet", "num_classes": "4", "label_names": ["a", "b"], "model_args": {"in_chans": 1},
+            "architecture": "test_efficientnet",
+            "num_classes": "4",
+            "label_names": ["a", "b"],
+            "model_args": {"in_chans": 1},
             "pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 3, "crop_pct": 0.9},
-            "class_to_idx": {"a": 0, "b": 1}, "id2label": {"0": "a"}, "global_pool": "avg", "args": {"gp": "max"},
-        }  # fmt: skip
+            "class_to_idx": {"a": 0, "b": 1},
+            "id2label": {"0": "a"},
+            "global_pool": "avg",
+            "args": {"gp": "max"},
+        }
         self.index = {"metadata": {"total_size": 3}, "weight_map": dict.fromkeys(state, "a.safetensors")}
         cfg = {"tag": "r160_in1k", "input_size": [3, 160, 160], "std": [0.2] * 3, "crop_pct": 0.9, "num_classes": 4}
         self.configs = (
-            {"architecture": "test_efficientnet", "num_classes": 4, "label_names": ["a", "b"], "pretrained_cfg": cfg,
-             "model_args": {"in_chans": 3, "drop_rate": 0.1}},
+            {
+                "architecture": "test_efficientnet",
+                "num_classes": 4,
+                "label_names": ["a", "b"],
+                "pretrained_cfg": cfg,
+                "model_args": {"in_chans": 3, "drop_rate": 0.1},
+            },
             {"architectures": ["ViTForImageClassification"], "id2label": {"0": "a", "1": "b"}, "image_size": 32},
-        )  # fmt: skip
+        )
         self.maps = (
-            ("txt", b"cat 0\ndog 1\nbird\t2\n"), ("txt", b"0 cat\n1: dog\n"), ("txt", b"cat\ndog\n"),
-            ("json", b'{"0": ["n01", "cat"], "1": ["n02", "dog"]}'), ("json", b'["cat", "dog"]'), ("json", b'{"cat": 0}'),
-            ("yaml", b"- cat\n- dog\n- {a: 1}\n"), ("yaml", b"cat: 0\ndog: 1\n? [x]\n: !!int 3\n"), ("yaml", b"0: a\n1: b\n"),
+            ("txt", b"cat 0\ndog 1\nbird\t2\n"),
+            ("txt", b"0 cat\n1: dog\n"),
+            ("txt", b"cat\ndog\n"),
+            ("json", b'{"0": ["n01", "cat"], "1": ["n02", "dog"]}'),
+            ("json", b'["cat", "dog"]'),
+            ("json", b'{"cat": 0}'),
+            ("yaml", b"- cat\n- dog\n- {a: 1}\n"),
+            ("yaml", b"cat: 0\ndog: 1\n? [x]\n: !!int 3\n"),
+            ("yaml", b"0: a\n1: b\n"),
             ("yaml", b"a: &a [1, 2]\nb: *a\n"),
-        )  # fmt: skip
+        )
         self.recipes = tuple(path.read_bytes() for path in sorted(_RECIPES.glob("*.yaml")))
         self.recipe_values = tuple(map(yaml.safe_load, self.recipes))
         self._make_runs(folder)
@@ -94,7 +118,13 @@ class Seeds:
         """The state of a run that is done."""
         rng = np.random.default_rng(0)
         pixels, labels = rng.integers(0, 255, (8, 8, 8), dtype=np.uint8), np.arange(8) % 4
-        preprocessing = {"input_size": (1, 8, 8), "mean": (0.4,), "std": (0.2,), "interpolation": "bilinear", "crop_pct": 1.0}
+        preprocessing = {
+            "input_size": (1, 8, 8),
+            "mean": (0.4,),
+            "std": (0.2,),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+        }
         opened = [
             OpenedData(ArrayImages(pixels, labels), tuple("abcd"), "memory", "noise", "noise", split)  # type: ignore[arg-type]
             for split in ("train", "val")
@@ -120,9 +150,7 @@ class Seeds:
     def resume_language(self, folder: Path) -> None:
         """Resume the language run whose state is in a folder."""
         small, text = self._small, str(self._text)
-        self._go_on(
-            folder / "language-state", self._talked, lambda run: run_language(text, run, small, resume=True)
-        )
+        self._go_on(folder / "language-state", self._talked, lambda run: run_language(text, run, small, resume=True))
 
     def _go_on(self, folder: Path, files: dict[str, bytes], resume: Any) -> None:
         for name, content in files.items():
@@ -160,15 +188,42 @@ def _write_run(folder: Path, *, is_fixed: bool) -> None:
     history = [EpochRecord(epoch=n, step=9 * n + 9, val_top1=80.0 + n, val_loss=1.0, **values) for n in range(2)]
     before = Metrics(50.0, 80.0, 2.0, 5.0, 600, 1.0).to_dict()
     savings = dict.fromkeys(
-        ("parameters_before", "parameters_after", "classifier_parameters", "removed", "bytes_before", "bytes_after",
-         "classifier_bytes_before", "classifier_bytes_after"), 1000
-    )  # fmt: skip
-    model = {"architecture": "timm/resnet18", "head": "hadamard" if is_fixed else "learned", "num_features": 512,
-             "num_classes": 3, "parameters": 1000, "bytes": 4000, "classifier_parameters": 10, "classifier_bytes": 40,
-             "savings": savings}  # fmt: skip
-    about = {"data": "noise", "class_names": ["a", "<b>", "c"], "train_images": 100, "val_images": 60, "device": "cpu",
-             "command": "fixify finetune net --data noise", "before": before, "original_metrics": before, "model": model,
-             "original": {"name": "net.pth", "sha256": "0" * 64}, "teacher": {"name": "net.pth"}}  # fmt: skip
+        (
+            "parameters_before",
+            "parameters_after",
+            "classifier_parameters",
+            "removed",
+            "bytes_before",
+            "bytes_after",
+            "classifier_bytes_before",
+            "classifier_bytes_after",
+        ),
+        1000,
+    )
+    model = {
+        "architecture": "timm/resnet18",
+        "head": "hadamard" if is_fixed else "learned",
+        "num_features": 512,
+        "num_classes": 3,
+        "parameters": 1000,
+        "bytes": 4000,
+        "classifier_parameters": 10,
+        "classifier_bytes": 40,
+        "savings": savings,
+    }
+    about = {
+        "data": "noise",
+        "class_names": ["a", "<b>", "c"],
+        "train_images": 100,
+        "val_images": 60,
+        "device": "cpu",
+        "command": "fixify finetune net --data noise",
+        "before": before,
+        "original_metrics": before,
+        "model": model,
+        "original": {"name": "net.pth", "sha256": "0" * 64},
+        "teacher": {"name": "net.pth"},
+    }
     write_run(folder, about, FinetuneOptions.create(epochs=2))
     steps = [StepRecord(step, step / 9, 1.0, 0.05, 10.0 if is_fixed else None) for step in (1, 2, 4, 8)]
     write_logs(folder, history, steps)
@@ -180,17 +235,45 @@ def _images() -> tuple[bytes, ...]:
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (24, 20, 3), dtype=np.uint8))
     wanted: list[tuple[str, str, dict[str, Any]]] = [
-        ("PNG", "RGB", {}), ("PNG", "P", {"transparency": b"\x00\x80\xff"}), ("PNG", "I;16", {}), ("PNG", "LA", {}), ("PNG", "1", {}),
-        ("JPEG", "RGB", {"exif": _rotated()}), ("JPEG", "L", {"progressive": True}), ("JPEG", "CMYK", {}),
-        ("GIF", "P", {}), ("GIF", "P", {"save_all": True, "append_images": [noise.convert("P")] * 2}),
-        ("BMP", "RGB", {}), ("BMP", "P", {}), ("BMP", "1", {}), ("PPM", "RGB", {}), ("PPM", "L", {}), ("PPM", "1", {}), ("PPM", "I;16", {}),
-        ("TIFF", "RGB", {}), ("TIFF", "RGB", {"compression": "tiff_lzw"}), ("TIFF", "RGB", {"compression": "jpeg"}),
-        ("TIFF", "F", {}), ("TIFF", "I;16", {}), ("TIFF", "LAB", {}), ("TIFF", "1", {"compression": "group4"}),
+        ("PNG", "RGB", {}),
+        ("PNG", "P", {"transparency": b"\x00\x80\xff"}),
+        ("PNG", "I;16", {}),
+        ("PNG", "LA", {}),
+        ("PNG", "1", {}),
+        ("JPEG", "RGB", {"exif": _rotated()}),
+        ("JPEG", "L", {"progressive": True}),
+        ("JPEG", "CMYK", {}),
+        ("GIF", "P", {}),
+        ("GIF", "P", {"save_all": True, "append_images": [noise.convert("P")] * 2}),
+        ("BMP", "RGB", {}),
+        ("BMP", "P", {}),
+        ("BMP", "1", {}),
+        ("PPM", "RGB", {}),
+        ("PPM", "L", {}),
+        ("PPM", "1", {}),
+        ("PPM", "I;16", {}),
+        ("TIFF", "RGB", {}),
+        ("TIFF", "RGB", {"compression": "tiff_lzw"}),
+        ("TIFF", "RGB", {"compression": "jpeg"}),
+        ("TIFF", "F", {}),
+        ("TIFF", "I;16", {}),
+        ("TIFF", "LAB", {}),
+        ("TIFF", "1", {"compression": "group4"}),
         ("TIFF", "RGB", {"save_all": True, "append_images": [noise] * 2, "compression": "tiff_deflate"}),
-        ("WEBP", "RGB", {}), ("WEBP", "RGBA", {"lossless": True}), ("WEBP", "RGB", {"save_all": True, "append_images": [noise]}),
-        ("AVIF", "RGB", {}), ("AVIF", "RGBA", {}), ("JPEG2000", "RGB", {}), ("ICO", "RGBA", {}), ("TGA", "RGB", {"compression": "tga_rle"}),
-        ("PCX", "RGB", {}), ("SGI", "RGB", {}), ("DDS", "RGBA", {}), ("QOI", "RGB", {}), ("ICNS", "RGBA", {}),
-    ]  # fmt: skip
+        ("WEBP", "RGB", {}),
+        ("WEBP", "RGBA", {"lossless": True}),
+        ("WEBP", "RGB", {"save_all": True, "append_images": [noise]}),
+        ("AVIF", "RGB", {}),
+        ("AVIF", "RGBA", {}),
+        ("JPEG2000", "RGB", {}),
+        ("ICO", "RGBA", {}),
+        ("TGA", "RGB", {"compression": "tga_rle"}),
+        ("PCX", "RGB", {}),
+        ("SGI", "RGB", {}),
+        ("DDS", "RGBA", {}),
+        ("QOI", "RGB", {}),
+        ("ICNS", "RGBA", {}),
+    ]
     optional = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}
     Image.init()
     found = []
