@@ -1,4 +1,4 @@
-"""What fell once, as small as it can be: each is made by a line, and is refused or read within the limits ever since."""
+"""What fell once, as small as it can be, each made by a line. Ever since it is refused, or read within the limits."""
 
 from __future__ import annotations
 

@@ -175,10 +175,8 @@ def _zip(seeds: Seeds) -> Callable[[random.Random, Path], None]:
 def _legacy(seeds: Seeds) -> Callable[[random.Random, Path], None]:
     def make(rng: random.Random, folder: Path) -> None:
         content = rng.choice(seeds.legacy)
-        if rng.random() < 0.5:  # the tree, not the tensors behind it
-            content = damaged(content[:2000], rng) + content[2000:]
-        else:
-            content = damaged(content, rng)
+        end = 2000 if rng.random() < 0.5 else len(content)  # the tree, not the tensors behind it
+        content = damaged(content[:end], rng) + content[end:]
         _write_checkpoint(folder, content, rng)
 
     return make
@@ -503,10 +501,8 @@ def _read_language(folder: Path) -> None:
 def _image(seeds: Seeds) -> Callable[[random.Random, Path], None]:
     def make(rng: random.Random, folder: Path) -> None:
         content = rng.choice(seeds.images)
-        if rng.random() < 0.3:  # the header, where the sizes are
-            content = damaged(content[:64], rng) + content[64:]
-        else:
-            content = damaged(content, rng)
+        end = 64 if rng.random() < 0.3 else len(content)  # the header, where the sizes are
+        content = damaged(content[:end], rng) + content[end:]
         (folder / "image").write_bytes(content)
 
     return make
