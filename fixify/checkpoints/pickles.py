@@ -110,6 +110,8 @@ _STAND_INS: tuple[tuple[Any, str], ...] = (
 # Limits of a checkpoint of an image model, so that a small file cannot keep the reader busy.
 MAX_ENTRIES = 50_000  # of an archive: a tensor each
 _MAX_KEY = 10_000  # values in one tuple, those inside it included: a tuple is hashed as a whole
+_LONGEST_REASON = 2_000  # characters of torch's message
+_LONGEST_GLOBAL = 1_000
 _CHUNK = 1 << 20
 
 
@@ -168,6 +170,7 @@ def _load(path: Path, *, mmap: bool) -> object:
 
 
 def _refusal(path: Path, reason: str) -> SourceError:
+    reason = reason[:_LONGEST_REASON]  # it has the names in the pickle, however long they are
     found = _REFUSED_GLOBAL.search(reason)
     if found is not None:
         return _unsafe(path, found[1] if "." in found[1] else f"builtins.{found[1]}")
@@ -248,8 +251,8 @@ def _refuse_endless(path: Path, content: bytes | mmap.mmap) -> None:
             largest, place = _largest_tuple(content, place)
             if largest > _MAX_KEY:
                 raise UnsafeCheckpointError(
-                    f"{path} was refused: a tuple in its pickle holds more than {_MAX_KEY:,} values. torch.save "
-                    "never writes that.",
+                    f"{path} was refused: its pickle holds a tuple of more than {_MAX_KEY:,} values, or the name of a "
+                    f"global with more than {_LONGEST_GLOBAL:,} characters. torch.save never writes that.",
                     hint="Download it again from a source that you trust.",
                 )
     except (LookupError, ValueError):
@@ -281,7 +284,8 @@ def _largest_tuple(content: bytes | mmap.mmap, place: int) -> tuple[int, int]:
     An operation that torch's reader does not know ends the scan, as it ends the reading.
 
     Returns:
-        How many values the largest tuple holds (not much more than the limit), and where the next pickle starts.
+        How many values the largest tuple holds (not much more than the limit; more than it for a name that is too
+        long), and where the next pickle starts.
     """
     stack: list[int] = []
     marks: list[int] = []  # where the marks are on the stack
@@ -301,6 +305,8 @@ def _largest_tuple(content: bytes | mmap.mmap, place: int) -> tuple[int, int]:
                 place = content.find(b"\n", place) + 1
                 if not place:
                     raise ValueError("a line without end")
+            if code in b"ci" and place - start > _LONGEST_GLOBAL:  # torch's own search in its message is quadratic
+                return _MAX_KEY + 1, place
         if code in b"qrp":
             memo[_number_at(content, code, start, place)] = stack[-1]
         elif code in b"hjg":
