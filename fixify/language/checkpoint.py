@@ -17,6 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fixify._files import require_regular
+from fixify._values import parse_json
 from fixify.checkpoints.files import LANGUAGE_KEY, has_metadata
 from fixify.checkpoints.slim import write_safetensors
 from fixify.checkpoints.verify import Check
@@ -106,10 +108,11 @@ def read_language_info(path: Path | str) -> LanguageInfo:
     Raises:
         FormatError: it is not a language model of fixify, is damaged, or is of another version.
     """
+    require_regular(path, FormatError)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(LANGUAGE_KEY, "null"))
-    except (OSError, safetensors.SafetensorError, ValueError, RecursionError) as error:
+            about = parse_json((file.metadata() or {}).get(LANGUAGE_KEY, "null"))
+    except (OSError, safetensors.SafetensorError, ValueError) as error:
         raise FormatError(f"{path} cannot be read as a .safetensors file: {error}.") from error
     if not isinstance(about, dict):
         raise FormatError(f"{path} is not a language model that fixify wrote.", hint="fixify train makes one.")
