@@ -20,7 +20,7 @@ from fixify import _files
 from fixify._values import counted
 from fixify.checkpoints.keys import DTYPES, StateDict, clean, find_state_dict, unusual_dtype
 from fixify.checkpoints.metadata import facts_of_config, facts_of_metadata, facts_of_training
-from fixify.checkpoints.pickles import LARGEST_COPY, read_legacy, read_zip
+from fixify.checkpoints.pickles import LARGEST_COPY, MAX_ENTRIES, read_legacy, read_zip
 from fixify.checkpoints.sniffing import kind_of
 from fixify.checkpoints.source import Facts, Source
 from fixify.errors import SourceError, UnsafeCheckpointError
@@ -43,6 +43,7 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".th")
 _STORED = {**DTYPES, "U16": torch.uint16, "U32": torch.uint32}  # codes of slim checkpoints too
 _MAX_JSON = 64 << 20
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
+_MAX_NAME = 200  # characters of a file's name
 _AGAIN = "Compare its size with the original, or download it again."
 
 
@@ -148,8 +149,12 @@ def shards_of(index: Path) -> dict[str, list[str]]:
         raise SourceError(f"{index} is not the index of a checkpoint: it has no weight_map.")
     shards: dict[str, list[str]] = {}
     for key, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(SUFFIXES):
-            raise UnsafeCheckpointError(f"{index} was refused: it names {shard!r}, which is not a file beside it.")
+        is_name = (
+            isinstance(shard, str) and len(shard) <= _MAX_NAME and shard.isprintable() and shard.endswith(SUFFIXES)
+        )
+        if not is_name or Path(shard).name != shard:
+            name = str(shard)[:_MAX_NAME]
+            raise UnsafeCheckpointError(f"{index} was refused: it names {name!r}, which is not a file beside it.")
         shards.setdefault(shard, []).append(key)
     return shards
 
@@ -222,6 +227,10 @@ def read_safetensors(path: Path, *, meta: bool = False) -> SafetensorsContents:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = list(file.offset_keys())
+            if len(names) > MAX_ENTRIES:
+                raise UnsafeCheckpointError(
+                    f"{path} was refused: it lists {len(names):,} tensors, more than any model has."
+                )
             for name in names:
                 _check_tensor(path, name, file.get_slice(name))
             if meta or path.stat().st_size <= LARGEST_COPY:

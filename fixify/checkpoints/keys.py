@@ -46,6 +46,8 @@ _OLD_DENSENET = re.compile(r"(\bdenselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 _SETTINGS = ("temperature", "mean", "std")
 _MOST_NUMBERS = 16
 _LARGEST = 1e30  # a longer number is as wrong as this one
+_LONGEST_NAME = 1_000  # characters; the longest name in timm has 80
+_MOST_WRAPPERS = 16  # around one another
 _FEW = 8  # the tensors of a classifier, at most
 # The dtypes of an image model's weights and counters. Others (float8, packed 4 bit, complex) mean nothing without the
 # scales or the code that belong to them.
@@ -176,6 +178,11 @@ def clean(found: StateDict, name: str, *, file_bytes: int, ema: bool = False) ->
     tensors = {}
     dropped = []
     for key, value in found.entries.items():
+        if len(key) > _LONGEST_NAME:
+            raise SourceError(
+                f"{name} holds an entry whose name has {len(key):,} characters: {key[:40]}...",
+                hint=f"Names of tensors have at most {_LONGEST_NAME:,} characters.",
+            )
         if isinstance(value, Tensor) and key.rpartition(".")[2] != "n_averaged":
             tensors[key] = _plain(key, value, name)
         else:
@@ -235,7 +242,9 @@ def strip_wrappers(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, 
     """
     names = {key: _current(key) for key in tensors}
     outside: list[str] = []
-    while len(names) > 1:
+    for _ in range(_MOST_WRAPPERS):
+        if len(names) < 2:
+            break
         first = Counter(new.split(".", 1)[0] for new in names.values() if "." in new)
         # torch.nn.Sequential(Normalize(...), network): no network has all its names below a number.
         known = {part: n for part, n in first.items() if part in WRAPPERS or (part.isdigit() and n == len(names))}

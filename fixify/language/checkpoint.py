@@ -17,7 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fixify._values import counted
+from fixify._files import require_regular
+from fixify._values import counted, parse_json
 from fixify.checkpoints.digests import DIGEST_KEY, digest_of, recorded_digest
 from fixify.checkpoints.files import LANGUAGE_KEY, has_metadata
 from fixify.checkpoints.slim import write_safetensors
@@ -109,10 +110,11 @@ def read_language_info(path: Path | str) -> LanguageInfo:
     Raises:
         FormatError: it is not a language model of fixify, is damaged, or is of another version.
     """
+    require_regular(path, FormatError)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(LANGUAGE_KEY, "null"))
-    except (OSError, safetensors.SafetensorError, ValueError, RecursionError) as error:
+            about = parse_json((file.metadata() or {}).get(LANGUAGE_KEY, "null"))
+    except (OSError, safetensors.SafetensorError, ValueError) as error:
         raise FormatError(f"{path} cannot be read as a .safetensors file: {error}.") from error
     if not isinstance(about, dict):
         raise FormatError(f"{path} is not a language model that fixify wrote.", hint="fixify train makes one.")
