@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from fixify._values import counted
 from fixify.checkpoints.extras import (
     INNER_WRAPPERS,
     WRAPPERS,
@@ -294,10 +295,9 @@ def _beside(others: Mapping[str, object], entries: Mapping[str, object], name: s
         SourceError: an entry looks like a classifier of its own.
     """
     names = {_last_parts(key) for key in entries}
-    settings = [key for key in ("mean", "std") if key in others]
     found = []
     for key, value in others.items():
-        if isinstance(value, Tensor) and (key not in _SETTINGS or (key != "temperature" and len(settings) < 2)):
+        if isinstance(value, Tensor) and key not in _SETTINGS:
             found.append(key)
         if not _holds_tensors(value):
             continue
@@ -314,7 +314,7 @@ def _beside(others: Mapping[str, object], entries: Mapping[str, object], name: s
                 "'model.pth'). If it is not the classifier, save the network without it.",
             )
         else:
-            found.append(f"{key} ({len(tensors)} tensors)")
+            found.append(f"{key} ({counted(len(tensors), 'tensor')})")
     return found
 
 
@@ -344,8 +344,13 @@ def _settings(top: Mapping[str, object], name: str) -> dict[str, Tensor]:
         numbers = [number for number in given if isinstance(number, (int, float)) and not isinstance(number, bool)]
         if 0 < len(numbers) <= _MOST_NUMBERS and len(numbers) == len(given):
             found[key] = torch.tensor([float(max(-_LARGEST, min(_LARGEST, number))) for number in numbers])
-    if "mean" not in found or "std" not in found:
-        found = {key: value for key, value in found.items() if key == "temperature"}
+    alone = [key for key in ("mean", "std") if key in found]
+    if len(alone) == 1:
+        raise SourceError(
+            f"{name} holds {alone[0]} beside the weights, and no {'std' if alone == ['mean'] else 'mean'}. It may "
+            "be the normalisation of the images, which changes the answers.",
+            hint="Save it again with both (mean and std of the images, one number per channel), or without it.",
+        )
     temperature = found.get("temperature")
     if temperature is not None and temperature.numel() != 1:
         raise SourceError(

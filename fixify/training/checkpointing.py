@@ -23,7 +23,7 @@ import torch
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from fixify._values import Count
+from fixify._values import Count, counted
 from fixify.data import Unreadable, UnreadableImages
 from fixify.errors import TrainingError
 from fixify.metrics import Confusions, Metrics
@@ -411,17 +411,19 @@ def _check_batches(folder: Path, size_then: int, processes_then: int, size: int)
     if size * processes == together:
         return
     divides = together % processes == 0
+    then = counted(processes_then, "process", "processes")
     raise TrainingError(
         f"The run in {folder} was started with {_batches(processes_then, size_then)}; this would be "
         f"{_batches(processes, size)}.",
         hint=f"Resume with --batch-size {together // processes}."
         if divides
-        else f"Resume with {processes_then} processes, or another number that divides {together}.",
+        else f"Resume with {then}, or another number that divides {together}.",
     )
 
 
 def _batches(processes: int, size: int) -> str:
-    return f"{size} images per step" if processes == 1 else f"{processes} x {size} images per step"
+    images = f"{counted(size, 'image')} per step"
+    return images if processes == 1 else f"{processes} x {images}"
 
 
 # What a run on images keeps.
