@@ -24,6 +24,7 @@ from fixify.cli import convert, demo, eval, finetune, identify, inspect, plan, p
 from fixify.cli.launch import leave_if_told, may_tell, silence_all_but_first, speak
 from fixify.cli.options import with_options
 from fixify.cli.output import fail, visible
+from fixify.cli.quick_help import defer_unused_imports
 from fixify.errors import FixifyError, OutputError
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -67,6 +68,11 @@ class _Commands(TyperGroup):
         with _showing_arguments():
             return super().resolve_command(*args, **kwargs)
 
+    def format_help(self, *args: Any, **kwargs: Any) -> None:
+        """Print the help."""
+        defer_unused_imports()
+        super().format_help(*args, **kwargs)
+
 
 class _Command(TyperCommand):
     """A command that gets its options when they are first read.
@@ -85,6 +91,11 @@ class _Command(TyperCommand):
         """Parse the arguments. A complaint repeats them, and a shell puts names of files there for a `*`."""
         with _showing_arguments():
             return super().make_context(*args, **kwargs)
+
+    def format_help(self, *args: Any, **kwargs: Any) -> None:
+        """Print the help."""
+        defer_unused_imports()
+        super().format_help(*args, **kwargs)
 
     @property
     def params(self) -> Any:
