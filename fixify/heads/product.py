@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from fixify.errors import HeadSpecError
 from fixify.heads.codes import Codes, FeatureRows, HadamardRows, SignRows, StoredSigns
-from fixify.heads.hadamard import Construction, block_signs, elementary, order_of, rows
+from fixify.heads.constructions import Construction, elementary, order_of
 from fixify.heads.kinds import SpecFields, default_codes, kind_of
+from fixify.heads.matrices import block_signs, rows
 
 _TABLES = ("left", "right", "rotation_signs", "block_signs", "index", "class_signs", "table", "packed")
 _MAX_UNPACKED = 1 << 24
