@@ -130,17 +130,25 @@ def check(*arguments):
     heavy = {HEAVY} & set(sys.modules)
     assert not heavy, (arguments, heavy)
     return out.getvalue()
-check("--help")
+unused = {{'rich.markdown', 'rich.syntax', 'rich.traceback', 'rich.progress', 'pygments', 'markdown_it'}}
+listed = check("--help")
+assert not unused & set(sys.modules), unused & set(sys.modules)
 check("--version")
 assert "pydantic" not in sys.modules, "the list of commands"
 assert "retrofit-paper" in check("recipes", "ls")
 for command in COMMANDS:
     assert "--help" in check(command, "--help")
+assert "Replace the classifier" in listed
+check("inspect", SLIM)
+check("inspect", SLIM, "--json")
 """
 
 
-def test_help_and_completion_import_neither_torch_nor_timm() -> None:
-    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True)
+SLIM = Path(__file__).parent / "golden" / "v1-binary.fixed.safetensors"
+
+
+def test_help_completion_and_inspect_import_neither_torch_nor_timm() -> None:
+    done = subprocess.run([sys.executable, "-c", f"SLIM = {str(SLIM)!r}\n{LIGHT}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

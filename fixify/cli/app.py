@@ -156,6 +156,8 @@ def main() -> None:
     Exit codes: 0 done, 1 failed, 2 bad usage, 3 a check failed, 129, 130, 138 or 143 interrupted by SIGHUP, SIGINT,
     SIGUSR1 or SIGTERM.
     """
+    # pydantic would read the metadata of every installed package to look for plugins, which no model here has.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
     leave_if_told()
     silence_all_but_first()
     try:

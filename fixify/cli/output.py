@@ -116,7 +116,14 @@ class Output:
         Yields:
             A function `advance(steps=1, *, note=None, total=None)`; the note is shown beside the bar.
         """
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         bar = Progress(
             SpinnerColumn(),

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fixify.checkpoints.files import LANGUAGE_KEY, has_metadata
+from fixify.checkpoints.header import LANGUAGE_KEY, has_metadata
 from fixify.checkpoints.slim import write_safetensors
 from fixify.checkpoints.verify import Check
 from fixify.errors import CodebookMismatchError, FormatError, HeadSpecError, UsageError

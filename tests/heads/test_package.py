@@ -12,8 +12,8 @@ FOLDER = Path(heads.__file__).parent
 # without NumPy, so they import what builds codes when they need it.
 LIGHT = {"kinds", "spec", "__init__"}
 ORDER = [
-    "streams", "constructions", "matrices", "codes", "kinds", "spec", "product", "statistics", "layer", "cosines", "matching",
-    "fitting", "__init__",
+    "streams", "constructions", "matrices", "codes", "kinds", "spec", "product", "statistics", "layer", "cosines",
+    "matching", "fitting", "__init__",
 ]  # fmt: skip
 
 
@@ -32,7 +32,9 @@ def test_imports_point_downwards(name):
         if node.module == "fixify.heads":
             assert {alias.name for alias in node.names} <= set(below)
         else:
-            assert node.module in ("fixify.errors", "fixify._lazy") or node.module.removeprefix("fixify.heads.") in below
+            assert (
+                node.module in ("fixify.errors", "fixify._lazy") or node.module.removeprefix("fixify.heads.") in below
+            )
 
 
 def test_public_names_are_there():
