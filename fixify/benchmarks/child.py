@@ -87,7 +87,7 @@ def run_in_children(
         for process in started:
             if process.poll() is None:
                 process.kill()
-                process.wait()
+            process.communicate()  # which closes the pipes
 
 
 def _start(

@@ -14,6 +14,7 @@ from fixify.benchmarks.child import Failure, PeakMemory, run_in_child
 from fixify.benchmarks.heads import Size
 from fixify.benchmarks.machine import Machine, cores, this_machine
 from fixify.errors import UsageError
+from fixify.heads import KINDS as KINDS_OF_HEADS
 from fixify.heads import HeadSpec, replacement
 
 SIZES = tuple(map(Size.parse, ("2048x1000", "512x5000", "1280x20000")))
@@ -198,13 +199,5 @@ def conversion_spec(kind: str, size: Size, *, has_features: bool) -> HeadSpec:
     if kind == "matched":
         return HeadSpec("hadamard", n, c, standardize=True)
     signs = int(kind.partition("-")[2] or n)
-    standardize = "center" if has_features else False
-    return HeadSpec(
-        "binary",
-        n,
-        c,
-        normalize=has_features,
-        standardize=standardize,
-        bits_per_class=signs,
-        gains=True,  # type: ignore[arg-type]
-    )
+    options = KINDS_OF_HEADS["binary"].default_options(n, has_features=has_features)
+    return HeadSpec("binary", n, c, **options | {"bits_per_class": signs})

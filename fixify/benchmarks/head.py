@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -190,7 +190,7 @@ class _ReferenceRow(BaseModel):
     num_classes: int = Field(ge=1)
     batch: int = Field(ge=1)
     threads: int = Field(ge=1)
-    ratios: dict[str, float]
+    ratios: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
 
 
 class Reference(BaseModel):

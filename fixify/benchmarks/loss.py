@@ -208,7 +208,7 @@ def measure_loss(
             features = x.clone().requires_grad_()
             start = time.perf_counter()
             _loss(way, module, features, labels).backward()
-            if turn or repeats == 1:  # the first warms up
+            if turn:  # the first warms up
                 least = min(least, time.perf_counter() - start)
             if turn and time.perf_counter() - began > _LIMIT:
                 break

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from fixify.benchmarks.child import Failure, run_in_children
 from fixify.benchmarks.machine import Machine, cores, this_machine
 from fixify.errors import ResourceError, UsageError
-from fixify.heads import FixedClassifier
-from fixify.models import build, find_classifiers, parse_architecture
+from fixify.heads import KINDS, FixedClassifier
+from fixify.models import Architecture, build, find_classifiers, parse_architecture
 from fixify.models.classifiers import is_auxiliary
 from fixify.surgery import fix_classifier_
 from fixify.training import FinetuneOptions
@@ -153,7 +153,7 @@ def benchmark_step(
         on_row: Called with each row.
 
     Raises:
-        UsageError: a number is not positive.
+        UsageError: a number is not positive, or the network does not take images of this size.
         ArchitectureError, NoClassifierError: there is no such network, or it has no classifier.
         HeadSpecError: there is no such head for it.
         ResourceError: a process ended, or took longer than ten minutes.
@@ -161,7 +161,7 @@ def benchmark_step(
     if min(num_classes - 1, batch - 1, image_size, repeats, *processes) < 1:
         raise UsageError("Classes and batch must be at least 2, image size, repeats and processes at least 1.")
     architecture = parse_architecture(model)
-    _fixed(build(architecture, num_classes=num_classes, meta=True), head)
+    _check(architecture, head, num_classes, image_size)
     rows = []
     for count in processes:
         with tempfile.TemporaryDirectory(prefix="fixify-") as folder:
@@ -191,8 +191,24 @@ def benchmark_step(
     return StepBenchmark(this_machine(), architecture.ref, head, num_classes, batch, image_size, cores(), tuple(rows))
 
 
+def _check(architecture: Architecture, head: str, num_classes: int, image_size: int) -> None:
+    """Check without memory that the network takes such images and that there is such a head."""
+    model = _fixed(build(architecture, num_classes=num_classes, meta=True), head).eval()
+    channels = architecture.kwargs.get("in_chans", 3)
+    try:
+        with torch.inference_mode():
+            model(torch.empty(2, channels, image_size, image_size, device="meta"))
+    except (RuntimeError, AssertionError, ValueError) as error:  # what the libraries raise for such images
+        raise UsageError(
+            f"{architecture.ref} does not take images of {image_size} x {image_size}: {error}",
+            hint="Choose another --img-size; many transformers need 224.",
+        ) from error
+
+
 def _fixed(model: nn.Module, head: str) -> nn.Module:
-    return fix_classifier_(model, head, match=False)
+    # Matching to random weights would take long and change nothing; signs have no other source.
+    takes_signs = head in KINDS and KINDS[head].needs_classifier
+    return fix_classifier_(model, head) if takes_signs else fix_classifier_(model, head, match=False)
 
 
 def measure_steps(

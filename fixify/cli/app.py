@@ -20,7 +20,21 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from fixify._version import __version__
-from fixify.cli import convert, demo, eval, finetune, identify, inspect, plan, predict, recipes, report, train, verify
+from fixify.cli import (
+    bench,
+    convert,
+    demo,
+    eval,
+    finetune,
+    identify,
+    inspect,
+    plan,
+    predict,
+    recipes,
+    report,
+    train,
+    verify,
+)
 from fixify.cli.launch import leave_if_told, may_tell, silence_all_but_first, speak
 from fixify.cli.options import with_options
 from fixify.cli.output import fail, visible
@@ -133,6 +147,7 @@ app = typer.Typer(
 for _name, _command in COMMANDS.items():
     app.command(_name, cls=_Command, help=_help(_command))(_listed)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(value: bool) -> None:
