@@ -1,7 +1,8 @@
 """Fixed classifiers: codebooks that are rebuilt from a few bytes, and the layer that multiplies with them fast.
 
 This package knows nothing of files, model libraries or the command line. Imports point downwards: `streams`,
-`hadamard`, `codes`, `kinds`, `spec` and `product`, `statistics`, `layer`, `coherence` and `matching`, `fitting`.
+`hadamard`, `codes`, `kinds`, `spec` and `product`, `statistics` and `loss`, `layer`, `coherence` and `matching`,
+`fitting`.
 """
 
 from fixify.heads.coherence import Coherence, coherence, rankin_bound, welch_bound
@@ -18,6 +19,7 @@ from fixify.heads.fitting import (
 from fixify.heads.hadamard import hadamard, is_constructible
 from fixify.heads.kinds import KINDS, REFERENCE_CONSTRUCTION, Kind, StoredTensor, codebook, default_blocks, kind_of
 from fixify.heads.layer import FixedClassifier, initial_scale
+from fixify.heads.loss import ArcFace, CosFace, Margin, SoftTarget
 from fixify.heads.matching import Matching, match
 from fixify.heads.product import unpack_signs
 from fixify.heads.spec import HeadSpec, choose_kind
@@ -25,15 +27,19 @@ from fixify.heads.spec import HeadSpec, choose_kind
 __all__ = [
     "KINDS",
     "REFERENCE_CONSTRUCTION",
+    "ArcFace",
     "BinaryCodes",
     "Coherence",
+    "CosFace",
     "FeatureStatistics",
     "Fit",
     "FixedClassifier",
     "HeadSpec",
     "Kind",
+    "Margin",
     "Matching",
     "Replacement",
+    "SoftTarget",
     "StoredTensor",
     "choose_kind",
     "codebook",

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fixify.errors import HeadSpecError
 from fixify.heads.kinds import GAIN_STEPS, codebook
+from fixify.heads.loss import Margin, Reduction, SoftTarget, cross_entropy
 from fixify.heads.product import CodeProduct
 from fixify.heads.spec import HeadSpec
 from fixify.heads.statistics import MOMENTUM, exact_statistics, floor_std, update_running_
@@ -222,6 +224,23 @@ class FixedClassifier(nn.Module):
         Returns:
             Logits [..., C], or [B, C, ...].
         """
+        z = self.scaled_features(x)
+        logits = self.product(z)
+        if self.gains is not None:
+            logits = logits * (self.gains.to(logits.dtype) * (1.0 / GAIN_STEPS))
+        if self.bias is not None:
+            logits = logits + self.bias.to(logits.dtype)
+        return logits.movedim(-1, 1) if self.channel_dim == 1 else logits
+
+    def scaled_features(self, x: Tensor) -> Tensor:
+        """Compute what is multiplied with the codes; in training mode, update the running statistics first.
+
+        Args:
+            x: Features [..., N]; with channel_dim=1 feature maps [B, N, ...].
+
+        Returns:
+            [..., N], standardised and normalised as the spec says, times the scale.
+        """
         x = self._channels_last(x)
         z = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of half-precision features overflow
         if self.center is not None and self.num_batches_tracked is not None:
@@ -234,12 +253,93 @@ class FixedClassifier(nn.Module):
                 z = z / floor_std(self.spread)
         if self.spec.normalize:
             z = F.normalize(z, dim=-1, eps=_NORM_EPSILON)
-        logits = self.product((z * (self.scale * self.product.prescale)).to(x.dtype))
+        return (z * (self.scale * self.product.prescale)).to(x.dtype)
+
+    def loss(
+        self,
+        x: Tensor,
+        target: Tensor | SoftTarget,
+        *,
+        label_smoothing: float = 0.0,
+        margin: Margin | None = None,
+        reduction: Reduction = "mean",
+        group: dist.ProcessGroup | None = None,
+    ) -> Tensor:
+        """Compute the exact softmax cross-entropy of a batch without its logits in memory; see `fixify.heads.loss`.
+
+        It equals `F.cross_entropy(self(x), target)` in value and gradients, and takes O(batch x block) memory. It is
+        the faster one from some thousands of classes on. In training mode, it updates the running statistics first.
+
+        Args:
+            x: Features [..., N]; with channel_dim=1 feature maps [B, N, ...].
+            target: Labels, int64 [...], as `F.cross_entropy` takes them. For features [B, N] also distributions [B, C],
+                or a `SoftTarget` of few classes.
+            label_smoothing: Weight of the uniform distribution, 0 to 1.
+            margin: `CosFace` or `ArcFace`; for labels, normalised features and codes of one length.
+            reduction: "mean", "sum", or "none": the losses in the shape of the labels.
+            group: Processes that share the classes: each computes the logits of its share for the samples of all. Every
+                process calls this with the same number of samples, and gets the loss of its own. Gradients are those of
+                the sum over processes, which DistributedDataParallel averages as it averages others.
+
+        Raises:
+            HeadSpecError: The target does not fit, or a margin is given to a head whose logits are no cosines.
+
+        >>> head = FixedClassifier(HeadSpec("hadamard", num_features=64, num_classes=1000, bias=False))
+        >>> x, y = torch.randn(5, 64), torch.arange(5)
+        >>> bool(torch.isclose(head.loss(x, y), F.cross_entropy(head(x), y)))
+        True
+        """
+        if not 0 <= label_smoothing <= 1:
+            raise HeadSpecError(f"label_smoothing must lie in 0 .. 1, got {label_smoothing}.")
+        if margin is not None and (not self.spec.normalize or self.gains is not None):
+            raise HeadSpecError("A margin needs normalised features and codes of one length.")
+        z = self.scaled_features(x)
+        losses, _ = self.losses_of_scaled(z, target, label_smoothing=label_smoothing, margin=margin, group=group)
+        if reduction == "none":
+            return losses.view(z.shape[:-1])
+        return losses.mean() if reduction == "mean" else losses.sum()
+
+    def losses_of_scaled(
+        self,
+        z: Tensor,
+        target: Tensor | SoftTarget,
+        *,
+        label_smoothing: float = 0.0,
+        margin: Margin | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the losses of a batch from what `scaled_features` returned, for code that runs the two apart.
+
+        Args:
+            z: [..., N]; M samples in all.
+            target: See `loss`.
+            label_smoothing: See `loss`.
+            margin: See `loss`.
+            group: See `loss`.
+
+        Returns:
+            The losses, [M] in float32 at least, and whether the right class has the largest logit, bool [M].
+
+        Raises:
+            HeadSpecError: See `loss`.
+        """
+        if isinstance(target, Tensor) and not target.is_floating_point():
+            if target.shape != z.shape[:-1]:
+                raise HeadSpecError(f"Expected labels of shape {list(z.shape[:-1])}, got {list(target.shape)}.")
+            target = target.reshape(-1)
+        gains = None
         if self.gains is not None:
-            logits = logits * (self.gains.to(logits.dtype) * (1.0 / GAIN_STEPS))
-        if self.bias is not None:
-            logits = logits + self.bias.to(logits.dtype)
-        return logits.movedim(-1, 1) if self.channel_dim == 1 else logits
+            gains = self.gains.to(torch.promote_types(z.dtype, torch.float32)) * (1.0 / GAIN_STEPS)
+        return cross_entropy(
+            self.product,
+            z.reshape(-1, self.in_features),
+            target,
+            bias=self.bias,
+            gains=gains,
+            label_smoothing=label_smoothing,
+            margin=None if margin is None else (margin, self.scale),
+            group=group,
+        )
 
     def extra_repr(self) -> str:
         """Describe the head in the way of torch's own layers."""

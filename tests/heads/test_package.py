@@ -10,7 +10,7 @@ from fixify import heads
 FOLDER = Path(heads.__file__).parent
 # From the bottom to the top: a module may import those before it, at its top level only.
 ORDER = [
-    "streams", "hadamard", "codes", "kinds", "spec", "product", "statistics", "layer", "coherence", "matching",
+    "streams", "hadamard", "codes", "kinds", "spec", "product", "statistics", "loss", "layer", "coherence", "matching",
     "fitting", "__init__",
 ]  # fmt: skip
 
