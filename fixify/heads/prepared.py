@@ -7,7 +7,7 @@ that adds the bias. In half precision it is divided first, since sums of feature
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -91,11 +91,11 @@ def prepare(head: FixedClassifier, x: Tensor) -> PreparedHead | None:
     return PreparedHead(head, dtype, x.dtype)
 
 
-def _stored_tensors(head: FixedClassifier) -> list[tuple[dict[str, Tensor | None], str, Tensor | None]]:
+def _stored_tensors(head: FixedClassifier) -> list[tuple[Mapping[str, Tensor | None], str, Tensor | None]]:
     """List the head's tensors with the dictionaries of the modules that hold them."""
-    found: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
+    found: list[tuple[Mapping[str, Tensor | None], str, Tensor | None]] = []
     for name in _SOURCES:
-        store = head._parameters if name in head._parameters else head._buffers
+        store: Mapping[str, Tensor | None] = head._parameters if name in head._parameters else head._buffers
         found.append((store, name, store[name]))
     tables = head.product._buffers
     return found + [(tables, name, tables[name]) for name in _PRODUCT_SOURCES]
