@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from fixify.errors import HeadSpecError
 from fixify.heads.kinds import GAIN_STEPS, codebook
 from fixify.heads.loss import Margin, Reduction, SoftTarget, cross_entropy
+from fixify.heads.prepared import NORM_EPSILON, PreparedHead, is_traced, prepare
 from fixify.heads.product import CodeProduct
 from fixify.heads.spec import HeadSpec
 from fixify.heads.statistics import MOMENTUM, exact_statistics, floor_std, update_running_
-
-_NORM_EPSILON = 1e-6
-"""Smallest norm that is divided by. The division is in float32, where it neither vanishes nor inflates a gradient."""
 
 
 def initial_scale(num_classes: int, confidence: float = 0.95) -> float:
@@ -91,6 +89,8 @@ class FixedClassifier(nn.Module):
 
     synchronized: bool = False
     """Whether the running statistics are those of the batches of all processes of torch.distributed's default group."""
+
+    _prepared: PreparedHead | None = None  # of the last evaluation
 
     def __init__(
         self,
@@ -224,6 +224,47 @@ class FixedClassifier(nn.Module):
         Returns:
             Logits [..., C], or [B, C, ...].
         """
+        if not (torch.compiler.is_compiling() or self.training or torch.is_grad_enabled()):
+            prepared = self._prepare(x)
+            if prepared is not None:
+                features = self._channels_last(x)
+                logits = prepared.call(features).view(*features.shape[:-1], self.out_features)
+                return logits.movedim(-1, 1) if self.channel_dim == 1 else logits
+        return self._formula(x)
+
+    def _prepare(self, x: Tensor) -> PreparedHead | None:
+        """Return the prepared forward pass for inputs like `x`, or None where only the formula will do."""
+        if is_traced(x):
+            return None
+        prepared = self._prepared
+        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        if (
+            prepared is None
+            or prepared.input_dtype != x.dtype
+            or prepared.dtype != (torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
+            or prepared.device != x.device
+            or not prepared.is_current()
+        ):
+            self._prepared = prepared = prepare(self, x)
+        return prepared
+
+    def train(self, mode: bool = True) -> FixedClassifier:
+        """Set the mode, as `nn.Module.train`; what was prepared for evaluation is dropped."""
+        self._prepared = None
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedClassifier:
+        self._prepared = None
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what was prepared out of copies and pickles."""
+        return {**self.__dict__, "_prepared": None}
+
+    def _formula(self, x: Tensor) -> Tensor:
+        """Compute the logits by the formula, with gradients."""
         z = self.scaled_features(x)
         logits = self.product(z)
         if self.gains is not None:
@@ -252,7 +293,7 @@ class FixedClassifier(nn.Module):
             if self.spread is not None:
                 z = z / floor_std(self.spread)
         if self.spec.normalize:
-            z = F.normalize(z, dim=-1, eps=_NORM_EPSILON)
+            z = F.normalize(z, dim=-1, eps=NORM_EPSILON)
         return (z * (self.scale * self.product.prescale)).to(x.dtype)
 
     def loss(
