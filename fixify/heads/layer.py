@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,16 @@ from fixify.heads.prepared import NORM_EPSILON, PreparedHead, is_traced, prepare
 from fixify.heads.product import CodeProduct
 from fixify.heads.spec import HeadSpec
 from fixify.heads.statistics import MOMENTUM, exact_statistics, floor_std, update_running_
+
+_TOP_K_LOGITS = 1 << 22
+"""Logits of one block of `FixedClassifier.top_k`, over all samples."""
+
+
+class TopK(NamedTuple):
+    """The largest logits or probabilities of some samples, largest first, and their classes."""
+
+    values: Tensor
+    classes: Tensor
 
 
 def initial_scale(num_classes: int, confidence: float = 0.95) -> float:
@@ -265,13 +275,74 @@ class FixedClassifier(nn.Module):
 
     def _formula(self, x: Tensor) -> Tensor:
         """Compute the logits by the formula, with gradients."""
-        z = self.scaled_features(x)
-        logits = self.product(z)
+        logits = self.product(self.scaled_features(x))
         if self.gains is not None:
             logits = logits * (self.gains.to(logits.dtype) * (1.0 / GAIN_STEPS))
         if self.bias is not None:
             logits = logits + self.bias.to(logits.dtype)
         return logits.movedim(-1, 1) if self.channel_dim == 1 else logits
+
+    def _scaled(self, x: Tensor, *, update: bool = False) -> Tensor:
+        """Standardise, normalise and scale features [..., N] for the product; update the statistics first if asked."""
+        z = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of half-precision features overflow
+        if self.center is not None and self.num_batches_tracked is not None:
+            if update:
+                update_running_(
+                    self.center, self.spread, self.num_batches_tracked, z.detach(), synchronized=self.synchronized
+                )
+            z = z - self.center
+            if self.spread is not None:
+                z = z / floor_std(self.spread)
+        if self.spec.normalize:
+            z = F.normalize(z, dim=-1, eps=NORM_EPSILON)
+        return (z * (self.scale * self.product.prescale)).to(x.dtype)
+
+    @torch.no_grad()
+    def top_k(self, x: Tensor, k: int, *, probabilities: bool = False) -> TopK:
+        """Find the classes with the largest logits, without holding the logits of all classes.
+
+        A block of classes is scored at a time. The memory is that of about four million logits, or of one Hadamard
+        block per sample. There are no gradients, and the running statistics stay as they are.
+
+        Args:
+            x: Features, as for `forward`.
+            k: Number of classes per sample, 1 .. C.
+            probabilities: Return softmax probabilities over all classes instead of logits.
+
+        Returns:
+            Values [..., k], largest first, and classes int64 [..., k]; with channel_dim=1 [B, k, ...].
+
+        Raises:
+            HeadSpecError: `k` is out of range, or the codes have not been loaded.
+
+        >>> head = FixedClassifier(HeadSpec("identity", num_features=4, num_classes=3, normalize=False), scale=1.0)
+        >>> head.top_k(torch.tensor([3.0, 1.0, 2.0, 0.0]), 2).classes
+        tensor([0, 2])
+        """
+        if not 1 <= k <= self.out_features:
+            raise HeadSpecError(f"k must be between 1 and the {self.out_features} classes, got {k}.")
+        x = self._channels_last(x)
+        z = self.product.rotate(self._scaled(x))
+        z = z.reshape(-1, z.shape[-1])
+        values, classes, log_sums = [], [], []  # of each block
+        for block in self.product.blocks(max(1, _TOP_K_LOGITS // max(1, len(z)))):
+            logits = self.product.block_product(z, block)
+            if self.gains is not None:
+                logits = logits * (self.gains[block.classes].to(logits.dtype) * (1.0 / GAIN_STEPS))
+            if self.bias is not None:
+                logits = logits + self.bias[block.classes].to(logits.dtype)
+            if probabilities:
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                log_sums.append(logits.logsumexp(dim=-1, keepdim=True))
+            best, index = logits.topk(min(k, block.num_classes), dim=-1)
+            values.append(best)
+            classes.append(index + block.classes.start if isinstance(block.classes, slice) else block.classes[index])
+        largest, index = torch.cat(values, dim=-1).topk(k, dim=-1)
+        if probabilities:
+            largest = (largest - torch.cat(log_sums, dim=-1).logsumexp(dim=-1, keepdim=True)).exp()
+        numbers = torch.cat(classes, dim=-1).gather(-1, index)
+        found = [part.view(*x.shape[:-1], k) for part in (largest, numbers)]
+        return TopK(*(part.movedim(-1, 1) for part in found)) if self.channel_dim == 1 else TopK(*found)
 
     def scaled_features(self, x: Tensor) -> Tensor:
         """Compute what is multiplied with the codes; in training mode, update the running statistics first.
@@ -282,19 +353,7 @@ class FixedClassifier(nn.Module):
         Returns:
             [..., N], standardised and normalised as the spec says, times the scale.
         """
-        x = self._channels_last(x)
-        z = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of half-precision features overflow
-        if self.center is not None and self.num_batches_tracked is not None:
-            if self.training:
-                update_running_(
-                    self.center, self.spread, self.num_batches_tracked, z.detach(), synchronized=self.synchronized
-                )
-            z = z - self.center
-            if self.spread is not None:
-                z = z / floor_std(self.spread)
-        if self.spec.normalize:
-            z = F.normalize(z, dim=-1, eps=NORM_EPSILON)
-        return (z * (self.scale * self.product.prescale)).to(x.dtype)
+        return self._scaled(self._channels_last(x), update=self.training)
 
     def loss(
         self,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fixify.errors import HeadSpecError
 from fixify.heads import REFERENCE_CONSTRUCTION, FixedClassifier, HeadSpec
 from fixify.heads import layer as layer_module
 
@@ -123,6 +124,46 @@ def test_features_of_any_size(magnitude, draw):
         with torch.no_grad():
             torch.testing.assert_close(head(x), head(x).detach())
             assert head(x).isfinite().all()
+
+
+# --- The largest logits
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("logits_at_once", [1, 1 << 22])
+@pytest.mark.parametrize("k", [1, 9])
+def test_top_k_is_that_of_all_logits(name, logits_at_once, k, draw, monkeypatch):
+    monkeypatch.setattr(layer_module, "_TOP_K_LOGITS", logits_at_once)
+    head = make(name, draw, dtype=torch.float64)
+    x = draw(2, 3, head.in_features, dtype=torch.float64)
+    logits = head(x).detach()
+    found = head.top_k(x, k)
+    torch.testing.assert_close(found.values, logits.topk(k).values)
+    assert torch.equal(found.classes, logits.topk(k).indices)
+    likely = head.top_k(x, k, probabilities=True)
+    torch.testing.assert_close(likely.values, logits.softmax(-1).topk(k).values)
+    assert torch.equal(likely.classes, found.classes)
+
+
+def test_top_k_of_every_class_of_no_samples_and_of_maps(draw):
+    head = make("blocks", draw, channel_dim=1)
+    x = draw(2, N, 3, 4)
+    found = head.top_k(x, 5)
+    assert found.values.shape == found.classes.shape == (2, 5, 3, 4)
+    torch.testing.assert_close(found.values, head(x).topk(5, dim=1).values.detach())
+    assert head.top_k(x[:0], 5).values.shape == (0, 5, 3, 4)
+    small = make("small", draw)
+    assert sorted(small.top_k(draw(64), 10).classes.tolist()) == list(range(10))
+    for k in (0, 11):
+        with pytest.raises(HeadSpecError):
+            small.top_k(draw(64), k)
+
+
+def test_top_k_does_not_learn(draw):
+    head = make("rows", draw).train()
+    before = copy.deepcopy(head.state_dict())
+    assert not head.top_k(draw(3, N).requires_grad_(), 2).values.requires_grad
+    assert all(torch.equal(value, before[key]) for key, value in head.state_dict().items())
 
 
 # --- What was prepared is dropped as soon as it is out of date
