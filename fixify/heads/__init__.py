@@ -1,8 +1,9 @@
 """Fixed classifiers: codebooks that are rebuilt from a few bytes, and the layer that multiplies with them fast.
 
 This package knows nothing of files, model libraries or the command line. Imports point downwards: `streams`,
-`constructions`, `matrices`, `codes`, `kinds`, `spec` and `product`, `statistics`, `layer`, `cosines` and `matching`,
-`fitting`. The names are imported when they are first used: `HeadSpec` needs neither torch nor NumPy.
+`constructions`, `matrices`, `codes`, `kinds`, `spec` and `product`, `prepared`, `statistics`, `loss`, `layer`,
+`timing`, `cosines` and `matching`, `fitting`. The names are imported when they are first used: `HeadSpec` needs neither
+torch nor NumPy.
 """
 
 from typing import TYPE_CHECKING
@@ -12,15 +13,19 @@ from fixify._lazy import lazy
 _EXPORTS = {
     "KINDS": "fixify.heads.kinds",
     "REFERENCE_CONSTRUCTION": "fixify.heads.kinds",
+    "ArcFace": "fixify.heads.loss",
     "BinaryCodes": "fixify.heads.fitting",
     "Coherence": "fixify.heads.cosines",
+    "CosFace": "fixify.heads.loss",
     "FeatureStatistics": "fixify.heads.fitting",
     "Fit": "fixify.heads.fitting",
     "FixedClassifier": "fixify.heads.layer",
     "HeadSpec": "fixify.heads.spec",
     "Kind": "fixify.heads.kinds",
+    "Margin": "fixify.heads.loss",
     "Matching": "fixify.heads.matching",
     "Replacement": "fixify.heads.fitting",
+    "SoftTarget": "fixify.heads.loss",
     "StoredTensor": "fixify.heads.kinds",
     "choose_kind": "fixify.heads.spec",
     "codebook": "fixify.heads.kinds",
@@ -66,6 +71,10 @@ if TYPE_CHECKING:
     from fixify.heads.kinds import kind_of as kind_of
     from fixify.heads.layer import FixedClassifier as FixedClassifier
     from fixify.heads.layer import initial_scale as initial_scale
+    from fixify.heads.loss import ArcFace as ArcFace
+    from fixify.heads.loss import CosFace as CosFace
+    from fixify.heads.loss import Margin as Margin
+    from fixify.heads.loss import SoftTarget as SoftTarget
     from fixify.heads.matching import Matching as Matching
     from fixify.heads.matching import match as match
     from fixify.heads.matrices import hadamard as hadamard

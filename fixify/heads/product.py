@@ -7,6 +7,7 @@ for Kronecker products). That costs N (a + b) multiplications for N scores inste
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,23 @@ def prefers_dense(num_classes: int, num_blocks: int, left: int, right: int) -> b
         right: Order b.
     """
     return num_classes < 2 * num_blocks * (left + right) or num_classes * left * right < 1 << 16
+
+
+@dataclass(frozen=True)
+class CodeBlock:
+    """Some of the classes of a product, whose scores can be computed without those of the others.
+
+    Attributes:
+        classes: The classes: a slice, or class numbers int64 [k] where they are not neighbours.
+        num_classes: k.
+        first_block: First Hadamard block of their codes.
+        end_block: The Hadamard block after the last; 0 where codes are not Hadamard rows.
+    """
+
+    classes: slice | Tensor
+    num_classes: int
+    first_block: int = 0
+    end_block: int = 0
 
 
 class CodeProduct(nn.Module):
@@ -169,10 +187,8 @@ class CodeProduct(nn.Module):
         Raises:
             HeadSpecError: The stored codes have not been loaded.
         """
-        if not self.is_ready:
-            raise HeadSpecError("The codes of this fixed classifier are stored, and have not been loaded yet.")
-        if self.rotation_signs is not None and self.right is not None:
-            z = fast_product(z * self.rotation_signs.to(z.dtype), self.left, self.right)[..., : self.num_kept]
+        self._refuse_unknown_codes()
+        z = self.rotate(z)
         if self.packed is not None:
             product: Tensor = PackedLinear.apply(z, self.packed)
             return product
@@ -182,21 +198,98 @@ class CodeProduct(nn.Module):
             return _as_linear(z)[..., : self.spec.num_classes]
         return self._hadamard_scores(z, self.right)
 
+    def rotate(self, z: Tensor) -> Tensor:
+        """Compute the coordinates in which the codes are held: the kept ones of rotated features, or z itself.
+
+        Args:
+            z: [..., N].
+
+        Returns:
+            [..., d]; d = N for all but binary heads of fewer bits.
+        """
+        if self.rotation_signs is None or self.right is None:
+            return z
+        return fast_product(z * self.rotation_signs.to(z.dtype), self.left, self.right)[..., : self.num_kept]
+
+    def blocks(self, size: int) -> list[CodeBlock]:
+        """Divide the classes into blocks for `block_product`; together they hold each class once.
+
+        Args:
+            size: Most scores per sample that a block may compute; a Hadamard block of N rows is never divided.
+        """
+        self._refuse_unknown_codes()
+        n, c = self.spec.num_features, self.spec.num_classes
+        if self.right is None or self.table is not None or self.packed is not None:
+            starts = range(0, c, max(1, size))
+            return [CodeBlock(slice(i, min(i + size, c)), min(i + size, c) - i) for i in starts]
+        k = 1 if self.block_signs is None else self.block_signs.shape[0]
+        if self.index is None:
+            at_once = max(1, size // (2 * n))
+            parts = [(i, min(i + at_once, k)) for i in range(0, k, at_once)]
+            ends = [(first * 2 * n, min(end * 2 * n, c)) for first, end in parts]
+            return [CodeBlock(slice(*end), end[1] - end[0], *part) for end, part in zip(ends, parts, strict=True)]
+        at_once = max(1, size // n)
+        order = torch.argsort(self.index // n, stable=True)
+        counts = torch.bincount(self.index // (n * at_once), minlength=-(-k // at_once)).tolist()
+        return [
+            CodeBlock(classes, count, i * at_once, min((i + 1) * at_once, k))
+            for i, (classes, count) in enumerate(zip(order.split(counts), counts, strict=True))
+            if count
+        ]
+
+    def block_product(self, z: Tensor, block: CodeBlock) -> Tensor:
+        """Multiply features with the codes of some classes.
+
+        Args:
+            z: [..., d], as `rotate` returns it.
+            block: One of `blocks`.
+
+        Returns:
+            [..., k], in the order of `block.classes`; differentiable.
+        """
+        if self.packed is not None:
+            product: Tensor = PackedLinear.apply(z, self.packed[block.classes])
+            return product
+        if self.table is not None:
+            return F.linear(z, self.table[block.classes])
+        if self.right is None:
+            return _as_linear(z)[..., block.classes]
+        signs = None if self.block_signs is None else self.block_signs[block.first_block : block.end_block]
+        if self.index is None or self.class_signs is None:
+            return self._scores_in_order(z, self.right, signs, block.num_classes)
+        n = self.spec.num_features
+        index = self.index[block.classes] - block.first_block * n
+        return _picked(_block_scores(z, self.left, self.right, signs), index, self.class_signs[block.classes])
+
+    def _refuse_unknown_codes(self) -> None:
+        if not self.is_ready:
+            raise HeadSpecError("The codes of this fixed classifier are stored, and have not been loaded yet.")
+
     def _hadamard_scores(self, z: Tensor, right: Tensor) -> Tensor:
         """Multiply with the blocks of a Hadamard matrix and pick the score of each class."""
-        n, c = self.spec.num_features, self.spec.num_classes
-        k = 1 if self.block_signs is None else self.block_signs.shape[0]
-        lead = z.shape[:-1]
-        if self.block_signs is not None:
-            z = z.unsqueeze(-2) * self.block_signs.to(z.dtype)
-        scores = fast_product(z, self.left, right)  # [..., N] or [..., K, N]
         if self.index is not None and self.class_signs is not None:
-            return scores.reshape(*lead, k * n).index_select(-1, self.index) * self.class_signs.to(scores.dtype)
-        if c > n:
-            scores = scores.reshape(*lead, k, 1, n)
-            return torch.cat((scores, -scores), dim=-2).reshape(*lead, k * 2 * n)[..., :c]
-        first = 1 if c < n else 0  # see `fixify.heads.kinds.default_codes`
-        return scores[..., first : first + c]
+            return _picked(_block_scores(z, self.left, right, self.block_signs), self.index, self.class_signs)
+        return self._scores_in_order(z, right, self.block_signs, self.spec.num_classes)
+
+    def _scores_in_order(self, z: Tensor, right: Tensor, block_signs: Tensor | None, count: int) -> Tensor:
+        """Compute the scores of the first `count` codes of some blocks, in the order of code indices."""
+        scores = _block_scores(z, self.left, right, block_signs)
+        if self.spec.num_classes > self.spec.num_features:
+            return torch.cat((scores, -scores), dim=-1).flatten(-2)[..., :count]
+        first = 1 if count < self.spec.num_features else 0  # see `fixify.heads.kinds.default_codes`
+        return scores[..., 0, first : first + count]
+
+
+def _block_scores(z: Tensor, left: Tensor | None, right: Tensor, block_signs: Tensor | None) -> Tensor:
+    """Multiply with blocks of a Hadamard matrix: [..., N] to [..., K, N]; K = 1 without block signs."""
+    if block_signs is None:
+        return fast_product(z, left, right).unsqueeze(-2)
+    return fast_product(z.unsqueeze(-2) * block_signs.to(z.dtype), left, right)
+
+
+def _picked(scores: Tensor, index: Tensor, class_signs: Tensor) -> Tensor:
+    """Pick the score of each class from [..., K, N] and apply its sign: [..., C]."""
+    return scores.flatten(-2).index_select(-1, index) * class_signs.to(scores.dtype)
 
 
 def _tables(codes: Codes) -> tuple[dict[str, np.ndarray], float]:
@@ -302,10 +395,11 @@ class PackedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """Compute the gradient of z, accumulated in float32; the signs have none."""
+        """Compute the gradient of z, accumulated in float32 at least; the signs have none."""
         (packed,), (grad,) = ctx.saved_tensors, grads
         step = max(1, _CHUNK // ctx.num_signs)
-        total = torch.zeros(*grad.shape[:-1], ctx.num_signs, dtype=torch.float32, device=grad.device)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = torch.zeros(*grad.shape[:-1], ctx.num_signs, dtype=wide, device=grad.device)
         for part, of_part in zip(packed.split(step), grad.split(step, dim=-1), strict=True):
             total += of_part @ unpack_signs(part, ctx.num_signs, grad.dtype)
         return total.to(ctx.dtype), None

@@ -12,8 +12,8 @@ FOLDER = Path(heads.__file__).parent
 # without NumPy, so they import what builds codes when they need it.
 LIGHT = {"kinds", "spec", "__init__"}
 ORDER = [
-    "streams", "constructions", "matrices", "codes", "kinds", "spec", "product", "statistics", "layer", "cosines",
-    "matching", "fitting", "__init__",
+    "streams", "constructions", "matrices", "codes", "kinds", "spec", "product", "prepared", "statistics", "loss",
+    "layer", "timing", "cosines", "matching", "fitting", "__init__",
 ]  # fmt: skip
 
 

@@ -70,6 +70,22 @@ def test_gradcheck(path, features, n, c, blocks):
     assert torch.autograd.gradgradcheck(product, (x,))
 
 
+@pytest.mark.parametrize(("n", "c", "blocks"), [(n, c, None) for n, c in SIZES if n > 8] + MATCHED_SIZES)
+@pytest.mark.parametrize("size", [1, 130, 1 << 20])
+def test_blocks_hold_every_class_once(path, features, n, c, blocks, size):
+    product, book = product_and_book(n, c, blocks)
+    x = features(3, n)
+    parts = product.blocks(size)
+    logits = torch.full((3, c), torch.nan, dtype=torch.float64)
+    for part in parts:
+        scores = product.block_product(product.rotate(x), part)
+        assert scores.shape == (3, part.num_classes)
+        assert logits[:, part.classes].isnan().all()
+        logits[:, part.classes] = scores
+    torch.testing.assert_close(logits, x @ book.T, rtol=1e-12, atol=1e-11)
+    assert len(parts) > 1 or size >= c or c <= 2 * n or blocks is not None
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.sampled_from([16, 48, 64, 80, 144]), st.integers(1, 600), st.lists(st.integers(0, 3), max_size=3))
 def test_any_leading_dimensions(features, n, c, lead):
