@@ -8,6 +8,7 @@ that adds the bias. In half precision it is divided first, since sums of feature
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fixify.heads.kinds import GAIN_STEPS
+from fixify.heads.product import CodeProduct
+from fixify.heads.signs import sign_product
 from fixify.heads.statistics import floor_std
 
 if TYPE_CHECKING:
@@ -133,17 +136,30 @@ def _prepared_call(head: FixedClassifier, dtype: torch.dtype) -> Callable[[Tenso
 def _scores(head: FixedClassifier, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Build the function from z [M, N] to the scores that `_finish` takes."""
     product = head.product
-    if product.right is None or product.table is not None or product.packed is not None:
-        if product.rotation_signs is not None or product.packed is not None or product.table is None:
-            return lambda z: product(z)
-        table = product.table.to(dtype)
-        return lambda z: F.linear(z, table)
-    n = head.in_features
+    transform = _transform(product, dtype)
+    multiply: Callable[[Tensor], Tensor]
+    if product.table is not None:
+        multiply = partial(F.linear, weight=product.table.to(dtype))
+    elif product.packed is not None:
+        multiply = sign_product(product.packed, product.num_kept, dtype)
+    else:
+        return transform or product
+    if transform is None or product.rotation_signs is None:
+        return multiply
+    n, kept = head.in_features, product.num_kept
+    return lambda z: multiply(transform(z).view(-1, n)[:, :kept])
+
+
+def _transform(product: CodeProduct, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """Build the fast product with the Hadamard matrix or its blocks: z [M, N] to [M x K x N / b, b], contiguous."""
+    if product.right is None:
+        return None
     right = product.right.to(dtype).t().contiguous()
     b = right.shape[0]
-    a = n // b
+    a = product.spec.num_features // b
     left = None if product.left is None else product.left.to(dtype)
-    signs = None if product.block_signs is None else product.block_signs.to(dtype)
+    signs = product.rotation_signs if product.block_signs is None else product.block_signs
+    signs = None if signs is None else signs.to(dtype)
 
     def transform(z: Tensor) -> Tensor:
         if signs is not None:
