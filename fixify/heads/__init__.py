@@ -18,7 +18,7 @@ from fixify.heads.fitting import (
 )
 from fixify.heads.hadamard import hadamard, is_constructible
 from fixify.heads.kinds import KINDS, REFERENCE_CONSTRUCTION, Kind, StoredTensor, codebook, default_blocks, kind_of
-from fixify.heads.layer import FixedClassifier, initial_scale
+from fixify.heads.layer import FixedClassifier, TopK, initial_scale
 from fixify.heads.matching import Matching, match
 from fixify.heads.signs import unpack_signs
 from fixify.heads.spec import HeadSpec, choose_kind
@@ -36,6 +36,7 @@ __all__ = [
     "Matching",
     "Replacement",
     "StoredTensor",
+    "TopK",
     "choose_kind",
     "codebook",
     "coherence",
