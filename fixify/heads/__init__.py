@@ -1,8 +1,8 @@
 """Fixed classifiers: codebooks that are rebuilt from a few bytes, and the layer that multiplies with them fast.
 
 This package knows nothing of files, model libraries or the command line. Imports point downwards: `streams`,
-`constructions`, `matrices`, `codes`, `kinds`, `spec` and `product`, `prepared`, `statistics`, `loss`, `layer`,
-`timing`, `cosines` and `matching`, `fitting`. The names are imported when they are first used: `HeadSpec` needs neither
+`constructions`, `matrices`, `codes`, `kinds`, `spec` and `signs`, `product`, `statistics`, `prepared`, `loss`,
+`layer`, `timing`, `cosines` and `matching`, `fitting`. The names are imported when they are first used: `HeadSpec` needs neither
 torch nor NumPy.
 """
 
@@ -27,6 +27,7 @@ _EXPORTS = {
     "Replacement": "fixify.heads.fitting",
     "SoftTarget": "fixify.heads.loss",
     "StoredTensor": "fixify.heads.kinds",
+    "TopK": "fixify.heads.layer",
     "choose_kind": "fixify.heads.spec",
     "codebook": "fixify.heads.kinds",
     "coherence": "fixify.heads.cosines",
@@ -41,7 +42,7 @@ _EXPORTS = {
     "match": "fixify.heads.matching",
     "rankin_bound": "fixify.heads.cosines",
     "replacement": "fixify.heads.fitting",
-    "unpack_signs": "fixify.heads.product",
+    "unpack_signs": "fixify.heads.signs",
     "welch_bound": "fixify.heads.cosines",
 }
 
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from fixify.heads.kinds import default_blocks as default_blocks
     from fixify.heads.kinds import kind_of as kind_of
     from fixify.heads.layer import FixedClassifier as FixedClassifier
+    from fixify.heads.layer import TopK as TopK
     from fixify.heads.layer import initial_scale as initial_scale
     from fixify.heads.loss import ArcFace as ArcFace
     from fixify.heads.loss import CosFace as CosFace
@@ -78,6 +80,6 @@ if TYPE_CHECKING:
     from fixify.heads.matching import Matching as Matching
     from fixify.heads.matching import match as match
     from fixify.heads.matrices import hadamard as hadamard
-    from fixify.heads.product import unpack_signs as unpack_signs
+    from fixify.heads.signs import unpack_signs as unpack_signs
     from fixify.heads.spec import HeadSpec as HeadSpec
     from fixify.heads.spec import choose_kind as choose_kind

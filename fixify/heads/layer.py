@@ -259,9 +259,10 @@ class FixedClassifier(nn.Module):
         return prepared
 
     def train(self, mode: bool = True) -> FixedClassifier:
-        """Set the mode, as `nn.Module.train`; what was prepared for evaluation is dropped."""
+        """Set the mode, as `nn.Module.train`; what was prepared for the other mode is dropped."""
         self._prepared = None
         super().train(mode)
+        self.product.hold_numbers(mode, self.scale.dtype)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedClassifier:

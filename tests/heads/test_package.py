@@ -12,7 +12,7 @@ FOLDER = Path(heads.__file__).parent
 # without NumPy, so they import what builds codes when they need it.
 LIGHT = {"kinds", "spec", "__init__"}
 ORDER = [
-    "streams", "constructions", "matrices", "codes", "kinds", "spec", "product", "prepared", "statistics", "loss",
+    "streams", "constructions", "matrices", "codes", "kinds", "spec", "signs", "product", "statistics", "prepared", "loss",
     "layer", "timing", "cosines", "matching", "fitting", "__init__",
 ]  # fmt: skip
 
