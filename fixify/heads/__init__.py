@@ -2,8 +2,8 @@
 
 This package knows nothing of files, model libraries or the command line. Imports point downwards: `streams`,
 `constructions`, `matrices`, `codes`, `kinds`, `spec` and `signs`, `product`, `statistics`, `prepared`, `loss`,
-`layer`, `timing`, `cosines` and `matching`, `fitting`. The names are imported when they are first used: `HeadSpec` needs neither
-torch nor NumPy.
+`layer`, `timing`, `cosines` and `matching`, `fitting`. The names are imported when they are first used: `HeadSpec`
+needs neither torch nor NumPy.
 """
 
 from typing import TYPE_CHECKING
