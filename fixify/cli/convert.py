@@ -43,7 +43,8 @@ def convert(
     wanted = {} if section is None else section.model_dump(exclude_unset=True)
     wanted |= options
     # Mistakes in a recipe are reported before this import, which takes seconds.
-    from fixify.reporting.tables import calibration_line, removed_line, savings_table
+    from fixify.reporting.about import calibration_line, removed_line
+    from fixify.reporting.tables import savings_table
 
     def with_arch(known: str | None) -> Conversion:
         bar = output.progress("calibrating") if wanted.get("calibrate") is not None else nullcontext()

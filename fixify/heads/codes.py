@@ -17,7 +17,8 @@ from scipy.linalg import helmert
 from fixify._values import counted
 from fixify.errors import HeadSpecError
 from fixify.heads import streams
-from fixify.heads.hadamard import Construction, Factor, block_bits, block_signs, order_of, rows
+from fixify.heads.constructions import Construction, Factor, order_of, power_of_two_from
+from fixify.heads.matrices import block_bits, block_signs, rows
 
 SKETCH_NUMBERS = 32
 SKETCH_TOLERANCE = 1e-4
@@ -120,7 +121,7 @@ class HadamardRows(SignRows):
     """Signed rows of the blocks of one Hadamard matrix.
 
     Code index = block * 2N + sign * N + row, with sign 0 for + and 1 for -. The code is that row of H, times the sign
-    vector of the block (`fixify.heads.hadamard.block_bits`), times the sign, over sqrt(N).
+    vector of the block (`fixify.heads.matrices.block_bits`), times the sign, over sqrt(N).
 
     Attributes:
         construction: The Hadamard matrix H, of order N.
@@ -379,11 +380,6 @@ def same_digest(first: str, second: str, num_classes: int) -> bool:
         return first == second
     a, b = (np.array([float(x) for x in text.removeprefix("sketch:").split(",")]) for text in (first, second))
     return a.shape == b.shape and bool(np.all(np.abs(a - b) <= SKETCH_TOLERANCE * num_classes**0.5))
-
-
-def power_of_two_from(n: int) -> int:
-    """Return the smallest power of two that is n or more."""
-    return 1 << (n - 1).bit_length()
 
 
 def _unpack(packed: np.ndarray, count: int) -> np.ndarray:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fixify.errors import HeadSpecError
 from fixify.heads.codes import HadamardRows
-from fixify.heads.hadamard import block_signs
 from fixify.heads.kinds import construction_of, default_blocks
+from fixify.heads.matrices import block_signs
 from fixify.heads.product import factor_tables, fast_product
 from fixify.heads.spec import HeadSpec
 
