@@ -1,8 +1,8 @@
 """Fixed classifiers: codebooks that are rebuilt from a few bytes, and the layer that multiplies with them fast.
 
 This package knows nothing of files, model libraries or the command line. Imports point downwards: `streams`,
-`hadamard`, `codes`, `kinds`, `spec` and `signs`, `product`, `statistics`, `prepared`, `layer`, `timing`, `coherence`
-and `matching`, `fitting`.
+`hadamard`, `codes`, `kinds`, `spec` and `signs`, `product`, `statistics`, `normalisation`, `prepared`, `layer`,
+`timing`, `coherence` and `matching`, `fitting`.
 """
 
 from fixify.heads.coherence import Coherence, coherence, rankin_bound, welch_bound

@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fixify.heads.kinds import GAIN_STEPS, SpecFields
+from fixify.heads.normalisation import NORM_EPSILON
 from fixify.heads.product import CodeProduct
 from fixify.heads.signs import sign_product
 from fixify.heads.statistics import floor_std
 
-NORM_EPSILON = 1e-6
-"""Smallest norm that is divided by. The division is in float32, where it neither vanishes nor inflates a gradient."""
 _SOURCES = ("scale", "bias", "center", "spread", "gains")
 _PRODUCT_SOURCES = ("left", "right", "rotation_signs", "block_signs", "index", "class_signs", "table", "packed")
 _DEVICES = ("cpu", "cuda")

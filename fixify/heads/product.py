@@ -296,7 +296,7 @@ class CodeProduct(nn.Module):
         if self.spec.num_classes > self.spec.num_features:
             return torch.cat((scores, -scores), dim=-1).flatten(-2)[..., :count]
         first = 1 if count < self.spec.num_features else 0  # see `fixify.heads.kinds.default_codes`
-        return scores[..., 0, first : first + count]
+        return scores.flatten(-2)[..., first : first + count]
 
 
 def _block_scores(z: Tensor, left: Tensor | None, right: Tensor, block_signs: Tensor | None) -> Tensor:

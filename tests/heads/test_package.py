@@ -10,8 +10,8 @@ from fixify import heads
 FOLDER = Path(heads.__file__).parent
 # From the bottom to the top: a module may import those before it, at its top level only.
 ORDER = [
-    "streams", "hadamard", "codes", "kinds", "spec", "signs", "product", "statistics", "prepared", "layer", "timing",
-    "coherence", "matching", "fitting", "__init__",
+    "streams", "hadamard", "codes", "kinds", "spec", "signs", "product", "statistics", "normalisation", "prepared",
+    "layer", "timing", "coherence", "matching", "fitting", "__init__",
 ]  # fmt: skip
 
 
