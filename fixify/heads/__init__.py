@@ -17,7 +17,16 @@ from fixify.heads.fitting import (
     replacement,
 )
 from fixify.heads.hadamard import hadamard, is_constructible
-from fixify.heads.kinds import KINDS, REFERENCE_CONSTRUCTION, Kind, StoredTensor, codebook, default_blocks, kind_of
+from fixify.heads.kinds import (
+    KINDS,
+    REFERENCE_CONSTRUCTION,
+    Kind,
+    StoredTensor,
+    codebook,
+    default_blocks,
+    kind_of,
+    wide_blocks,
+)
 from fixify.heads.layer import FixedClassifier, TopK, initial_scale
 from fixify.heads.matching import Matching, match
 from fixify.heads.signs import unpack_signs
@@ -53,4 +62,5 @@ __all__ = [
     "replacement",
     "unpack_signs",
     "welch_bound",
+    "wide_blocks",
 ]
