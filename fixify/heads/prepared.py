@@ -24,6 +24,8 @@ from fixify.heads.statistics import floor_std
 _SOURCES = ("scale", "bias", "center", "spread", "gains")
 _PRODUCT_SOURCES = ("left", "right", "rotation_signs", "block_signs", "index", "class_signs", "table", "packed")
 _DEVICES = ("cpu", "cuda")
+_CACHED_SCORES = 1 << 18
+"""Scores of several blocks that are computed at once on a processor: 1 MB in float32, within the second-level cache."""
 _LEVELS = torch.autograd.forward_ad
 
 
@@ -129,7 +131,9 @@ def _prepared_call(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]
     scores = _scores(head, dtype)
     bias = None if head.bias is None else head.bias.detach().to(dtype)
     finish = _finish(head, dtype, bias)
-    normalize, is_wide = head.spec.normalize, dtype == wide
+    normalize, is_wide, num_classes = head.spec.normalize, dtype == wide, head.out_features
+    signs = head.product.block_signs
+    rows = 1 << 62 if signs is None or signs.device.type != "cpu" else max(1, _CACHED_SCORES // signs.numel())
 
     def call(x: Tensor) -> Tensor:
         z = x if x.dtype == wide else x.to(wide)
@@ -141,9 +145,16 @@ def _prepared_call(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]
         factor = scale
         if normalize:
             factor = scale / torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min_(NORM_EPSILON)
-        if is_wide:
-            return finish(scores(z), factor)
-        return finish(scores((z * factor).to(dtype)), None)
+        if not is_wide:
+            z = (z * factor).to(dtype)
+        if len(z) <= rows:
+            return finish(scores(z), factor if is_wide else None)
+        logits = z.new_empty(len(z), num_classes)
+        factors = factor.expand(len(z), 1)
+        for start in range(0, len(z), rows):
+            part = slice(start, start + rows)
+            logits[part] = finish(scores(z[part]), factors[part] if is_wide else None)
+        return logits
 
     return call
 
