@@ -114,6 +114,9 @@ class CodeProduct(nn.Module):
     table: Tensor | None  # the codebook [C, N], or stored signs [C, d]
     packed: Tensor | None  # stored signs, uint8 [C, ceil(d / 8)], where they are too many for a table
 
+    revision: int = 0
+    """Counts the changes of the tables, for what is prepared from them."""
+
     def __init__(
         self,
         spec: SpecFields,
@@ -147,6 +150,7 @@ class CodeProduct(nn.Module):
             device: Device of the tables; None: torch's default.
             dtype: Floating-point type of the tables; None: torch's default.
         """
+        self.revision += 1
         kind = kind_of(self.spec)
         held_numbers = self.packed is not None and self.table is not None
         self.stored = stored
@@ -177,6 +181,7 @@ class CodeProduct(nn.Module):
         """
         if self.packed is None or self.packed.is_meta or hold == (self.table is not None):
             return
+        self.revision += 1
         if not hold:
             self.table = None
             self.prescale *= self._unit
@@ -186,6 +191,7 @@ class CodeProduct(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodeProduct:
         tables = [table for table in self._buffers.values() if table is not None]
+        self.revision += 1
         was_meta = any(table.is_meta for table in tables)
         super()._apply(fn, recurse)
         tables = [table for table in self._buffers.values() if table is not None]
