@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from fixify._values import counted
 from fixify.conversion_options import HeadConfig
 from fixify.description import HeadRecord
 from fixify.errors import FormatError, HeadSpecError, NoClassifierError
-from fixify.heads import KINDS, FixedClassifier, HeadSpec, choose_kind, replacement
+from fixify.heads import KINDS, FixedClassifier, HeadSpec, choose_kind, replacement, wide_blocks
 from fixify.models.architectures import Architecture
 from fixify.models.classifiers import (
     ClassifierSite,
@@ -254,6 +254,8 @@ def _make_head(
         )
     by_weights = (match or spec.stores_codes) and spec.digest is None
     if by_weights and weight is not None and not weight.is_meta:
+        if match and isinstance(head, HeadConfig) and head.wide_search:
+            spec = replace(spec, matched=True, blocks=wide_blocks(spec.num_features, spec.num_classes))
         made = replacement(
             spec,
             weight,

@@ -1,9 +1,9 @@
 """Fixed classifiers: codebooks that are rebuilt from a few bytes, and the layer that multiplies with them fast.
 
 This package knows nothing of files, model libraries or the command line. Imports point downwards: `streams`,
-`constructions`, `matrices`, `codes`, `kinds`, `spec` and `signs`, `product`, `statistics`, `prepared`, `loss`,
-`layer`, `timing`, `cosines` and `matching`, `fitting`. The names are imported when they are first used: `HeadSpec`
-needs neither torch nor NumPy.
+`constructions`, `matrices`, `codes`, `kinds`, `spec` and `signs`, `product`, `statistics`, `normalisation`,
+`prepared`, `loss`, `layer`, `timing`, `cosines` and `matching`, `fitting`. The names are imported when they are first
+used: `HeadSpec` needs neither torch nor NumPy.
 """
 
 from typing import TYPE_CHECKING
@@ -44,6 +44,7 @@ _EXPORTS = {
     "replacement": "fixify.heads.fitting",
     "unpack_signs": "fixify.heads.signs",
     "welch_bound": "fixify.heads.cosines",
+    "wide_blocks": "fixify.heads.kinds",
 }
 
 __all__ = [*_EXPORTS]  # noqa: PLE0604, RUF100
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from fixify.heads.kinds import codebook as codebook
     from fixify.heads.kinds import default_blocks as default_blocks
     from fixify.heads.kinds import kind_of as kind_of
+    from fixify.heads.kinds import wide_blocks as wide_blocks
     from fixify.heads.layer import FixedClassifier as FixedClassifier
     from fixify.heads.layer import TopK as TopK
     from fixify.heads.layer import initial_scale as initial_scale

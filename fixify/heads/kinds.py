@@ -43,7 +43,7 @@ SHARED_BLOCKS = 8
 """Sign vectors tried by matching where all classes share one block (C <= N). More gain nothing: on EfficientNet-Lite0
 (1000 x 1280) the mean cosine with the old class vectors is between 0.0954 and 0.0959 for every one of them."""
 SEARCH_BLOCKS = 4096
-"""Blocks searched by matching where classes do not share one (C > N)."""
+"""Blocks searched by the wide search where classes do not share one (C > N)."""
 
 # Head specs come from files. These limits keep a hostile one from filling the memory or running for hours.
 MAX_SIGNS = 1 << 34
@@ -620,11 +620,27 @@ def default_codes(num_features: int, num_classes: int) -> np.ndarray:
 
 
 def default_blocks(num_features: int, num_classes: int) -> int:
-    """Return the number of blocks that `match` searches by default."""
+    """Return the number of blocks that `match` searches by default.
+
+    For C > N these are as few as leave each class about two codes to choose from, so the fast product stays: one
+    transform per block.
+    """
     n, c = num_features, num_classes
     if c <= n:
         return max(1, min(SHARED_BLOCKS, (1 << 16) // (2 * n)))
-    return max(-(-c // n), min(SEARCH_BLOCKS, _SEARCHED_COSINES // (c * n)))
+    return -(-c // n)
+
+
+def wide_blocks(num_features: int, num_classes: int) -> int:
+    """Return the number of blocks of the wide search: thousands for C > N.
+
+    The codes are nearer to the old class vectors, but they lie in so many blocks that features are multiplied with the
+    whole codebook. Measured with 2,350 classes, N = 256: mean cosine 0.30 instead of 0.21, and after two epochs 95.8 %
+    instead of 95.0 %.
+    """
+    n, c = num_features, num_classes
+    few = default_blocks(n, c)
+    return few if c <= n else max(few, min(SEARCH_BLOCKS, _SEARCHED_COSINES // (c * n)))
 
 
 def _index_dtype(num_features: int, blocks: int) -> str:

@@ -115,6 +115,9 @@ class CodeProduct(nn.Module):
     table: Tensor | None  # the codebook [C, N], or stored signs [C, d]
     packed: Tensor | None  # stored signs, uint8 [C, ceil(d / 8)], where they are too many for a table
 
+    revision: int = 0
+    """Counts the changes of the tables, for what is prepared from them."""
+
     def __init__(
         self,
         spec: SpecFields,
@@ -148,6 +151,7 @@ class CodeProduct(nn.Module):
             device: Device of the tables; None: torch's default.
             dtype: Floating-point type of the tables; None: torch's default.
         """
+        self.revision += 1
         kind = kind_of(self.spec)
         held_numbers = self.packed is not None and self.table is not None
         self.stored = stored
@@ -178,6 +182,7 @@ class CodeProduct(nn.Module):
         """
         if self.packed is None or self.packed.is_meta or hold == (self.table is not None):
             return
+        self.revision += 1
         if not hold:
             self.table = None
             self.prescale *= self._unit
@@ -187,6 +192,7 @@ class CodeProduct(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodeProduct:
         tables = [table for table in self._buffers.values() if table is not None]
+        self.revision += 1
         was_meta = any(table.is_meta for table in tables)
         super()._apply(fn, recurse)
         tables = [table for table in self._buffers.values() if table is not None]
@@ -297,7 +303,7 @@ class CodeProduct(nn.Module):
         if self.spec.num_classes > self.spec.num_features:
             return torch.cat((scores, -scores), dim=-1).flatten(-2)[..., :count]
         first = 1 if count < self.spec.num_features else 0  # see `fixify.heads.kinds.default_codes`
-        return scores[..., 0, first : first + count]
+        return scores.flatten(-2)[..., first : first + count]
 
 
 def _block_scores(z: Tensor, left: Tensor | None, right: Tensor, block_signs: Tensor | None) -> Tensor:

@@ -19,13 +19,13 @@ from torch import Tensor
 _CHUNK = 1 << 22
 """Packed signs that are unpacked at once: 16 MB in float32."""
 _CACHED_FLOATS = 1 << 17
-_CACHED_BYTES = 1 << 19
+_CACHED_BYTES = 1 << 20
 """Unpacked signs that stay in the second-level cache beside the products, as floating-point numbers and integers."""
 _FEWEST_SIGNS = 8
 """Signs per class from which integers are used. `torch._int_mm` is wrong where rows are of length 1 (torch 2.14)."""
 _BYTE_SIGNS = 1 << 22
 """Signs up to which each is held as a byte, 4 MB."""
-_PAIRS_UP_TO = 4
+_PAIRS_UP_TO = 16
 """Samples up to which `pair_product` is faster than `table_product`."""
 _LARGEST_OF_PAIRS = 42
 """Largest digit of `pair_product`: 2x - y of two digits must fit into 8 bits."""
@@ -221,7 +221,7 @@ def byte_product(z: Tensor, signs: Tensor, num_digits: int) -> Tensor:
 def sign_product(packed: Tensor, num_signs: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Build the fastest product with packed signs, from [M, d] to [M, C], without gradients.
 
-    Measured with `tests/benchmarks/bench_heads.py`: products of integers, where the processor has them. Up to
+    Measured with `fixify bench head`: products of integers, where the processor has them. Up to
     `_BYTE_SIGNS` signs are held as bytes. More are held as pairs, 4 bits a sign, for few samples; for more samples the
     table that unpacks them costs less than the second product.
 
