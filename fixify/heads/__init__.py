@@ -2,7 +2,7 @@
 
 This package knows nothing of files, model libraries or the command line. Imports point downwards: `streams`,
 `constructions`, `matrices`, `codes`, `kinds`, `spec` and `signs`, `product`, `statistics`, `normalisation`,
-`prepared`, `loss`, `layer`, `timing`, `cosines` and `matching`, `fitting`. The names are imported when they are first
+`prepared`, `loss`, `layer`, `cosines` and `matching`, `fitting`. The names are imported when they are first
 used: `HeadSpec` needs neither torch nor NumPy.
 """
 

@@ -98,6 +98,9 @@ class FixedClassifier(nn.Module):
     codes: Tensor | None
     gains: Tensor | None
 
+    deferred: bool = False
+    """Whether `forward` returns features instead of logits, for code that passes them to `losses_of_scaled` or `top_k`:
+    those of `scaled_features` in training mode, the unchanged input in eval mode."""
     synchronized: bool = False
     """Whether the running statistics are those of the batches of all processes of torch.distributed's default group."""
 
@@ -235,6 +238,8 @@ class FixedClassifier(nn.Module):
         Returns:
             Logits [..., C], or [B, C, ...].
         """
+        if self.deferred:
+            return self.scaled_features(x) if self.training else x
         if not (torch.compiler.is_compiling() or self.training or torch.is_grad_enabled()):
             prepared = self._prepare(x)
             if prepared is not None:

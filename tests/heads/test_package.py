@@ -13,7 +13,7 @@ FOLDER = Path(heads.__file__).parent
 LIGHT = {"kinds", "spec", "__init__"}
 ORDER = [
     "streams", "constructions", "matrices", "codes", "kinds", "spec", "signs", "product", "statistics", "normalisation",
-    "prepared", "loss", "layer", "timing", "cosines", "matching", "fitting", "__init__",
+    "prepared", "loss", "layer", "cosines", "matching", "fitting", "__init__",
 ]  # fmt: skip
 
 
