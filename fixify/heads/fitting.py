@@ -9,31 +9,21 @@ With mean mu and std sigma of the features, the learned classifier is
 so a code has to represent the class vector in standardised coordinates, and the bias takes the mean's share, W mu. A
 code that represents its class vector only in part (a Hadamard code at cosine 0.1 to 0.3) needs only a part of that
 bias: the rest would hold down classes that the code cannot lift. That part is fitted, with the scale.
-
-The codes of a `binary` head are signs. They are chosen so that the new logits are nearest to the old ones on the
-features of the network: with S the second moment of the (standardised) features and B the first d columns of a
-rotation, the signs s and the length g of a class with vector w minimise
-
-    (w - g B s)^T S (w - g B s)
-
-by coordinate descent over the signs, started at those of B^T w. Without features S is the identity, and the start is
-the solution. The features of a trained network vary in few directions (about 30 of 256 on our glyphs), so weighting
-with S gains more than twice the bits without it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fixify.errors import HeadSpecError
-from fixify.heads.kinds import BINARY, GAIN_STEPS, KINDS, kind_of
+from fixify.heads.kinds import GAIN_STEPS, KINDS, kind_of
 from fixify.heads.layer import FixedClassifier
 from fixify.heads.matching import match
+from fixify.heads.signs import encode
 from fixify.heads.spec import HeadSpec
 from fixify.heads.statistics import exact_statistics, floor_std
 
@@ -50,9 +40,7 @@ Signs of the old weights as codes: 97.8 with it, 97.6 not moved, 96.9 the whole.
 _CHECKED = 4
 """The last 1/4 of the samples checks whether the fit helps on samples it did not see."""
 _LBFGS_STEPS = 80
-_SIGN_SWEEPS = 8
 _ROWS_AT_ONCE = 1024
-_CLASSES_AT_ONCE = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -91,124 +79,6 @@ def feature_statistics(features: Tensor, *, standardize: bool | str = True) -> F
     shrunk = (1.0 - _SHRINKAGE) * covariance
     shrunk.diagonal().add_(_SHRINKAGE * covariance.diagonal().mean())
     return FeatureStatistics(mean.float() if standardize else torch.zeros(n), std, shrunk)
-
-
-# --- Signs ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BinaryCodes:
-    """What a binary head stores.
-
-    Attributes:
-        codes: Packed signs, uint8 [C, ceil(d / 8)]; bit 1 is a minus sign, first sign in the highest bit.
-        gains: Row scales, uint8 [C], in steps of 1/255 of the longest.
-        scale: The alpha at which `alpha * gains / 255 * Q x` is nearest to the old logits, for features that are not
-            normalised.
-    """
-
-    codes: np.ndarray
-    gains: np.ndarray
-    scale: float
-
-
-def encode(spec: HeadSpec, class_vectors: Tensor, *, feature_moment: Tensor | None = None) -> BinaryCodes:
-    """Choose signs and row scales for the classes of a classifier that is being replaced.
-
-    Args:
-        spec: A head spec of kind "binary".
-        class_vectors: Weight of the old classifier, [C, N]. If the head standardises its features, in those
-            coordinates: weight * std. The mean over classes is removed here, since softmax does not see it.
-        feature_moment: Second moment S [N, N] of the centered features in the same coordinates, if known (no labels
-            needed). Few images give a moment of low rank: shrink it towards its diagonal.
-
-    Raises:
-        HeadSpecError: Values are not finite or do not fit the spec, or all class vectors are equal.
-
-    >>> spec = HeadSpec("binary", num_features=8, num_classes=3, bits_per_class=8, gains=True)
-    >>> encode(spec, torch.eye(8)[:3]).codes.shape
-    (3, 1)
-    """
-    n, c = spec.num_features, spec.num_classes
-    if class_vectors.shape != (c, n) or not bool(torch.isfinite(class_vectors).all()):
-        raise HeadSpecError(f"Class vectors must be finite, [{c}, {n}]; got shape {list(class_vectors.shape)}.")
-    if feature_moment is not None and (
-        feature_moment.shape != (n, n) or not bool(torch.isfinite(feature_moment).all())
-    ):
-        raise HeadSpecError(f"The feature moment must be finite, [{n}, {n}]; got shape {list(feature_moment.shape)}.")
-    vectors = class_vectors.detach().to(device="cpu", dtype=torch.float32)
-    vectors = vectors - vectors.mean(dim=0)
-    rotation = BINARY.rotation(spec)
-    directions = torch.eye(n) if rotation is None else torch.from_numpy(rotation.basis())
-    moment = torch.eye(n) if feature_moment is None else feature_moment.detach().to("cpu", torch.float32)
-    within = directions.T @ moment @ directions
-    fields = vectors @ (moment @ directions)
-    signs, lengths = torch.empty(c, within.shape[0], dtype=torch.int8), torch.empty(c)
-    for start in range(0, c, _CLASSES_AT_ONCE):
-        part = slice(start, start + _CLASSES_AT_ONCE)
-        first = torch.where(vectors[part] @ directions < 0, -1.0, 1.0)
-        chosen, lengths[part] = _descend(first, fields[part], within)
-        signs[part] = chosen.to(torch.int8)
-    packed = np.packbits(signs.numpy() < 0, axis=1)
-    _separate_(packed, signs.shape[1])
-    longest = float(lengths.max())
-    if not longest > 0:
-        raise HeadSpecError(
-            "The classes cannot be told apart by their old vectors: no signs to take.",
-            hint="A classifier that was never trained is replaced by `--head hadamard` or `--head orthogonal`.",
-        )
-    steps = (lengths / longest * GAIN_STEPS).round().clamp(1, GAIN_STEPS).to(torch.uint8)
-    return BinaryCodes(packed, steps.numpy(), longest * within.shape[0] ** 0.5)
-
-
-def _descend(signs: Tensor, fields: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimise `g^2 s^T G s - 2 g h^T s` over signs s and length g of each class, by coordinate descent.
-
-    Args:
-        signs: Start, float32 [k, d] of +-1; changed in place.
-        fields: h, [k, d].
-        within: G, [d, d].
-
-    Returns:
-        Signs [k, d] and lengths [k].
-    """
-    products = signs @ within
-    for _ in range(_SIGN_SWEEPS):
-        lengths = _best_length(signs, fields, products)
-        changed = False
-        for i in range(signs.shape[1]):
-            pull = fields[:, i] - lengths * (products[:, i] - within[i, i] * signs[:, i])
-            change = torch.where(pull < 0, -1.0, 1.0) - signs[:, i]
-            if bool(change.any()):
-                changed = True
-                products += change[:, None] * within[i]
-                signs[:, i] += change
-        if not changed:
-            break
-    return signs, _best_length(signs, fields, signs @ within)
-
-
-def _best_length(signs: Tensor, fields: Tensor, products: Tensor) -> Tensor:
-    return ((fields * signs).sum(dim=1) / (products * signs).sum(dim=1).clamp_min(1e-12)).clamp_min(0.0)
-
-
-def _separate_(packed: np.ndarray, num_signs: int) -> None:
-    """Change signs of classes until no two classes have equal signs, which could never be told apart.
-
-    Of each group of equals the first is kept. For the others, the last bits are counted through until the code is free;
-    groups are small, so a free one is near.
-    """
-    taken: set[bytes] = set()
-    for code in packed:
-        count = 0
-        start = code.copy()
-        while code.tobytes() in taken:
-            count += 1
-            flips = np.array([count >> k & 1 for k in range(min(num_signs, 62))], dtype=np.uint8)
-            mask = np.zeros(packed.shape[1] * 8, dtype=np.uint8)
-            mask[num_signs - len(flips) : num_signs] = flips[::-1]
-            code[:] = start ^ np.packbits(mask)
-        taken.add(code.tobytes())
 
 
 # --- Scale and bias ------------------------------------------------------------------------------------------------
