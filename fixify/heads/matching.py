@@ -18,7 +18,7 @@ from torch import Tensor
 from fixify._watch import OnProgress, unwatched
 from fixify.errors import HeadSpecError
 from fixify.heads.codes import HadamardRows
-from fixify.heads.hadamard import block_bits
+from fixify.heads.hadamard import block_bits, rows
 from fixify.heads.kinds import construction_of, default_blocks
 from fixify.heads.product import factor_tables, fast_product
 from fixify.heads.spec import HeadSpec
@@ -137,22 +137,37 @@ class _CodeSpace:
         """Build some codes: float32 [k, N], unit rows."""
         return torch.from_numpy(self.signs(indices)).float() * self.num_features**-0.5
 
-    def scores(self, vectors: Tensor, blocks: np.ndarray, at_once: int) -> Iterator[tuple[slice, Tensor]]:
+    def scores(
+        self, vectors: Tensor, blocks: np.ndarray, at_once: int, *, whole: bool = False
+    ) -> Iterator[tuple[slice, Tensor]]:
         """Compute the cosines of all class vectors with all rows of some blocks (sign +).
+
+        Args:
+            vectors: Unit class vectors, [C, N].
+            blocks: The blocks, int64.
+            at_once: Blocks that are multiplied at once.
+            whole: Multiply with the whole matrix where that is faster, which rounds differently.
 
         Yields:
             Positions in `blocks`, at most `at_once`, and float32 [C, k, N].
         """
         left, right = self._factors
+        if whole and self.num_features <= 2 * (len(left) + len(right)):
+            left, right = None, self._matrix
+        vectors = vectors[:, None] * self.num_features**-0.5 if whole else vectors[:, None]
         for start in range(0, len(blocks), at_once):
             part = slice(start, min(start + at_once, len(blocks)))
-            signs = self._block_signs[blocks[part]].float()
-            yield part, fast_product(vectors[:, None] * signs, left, right) * self.num_features**-0.5
+            scores = fast_product(vectors * self._block_signs[blocks[part]].float(), left, right)
+            yield part, scores if whole else scores * self.num_features**-0.5
 
     @cached_property
     def _factors(self) -> tuple[Tensor, Tensor]:
         left, right = factor_tables(self._construction)
         return torch.from_numpy(left), torch.from_numpy(right)
+
+    @cached_property
+    def _matrix(self) -> Tensor:
+        return torch.from_numpy(rows(self._construction, np.arange(self.num_features))).float()
 
     @cached_property
     def _block_signs(self) -> Tensor:
@@ -238,14 +253,15 @@ def _candidates(space: _CodeSpace, vectors: Tensor, on_progress: OnProgress) -> 
     per_block = min(n, -(-4 * _CANDIDATES // k))
     kept = min(_CANDIDATES, k * per_block)
     best, best_codes = torch.empty(c, kept), torch.empty(c, kept, dtype=torch.int64)
-    step, size = (c, 1 << 20) if c * n <= _AT_ONCE else (max(1, _CHUNK // n), _CHUNK)
+    large = c * n > _AT_ONCE
+    step, size = (max(1, _CHUNK // n), _CHUNK) if large else (c, 1 << 20)
     # Results are written into tables allocated beforehand: small results kept between large temporaries fragment the
     # heap, and 2 M cosines per step took 12 GB after 512 steps.
     cosines, codes = torch.empty(step, k, per_block), torch.empty(step, k, per_block, dtype=torch.int64)
     for chunk, start in enumerate(range(0, c, step)):
         of_chunk = vectors[start : start + step]
         blocks, m = _searched(space, chunk), len(of_chunk)
-        for part, scores in space.scores(of_chunk, blocks, max(1, size // (step * n))):
+        for part, scores in space.scores(of_chunk, blocks, max(1, size // (step * n)), whole=large):
             strength, row = (
                 scores.abs().topk(per_block, dim=2) if per_block > 1 else scores.abs().max(dim=2, keepdim=True)
             )
@@ -410,15 +426,16 @@ def _free_candidates(
     group = max(g for g in range(1, _GROUP + 1) if n % g == 0)
     cosines = torch.empty(m, len(blocks), n // group)
     codes = torch.empty(m, len(blocks), n // group, dtype=torch.int64)
-    penalty = torch.from_numpy(taken).reshape(space.blocks, 2, n)
-    rows = torch.arange(0, n, group)
-    for part, scores in space.scores(vectors, blocks, max(1, _CHUNK // (m * n))):
-        plus, minus = (4.0 * penalty[blocks[part], sign].float() for sign in (0, 1))
-        strength = torch.maximum(scores - plus, -scores - minus)
+    # |s + shift| - penalty is the cosine of the better free sign; -2 or less where both are taken
+    plus, minus = torch.from_numpy(taken).reshape(space.blocks, 2, n)[torch.from_numpy(blocks)].float().unbind(1)
+    shift, penalty = 2.0 * (minus - plus), 2.0 * (minus + plus)
+    first_rows = torch.arange(0, n, group)
+    for part, scores in space.scores(vectors, blocks, max(1, _CHUNK // (m * n)), whole=True):
+        scores += shift[part]
+        strength = scores.abs().sub_(penalty[part])
         cosines[:, part], place = strength.unflatten(2, (-1, group)).max(dim=3)
-        row = rows + place
-        signed = scores.gather(2, row)
-        negative = -signed - minus.expand_as(scores).gather(2, row) > signed - plus.expand_as(scores).gather(2, row)
-        codes[:, part] = (2 * torch.from_numpy(blocks[part])[:, None] + negative.long()) * n + row
+        row = first_rows + place
+        negative = (scores.gather(2, row) < 0).long()
+        codes[:, part] = (2 * torch.from_numpy(blocks[part])[:, None] + negative) * n + row
     best, position = cosines.flatten(1).topk(min(m, cosines[0].numel()), dim=1)
     return best.numpy(), codes.flatten(1).gather(1, position).numpy()
