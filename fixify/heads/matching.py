@@ -151,6 +151,7 @@ class _CodeSpace:
         Yields:
             Positions in `blocks`, at most `at_once`, and float32 [C, k, N].
         """
+        left: Tensor | None
         left, right = self._factors
         if whole and self.num_features <= 2 * (len(left) + len(right)):
             left, right = None, self._matrix
