@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fixify._watch import OnProgress, unwatched
 from fixify.conversion_options import HeadConfig
 from fixify.errors import FormatError, HeadSpecError, NoClassifierError
 from fixify.heads import KINDS, FixedClassifier, HeadSpec, choose_kind, replacement
@@ -164,6 +165,7 @@ def make_heads(
     *,
     features: Mapping[str, Tensor] | None = None,
     num_classes: int | None = None,
+    on_progress: OnProgress = unwatched,
 ) -> list[NewHead]:
     """Make the fixed heads that replace some classifier layers.
 
@@ -177,6 +179,7 @@ def make_heads(
         head: The config, or one spec for all layers.
         features: See `fix_classifier_`.
         num_classes: Size of a new label set; None: the classes of the layers. Codes are then in class order.
+        on_progress: See `fixify.heads.replacement`.
 
     Returns:
         One head per layer, in the order of `sites`.
@@ -199,7 +202,7 @@ def make_heads(
     made = []
     for site in sites:
         with naming_head(site.path, sites):
-            made.append(_make_head(site, tensors, head, features.get(site.path), num_classes))
+            made.append(_make_head(site, tensors, head, features.get(site.path), num_classes, on_progress))
     return made
 
 
@@ -281,6 +284,7 @@ def _make_head(
     head: HeadConfig | HeadSpec,
     features: Tensor | None,
     num_classes: int | None,
+    on_progress: OnProgress,
 ) -> NewHead:
     weight = tensors.get(f"{site.path}.weight")
     if isinstance(head, HeadSpec):
@@ -302,6 +306,7 @@ def _make_head(
             features=features,
             scale=alpha,
             channel_dim=site.channel_dim,
+            on_progress=on_progress,
         )
         return NewHead(HeadRecord.of(site, made.head.spec), made.head, (f"{site.path}: {made.note}.",))
     device = "meta" if weight is not None and weight.is_meta else "cpu"

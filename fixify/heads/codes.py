@@ -85,7 +85,7 @@ class SignRows(Codes):
         start = 0
         for packed in self.packed():
             digest.update(packed.data)
-            hashes[start : start + len(packed)] = _row_hashes(packed)
+            hashes[start : start + len(packed)] = row_hashes(packed)
             start += len(packed)
         self._refuse_duplicates(hashes)
         return f"sha256:{digest.hexdigest()}"
@@ -376,7 +376,7 @@ def first_repeated(packed: np.ndarray) -> tuple[int, int] | None:
     (0, 2)
     """
     step = max(1, _CHUNK_BYTES // packed.shape[1])
-    hashes = np.concatenate([_row_hashes(packed[start : start + step]) for start in range(0, len(packed), step)])
+    hashes = np.concatenate([row_hashes(packed[start : start + step]) for start in range(0, len(packed), step)])
     seen: dict[bytes, int] = {}
     for row in _with_equal_hashes(hashes).tolist():
         first = seen.setdefault(packed[row].tobytes(), row)
@@ -385,8 +385,8 @@ def first_repeated(packed: np.ndarray) -> tuple[int, int] | None:
     return None
 
 
-def _row_hashes(packed: np.ndarray) -> np.ndarray:
-    """Hash each row of bytes: uint8 [k, bytes] -> uint64 [k]."""
+def row_hashes(packed: np.ndarray) -> np.ndarray:
+    """Hash each row of bytes: uint8 [k, bytes] to uint64 [k]. Equal rows have equal hashes, others almost never."""
     words = -(-packed.shape[1] // 8)
     multipliers = streams.raw(0, streams.Purpose.SAMPLE, 0, words) | np.uint64(1)
     padded = np.zeros((len(packed), words * 8), dtype=np.uint8)

@@ -12,12 +12,11 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fixify._watch import OnProgress, unwatched
 from fixify.errors import HeadSpecError
-from fixify.heads.codes import HadamardRows
+from fixify.heads.codes import HadamardRows, row_hashes
 from fixify.heads.hadamard import block_bits, rows
 from fixify.heads.kinds import construction_of, default_blocks
 from fixify.heads.product import factor_tables, fast_product
@@ -129,9 +128,13 @@ class _CodeSpace:
         self.blocks = spec.blocks or 1
         self._construction, self._seed = construction_of(spec), spec.seed
 
+    def rows(self, indices: np.ndarray) -> HadamardRows:
+        """Return some codes."""
+        return HadamardRows(self._construction, self._seed, indices)
+
     def signs(self, indices: np.ndarray) -> np.ndarray:
         """Build some codes without the factor 1/sqrt(N): int8 [k, N] of +-1."""
-        return HadamardRows(self._construction, self._seed, indices).signs()
+        return self.rows(indices).signs()
 
     def codes(self, indices: np.ndarray) -> Tensor:
         """Build some codes: float32 [k, N], unit rows."""
@@ -189,6 +192,8 @@ def _power(covariance: Tensor, n: int) -> Tensor:
 
 def _match_in_one_block(space: _CodeSpace, vectors: Tensor) -> np.ndarray:
     """Assign optimal rows and signs inside one block, the best of all blocks: code indices, int64 [C]."""
+    from scipy.optimize import linear_sum_assignment  # takes half a second, and is needed here only
+
     n, c = space.num_features, space.num_classes
     best, codes = -np.inf, np.zeros(c, dtype=np.int64)
     for part, scores in space.scores(vectors, np.arange(space.blocks), 1):
@@ -217,14 +222,15 @@ def _match_in_many_blocks(space: _CodeSpace, vectors: Tensor, on_progress: OnPro
         enough = min(k, -(-(len(left_over) + len(taken)) // (2 * n)) + 1)
         if len(left_over) * 2 * n * enough <= _ASSIGNMENT_ENTRIES:
             codes[left_over] = _assign(space, vectors[left_over], enough, taken)
-        else:
-            strongest_first = left_over[np.argsort(-cosines[left_over, 0], kind="stable")]
-            _give_free_codes_(codes, space, vectors, strongest_first, on_progress)
+            return codes
+    _give_free_codes_(codes, space, vectors, cosines[:, 0], on_progress)
     return codes
 
 
 def _assign(space: _CodeSpace, vectors: Tensor, num_blocks: int, taken: np.ndarray) -> np.ndarray:
     """Assign codes of the first blocks that are not taken, optimally: code indices, int64 [C]."""
+    from scipy.optimize import linear_sum_assignment
+
     n = space.num_features
     blocks = np.arange(num_blocks)
     parts = [torch.stack((s, -s), dim=2).flatten(1) for _, s in space.scores(vectors, blocks, 16)]
@@ -380,33 +386,56 @@ def _grant_(codes: np.ndarray, taken: np.ndarray, cosines: np.ndarray, candidate
 
 
 def _give_free_codes_(
-    codes: np.ndarray, space: _CodeSpace, vectors: Tensor, classes: np.ndarray, on_progress: OnProgress
+    codes: np.ndarray, space: _CodeSpace, vectors: Tensor, strength: np.ndarray, on_progress: OnProgress
 ) -> None:
     """Give classes that are left over their best free codes, a few classes at a time.
 
     As many candidates as there are classes in a chunk are found among the free codes, so each class gets one, whatever
-    the others take.
+    the others take. Two code indices may stand for the same signs where N is small; then one class gets another code.
 
     Args:
         codes: Code index of each class, -1 without one, int64 [C]; filled in.
         space: The code space.
         vectors: Unit class vectors, [C, N].
-        classes: The classes without a code, in the order in which they choose, int64 [k].
+        strength: The larger, the earlier a class chooses, [C].
         on_progress: Called with the number of classes that have a code.
+
+    Raises:
+        HeadSpecError: There are not enough different codes.
     """
     n, total = space.num_features, len(codes)
     taken = np.zeros(2 * n * space.blocks, dtype=bool)
     taken[codes[codes >= 0]] = True
-    first = True
-    while len(classes):
+    search_all = False
+    while True:
+        codes[_repeated(space, codes)] = -1
+        classes = np.flatnonzero(codes < 0)
+        if not len(classes):
+            return
+        if taken.all():
+            raise HeadSpecError(
+                f"{space.blocks} blocks of {2 * n} codes have too few different ones for {total} classes.",
+                hint="Match with more blocks, or use another seed.",
+            )
+        classes = classes[np.argsort(-strength[classes], kind="stable")]
         for chunk, start in enumerate(range(0, len(classes), _LEFT_AT_ONCE)):
             part = classes[start : start + _LEFT_AT_ONCE]
-            blocks = _searched(space, chunk) if first else np.arange(space.blocks)
+            blocks = np.arange(space.blocks) if search_all else _searched(space, chunk)
             found, chosen = _free_candidates(space, vectors[part], blocks, taken), codes[part]
             _grant_(chosen, taken, *found)
             codes[part] = chosen
             on_progress("choosing codes", total - len(classes) + start + len(part), total)
-        classes, first = classes[codes[classes] < 0], False  # blocks may be full
+        search_all = True  # the blocks of some may be full
+
+
+def _repeated(space: _CodeSpace, codes: np.ndarray) -> np.ndarray:
+    """Return the classes whose signs another class has before them; codes below 0 do not count: int64 [k]."""
+    classes = np.flatnonzero(codes >= 0)
+    if not len(classes):
+        return classes
+    hashes = np.concatenate([row_hashes(packed) for packed in space.rows(codes[classes]).packed()])
+    first = np.unique(hashes, return_index=True)[1]
+    return np.delete(classes, first)
 
 
 def _free_candidates(

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -15,20 +15,22 @@ from fixify._values import counted
 from fixify.checkpoints.remarks import shorten
 from fixify.checkpoints.slim import SlimInfo
 from fixify.checkpoints.verify import Check
-from fixify.demo.run import DemoResult
-from fixify.evaluation import Evaluation
-from fixify.language.checkpoint import LanguageInfo
-from fixify.language.run import DIVERGED, LanguageRun
 from fixify.metrics import Metrics
 from fixify.models.architectures import LIBRARIES
 from fixify.models.classifiers import Coverage
-from fixify.models.identify import Identification
-from fixify.prediction import Prediction, short_names
 from fixify.reporting.costs import KindPlan, ModelReport
-from fixify.reporting.run_report import Report
 from fixify.savings import Savings
 from fixify.surgery import HeadRecord
-from fixify.training.run import FinetuneResult
+
+if TYPE_CHECKING:  # matplotlib, data sets and training take seconds to import; whoever made a result has them
+    from fixify.demo.run import DemoResult
+    from fixify.evaluation import Evaluation
+    from fixify.language.checkpoint import LanguageInfo
+    from fixify.language.run import LanguageRun
+    from fixify.models.identify import Identification
+    from fixify.prediction import Prediction
+    from fixify.reporting.run_report import Report
+    from fixify.training.run import FinetuneResult
 
 _PAPERS_RATIO = 81.2 / 74.1
 """Perplexity with fixed words over that with learned ones, in Table 2 of the paper."""
@@ -220,6 +222,8 @@ def _add_language_rows(made: Table, info: LanguageInfo, num_bytes: int) -> None:
         )
     made.add_row("learned", f"{size.learned:,} of {size.parameters:,} parameters; {size.share:.2f} % are fixed")
     made.add_row("file", human_bytes(num_bytes))
+    from fixify.language.run import DIVERGED
+
     loss, epoch = training.get("val_loss"), training.get("epoch")
     if isinstance(loss, float) and loss < DIVERGED and isinstance(epoch, int):
         made.add_row("trained", f"on {training.get('text')}")
@@ -283,6 +287,8 @@ def metrics_table(found: Evaluation) -> Table:
 
 def predictions_table(found: Sequence[Prediction]) -> Table:
     """Show one block per image: its classes, most probable first."""
+    from fixify.prediction import short_names
+
     made = new_table("image", ">probability", ">class", "label")
     names = short_names([prediction.image for prediction in found])
     for short, prediction in zip(names, found, strict=True):
