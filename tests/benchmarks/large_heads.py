@@ -59,7 +59,10 @@ def peak() -> int:
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Convert one classifier in this process."""
+    import scipy.optimize  # noqa: F401
     import torch
+    import torch._dynamo  # these two come with timm and would count as memory of the conversion
+
     from fixify.heads import HeadSpec, replacement
 
     torch.set_num_threads(case["threads"])
@@ -124,9 +127,8 @@ def main() -> None:
         return
     packages = {"this": Path(__file__).parents[2]} | ({"other": given.against.resolve()} if given.against else {})
     fixed = {key: getattr(given, key) for key in ("samples", "threads", "clusters", "scatter", "decay", "timeout")}
-    print(
-        f"{'case':<24}{'seed':>5}  {'fixify':<7}{'s':>8}{'cpu s':>8}{'peak MB':>9}{'x weight':>9}{'agree %':>9}  note"
-    )
+    numbers = ("s", "cpu s", "peak MB", "x weight", "agree %")
+    print(f"{'case':<24}{'seed':>5}  {'fixify':<7}{''.join(f'{name:>9}' for name in numbers)}  note", flush=True)
     for text in given.cases:
         kind, c, n = re.fullmatch(r"(binary|matched):(\d+)x(\d+)", text).groups()  # type: ignore[union-attr]
         for seed in range(given.seeds):
@@ -138,7 +140,7 @@ def main() -> None:
                     continue
                 weights = found["peak"] / (4 * int(c) * int(n))
                 print(
-                    f"{text:<24}{seed:>5}  {name:<7}{found['seconds']:>8.1f}{found['processor']:>8.1f}"
+                    f"{text:<24}{seed:>5}  {name:<7}{found['seconds']:>9.1f}{found['processor']:>9.1f}"
                     f"{found['peak'] / 1e6:>9.0f}{weights:>9.2f}{found['agreement']:>9.1f}  {found['note']}",
                     flush=True,
                 )
