@@ -110,6 +110,7 @@ def match(
     space = _CodeSpace(spec)
     with torch.inference_mode():
         codes = _match_in_one_block(space, targets) if c <= n else _match_in_many_blocks(space, targets, on_progress)
+        on_progress("choosing codes", c, c)
         del targets
         cosines = torch.cat(
             [
