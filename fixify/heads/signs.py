@@ -29,7 +29,7 @@ _AT_ONCE = 1 << 33
 """Multiplications of one sweep, C d^2, up to which all classes descend at once, coordinate by coordinate: 1,000 classes
 x 2,048 signs. Beyond, the table of all classes no longer fits a cache, and a sweep over 20,000 x 1,280 took 40 s."""
 _CLASSES_AT_ONCE = 1 << 15
-_CLASSES_PER_BLOCK = 4096
+_CLASSES_PER_BLOCK = 2048
 _SIGNS_PER_BLOCK = 64
 
 
