@@ -21,6 +21,7 @@ from fixify.heads.hadamard import block_bits, rows
 from fixify.heads.kinds import construction_of, default_blocks
 from fixify.heads.product import factor_tables, fast_product
 from fixify.heads.spec import HeadSpec
+from fixify.heads.statistics import is_finite
 
 _CANDIDATES = 32
 _ASSIGNMENT_ENTRIES = 1 << 25
@@ -97,7 +98,7 @@ def match(
     >>> sorted((codes % 8).tolist())  # each class has a row of its own
     [0, 1, 2, 3, 4, 5, 6, 7]
     """
-    if class_vectors.ndim != 2 or not bool(torch.isfinite(class_vectors).all()):
+    if class_vectors.ndim != 2 or not is_finite(class_vectors):
         raise HeadSpecError(f"Class vectors must be a finite [C, N] matrix, got shape {list(class_vectors.shape)}.")
     vectors = class_vectors.detach().to(device="cpu", dtype=torch.float32)
     mean = vectors.mean(dim=0)

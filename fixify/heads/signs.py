@@ -23,6 +23,7 @@ from fixify.errors import HeadSpecError
 from fixify.heads.codes import first_repeated
 from fixify.heads.kinds import BINARY, GAIN_STEPS
 from fixify.heads.spec import HeadSpec
+from fixify.heads.statistics import is_finite
 
 _SIGN_SWEEPS = 8
 _AT_ONCE = 1 << 33
@@ -77,7 +78,7 @@ def encode(
     (3, 1)
     """
     n, c = spec.num_features, spec.num_classes
-    if class_vectors.shape != (c, n) or not bool(torch.isfinite(class_vectors).all()):
+    if class_vectors.shape != (c, n) or not is_finite(class_vectors):
         raise HeadSpecError(f"Class vectors must be finite, [{c}, {n}]; got shape {list(class_vectors.shape)}.")
     if feature_moment is not None and (
         feature_moment.shape != (n, n) or not bool(torch.isfinite(feature_moment).all())
