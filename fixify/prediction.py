@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fixify._values import counted
 from fixify.checkpoints import read_labels
 from fixify.checkpoints.open import OpenModel, open_model
 from fixify.data.dataset import OpenedData
@@ -79,7 +80,9 @@ def predict(
         SourceError, ArchitectureError, FormatError: the checkpoint cannot be opened.
     """
     if not images or top < 1:
-        raise UsageError(f"Expected at least one image and top >= 1, got {len(images)} images and top {top}.")
+        raise UsageError(
+            f"Expected at least one image and top >= 1, got {counted(len(images), 'image')} and top {top}."
+        )
     opened = checkpoint if isinstance(checkpoint, OpenModel) else open_model(checkpoint, arch=arch, ema=ema)
     if labels is not None:
         opened = replace(opened, labels=read_labels(labels, opened.num_classes))
@@ -88,7 +91,7 @@ def predict(
         images=FolderImages(Path(), names, range(len(names))),  # the label says which image it is
         class_names=tuple(opened.labels or map(str, range(opened.num_classes))),
         location=".",
-        description=f"{len(names)} images",
+        description=counted(len(names), "image"),
         name="images",
         split="val",
     )

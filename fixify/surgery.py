@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fixify._values import counted
 from fixify._watch import OnProgress, unwatched
 from fixify.conversion_options import HeadConfig
 from fixify.errors import FormatError, HeadSpecError, NoClassifierError
@@ -294,7 +295,8 @@ def _make_head(
         match, alpha = head.match and num_classes is None and spec.can_match, head.alpha
     if (spec.num_features, spec.num_classes) != (site.num_features, num_classes or site.num_classes):
         raise HeadSpecError(
-            f"The head spec is for {spec.num_features} features and {spec.num_classes} classes; the classifier "
+            f"The head spec is for {counted(spec.num_features, 'feature')} and "
+            f"{counted(spec.num_classes, 'class', 'classes')}; the classifier "
             f"{site.path} has {site.num_features} and {num_classes or site.num_classes}."
         )
     by_weights = (match or spec.stores_codes) and spec.digest is None

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fixify._values import counted
 from fixify.errors import HeadSpecError
 from fixify.heads.codes import (
     Codes,
@@ -221,7 +222,8 @@ class Hadamard(Kind):
         construction_of(spec)  # raises if there is no such matrix
         if n < 64 and c > 2**n:
             raise HeadSpecError(
-                f"There are only {2**n} different codes of {n} signs, got {c} classes.",
+                f"There are only {2**n:,} different codes of {counted(n, 'sign')}, got "
+                f"{counted(c, 'class', 'classes')}.",
                 hint="Use `--head orthogonal`.",
             )
         needed = min_blocks(n, c)
@@ -229,7 +231,7 @@ class Hadamard(Kind):
             if spec.blocks is None or spec.blocks < needed:
                 raise HeadSpecError(f"A matched head of this size needs blocks >= {needed}, got {spec.blocks}.")
             if 2 * n * spec.blocks > 2**32:
-                raise HeadSpecError(f"{spec.blocks} blocks of {2 * n} codes are more than 2^32 codes.")
+                raise HeadSpecError(f"{counted(spec.blocks, 'block')} of {2 * n:,} codes are more than 2^32 codes.")
         elif spec.blocks not in (None, needed):
             raise HeadSpecError(f"An unmatched head of this size has {needed} block(s), got {spec.blocks}.")
 
@@ -375,8 +377,8 @@ class Simplex(Kind):
         """
         if spec.num_classes > spec.num_features + 1:
             raise HeadSpecError(
-                f"A simplex in {spec.num_features} features has at most {spec.num_features + 1} corners, got "
-                f"{spec.num_classes} classes.",
+                f"A simplex in {counted(spec.num_features, 'feature')} has at most "
+                f"{spec.num_features + 1:,} corners, got {counted(spec.num_classes, 'class', 'classes')}.",
                 hint="Use `--head hadamard` or `--head orthogonal`.",
             )
 
@@ -414,10 +416,13 @@ class Binary(Kind):
         """
         bits, n = spec.bits_per_class, spec.num_features
         if type(bits) is not int or not 1 <= bits <= n:
-            raise HeadSpecError(f"bits_per_class must be an integer from 1 to the {n} features, got {bits!r}.")
+            raise HeadSpecError(
+                f"bits_per_class must be an integer from 1 to the {counted(n, 'feature')}, got {bits!r}."
+            )
         if spec.num_classes > 2 ** min(bits, 63):
             raise HeadSpecError(
-                f"There are only {2**bits} different codes of {bits} signs, got {spec.num_classes} classes.",
+                f"There are only {2**bits:,} different codes of {counted(bits, 'sign')}, got "
+                f"{counted(spec.num_classes, 'class', 'classes')}.",
                 hint="Use more `--bits-per-class`.",
             )
         if self.uses_hadamard(spec):
@@ -469,7 +474,7 @@ class Binary(Kind):
     def description(self, spec: SpecFields) -> str:
         """Describe the signs and their size, for example "88 bits per class (12 bytes with its length)"."""
         size = _in_bytes(self.bytes_per_class(spec)) + (" with its length" if spec.gains else "")
-        return f"{self._num_signs(spec)} bits per class ({size})"
+        return f"{counted(self._num_signs(spec), 'bit')} per class ({size})"
 
     def default_options(self, num_features: int, *, has_features: bool) -> dict[str, Any]:
         """Return a sign per feature, stored row scales, and normalisation only with features at hand.
@@ -510,8 +515,8 @@ class Identity(Kind):
         """
         if spec.num_classes > spec.num_features:
             raise HeadSpecError(
-                f"An identity head reads one feature per class: {spec.num_features} features allow at most "
-                f"{spec.num_features} classes, got {spec.num_classes}.",
+                f"An identity head reads one feature per class: {counted(spec.num_features, 'feature')} for at most "
+                f"{counted(spec.num_features, 'class', 'classes')}, got {spec.num_classes:,}.",
                 hint="Use `--head hadamard` or `--head orthogonal`.",
             )
 
