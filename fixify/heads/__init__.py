@@ -1,11 +1,12 @@
 """Fixed classifiers: codebooks that are rebuilt from a few bytes, and the layer that multiplies with them fast.
 
 This package knows nothing of files, model libraries or the command line. Imports point downwards: `streams`,
-`hadamard`, `codes`, `kinds`, `spec` and `product`, `statistics`, `layer`, `coherence`, `matching` and `signs`,
+`hadamard`, `codes`, `kinds`, `spec` and `product`, `statistics`, `layer`, `coherence`, `matching` and `encoding`,
 `fitting`.
 """
 
 from fixify.heads.coherence import Coherence, coherence, rankin_bound, welch_bound
+from fixify.heads.encoding import BinaryCodes, encode
 from fixify.heads.fitting import (
     FeatureStatistics,
     Fit,
@@ -19,7 +20,6 @@ from fixify.heads.kinds import KINDS, REFERENCE_CONSTRUCTION, Kind, StoredTensor
 from fixify.heads.layer import FixedClassifier, initial_scale
 from fixify.heads.matching import Matching, match
 from fixify.heads.product import unpack_signs
-from fixify.heads.signs import BinaryCodes, encode
 from fixify.heads.spec import HeadSpec, choose_kind
 
 __all__ = [

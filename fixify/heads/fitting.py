@@ -23,10 +23,10 @@ from torch import Tensor
 from fixify._values import counted
 from fixify._watch import OnProgress, unwatched
 from fixify.errors import HeadSpecError
+from fixify.heads.encoding import encode
 from fixify.heads.kinds import GAIN_STEPS, KINDS, kind_of
 from fixify.heads.layer import FixedClassifier
 from fixify.heads.matching import match
-from fixify.heads.signs import encode
 from fixify.heads.spec import HeadSpec
 from fixify.heads.statistics import exact_statistics, floor_std
 

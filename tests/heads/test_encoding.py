@@ -6,7 +6,7 @@ import torch
 
 from fixify.errors import HeadSpecError
 from fixify.heads import FixedClassifier, HeadSpec, encode
-from fixify.heads import signs as module
+from fixify.heads import encoding as module
 from fixify.heads.kinds import GAIN_STEPS
 
 

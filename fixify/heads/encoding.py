@@ -1,4 +1,4 @@
-"""Signs: the codes of a `binary` head, taken from the class vectors of the classifier that it replaces.
+"""Encoding: the signs of a `binary` head, taken from the class vectors of the classifier that it replaces.
 
 With S the second moment of the (standardised) features and B the first d columns of a rotation, the signs s and the
 length g of a class with vector w minimise
