@@ -328,7 +328,7 @@ class _LargeProblem:
         ridge = _RIDGE / int(rows.sum())
         weights = self._evaluate(begin, rows)[1]
         stretch = (self._unit**2 * weights + 2.0 * ridge).rsqrt()
-        factor = torch.tensor(begin.scale / self.alpha, requires_grad=self.fit_scale)
+        factor = torch.tensor(begin.scale / self.alpha if self.alpha else 1.0, requires_grad=self.fit_scale)
         part = torch.tensor(begin.mean_share, requires_grad=self.fit_bias)
         moves = (begin.moves / self._unit / stretch).requires_grad_(self.fit_bias)
         learned = [tensor for tensor in (factor, part, moves) if tensor.requires_grad]

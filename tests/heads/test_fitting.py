@@ -209,6 +209,9 @@ def test_a_given_scale_stays_with_many_logits(monkeypatch: pytest.MonkeyPatch) -
     assert fit.scale == head.scale.item() == scale
     assert head.bias is not None and head.bias.any()
     assert told and all(done <= total for _, done, total in told)
+    with torch.no_grad():
+        head.scale.fill_(0.0)
+    assert fit_(head, _features(), weight, bias, fit_scale=False).scale == 0.0
 
 
 def test_of_very_many_features_the_first_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
