@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fixify._values import counted
+from fixify._watch import OnProgress, unwatched
 from fixify.conversion_options import HeadConfig
 from fixify.description import HeadRecord
 from fixify.errors import FormatError, HeadSpecError, NoClassifierError
@@ -122,6 +123,7 @@ def make_heads(
     *,
     features: Mapping[str, Tensor] | None = None,
     num_classes: int | None = None,
+    on_progress: OnProgress = unwatched,
 ) -> list[NewHead]:
     """Make the fixed heads that replace some classifier layers.
 
@@ -135,6 +137,7 @@ def make_heads(
         head: The config, or one spec for all layers.
         features: See `fix_classifier_`.
         num_classes: Size of a new label set; None: the classes of the layers. Codes are then in class order.
+        on_progress: See `fixify.heads.replacement`.
 
     Returns:
         One head per layer, in the order of `sites`.
@@ -157,7 +160,7 @@ def make_heads(
     made = []
     for site in sites:
         with naming_head(site.path, sites):
-            made.append(_make_head(site, tensors, head, features.get(site.path), num_classes))
+            made.append(_make_head(site, tensors, head, features.get(site.path), num_classes, on_progress))
     return made
 
 
@@ -239,6 +242,7 @@ def _make_head(
     head: HeadConfig | HeadSpec,
     features: Tensor | None,
     num_classes: int | None,
+    on_progress: OnProgress,
 ) -> NewHead:
     weight = tensors.get(f"{site.path}.weight")
     if isinstance(head, HeadSpec):
@@ -263,6 +267,7 @@ def _make_head(
             features=features,
             scale=alpha,
             channel_dim=site.channel_dim,
+            on_progress=on_progress,
         )
         return NewHead(site.record(made.head.spec), made.head, (f"{site.path}: {made.note}.",))
     device = "meta" if weight is not None and weight.is_meta else "cpu"

@@ -2,7 +2,8 @@
 
 This package knows nothing of files, model libraries or the command line. Imports point downwards: `streams`,
 `constructions`, `matrices`, `codes`, `kinds`, `spec` and `signs`, `product`, `statistics`, `normalisation`,
-`prepared`, `loss`, `layer`, `cosines` and `matching`, `fitting`. The names are imported when they are first
+`prepared`, `loss`, `layer`, `cosines` and `matching`, `encoding`,
+`fitting`. The names are imported when they are first
 used: `HeadSpec` needs neither torch nor NumPy.
 """
 
@@ -14,7 +15,7 @@ _EXPORTS = {
     "KINDS": "fixify.heads.kinds",
     "REFERENCE_CONSTRUCTION": "fixify.heads.kinds",
     "ArcFace": "fixify.heads.loss",
-    "BinaryCodes": "fixify.heads.fitting",
+    "BinaryCodes": "fixify.heads.encoding",
     "Coherence": "fixify.heads.cosines",
     "CosFace": "fixify.heads.loss",
     "FeatureStatistics": "fixify.heads.fitting",
@@ -32,7 +33,7 @@ _EXPORTS = {
     "codebook": "fixify.heads.kinds",
     "coherence": "fixify.heads.cosines",
     "default_blocks": "fixify.heads.kinds",
-    "encode": "fixify.heads.fitting",
+    "encode": "fixify.heads.encoding",
     "feature_statistics": "fixify.heads.fitting",
     "fit_": "fixify.heads.fitting",
     "hadamard": "fixify.heads.matrices",
@@ -56,11 +57,11 @@ if TYPE_CHECKING:
     from fixify.heads.cosines import coherence as coherence
     from fixify.heads.cosines import rankin_bound as rankin_bound
     from fixify.heads.cosines import welch_bound as welch_bound
-    from fixify.heads.fitting import BinaryCodes as BinaryCodes
+    from fixify.heads.encoding import BinaryCodes as BinaryCodes
+    from fixify.heads.encoding import encode as encode
     from fixify.heads.fitting import FeatureStatistics as FeatureStatistics
     from fixify.heads.fitting import Fit as Fit
     from fixify.heads.fitting import Replacement as Replacement
-    from fixify.heads.fitting import encode as encode
     from fixify.heads.fitting import feature_statistics as feature_statistics
     from fixify.heads.fitting import fit_ as fit_
     from fixify.heads.fitting import replacement as replacement

@@ -411,7 +411,7 @@ class Binary(Kind):
 
     Not in the paper, whose codes do not depend on what they replace. With `bits_per_class` d < N the signs are those of
     the first d coordinates of rotated features. At d = N the features are rotated too where a Hadamard matrix of order
-    N is known, and taken as they are elsewhere. `fixify.heads.fitting.encode` chooses the signs.
+    N is known, and taken as they are elsewhere. `fixify.heads.encoding.encode` chooses the signs.
     """
 
     name = "binary"

@@ -6,25 +6,28 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
 from fixify.checkpoints.verify import Check
-from fixify.demo.run import DemoResult
 from fixify.description import LIBRARIES
-from fixify.evaluation import Evaluation
-from fixify.language.checkpoint import LanguageInfo
-from fixify.language.run import DIVERGED, LanguageRun
 from fixify.metrics import Metrics
 from fixify.models.classifiers import Coverage
-from fixify.models.identify import Identification
-from fixify.prediction import Prediction, short_names
 from fixify.reporting.costs import KindPlan, ModelReport
 from fixify.reporting.layout import human_bytes, new_table, short_digest
-from fixify.reporting.run_report import Report
 from fixify.savings import Savings
-from fixify.training.run import FinetuneResult
+
+if TYPE_CHECKING:  # matplotlib, data sets and training take seconds to import; whoever made a result has them
+    from fixify.demo.run import DemoResult
+    from fixify.evaluation import Evaluation
+    from fixify.language.checkpoint import LanguageInfo
+    from fixify.language.run import LanguageRun
+    from fixify.models.identify import Identification
+    from fixify.prediction import Prediction
+    from fixify.reporting.run_report import Report
+    from fixify.training.run import FinetuneResult
 
 _PAPERS_RATIO = 81.2 / 74.1
 """Perplexity with fixed words over that with learned ones, in Table 2 of the paper."""
@@ -129,6 +132,8 @@ def language_info_table(path: Path, info: LanguageInfo) -> Table:
         )
     made.add_row("learned", f"{size.learned:,} of {size.parameters:,} parameters; {size.share:.2f} % are fixed")
     made.add_row("file", human_bytes(path.stat().st_size))
+    from fixify.language.run import DIVERGED
+
     loss, epoch = training.get("val_loss"), training.get("epoch")
     if isinstance(loss, float) and loss < DIVERGED and isinstance(epoch, int):
         made.add_row("trained", f"on {training.get('text')}")
@@ -184,6 +189,8 @@ def metrics_table(found: Evaluation) -> Table:
 
 def predictions_table(found: Sequence[Prediction]) -> Table:
     """Show one block per image: its classes, most probable first."""
+    from fixify.prediction import short_names
+
     made = new_table("image", ">probability", ">class", "label")
     names = short_names([prediction.image for prediction in found])
     for short, prediction in zip(names, found, strict=True):
