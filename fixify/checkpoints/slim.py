@@ -319,19 +319,24 @@ def _read_metadata(path: Path, metadata: Mapping[str, str]) -> SlimInfo:
             hint="Upgrade: pip install --upgrade fixify",
         )
     try:
-        return _validated(parse_json(metadata[SLIM_KEY]))
+        return info_of_text(metadata[SLIM_KEY])
     except ValueError as error:
         raise FormatError(f"The header of {path} is damaged: {error}.") from error
 
 
-def _validated(values: Any) -> SlimInfo:
-    """Check the values of a header.
+def info_as_text(info: SlimInfo) -> str:
+    """Write what a checkpoint says about itself as JSON, the same text for the same values."""
+    return json.dumps(info.model_dump(), allow_nan=False, separators=(",", ":"), sort_keys=True)
+
+
+def info_of_text(text: str) -> SlimInfo:
+    """Read what `info_as_text` wrote; the text may come from a file.
 
     Raises:
-        ValueError: one is missing or is not allowed; the message names it.
+        ValueError: a value is missing or is not allowed; the message names it.
     """
     try:
-        return SlimInfo.model_validate(values)
+        return SlimInfo.model_validate(parse_json(text))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -584,9 +589,9 @@ def write_slim(path: Path, tensors: Mapping[str, torch.Tensor], info: SlimInfo, 
         OutputError: The file cannot be written; nothing half-written is left.
     """
     refuse_existing(path, force=force)
-    text = json.dumps(info.model_dump(), allow_nan=False, separators=(",", ":"), sort_keys=True)
+    text = info_as_text(info)
     try:
-        _validated(parse_json(text))
+        info_of_text(text)
     except ValueError as error:
         raise UsageError(f"{path} would not be readable: {error}.") from error
     metadata = {
