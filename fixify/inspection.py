@@ -9,6 +9,7 @@ from typing import Any
 
 from fixify.checkpoints import open_source
 from fixify.checkpoints.learned import stated
+from fixify.checkpoints.onnx_file import is_onnx, read_onnx_info
 from fixify.checkpoints.remarks import remarks_on
 from fixify.checkpoints.slim import SlimInfo, read_info
 from fixify.checkpoints.verify import Check
@@ -125,11 +126,14 @@ def identify(source: str | Path, *, on_progress: Callable[[int, int], object] | 
 
 
 def inspect(file: str | Path) -> SlimInfo | LanguageInfo:
-    """Read what a slim checkpoint or a language model says about itself. Only its header is read.
+    """Read what a slim checkpoint, an ONNX file of `fixify.export` or a language model says about itself.
 
     Raises:
-        FormatError: it is neither, is damaged, or was written by a newer version.
+        FormatError: it is none of these, is damaged, or was written by a newer version.
+        UsageError: it is an ONNX file, and onnxruntime is not installed.
     """
+    if is_onnx(file):
+        return read_onnx_info(file)[0]
     return read_language_info(file) if is_language(file) else read_info(file)
 
 

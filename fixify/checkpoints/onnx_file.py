@@ -118,7 +118,8 @@ def open_onnx(path: Path | str) -> tuple[SlimInfo, OnnxModel]:
     info, onnx_info = _read(path, session.get_modelmeta().custom_metadata_map)
     if onnx_info.part == "head":
         raise UsageError(
-            f"{Path(path).name} is a head alone; it takes features, not images.", hint="Export the model: drop --head-only."
+            f"{Path(path).name} is a head alone; it takes features, not images.",
+            hint="Export the model: drop --head-only.",
         )
     if onnx_info.top_k is not None:
         raise UsageError(
@@ -163,9 +164,7 @@ class OnnxModel(nn.Module):
         FormatError: Input or output of the graph are not those that the metadata describes.
     """
 
-    def __init__(
-        self, session: onnxruntime.InferenceSession, info: SlimInfo, onnx_info: OnnxInfo, name: str
-    ) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, info: SlimInfo, onnx_info: OnnxInfo, name: str) -> None:
         super().__init__()
         self.session = session
         self.fixify_info = info

@@ -20,7 +20,21 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from fixify._version import __version__
-from fixify.cli import convert, demo, eval, export, finetune, identify, inspect, plan, predict, recipes, report, train, verify
+from fixify.cli import (
+    convert,
+    demo,
+    eval,
+    export,
+    finetune,
+    identify,
+    inspect,
+    plan,
+    predict,
+    recipes,
+    report,
+    train,
+    verify,
+)
 from fixify.cli.launch import leave_if_told, may_tell, silence_all_but_first, speak
 from fixify.cli.options import with_options
 from fixify.cli.output import fail, visible

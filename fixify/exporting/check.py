@@ -46,7 +46,13 @@ class Agreement:
 
 
 def agreement(
-    images: str, batches: Iterable[Tensor], reference: Run, exported: Run, *, allowed: float, minimum: float | None = None
+    images: str,
+    batches: Iterable[Tensor],
+    reference: Run,
+    exported: Run,
+    *,
+    allowed: float,
+    minimum: float | None = None,
 ) -> Agreement:
     """Compare an exported model with PyTorch.
 
@@ -70,7 +76,8 @@ def agreement(
         expected, got = reference(batch).double(), exported(batch).double()
         if expected.shape != got.shape:
             raise CheckFailed(
-                f"The export failed its check: it returns {list(got.shape)}, PyTorch {list(expected.shape)}.", hint=_NOTHING
+                f"The export failed its check: it returns {list(got.shape)}, PyTorch {list(expected.shape)}.",
+                hint=_NOTHING,
             )
         spread = expected.std(dim=-1, keepdim=True, correction=0).clamp_min(1e-12)
         if minimum is not None:
@@ -83,14 +90,20 @@ def agreement(
     found = Agreement(images, count, largest, same, allowed)
     if not largest <= allowed:
         raise CheckFailed(
-            f"The export failed its check: on {images} its logits differ from PyTorch's by up to {largest:.3g} standard "
-            f"deviations ({allowed:g} are allowed), and the first class is the same for {same} of {count}.",
+            f"The export failed its check: on {images} its logits differ from PyTorch's by up to {largest:.3g} "
+            f"standard deviations ({allowed:g} are allowed), and the first class is the same for {same} of {count}.",
             hint=_NOTHING,
         )
     return found
 
 
 _NOTHING = "No file was written. Try --portable, another --opset, or --to torch-export."
+
+
+def recorded(answers: Iterable[Tensor]) -> Run:
+    """Return a function that gives these answers one after another, whatever it is called with."""
+    rest = iter(answers)
+    return lambda _: next(rest)
 
 
 def random_images(sizes: list[int], *, fixed: int | None) -> Iterator[Tensor]:

@@ -19,7 +19,7 @@ from fixify.checkpoints.slim import DTYPES, FORMAT_VERSION, SlimInfo, info_as_te
 from fixify.data import UnreadableImages, draw_images, make_loader, name_the_first
 from fixify.data.preprocessing import normalization
 from fixify.errors import CheckFailed, ExportError, UsageError, resources_explained
-from fixify.exporting.check import EIGHT_BIT, EXACT, NUM_REAL, Agreement, agreement, random_images
+from fixify.exporting.check import EIGHT_BIT, EXACT, NUM_REAL, Agreement, agreement, random_images, recorded
 from fixify.exporting.options import OPSET, ExportOptions
 from fixify.exporting.parts import HeadParts, Signs
 
@@ -140,7 +140,7 @@ def export(
         if options.to == "dense":
             from fixify.exporting.dense import write_dense
 
-            return write_dense(job, target, force=force)
+            return write_dense(job, target, _batches(job, on_warning), force=force)
         if options.head_only:
             from fixify.exporting.head_only import write_head
 
@@ -303,16 +303,13 @@ def _answers(model: nn.Module, batches: list[Tensor]) -> list[Tensor]:
         return [model(batch).float() for batch in batches]
 
 
-def _compare(
-    exported: OnnxModel, name: str, batches: list[Tensor], answers: list[Tensor], allowed: float
-) -> Agreement:
-    known = iter(answers)
+def _compare(exported: OnnxModel, name: str, batches: list[Tensor], answers: list[Tensor], allowed: float) -> Agreement:
     if not exported.onnx_info.softmax:
-        return agreement(name, batches, lambda _: next(known), exported, allowed=allowed)
+        return agreement(name, batches, recorded(answers), exported, allowed=allowed)
     return agreement(
         name,
         batches,
-        lambda _: next(known).log_softmax(dim=-1),
+        recorded(answer.log_softmax(dim=-1) for answer in answers),
         exported,
         allowed=allowed,
         minimum=_LEAST_LOGARITHM,

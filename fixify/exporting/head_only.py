@@ -87,7 +87,7 @@ def head_arrays(parts: HeadParts) -> dict[str, np.ndarray]:
 def _npz(job: Job) -> bytes:
     """Pack the constants of all heads; with several heads, names begin with the path and a slash."""
     several = len(job.heads) > 1
-    arrays = {
+    arrays: dict[str, Any] = {
         (f"{path}/{name}" if several else name): array
         for path, parts in job.heads.items()
         for name, array in head_arrays(parts).items()

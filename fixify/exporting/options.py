@@ -39,7 +39,9 @@ class ExportOptions(CheckedOptions):
     )
     batch: int | None = option(None, "ONNX: number of images of a call. Default: any number.", ge=1)
     include_preprocessing: bool = option(
-        False, "ONNX: take pixels of images that are resized and cropped, uint8 [batch, height, width, channels], and normalise them."
+        False,
+        "ONNX: take the pixels of resized and cropped images, uint8 [batch, height, width, channels], and normalise "
+        "them.",
     )
     include_softmax: bool = option(False, "ONNX: return probabilities instead of logits.")
     top_k: int | None = option(None, "ONNX: return the K largest values and their classes.", ge=1)
@@ -60,7 +62,9 @@ class ExportOptions(CheckedOptions):
         if self.to != "onnx":
             for name in (*_OF_ONNX, *_OF_WHOLE_ONNX):
                 if name in given:
-                    yield Conflict((name, "to"), f"{name} belongs to ONNX, not to {self.to}", "Drop it, or add --to onnx.")
+                    yield Conflict(
+                        (name, "to"), f"{name} belongs to ONNX, not to {self.to}", "Drop it, or add --to onnx."
+                    )
             if self.head_only:
                 yield Conflict(("head_only", "to"), f"A head alone is written as ONNX, not as {self.to}", "Drop --to.")
         if self.head_only:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fixify._files import atomic_path
 from fixify.checkpoints.slim import FORMAT_VERSION, info_as_text
 from fixify.errors import ExportError
-from fixify.exporting.check import EXACT, agreement
+from fixify.exporting.check import EXACT, agreement, recorded
 from fixify.exporting.export import Exported, Job, stored_dtype
 from fixify.exporting.parts import NORM_EPSILON, First, HeadParts, Picked, Signs, Table, Transform
 from fixify.heads import unpack_signs
@@ -92,9 +92,7 @@ def _for_torch(array: np.ndarray) -> np.ndarray:
     return array.astype(np.int32) if array.dtype in (np.uint16, np.uint32) else array
 
 
-def write_torch_export(
-    job: Job, target: Path, batches: Mapping[str, Iterator[Tensor]], *, force: bool
-) -> Exported:
+def write_torch_export(job: Job, target: Path, batches: Mapping[str, Iterator[Tensor]], *, force: bool) -> Exported:
     """Write a model as a .pt2 file; see `fixify.exporting.export.export`.
 
     The program maps images, float32 [batch, channels, height, width], to logits [batch, C]. The archive has an extra
@@ -120,8 +118,7 @@ def write_torch_export(
             loaded = torch.export.load(file).module()
         checks = []
         for (name, images), answers in zip(compared, expected, strict=True):
-            known = iter(answers)
-            checks.append(agreement(name, images, lambda _, known=known: next(known), _run(loaded), allowed=EXACT))
+            checks.append(agreement(name, images, recorded(answers), _run(loaded), allowed=EXACT))
         num_bytes = temporary.stat().st_size
     return Exported((target,), num_bytes, job.head_bytes, tuple(checks), tuple(notes))
 

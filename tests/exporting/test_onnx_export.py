@@ -199,7 +199,12 @@ def test_other_onnx_files_are_refused(tmp_path: Path, slims: Slims) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("fixify.version", "9"), ("fixify", "{}"), ("fixify.onnx", '{"batch": -1}'), ("fixify.onnx", '{"preprocessing": true}')],
+    [
+        ("fixify.version", "9"),
+        ("fixify", "{}"),
+        ("fixify.onnx", '{"batch": -1}'),
+        ("fixify.onnx", '{"preprocessing": true}'),
+    ],
 )
 def test_damaged_metadata_is_refused(tmp_path: Path, slims: Slims, key: str, value: str) -> None:
     path = fixify.export(slims(head="hadamard"), tmp_path / "net.onnx").paths[0]
