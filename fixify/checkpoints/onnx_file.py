@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from fixify._files import require_regular
@@ -51,7 +51,7 @@ class OnnxInfo(BaseModel):
     softmax: bool = False
     top_k: Count | None = None
     portable: bool = False
-    batch: Count | None = None
+    batch: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
     onnxruntime: Text | None = None
     check: list[dict[str, Any]] = []
 
@@ -74,7 +74,6 @@ def new_session(source: str | bytes, *, optimised: bool = True) -> onnxruntime.I
     """
     require_onnx("Running an ONNX file", "onnxruntime")
     import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as states
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -83,15 +82,22 @@ def new_session(source: str | bytes, *, optimised: bool = True) -> onnxruntime.I
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except (
-        *(states.Fail, states.InvalidProtobuf, states.InvalidGraph, states.NoSuchFile, states.RuntimeException),
-        *(states.InvalidArgument, states.NotImplemented),
-    ) as error:
+    except _runtime_errors() as error:
         name = source if isinstance(source, str) else "The model"
         raise FormatError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {str(error).splitlines()[0][:300]}",
             hint="Upgrade it: pip install --upgrade onnxruntime",
         ) from error
+
+
+def _runtime_errors() -> tuple[type[Exception], ...]:
+    """Return what ONNX Runtime raises for a model that it cannot load or run."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as states
+
+    return (
+        *(states.Fail, states.InvalidProtobuf, states.InvalidGraph, states.NoSuchFile, states.RuntimeException),
+        *(states.InvalidArgument, states.NotImplemented),
+    )
 
 
 def read_onnx_info(path: Path | str) -> tuple[SlimInfo, OnnxInfo]:
@@ -167,6 +173,7 @@ class OnnxModel(nn.Module):
     def __init__(self, session: onnxruntime.InferenceSession, info: SlimInfo, onnx_info: OnnxInfo, name: str) -> None:
         super().__init__()
         self.session = session
+        self.name = name
         self.fixify_info = info
         self.onnx_info = onnx_info
         self.input_size = [int(size) for size in info.data_config["input_size"]]
@@ -174,8 +181,13 @@ class OnnxModel(nn.Module):
         wanted = [height, width, channels] if onnx_info.preprocessing else [channels, height, width]
         inputs, outputs = session.get_inputs(), session.get_outputs()
         shapes = [list(value.shape[1:]) for value in (*inputs, *outputs)]
+        kind = "tensor(uint8)" if onnx_info.preprocessing else "tensor(float)"
+        kinds = [value.type for value in (*inputs, *outputs)]
+        sizes = [value.shape[0] for value in (*inputs, *outputs) if isinstance(value.shape[0], int)]
         values = [len(onnx_info.mean), len(onnx_info.std)] if onnx_info.preprocessing else [channels, channels]
-        if shapes != [wanted, [info.num_classes]] or values != [channels, channels]:
+        fits = shapes == [wanted, [info.num_classes]] and kinds == [kind, "tensor(float)"]
+        fits = fits and all(size == onnx_info.batch for size in sizes) and values == [channels, channels]
+        if not fits:
             raise FormatError(f"{name} does not take {wanted} to {info.num_classes} classes, as its metadata says.")
         self.input_name = inputs[0].name
 
@@ -217,5 +229,8 @@ class OnnxModel(nn.Module):
         return torch.cat([self._call(part) for part in inputs.split(size)])[:count]
 
     def _call(self, inputs: Tensor) -> Tensor:
-        (made,) = self.session.run(None, {self.input_name: inputs.contiguous().numpy()})
+        try:
+            (made,) = self.session.run(None, {self.input_name: inputs.contiguous().numpy()})
+        except _runtime_errors() as error:
+            raise FormatError(f"ONNX Runtime cannot run {self.name}: {str(error).splitlines()[0][:300]}") from error
         return torch.from_numpy(made).float()
