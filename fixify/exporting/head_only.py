@@ -15,6 +15,7 @@ from torch import Tensor
 from fixify._files import refuse_existing, write_atomic
 from fixify.checkpoints.onnx_file import OnnxInfo, new_session
 from fixify.checkpoints.slim import FORMAT_VERSION, info_as_text
+from fixify.errors import UsageError
 from fixify.exporting.check import EIGHT_BIT, EXACT, NUM_RANDOM, Agreement, agreement
 from fixify.exporting.export import LEAST_RUNTIME, Exported, Job, metadata_of
 from fixify.exporting.onnx_models import add_metadata, head_model
@@ -29,9 +30,14 @@ def write_head(job: Job, target: Path, *, force: bool) -> Exported:
 
     The ONNX file is that of `fixify.exporting.onnx_models.head_model`, and the arrays of the other are listed in
     `head_arrays`.
+
+    Raises:
+        UsageError: The target has the suffix of the constants.
     """
     portable = job.options.portable
     constants = target.with_suffix(".npz")
+    if constants == target:
+        raise UsageError(f"{target} is the name of the constants; -o names the ONNX file beside them.")
     refuse_existing(constants, force=force)
     made = head_model(job.heads, opset=job.options.opset or OPSET, portable=portable)
     session = new_session(made.SerializeToString())
