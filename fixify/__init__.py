@@ -7,6 +7,7 @@ The method is Hoffer, Hubara & Soudry, "Fix your classifier" (ICLR 2018).
     fixify.convert("model.pth")                            # writes model.fixed.safetensors
     fixify.finetune("model.fixed.safetensors", "data")     # recovers the accuracy; data/ has train/ and val/
     fixify.evaluate("model.fixed.safetensors", "data")     # top-1, top-5, loss, calibration error
+    fixify.export("model.fixed.safetensors", to="onnx")    # a file that ONNX Runtime runs without fixify
     model = fixify.load("model.fixed.safetensors")         # an ordinary nn.Module in eval mode
     fixify.fix_classifier_(timm_model, "hadamard")         # surgery in place, to train as you like
     fixify.report("resnet50").removable                    # 2_048_000 weights that a fixed head makes superfluous
@@ -28,6 +29,7 @@ _EXPORTS = {
     "codebook": "fixify.heads",
     "convert": "fixify.conversion",
     "evaluate": "fixify.evaluation",
+    "export": "fixify.exporting.export",
     "finetune": "fixify.training.api",
     "fix_classifier_": "fixify.surgery",
     "identify": "fixify.identification",
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from fixify.conversion import convert as convert
     from fixify.errors import FixifyError as FixifyError
     from fixify.evaluation import evaluate as evaluate
+    from fixify.exporting.export import export as export
     from fixify.heads import FixedClassifier as FixedClassifier
     from fixify.heads import HeadSpec as HeadSpec
     from fixify.heads import codebook as codebook

@@ -5,6 +5,7 @@ Importing this module needs neither torch nor timm nor NumPy, so that `fixify in
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from fixify.errors import ArchitectureError, FormatError
 SLIM_KEY = "fixify"
 LANGUAGE_KEY = "fixify.language"
 DIGEST_KEY = "fixify.tensors"  # files of older versions lack it
+
+ONNX_SUFFIX = ".onnx"
 
 FORMAT_VERSION = "1"
 DTYPE_NAMES = ("float32", "float16", "bfloat16", "float64")
@@ -232,7 +235,7 @@ def parse_metadata(path: Path | str, metadata: Mapping[str, str]) -> Header:
             hint="Upgrade: pip install --upgrade fixify",
         )
     try:
-        return Header(validated(parse_json(metadata[SLIM_KEY])), recorded_digest(path, metadata))
+        return Header(info_of_text(metadata[SLIM_KEY]), recorded_digest(path, metadata))
     except ValueError as error:
         raise FormatError(f"The header of {path} is damaged: {error}.") from error
 
@@ -249,15 +252,25 @@ def recorded_digest(path: Path | str, metadata: Mapping[str, str]) -> str | None
     return digest
 
 
-def validated(values: Any) -> SlimInfo:
-    """Check the values of a header.
+def info_as_text(info: SlimInfo) -> str:
+    """Write what a checkpoint says about itself as JSON, the same text for the same values."""
+    return json.dumps(info.model_dump(), allow_nan=False, separators=(",", ":"), sort_keys=True)
+
+
+def info_of_text(text: str) -> SlimInfo:
+    """Read what `info_as_text` wrote; the text may come from a file.
 
     Raises:
-        ValueError: one is missing or is not allowed; the message names it.
+        ValueError: a value is missing or is not allowed; the message names it.
     """
     try:
-        return SlimInfo.model_validate(values)
+        return SlimInfo.model_validate(parse_json(text))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ValueError(f"{where}: {first['msg']}".removeprefix(": ").rstrip(".")) from error
+
+
+def is_onnx(path: Path | str) -> bool:
+    """Check whether a path is a file with the suffix of ONNX."""
+    return str(path).endswith(ONNX_SUFFIX) and Path(path).is_file()

@@ -24,7 +24,6 @@ from torch import nn
 
 from fixify._files import atomic_path, refuse_existing, require_regular, unchanged
 from fixify._leftovers import private_folder, remove_leftovers
-from fixify._values import parse_json
 from fixify.checkpoints.digests import add_to_digest, compare_digests, digest_of
 from fixify.checkpoints.files import TensorFile, on_meta
 from fixify.checkpoints.header import (
@@ -34,8 +33,9 @@ from fixify.checkpoints.header import (
     SLIM_KEY,
     SlimInfo,
     has_metadata,
+    info_as_text,
+    info_of_text,
     parse_metadata,
-    validated,
 )
 from fixify.checkpoints.source import Source
 from fixify.errors import ArchitectureError, FormatError, HeadSpecError, OutputError, UsageError
@@ -470,9 +470,9 @@ def write_slim(path: Path, tensors: Mapping[str, torch.Tensor], info: SlimInfo, 
         OutputError: The file cannot be written; nothing half-written is left.
     """
     refuse_existing(path, force=force)
-    text = json.dumps(info.model_dump(), allow_nan=False, separators=(",", ":"), sort_keys=True)
+    text = info_as_text(info)
     try:
-        validated(parse_json(text))
+        info_of_text(text)
     except ValueError as error:
         raise UsageError(f"{path} would not be readable: {error}.") from error
     metadata = {

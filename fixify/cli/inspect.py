@@ -12,7 +12,7 @@ from fixify.cli.output import Output
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A slim checkpoint, or a language model.")],
+    file: Annotated[Path, typer.Argument(help="A slim checkpoint, an exported .onnx file, or a language model.")],
     as_json: Json = False,
 ) -> None:
     """Show what a slim checkpoint says about itself. Only its header is read."""

@@ -22,6 +22,7 @@ from fixify.savings import Savings
 if TYPE_CHECKING:  # matplotlib, data sets and training take seconds to import; whoever made a result has them
     from fixify.demo.run import DemoResult
     from fixify.evaluation import Evaluation
+    from fixify.exporting.export import Exported
     from fixify.language.checkpoint import LanguageInfo
     from fixify.language.run import LanguageRun
     from fixify.models.identify import Identification
@@ -198,6 +199,17 @@ def predictions_table(found: Sequence[Prediction]) -> Table:
         for position, (probability, number, label) in enumerate(rows):
             name = short if position == 0 else ""
             made.add_row(name, f"{100 * probability:.1f} %", str(number), label)
+    return made
+
+
+def export_table(done: Exported) -> Table:
+    """Show what was written, and how it agrees with PyTorch."""
+    made = new_table("", "")
+    made.add_row("written", human_bytes(done.num_bytes))
+    made.add_row("of it the head", human_bytes(done.head_bytes))
+    for check in done.checks:
+        same = f"same first class on {check.same} of {check.count} {check.images}"
+        made.add_row("against PyTorch", f"{same}; logits differ by {check.difference:.1g} std at most")
     return made
 
 
