@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fixify._files import write_atomic
 from fixify.errors import ExportError, OutputError, OutputExistsError
 from fixify.exporting.check import EXACT, agreement, recorded
-from fixify.exporting.export import Exported, Job, stored_dtype
+from fixify.exporting.job import Exported, Job, stored_dtype
 from fixify.heads import FixedClassifier
 from fixify.heads.statistics import floor_std
 from fixify.models.architectures import build

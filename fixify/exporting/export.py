@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,89 +11,20 @@ from torch import Tensor, nn
 
 from fixify._files import atomic_path, refuse_existing
 from fixify._packages import require_onnx
-from fixify.checkpoints.header import FORMAT_VERSION, SlimInfo, info_as_text
-from fixify.checkpoints.onnx_file import ONNX_KEY, VERSION_KEY, OnnxInfo, OnnxModel, new_session
-from fixify.checkpoints.open import OpenModel, open_model
+from fixify.checkpoints.onnx_file import OnnxInfo, OnnxModel, new_session
+from fixify.checkpoints.open import open_model
 from fixify.checkpoints.slim import DTYPES
 from fixify.data import UnreadableImages, draw_images, make_loader, name_the_first
 from fixify.data.preprocessing import normalization
 from fixify.errors import CheckFailed, ExportError, UsageError, resources_explained
 from fixify.exporting.check import EIGHT_BIT, EXACT, NUM_REAL, Agreement, agreement, random_images, recorded
+from fixify.exporting.job import HALF, LEAST_RUNTIME, Exported, Job, metadata_of, stored_dtype
 from fixify.exporting.options import OPSET, ExportOptions
 from fixify.exporting.parts import HeadParts, Signs
 
-LEAST_RUNTIME = "1.32"
-"""Version of ONNX Runtime with which the fast head was measured; older ones may compute it slowly or refuse it."""
 _SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "dense": ".timm"}
 _SLIM_SUFFIXES = (".fixed.safetensors", ".safetensors")
 _LARGEST_ONNX = (1 << 31) - 1
-_HALF = (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Exported:
-    """The result of `export`.
-
-    Attributes:
-        paths: The files that were written, or the folder; what a person opens first.
-        num_bytes: Their size together.
-        head_bytes: Size of the head's constants.
-        checks: How the result agrees with PyTorch.
-        notes: What a person should know of it.
-    """
-
-    paths: tuple[Path, ...]
-    num_bytes: int
-    head_bytes: int
-    checks: tuple[Agreement, ...]
-    notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what `fixify export --json` prints."""
-        return {
-            "paths": [str(path) for path in self.paths],
-            "bytes": self.num_bytes,
-            "head_bytes": self.head_bytes,
-            "checks": [check.to_dict() for check in self.checks],
-            "notes": list(self.notes),
-        }
-
-
-@dataclass(frozen=True)
-class Job:
-    """A checkpoint that is being exported.
-
-    Attributes:
-        opened: The checkpoint.
-        info: Its header.
-        heads: Its heads by path, as small constants.
-        options: How to export it.
-    """
-
-    opened: OpenModel
-    info: SlimInfo
-    heads: Mapping[str, HeadParts]
-    options: ExportOptions
-
-    @property
-    def model(self) -> nn.Module:
-        """The model in PyTorch."""
-        return self.opened.model
-
-    @property
-    def head_bytes(self) -> int:
-        """Size of the constants of all heads."""
-        return sum(array.nbytes for parts in self.heads.values() for _, array in parts.arrays())
-
-    @property
-    def notes(self) -> list[str]:
-        """What a person should know of the heads."""
-        return [
-            f"{path}: {self.info.heads[index].spec.kind} codes are real numbers, so the file holds all "
-            f"{parts.num_classes} x {parts.num_features} of them; hadamard and binary heads stay small."
-            for index, (path, parts) in enumerate(self.heads.items())
-            if not parts.is_small
-        ]
 
 
 def export(
@@ -175,13 +104,6 @@ def _open(checkpoint: str | Path, options: ExportOptions) -> Job:
     return Job(opened, opened.slim, heads, options)
 
 
-def stored_dtype(job: Job) -> torch.dtype:
-    """Return the type in which weights are stored: the wanted one, or the checkpoint's."""
-    dtype = DTYPES[job.options.dtype or job.info.dtype]
-    return dtype if dtype in _HALF else torch.float32
-
-
-@torch.no_grad()
 def round_weights_(model: nn.Module, dtype: torch.dtype) -> None:
     """Round the weight matrices and kernels of a model to a type; vectors and what overflows stay as they are."""
     for parameter in model.parameters():
@@ -247,12 +169,12 @@ def _write_onnx(job: Job, target: Path, batches: Mapping[str, Iterator[Tensor]],
         opset=options.opset or OPSET,
         portable=options.portable,
         fixed_batch=options.batch is not None,
-        as_stored=stored_dtype(job) in _HALF,
+        as_stored=stored_dtype(job) in HALF,
     )
     mean, std = normalization(job.opened.preprocessing)
     if options.include_preprocessing:
         add_preprocessing(made, mean, std)
-    if stored_dtype(job) in _HALF:
+    if stored_dtype(job) in HALF:
         store_lossless(made, stored_dtype(job))
     rounded = not options.portable and any(isinstance(parts.product, Signs) for parts in job.heads.values())
     about = OnnxInfo(
@@ -281,12 +203,6 @@ def _write_onnx(job: Job, target: Path, batches: Mapping[str, Iterator[Tensor]],
     with atomic_path(target, force=force) as temporary:
         temporary.write_bytes(data)
     return Exported((target,), len(data), job.head_bytes, tuple(checks), tuple(job.notes))
-
-
-def metadata_of(info: SlimInfo, about: OnnxInfo) -> dict[str, str]:
-    """Write the metadata of an ONNX file."""
-    text = json.dumps(about.model_dump(), allow_nan=False, separators=(",", ":"), sort_keys=True)
-    return {VERSION_KEY: FORMAT_VERSION, "fixify": info_as_text(info), ONNX_KEY: text}
 
 
 def _bytes(made: Any) -> bytes:

@@ -17,7 +17,7 @@ from fixify.checkpoints.header import FORMAT_VERSION, info_as_text
 from fixify.checkpoints.onnx_file import OnnxInfo, new_session
 from fixify.errors import UsageError
 from fixify.exporting.check import EIGHT_BIT, EXACT, NUM_RANDOM, Agreement, agreement
-from fixify.exporting.export import LEAST_RUNTIME, Exported, Job, metadata_of
+from fixify.exporting.job import LEAST_RUNTIME, Exported, Job, metadata_of
 from fixify.exporting.onnx_models import add_metadata, head_model
 from fixify.exporting.options import OPSET
 from fixify.exporting.parts import HeadParts, Picked, Signs, Table

@@ -16,7 +16,7 @@ from fixify._files import atomic_path
 from fixify.checkpoints.header import FORMAT_VERSION, info_as_text
 from fixify.errors import ExportError
 from fixify.exporting.check import EXACT, agreement, recorded
-from fixify.exporting.export import Exported, Job, stored_dtype
+from fixify.exporting.job import Exported, Job, stored_dtype
 from fixify.exporting.parts import NORM_EPSILON, First, HeadParts, Picked, Signs, Table, Transform
 from fixify.heads import unpack_signs
 from fixify.surgery import replace_module

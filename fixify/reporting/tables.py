@@ -22,7 +22,7 @@ from fixify.savings import Savings
 if TYPE_CHECKING:  # matplotlib, data sets and training take seconds to import; whoever made a result has them
     from fixify.demo.run import DemoResult
     from fixify.evaluation import Evaluation
-    from fixify.exporting.export import Exported
+    from fixify.exporting.job import Exported
     from fixify.language.checkpoint import LanguageInfo
     from fixify.language.run import LanguageRun
     from fixify.models.identify import Identification

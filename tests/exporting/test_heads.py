@@ -70,7 +70,7 @@ def test_codes_take_at_most_a_bit_per_weight() -> None:
         if spec.kind not in ("orthogonal", "simplex"):
             assert all(len(tensor.dims) < 2 for tensor in floats), name
     big = head_model({"fc": HeadParts.of(a_head(HeadSpec("hadamard", 1280, 11264)))}, opset=18, portable=False)
-    assert big.ByteSize() < 11264 * 4 + 30_000  # the bias, and what else there is
+    assert big.ByteSize() < 11264 * 4 + 40_000  # the bias, and what else there is
 
 
 def test_many_matched_blocks_are_packed_signs() -> None:
