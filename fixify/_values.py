@@ -53,10 +53,10 @@ def finite_or_none(value: object) -> object:
 def counted(number: int, noun: str, plural: str | None = None) -> str:
     """Write a number with its noun.
 
-    >>> counted(1, "class", "classes"), counted(12, "class", "classes"), counted(2, "tensor")
-    ('1 class', '12 classes', '2 tensors')
+    >>> counted(1, "class", "classes"), counted(1000, "class", "classes"), counted(2, "tensor")
+    ('1 class', '1,000 classes', '2 tensors')
     """
-    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 _LARGEST_IN_JSON = 2**64

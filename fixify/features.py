@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fixify._values import counted
 from fixify.checkpoints.learned import Original
 from fixify.conversion_options import MIN_IMAGES
 from fixify.data import (
@@ -126,7 +127,7 @@ class Observation:
         drawn = draw_images(name, count=num_images, seed=seed)
         if len(drawn) < MIN_IMAGES:
             raise DataError(
-                f"{drawn.location} holds {len(drawn)} images; calibrating takes at least {MIN_IMAGES}.",
+                f"{drawn.location} holds {counted(len(drawn), 'image')}; calibrating takes at least {MIN_IMAGES}.",
                 hint="Give a folder of a few hundred images like those that the model is for; no labels are needed.",
             )
         self.data = drawn.name

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fixify._values import Count, Measured, Percent
+from fixify._values import Count, Measured, Percent, counted
 from fixify.errors import DataError, ResourceError, UsageError, resource_problem
 from fixify.heads import FixedClassifier
 from fixify.many_classes import Ranked, deferring, rank
@@ -133,14 +133,14 @@ class Confusions:
         """
         images, right = (tuple(int(count) for count in values[name]) for name in ("images", "right"))
         if len(images) != len(right):
-            raise ValueError(f"There are {len(images)} classes with images and {len(right)} with right predictions.")
+            raise ValueError(f"{len(images)} numbers of images, but {len(right)} of right predictions")
         worst = tuple(
             WorstClass(int(row["label"]), tuple((int(label), int(count)) for label, count in row["taken_for"]))
             for row in values["worst"]
         )
         named = {row.label for row in worst} | {label for row in worst for label, _ in row.taken_for}
         if unknown := sorted(label for label in named if not 0 <= label < len(images)):
-            raise ValueError(f"There is no class {unknown[0]} among {len(images)} classes.")
+            raise ValueError(f"There is no class {unknown[0]} among {counted(len(images), 'class', 'classes')}.")
         return cls(images, right, worst)
 
 
@@ -254,7 +254,9 @@ def compare(
             logits = _outputs(first, images, device, amp).float()
             other_logits = _outputs(second, other_images, device, amp).float()
             if logits.shape != other_logits.shape:
-                raise DataError(f"The models have {logits.shape[-1]} and {other_logits.shape[-1]} classes.")
+                raise DataError(
+                    f"The models have {logits.shape[-1]} and {counted(other_logits.shape[-1], 'class', 'classes')}."
+                )
             sums[0].add(logits, labels)
             sums[1].add(other_logits, labels)
             confidence, ours = logits.softmax(dim=-1).max(dim=-1)

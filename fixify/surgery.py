@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from fixify._values import counted
 from fixify.conversion_options import HeadConfig
 from fixify.errors import FormatError, HeadSpecError, NoClassifierError
-from fixify.heads import KINDS, FixedClassifier, HeadSpec, choose_kind, replacement
+from fixify.heads import KINDS, FixedClassifier, HeadSpec, choose_kind, replacement, wide_blocks
 from fixify.models.architectures import Architecture
 from fixify.models.classifiers import (
     ClassifierSite,
@@ -290,11 +291,14 @@ def _make_head(
         match, alpha = head.match and num_classes is None and spec.can_match, head.alpha
     if (spec.num_features, spec.num_classes) != (site.num_features, num_classes or site.num_classes):
         raise HeadSpecError(
-            f"The head spec is for {spec.num_features} features and {spec.num_classes} classes; the classifier "
+            f"The head spec is for {counted(spec.num_features, 'feature')} and "
+            f"{counted(spec.num_classes, 'class', 'classes')}; the classifier "
             f"{site.path} has {site.num_features} and {num_classes or site.num_classes}."
         )
     by_weights = (match or spec.stores_codes) and spec.digest is None
     if by_weights and weight is not None and not weight.is_meta:
+        if match and isinstance(head, HeadConfig) and head.wide_search:
+            spec = replace(spec, matched=True, blocks=wide_blocks(spec.num_features, spec.num_classes))
         made = replacement(
             spec,
             weight,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fixify._values import counted
 from fixify.errors import SourceError
 
 # Modules that people wrap a model in. A leading one is removed if all names are below it. No model of timm or
@@ -125,8 +126,8 @@ def refuse_adapters(names: Iterable[str], name: str) -> None:
     found = [key for key in names if _ADAPTER.search(key)]
     if found:
         raise SourceError(
-            f"{name} holds adapters (LoRA or another kind), for example {found[0]}, in {_number(found)}. fixify does "
-            "not apply them: how strongly they count is not in the file.",
+            f"{name} holds adapters (LoRA or another kind), for example {found[0]}, in "
+            f"{counted(len(found), 'tensor')}. fixify does not apply them: how strongly they count is not in the file.",
             hint="Merge them into the network where it was made: model = model.merge_and_unload(); "
             "torch.save(model.state_dict(), 'merged.pth')",
         )
@@ -323,7 +324,3 @@ def _refusal(name: str, keys: list[str], what: str) -> SourceError:
         hint="If the answers do not depend on it, save the network without it: torch.save({k: v for k, v in "
         f"state.items() if not k.startswith({first!r})}}, 'network.pth')",
     )
-
-
-def _number(keys: list[str]) -> str:
-    return "1 tensor" if len(keys) == 1 else f"{len(keys)} tensors"

@@ -10,16 +10,17 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fixify import _files
+from fixify._values import counted
 from fixify.checkpoints.keys import DTYPES, StateDict, clean, find_state_dict, unusual_dtype
 from fixify.checkpoints.metadata import facts_of_config, facts_of_metadata, facts_of_training
-from fixify.checkpoints.pickles import LARGEST_COPY, read_legacy, read_zip
+from fixify.checkpoints.pickles import LARGEST_COPY, MAX_ENTRIES, read_legacy, read_zip
 from fixify.checkpoints.sniffing import kind_of
 from fixify.checkpoints.source import Facts, Source
 from fixify.errors import SourceError, UnsafeCheckpointError
@@ -39,8 +40,10 @@ WEIGHTS = (
 )
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".th")
 
+_STORED = {**DTYPES, "U16": torch.uint16, "U32": torch.uint32}  # codes of slim checkpoints too
 _MAX_JSON = 64 << 20
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
+_MAX_NAME = 200  # characters of a file's name
 _AGAIN = "Compare its size with the original, or download it again."
 
 
@@ -146,8 +149,12 @@ def shards_of(index: Path) -> dict[str, list[str]]:
         raise SourceError(f"{index} is not the index of a checkpoint: it has no weight_map.")
     shards: dict[str, list[str]] = {}
     for key, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(SUFFIXES):
-            raise UnsafeCheckpointError(f"{index} was refused: it names {shard!r}, which is not a file beside it.")
+        is_name = (
+            isinstance(shard, str) and len(shard) <= _MAX_NAME and shard.isprintable() and shard.endswith(SUFFIXES)
+        )
+        if not is_name or Path(shard).name != shard:
+            name = str(shard)[:_MAX_NAME]
+            raise UnsafeCheckpointError(f"{index} was refused: it names {name!r}, which is not a file beside it.")
         shards.setdefault(shard, []).append(key)
     return shards
 
@@ -220,10 +227,14 @@ def read_safetensors(path: Path, *, meta: bool = False) -> SafetensorsContents:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = list(file.offset_keys())
+            if len(names) > MAX_ENTRIES:
+                raise UnsafeCheckpointError(
+                    f"{path} was refused: it lists {len(names):,} tensors, more than any model has."
+                )
             for name in names:
                 _check_tensor(path, name, file.get_slice(name))
             if meta or path.stat().st_size <= LARGEST_COPY:
-                tensors = {name: _on_meta(file, name) for name in names}
+                tensors = {name: on_meta(file, name) for name in names}
             else:
                 tensors = {name: file.get_tensor(name) for name in names}
             metadata = dict(file.metadata() or {})
@@ -237,19 +248,47 @@ def read_safetensors(path: Path, *, meta: bool = False) -> SafetensorsContents:
 def _read_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Read the tensors that are on the meta device into memory; the library would map them."""
     read = {}
-    with open(path, "rb") as file:
-        start = 8 + (length := int.from_bytes(file.read(8), "little"))
-        header = json.loads(file.read(length))
+    with open(path, "rb") as raw:
+        file = TensorFile(raw)
         for name, tensor in tensors.items():
             read[name] = torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
-            content = read[name].reshape(-1).view(torch.uint8).numpy()
-            if not tensor.is_meta or not content.nbytes:
-                continue
-            begin, end = header[name]["data_offsets"]
-            file.seek(start + begin)
-            if end - begin != content.nbytes or file.readinto(content.data) != content.nbytes:
-                raise SourceError(f"{path} is cut short, or changed while it was read.", hint=_AGAIN)
+            if tensor.is_meta:
+                try:
+                    file.read_into(name, read[name])
+                except EOFError as error:
+                    raise SourceError(f"{path}: {error}.", hint=_AGAIN) from error
     return read
+
+
+class TensorFile:
+    """The tensors of a safetensors file, read into memory that the caller chooses; the library would map them.
+
+    A file that is cut off under a map ends the process (SIGBUS).
+
+    Args:
+        file: The file, open for reading in binary mode; its header was checked by the library.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        length = int.from_bytes(file.read(8), "little")
+        self._header = json.loads(file.read(length))
+        self._start = 8 + length
+
+    def read_into(self, name: str, tensor: Tensor) -> None:
+        """Fill a contiguous tensor on the CPU.
+
+        Raises:
+            EOFError: the file is too short.
+        """
+        content = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+        begin, end = self._header[name]["data_offsets"]
+        self._file.seek(self._start + begin)
+        if end - begin != content.nbytes or (content.nbytes and self._read(content.data) != content.nbytes):
+            raise EOFError("the file is cut short, or changed while it was read")
+
+    def _read(self, memory: memoryview) -> int:
+        return cast(Any, self._file).readinto(memory)
 
 
 def has_metadata(path: Path | str, key: str) -> bool:
@@ -315,13 +354,20 @@ def _listing(folder: Path) -> list[Path]:
         raise SourceError(f"The folder {folder} cannot be read: {error.strerror or error}.") from error
 
 
-def _on_meta(file: safe_open, name: str) -> Tensor:
+def on_meta(file: safe_open, name: str) -> Tensor:
+    """Return a tensor of a safetensors file without its values.
+
+    Raises:
+        SafetensorError: torch has no such type.
+    """
     piece = file.get_slice(name)
-    return torch.empty(piece.get_shape(), dtype=DTYPES[piece.get_dtype()], device="meta")
+    if piece.get_dtype() not in _STORED:
+        raise SafetensorError(f"{name} has the type {piece.get_dtype()}")
+    return torch.empty(piece.get_shape(), dtype=_STORED[piece.get_dtype()], device="meta")
 
 
 def _check_tensor(path: Path, name: str, piece: Any) -> None:
-    if piece.get_dtype() not in DTYPES:
+    if piece.get_dtype() not in _STORED:
         raise unusual_dtype(path.name, name, piece.get_dtype())
     # If one dimension is zero, any shape fits zero bytes, but torch still computes strides from the other dimensions.
     if math.prod(max(size, 1) for size in piece.get_shape()) * 8 >= 1 << 63:
@@ -335,7 +381,9 @@ def _check_header_size(path: Path) -> None:
     with open(path, "rb") as file:
         start = file.read(8)
     if len(start) < 8:
-        raise SourceError(f"{path} is not a safetensors file: {size} bytes are too few for a header.", hint=_AGAIN)
+        raise SourceError(
+            f"{path} is not a safetensors file: {counted(size, 'byte')}, too few for a header.", hint=_AGAIN
+        )
     header = int.from_bytes(start, "little")
     if header > _MAX_HEADER:
         raise UnsafeCheckpointError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from fixify._values import counted
 from fixify.checkpoints.extras import (
     INNER_WRAPPERS,
     WRAPPERS,
@@ -45,6 +46,8 @@ _OLD_DENSENET = re.compile(r"(\bdenselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 _SETTINGS = ("temperature", "mean", "std")
 _MOST_NUMBERS = 16
 _LARGEST = 1e30  # a longer number is as wrong as this one
+_LONGEST_NAME = 1_000  # characters; the longest name in timm has 80
+_MOST_WRAPPERS = 16  # around one another
 _FEW = 8  # the tensors of a classifier, at most
 # The dtypes of an image model's weights and counters. Others (float8, packed 4 bit, complex) mean nothing without the
 # scales or the code that belong to them.
@@ -175,6 +178,11 @@ def clean(found: StateDict, name: str, *, file_bytes: int, ema: bool = False) ->
     tensors = {}
     dropped = []
     for key, value in found.entries.items():
+        if len(key) > _LONGEST_NAME:
+            raise SourceError(
+                f"{name} holds an entry whose name has {len(key):,} characters: {key[:40]}...",
+                hint=f"Names of tensors have at most {_LONGEST_NAME:,} characters.",
+            )
         if isinstance(value, Tensor) and key.rpartition(".")[2] != "n_averaged":
             tensors[key] = _plain(key, value, name)
         else:
@@ -234,7 +242,9 @@ def strip_wrappers(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, 
     """
     names = {key: _current(key) for key in tensors}
     outside: list[str] = []
-    while len(names) > 1:
+    for _ in range(_MOST_WRAPPERS):
+        if len(names) < 2:
+            break
         first = Counter(new.split(".", 1)[0] for new in names.values() if "." in new)
         # torch.nn.Sequential(Normalize(...), network): no network has all its names below a number.
         known = {part: n for part, n in first.items() if part in WRAPPERS or (part.isdigit() and n == len(names))}
@@ -285,10 +295,9 @@ def _beside(others: Mapping[str, object], entries: Mapping[str, object], name: s
         SourceError: an entry looks like a classifier of its own.
     """
     names = {_last_parts(key) for key in entries}
-    settings = [key for key in ("mean", "std") if key in others]
     found = []
     for key, value in others.items():
-        if isinstance(value, Tensor) and (key not in _SETTINGS or (key != "temperature" and len(settings) < 2)):
+        if isinstance(value, Tensor) and key not in _SETTINGS:
             found.append(key)
         if not _holds_tensors(value):
             continue
@@ -305,7 +314,7 @@ def _beside(others: Mapping[str, object], entries: Mapping[str, object], name: s
                 "'model.pth'). If it is not the classifier, save the network without it.",
             )
         else:
-            found.append(f"{key} ({len(tensors)} tensors)")
+            found.append(f"{key} ({counted(len(tensors), 'tensor')})")
     return found
 
 
@@ -335,8 +344,13 @@ def _settings(top: Mapping[str, object], name: str) -> dict[str, Tensor]:
         numbers = [number for number in given if isinstance(number, (int, float)) and not isinstance(number, bool)]
         if 0 < len(numbers) <= _MOST_NUMBERS and len(numbers) == len(given):
             found[key] = torch.tensor([float(max(-_LARGEST, min(_LARGEST, number))) for number in numbers])
-    if "mean" not in found or "std" not in found:
-        found = {key: value for key, value in found.items() if key == "temperature"}
+    alone = [key for key in ("mean", "std") if key in found]
+    if len(alone) == 1:
+        raise SourceError(
+            f"{name} holds {alone[0]} beside the weights, and no {'std' if alone == ['mean'] else 'mean'}. It may "
+            "be the normalisation of the images, which changes the answers.",
+            hint="Save it again with both (mean and std of the images, one number per channel), or without it.",
+        )
     temperature = found.get("temperature")
     if temperature is not None and temperature.numel() != 1:
         raise SourceError(

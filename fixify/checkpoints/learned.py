@@ -268,7 +268,7 @@ def _identify(source: Source) -> tuple[Candidate, str]:
             choices=found.choices,
         )
     candidate = found.candidates[0]
-    how = "the order of its shapes" if found.by == "shapes" else "key names and shapes"
+    how = "its shapes and the structure of its names" if found.by == "shapes" else "key names and shapes"
     if found.narrowed_by is not None:
         how += f" and {found.narrowed_by}"
     read = "".join(f" {note}" for note in candidate.notes)

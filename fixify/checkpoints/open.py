@@ -7,19 +7,17 @@ from pathlib import Path
 
 from torch import nn
 
-from fixify._files import unchanged
 from fixify.checkpoints.learned import Original, read_original
 from fixify.checkpoints.slim import (
     Origin,
     SlimInfo,
     is_slim,
-    load_contents,
+    load,
     main_dtype,
-    read_contents,
     source_record,
 )
 from fixify.checkpoints.source import check_finite
-from fixify.errors import FormatError, SourceError
+from fixify.errors import SourceError
 from fixify.models.architectures import Architecture, Preprocessing
 
 
@@ -63,11 +61,8 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
         ArchitectureError, NoClassifierError: see `fixify.checkpoints.learned.read_original`.
     """
     if is_slim(ref):
-        with unchanged(Path(ref), FormatError):
-            contents = read_contents(ref)
-            check_finite(contents.tensors)
-            contents.check_digest(ref)
-            model = load_contents(contents, ref)
+        model = load(ref, check=True)
+        check_finite(model.state_dict())
         info: SlimInfo = model.fixify_info  # type: ignore[assignment]
         _refuse_one_logit(Path(ref).name, info.num_classes)
         return OpenModel(

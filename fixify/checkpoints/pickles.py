@@ -108,8 +108,10 @@ _STAND_INS: tuple[tuple[Any, str], ...] = (
 
 
 # Limits of a checkpoint of an image model, so that a small file cannot keep the reader busy.
-_MAX_ENTRIES = 50_000  # of an archive: a tensor each
+MAX_ENTRIES = 50_000  # of an archive: a tensor each
 _MAX_KEY = 10_000  # values in one tuple, those inside it included: a tuple is hashed as a whole
+_LONGEST_REASON = 2_000  # characters of torch's message
+_LONGEST_GLOBAL = 1_000
 _CHUNK = 1 << 20
 
 
@@ -168,6 +170,7 @@ def _load(path: Path, *, mmap: bool) -> object:
 
 
 def _refusal(path: Path, reason: str) -> SourceError:
+    reason = reason[:_LONGEST_REASON]  # it has the names in the pickle, however long they are
     found = _REFUSED_GLOBAL.search(reason)
     if found is not None:
         return _unsafe(path, found[1] if "." in found[1] else f"builtins.{found[1]}")
@@ -248,8 +251,8 @@ def _refuse_endless(path: Path, content: bytes | mmap.mmap) -> None:
             largest, place = _largest_tuple(content, place)
             if largest > _MAX_KEY:
                 raise UnsafeCheckpointError(
-                    f"{path} was refused: a tuple in its pickle holds more than {_MAX_KEY:,} values. torch.save "
-                    "never writes that.",
+                    f"{path} was refused: its pickle holds a tuple of more than {_MAX_KEY:,} values, or the name of a "
+                    f"global with more than {_LONGEST_GLOBAL:,} characters. torch.save never writes that.",
                     hint="Download it again from a source that you trust.",
                 )
     except (LookupError, ValueError):
@@ -281,9 +284,11 @@ def _largest_tuple(content: bytes | mmap.mmap, place: int) -> tuple[int, int]:
     An operation that torch's reader does not know ends the scan, as it ends the reading.
 
     Returns:
-        How many values the largest tuple holds (not much more than the limit), and where the next pickle starts.
+        How many values the largest tuple holds (not much more than the limit; more than it for a name that is too
+        long), and where the next pickle starts.
     """
     stack: list[int] = []
+    marks: list[int] = []  # where the marks are on the stack
     memo: dict[int, int] = {}
     largest = 0
     while True:
@@ -300,14 +305,17 @@ def _largest_tuple(content: bytes | mmap.mmap, place: int) -> tuple[int, int]:
                 place = content.find(b"\n", place) + 1
                 if not place:
                     raise ValueError("a line without end")
+            if code in b"ci" and place - start > _LONGEST_GLOBAL:  # torch's own search in its message is quadratic
+                return _MAX_KEY + 1, place
         if code in b"qrp":
             memo[_number_at(content, code, start, place)] = stack[-1]
         elif code in b"hjg":
             stack.append(memo[_number_at(content, code, start, place)])
         elif code == 40:  # (
+            marks.append(len(stack))
             stack.append(_MARK)
         elif code in _TUPLES or code == 116:  # t
-            count = _TUPLES[code] if code in _TUPLES else _above_mark(stack)
+            count = _TUPLES[code] if code in _TUPLES else len(stack) - 1 - marks.pop()
             size = 1 + sum(stack[len(stack) - count :]) if count else 1
             del stack[len(stack) - count - (code == 116) :]
             stack.append(size)
@@ -323,7 +331,7 @@ def _largest_tuple(content: bytes | mmap.mmap, place: int) -> tuple[int, int]:
             if put:
                 stack.append(1)
         elif code in _TO_THE_MARK:
-            del stack[len(stack) - _above_mark(stack) - 1 :]
+            del stack[marks.pop() :]
             if _TO_THE_MARK[code]:
                 stack.append(1)
         else:  # the end, or an operation that is unknown to torch's reader
@@ -335,11 +343,6 @@ def _largest_tuple(content: bytes | mmap.mmap, place: int) -> tuple[int, int]:
 def _number_at(content: bytes | mmap.mmap, code: int, start: int, end: int) -> int:
     argument = content[start:end]
     return int(argument) if code in b"pg" else int.from_bytes(argument, "little")
-
-
-def _above_mark(stack: list[int]) -> int:
-    """Count the values above the topmost mark."""
-    return stack[::-1].index(_MARK)
 
 
 def _pickle_bytes(path: Path) -> bytes:
@@ -404,7 +407,7 @@ def _entries(path: Path) -> list[zipfile.ZipInfo]:
 
 def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
     names = [entry.filename for entry in entries]
-    if len(names) > _MAX_ENTRIES:
+    if len(names) > MAX_ENTRIES:
         raise UnsafeCheckpointError(f"{path} was refused: it lists {len(names):,} entries, more than any model has.")
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
         raise SourceError(

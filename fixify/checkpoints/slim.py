@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,8 +33,9 @@ from torch import nn
 
 from fixify._files import atomic_path, refuse_existing, require_regular, unchanged
 from fixify._leftovers import private_folder, remove_leftovers
-from fixify._values import parse_json
-from fixify.checkpoints.files import LANGUAGE_KEY, SLIM_KEY, has_metadata
+from fixify._values import counted, parse_json
+from fixify.checkpoints.digests import DIGEST_KEY, add_to_digest, compare_digests, digest_of, recorded_digest
+from fixify.checkpoints.files import LANGUAGE_KEY, SLIM_KEY, TensorFile, has_metadata, on_meta
 from fixify.checkpoints.records import CalibrationRecord, SavingsRecord, SourceRecord, TrainingRecord, checked
 from fixify.checkpoints.source import Source
 from fixify.errors import ArchitectureError, FormatError, HeadSpecError, OutputError, UsageError
@@ -48,7 +49,7 @@ from fixify.models.architectures import (
     preprocessing,
 )
 from fixify.models.build import Bounds, load_weights
-from fixify.models.classifiers import find_classifiers
+from fixify.models.classifiers import find_heads
 from fixify.models.identify import fit, identify
 from fixify.models.signature import module_traits
 from fixify.savings import Savings
@@ -56,8 +57,6 @@ from fixify.surgery import HeadRecord, apply_heads_, replace_module
 
 FORMAT_VERSION = "1"
 SUFFIX = ".fixed.safetensors"
-DIGEST_KEY = "fixify.tensors"
-_DIGEST = re.compile("sha256:[0-9a-f]{64}")
 _MAX_HEADS = 16
 _MAX_TEXT = 10_000  # characters of a class name or a path
 
@@ -138,7 +137,10 @@ class SlimInfo(BaseModel):
     def _check_labels(self) -> SlimInfo:
         if self.labels is not None:
             if len(self.labels) != self.num_classes:
-                raise ValueError(f"there are {len(self.labels)} labels for {self.num_classes} classes")
+                raise ValueError(
+                    f"the labels are not one per class: {counted(len(self.labels), 'label')}, "
+                    f"{counted(self.num_classes, 'class', 'classes')}"
+                )
             if any(len(label) > _MAX_TEXT for label in self.labels):
                 raise ValueError(f"a label is longer than {_MAX_TEXT} characters")
         return self
@@ -230,7 +232,8 @@ class Contents:
 
     Attributes:
         info: What it says about itself.
-        tensors: Its tensors, memory-mapped; empty if only the header was read.
+        tensors: Its tensors, memory-mapped, so a file that is cut off meanwhile ends the process (SIGBUS); on the meta
+            device if only the header was read.
         digest: The recorded digest of the tensors; None in files of older versions, which have none.
     """
 
@@ -244,26 +247,8 @@ class Contents:
         Raises:
             FormatError: they are not.
         """
-        if self.digest is not None and digest_of(self.tensors) != self.digest:
-            raise FormatError(
-                f"The tensors of {path} are not those that were written: their digest is another one.",
-                hint="The file is damaged, or was edited. Copy or download it again, or convert the original again.",
-            )
-
-
-def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of the names, types, shapes and bytes of some tensors, in the order of their names.
-
-    >>> digest_of({"a": torch.zeros(2)})[:20]
-    'sha256:6ffaf78bf26e0'
-    """
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        total.update(json.dumps([name, dtype, list(tensor.shape)]).encode() + b"\n")
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return f"sha256:{total.hexdigest()}"
+        if self.digest is not None:
+            compare_digests(digest_of(self.tensors), self.digest, path)
 
 
 def read_contents(path: Path | str, *, header_only: bool = False) -> Contents:
@@ -271,7 +256,7 @@ def read_contents(path: Path | str, *, header_only: bool = False) -> Contents:
 
     Args:
         path: The file.
-        header_only: Leave out the tensors.
+        header_only: Leave out the tensors' values.
 
     Raises:
         FormatError: The file is not a regular file, is damaged, was not written by fixify, or has a newer version.
@@ -282,16 +267,14 @@ def read_contents(path: Path | str, *, header_only: bool = False) -> Contents:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             info = _read_metadata(path, metadata)
-            tensors = {} if header_only else {name: file.get_tensor(name) for name in file.offset_keys()}
+            read = partial(on_meta, file) if header_only else file.get_tensor
+            tensors = {name: read(name) for name in file.offset_keys()}
     except (SafetensorError, OSError) as error:
         raise FormatError(
             f"{path} is not a readable .safetensors file: {error}.",
             hint=f"If it is an ordinary checkpoint, make a slim one of it first: fixify convert {path}",
         ) from error
-    digest = metadata.get(DIGEST_KEY)
-    if digest is not None and not _DIGEST.fullmatch(digest):
-        raise FormatError(f"The header of {path} is damaged: {digest[:40]!r} is not a digest.")
-    return Contents(info, tensors, digest)
+    return Contents(info, tensors, recorded_digest(path, metadata))
 
 
 def read_info(path: Path | str) -> SlimInfo:
@@ -342,13 +325,15 @@ def load(path: Path | str, *, device: str | torch.device = "cpu", check: bool = 
     """Load a slim checkpoint as a model that is ready for inference.
 
     The architecture is built, the codebook is rebuilt from the head spec and compared with its digest, and the stored
-    weights are loaded. As in timm, weights stored in half precision become float32.
+    weights are read into the model without a second copy of all of them. As in timm, weights stored in half precision
+    become float32.
 
     Args:
         path: A slim checkpoint.
         device: The device of the model.
-        check: Compare the tensors with the digest in the file. This about doubles the time; `fixify.verify` and the
-            commands always do it. Files of older versions have no digest.
+        check: Compare the tensors with the digest in the file, which notices a single changed bit. It is not the
+            default, because it about doubles the time; `fixify.verify` and the commands always do it. Files of older
+            versions have no digest.
 
     Returns:
         The model in eval mode. Its `SlimInfo` is `model.fixify_info`.
@@ -359,21 +344,68 @@ def load(path: Path | str, *, device: str | torch.device = "cpu", check: bool = 
     """
     path = Path(path)
     with unchanged(path, FormatError):
-        contents = read_contents(path)
-        if check:
-            contents.check_digest(path)
-        return load_contents(contents, path).to(device)
+        contents = read_contents(path, header_only=True)
+        model = _build(contents)
+        try:
+            tensors, digest = _read_into(model, contents, path, check=check)
+        except (OSError, EOFError, ValueError, LookupError) as error:  # it was another file when its header was read
+            raise FormatError(f"{path} cannot be read: {error}.") from error
+        if check and contents.digest is not None:
+            compare_digests(digest, contents.digest, path)
+        return _fill(model, contents.info, tensors, path).to(device)
+
+
+def _read_into(model: nn.Module, contents: Contents, path: Path, *, check: bool) -> tuple[dict[str, torch.Tensor], str]:
+    """Read the tensors of a file into those of a model, one by one, so that no second copy of all is in memory.
+
+    Args:
+        model: The model.
+        contents: The file's header.
+        path: The file.
+        check: Compute the digest.
+
+    Returns:
+        The tensors under their names: the model's own, or another one if it does not fit or belongs to a head, whose
+        loading compares old and new values; and the digest.
+
+    Raises:
+        OSError, EOFError, ValueError, LookupError: the file cannot be read, or is not the one that has the header.
+    """
+    own, total = model.state_dict(), hashlib.sha256()
+    heads = tuple(f"{record.path}." for record in contents.info.heads)
+    tensors = {}
+    with open(path, "rb") as raw:
+        file = TensorFile(raw)
+        for name in sorted(contents.tensors):
+            stored, mine = contents.tensors[name], own.get(name)
+            fits = mine is not None and mine.shape == stored.shape and not name.startswith(heads)
+            direct = fits and mine is not None and mine.dtype == stored.dtype and mine.is_contiguous()
+            read = mine if direct and mine is not None else torch.empty_like(stored, device="cpu")
+            file.read_into(name, read)
+            if check:
+                add_to_digest(total, name, read)
+            tensors[name] = mine.copy_(read) if fits and not direct and mine is not None else read
+    return tensors, f"sha256:{total.hexdigest()}"
 
 
 def load_contents(contents: Contents, path: Path | str) -> nn.Module:
     """Build the model of a slim checkpoint that was read; see `load`."""
+    return _fill(_build(contents), contents.info, contents.tensors, path)
+
+
+def _build(contents: Contents) -> nn.Module:
+    """Build the model of a slim checkpoint, without values."""
     info = contents.info
     codes = sum(record.spec.num_features * record.spec.num_classes for record in info.heads)
     within = Bounds.of(contents.tensors, classifier=codes)
     model = build(info.architecture, num_classes=info.num_classes, blank=True, within=within)
     apply_heads_(model, info.heads)
+    return model
+
+
+def _fill(model: nn.Module, info: SlimInfo, tensors: Mapping[str, torch.Tensor], path: Path | str) -> nn.Module:
     try:
-        load_weights(model, contents.tensors)
+        load_weights(model, tensors)
     except RuntimeError as error:
         raise FormatError(
             f"The tensors of {path} are not those of {info.architecture.ref}: {_first_problem(error)}"
@@ -461,7 +493,7 @@ def describe(model: nn.Module, arch: str | Architecture | None = None) -> SlimIn
         origin = Origin(architecture, preprocessing(architecture, cfg), None, {}, main_dtype(model.state_dict()))
     num_classes = next(iter(heads.values())).out_features
     original = build(origin.architecture, num_classes=num_classes, meta=True)
-    sites = {site.path: site for site in find_classifiers(original, origin.architecture)}
+    sites = {site.path: site for site in find_heads(original, origin.architecture)}
     dtype, head_keys = DTYPES[origin.dtype], tuple(f"{path}." for path in heads)
     stored = {
         key: tensor.to("meta", dtype) if tensor.is_floating_point() else tensor.to("meta")

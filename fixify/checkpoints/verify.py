@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from torch import nn
 
 from fixify._files import sha256_of, unchanged
 from fixify._values import counted
+from fixify.checkpoints.digests import compare_digests, digest_of
 from fixify.checkpoints.learned import read_original
-from fixify.checkpoints.slim import Contents, SlimInfo, load_contents, read_contents
+from fixify.checkpoints.slim import SlimInfo, load_contents, read_contents
 from fixify.checkpoints.source import check_finite
 from fixify.errors import CodebookMismatchError, FixifyError, FormatError, SourceError
 from fixify.heads import coherence
@@ -58,7 +59,7 @@ def _checks(path: Path, source: str | Path | None) -> list[Check]:
     info, tensors = contents.info, contents.tensors
     classes = counted(info.num_classes, "class", "classes")
     checks = [Check("header", True, f"format version 1, {info.architecture.ref}, {classes}")]
-    checks += [_finite(tensors), _digest(contents, path)]
+    checks += [_finite(tensors), check_digest(tensors, contents.digest, path)]
     try:
         model = load_contents(contents, path)
     except CodebookMismatchError as error:
@@ -67,7 +68,7 @@ def _checks(path: Path, source: str | Path | None) -> list[Check]:
     except FixifyError as error:
         checks.append(Check("tensors", False, error.message))
         return checks
-    checks.append(Check("tensors", True, f"{len(tensors)} tensors, as {info.architecture.ref} has them"))
+    checks.append(Check("tensors", True, f"{counted(len(tensors), 'tensor')}, as {info.architecture.ref} has them"))
     checks.append(_codebook(info, model))
     checks.append(_forward(info, model))
     if source is not None:
@@ -83,12 +84,12 @@ def _finite(tensors: dict[str, torch.Tensor]) -> Check:
     return Check("values", True, "all finite")
 
 
-def _digest(contents: Contents, path: Path) -> Check:
-    """Compare the tensors with the recorded digest, which sees a single flipped bit."""
-    if contents.digest is None:
+def check_digest(tensors: Mapping[str, torch.Tensor], recorded: str | None, path: Path | str) -> Check:
+    """Compare tensors with the recorded digest, which notices a single flipped bit."""
+    if recorded is None:
         return Check("digest", True, "none recorded: the file was written by an older version")
     try:
-        contents.check_digest(path)
+        compare_digests(digest_of(tensors), recorded, path)
     except FormatError as error:
         return Check("digest", False, error.message.rstrip("."))
     return Check("digest", True, "tensors as written")
@@ -159,7 +160,9 @@ def _against(info: SlimInfo, tensors: dict[str, torch.Tensor], source: str | Pat
     heads = tuple(f"{record.path}." for record in info.heads)
     backbone = [key for key in original.tensors if not key.startswith(heads)]
     changed = [key for key in backbone if key not in tensors or not _identical(tensors[key], original.tensors[key])]
-    detail = f"{changed[0]} and {len(changed) - 1} more differ" if changed else f"{len(backbone)} tensors, bit for bit"
+    detail = f"{counted(len(backbone), 'tensor')}, bit for bit"
+    if changed:
+        detail = f"{changed[0]} differs" if len(changed) == 1 else f"{changed[0]} and {len(changed) - 1} more differ"
     return [*checks, Check("backbone", not changed, detail)]
 
 

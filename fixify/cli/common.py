@@ -146,10 +146,11 @@ def report_run(output: Output, result: FinetuneResult, options: FinetuneOptions,
     if options.max_drop is not None:
         goal = f"within {options.max_drop:g} points of the original's {result.original_top1:.2f} %"
         if not result.reached:
+            epochs = "1 epoch" if options.epochs == 1 else f"{options.epochs} epochs"
             raise CheckFailed(
-                f"After {options.epochs} epochs the best top-1 is {result.after.val_top1:.2f} %, not {goal}.",
+                f"After {epochs} the best top-1 is {result.after.val_top1:.2f} %, not {goal}.",
                 hint=f"It is kept in {result.best_path}. Try more --epochs, or a larger --max-drop.",
             )
-        steps = f"after {result.after.step:,} steps" if result.after.step else "before training"
+        steps = f"after step {result.after.step:,}" if result.after.step else "before training"
         output.say(f"stopped {steps}: validation top-1 {result.after.val_top1:.2f} % is {goal}")
     output.next_step(f"fixify eval {result.best_path} --data {data}", "measure it again, or any other checkpoint")

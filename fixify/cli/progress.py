@@ -266,10 +266,10 @@ class TrainingDisplay(RunDisplay):
             metrics = event.metrics
             self.output.say(f"before training: top-1 {metrics.top1:.2f} %, loss {metrics.loss:.4f}")
         elif isinstance(event, training.Calibrated):
-            self.output.say(f"feature statistics taken from {event.images} training images")
+            self.output.say(f"feature statistics taken from {_images(event.images, 'training image')}")
         elif isinstance(event, training.LastBlockEpoch):
             where = f"last blocks, epoch {event.epoch + 1}/{event.epochs}"
-            self.output.say(f"{where}: loss {event.loss:.4f} on the features of {event.images:,} images")
+            self.output.say(f"{where}: loss {event.loss:.4f} on the features of {_images(event.images)}")
         elif isinstance(event, training.Step):
             self._step(event)
         elif isinstance(event, training.Validated):
@@ -407,3 +407,9 @@ def watching(output: Output, trackers: Sequence[str]) -> Iterator[Listener]:
                 listener(event)
 
         yield tell
+
+
+def _images(number: int, noun: str = "image") -> str:
+    from fixify._values import counted  # which imports pydantic
+
+    return counted(number, noun)

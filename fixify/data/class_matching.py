@@ -93,7 +93,8 @@ def match_classes(
             raise _names_differ(opened, names)
     if len(found) < num_classes and numbers and subset:
         names = vocabularies[0] if vocabularies else tuple(map(str, range(num_classes)))
-        note = f"{len(found):,} of the checkpoint's {num_classes:,} classes; the class names are its labels"
+        note = f"{len(found):,} of the checkpoint's {counted(num_classes, 'class', 'classes')}"
+        note += "; the class names are its labels"
         return _matched(opened, numbers, names, note)
     if len(found) != num_classes:
         raise DataError(
@@ -158,8 +159,8 @@ def apply_class_map(opened: OpenedData, labels: Mapping[str, int]) -> OpenedData
         kept = np.flatnonzero(np.array(known)[cast(Any, images).labels])
         images = Subset(images, kept.tolist())
         description = (
-            f"{len(kept):,} images of the {sum(known):,} classes that the class map names, out of {description} "
-            f"({known.count(False):,} classes are left out)"
+            f"{counted(len(kept), 'image')} of {counted(sum(known), 'class', 'classes')} that the class map names, "
+            f"out of {description} (left out: {counted(known.count(False), 'class', 'classes')})"
         )
     label_of = np.array([labels.get(name, -1) for name in opened.class_names], dtype=np.int64)
     return replace(
@@ -237,7 +238,7 @@ def _first_difference(found: Sequence[str], names: Sequence[str]) -> int:
 
 def _note_by_name(labels: Sequence[int], opened: OpenedData, num_classes: int) -> str | None:
     if len(labels) < num_classes:
-        return f"{len(labels):,} of the checkpoint's {num_classes:,} classes, matched by name"
+        return f"{len(labels):,} of the checkpoint's {counted(num_classes, 'class', 'classes')}, matched by name"
     if list(labels) == sorted(labels):
         return None
     order = "the data set's own" if opened.order == "own" else opened.order
@@ -275,8 +276,8 @@ def _contradiction(opened: OpenedData, names: Sequence[str], what: str) -> DataE
 def _classes_missing(opened: OpenedData, names: Sequence[str]) -> DataError:
     missing = [name for name in names if name not in set(opened.class_names)]
     return DataError(
-        f"The data at {opened.location} has {opened.num_classes} of the checkpoint's {len(names)} classes. "
-        f"Without images: {_shorten(missing)}.",
+        f"The data at {opened.location} has {opened.num_classes:,} of the checkpoint's "
+        f"{counted(len(names), 'class', 'classes')}. Without images: {_shorten(missing)}.",
         hint="A model that is trained on some classes unlearns the others. For a model of these classes alone, convert "
         f"again: fixify convert SOURCE --num-classes {opened.num_classes}",
     )
@@ -286,9 +287,11 @@ def _names_differ(opened: OpenedData, stored: Sequence[str]) -> DataError:
     shared = set(stored) & set(opened.class_names)
     missing = [name for name in stored if name not in shared]
     extra = [name for name in opened.class_names if name not in shared]
-    lacks = f"{len(missing)} of the checkpoint's {len(stored)} classes are not in the data: {_shorten(missing)}; "
+    lacks = f"the data lacks {len(missing):,} of the checkpoint's {counted(len(stored), 'class', 'classes')}"
+    others = f"The checkpoint lacks {len(extra):,} of the data's {counted(opened.num_classes, 'class', 'classes')}"
+    also = f"; {lacks}: {_shorten(missing)}" if missing else ""
     return DataError(
-        f"{lacks if missing else ''}{len(extra)} of the data's classes are not in the checkpoint: {_shorten(extra)}.",
+        f"{others}: {_shorten(extra)}{also}.",
         hint="Use the class folders that the checkpoint was trained on, say which folder has which label with "
         "--class-map FILE, or convert again with --num-classes.",
     )

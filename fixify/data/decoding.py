@@ -18,6 +18,8 @@ from PIL import Image, UnidentifiedImageError
 from fixify.errors import DataError, LoaderError, resource_problem
 
 _FRAMES = "fixify_frames"  # in `Image.info`
+_MOST = "fixify_most"  # in `Image.info`: the largest value that the file says it may hold
+_BITS, _MAX_SAMPLE = 258, 281  # TIFF tags
 _ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 _SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # in these, Pillow's mode "I" (32 bits) holds 16-bit values
 _ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
@@ -28,7 +30,7 @@ _LONGEST_REASON = 200
 ROTATED = "has an EXIF rotation, which is not applied (as in timm and torchvision)"
 ANIMATED = "has several frames or pages; the first is taken"
 TRANSPARENT = "has transparent pixels; transparency is dropped (as in timm and torchvision)"
-SIXTEEN_BITS = "has 16 bits per pixel; its values, 0 to 65,535, are scaled to 8 bits"
+SIXTEEN_BITS = "has {} bits per pixel; its values, 0 to {}, are scaled to 8 bits"
 INTEGERS = "has 32-bit integers from 0 to 65,535, which are scaled to 8 bits"
 FLOATS = "has floating-point values from 0 to {}, which are scaled to 8 bits"
 
@@ -59,6 +61,8 @@ def decode(file: Path | IO[bytes], where: object, *, hint: str | None = None) ->
         raise DataError(f"Cannot read the image {where}: it has no pixels.", hint=hint)
     if frames > 1:
         image.info[_FRAMES] = frames
+    if image.mode.startswith("I") and (most := _stated_most(image)) is not None:
+        image.info[_MOST] = most
     return image
 
 
@@ -66,8 +70,10 @@ def convert_mode(image: Image.Image, mode: str, where: object, *, hint: str | No
     """Convert a decoded image to "RGB" or "L".
 
     8-bit images are converted as Pillow does. 16-bit values keep their upper 8 bits, as Pillow keeps them of 16-bit RGB
-    files. Floating-point values are scaled by the smallest of the ranges 0 to 1, 0 to 255 and 0 to 65,535 that holds
-    them. See `remarks_on` for what a conversion leaves out.
+    files, unless a TIFF file says that it has fewer bits (BitsPerSample, MaxSampleValue): those are scaled by their
+    range. Samples of a PNG file fill the range of their type, whatever its sBIT chunk says of their origin.
+    Floating-point values are scaled by the smallest of the ranges 0 to 1, 0 to 255 and 0 to 65,535 that holds them. See
+    `remarks_on` for what a conversion leaves out.
 
     Args:
         image: The image.
@@ -112,7 +118,8 @@ def remarks_on(image: Image.Image) -> list[str]:
         if (most := _float_range(np.asarray(image))) is not None:
             found.append(FLOATS.format(f"{most:,}"))
     elif image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BIT_FORMATS):
-        found.append(SIXTEEN_BITS)
+        most = _most(image, _extrema(image)[1])
+        found.append(SIXTEEN_BITS.format(most.bit_length(), f"{most:,}"))
     elif image.mode == "I" and _extrema(image)[1] > 255:
         found.append(INTEGERS)
     elif (image.mode in _ALPHA or (image.mode in _KEYED and "transparency" in image.info)) and _is_transparent(image):
@@ -162,7 +169,28 @@ def _scaled_integers(image: Image.Image) -> Image.Image:
         return image.convert("L")
     if low < 0 or high > 65_535:
         raise ValueError(f"its integers reach from {low:,} to {high:,}, and only 8 and 16 bits are known")
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    values, most = np.asarray(image), _most(image, high)
+    scaled = values >> 8 if most == 65_535 else np.rint(values * np.float32(255 / most))
+    return Image.fromarray(scaled.astype(np.uint8))
+
+
+def _stated_most(image: Image.Image) -> int | None:
+    """Return the largest value that a TIFF file with more than 8 bits says it may hold; None if it does not say."""
+    tags = getattr(image, "tag_v2", {})
+    bits, most = (_first(tags.get(tag)) for tag in (_BITS, _MAX_SAMPLE))
+    most = most or ((1 << bits) - 1 if bits is not None and 8 < bits < 16 else None)
+    return most if most is not None and 255 < most < 65_535 else None
+
+
+def _first(value: Any) -> int | None:
+    value = value[0] if isinstance(value, tuple) and value else value
+    return value if isinstance(value, int) else None
+
+
+def _most(image: Image.Image, highest: int) -> int:
+    """Return the end of the range of a 16-bit image: what the file states, if no value contradicts it."""
+    stated = int(image.info.get(_MOST, 65_535))
+    return stated if highest <= stated else 65_535
 
 
 def _scaled_floats(image: Image.Image) -> Image.Image:

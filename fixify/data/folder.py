@@ -13,6 +13,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from fixify._values import counted
 from fixify.data.dataset import ClassOrder, OpenedData, Split, natural_order, sort_classes
 from fixify.data.decoding import decode
 from fixify.errors import DataError
@@ -118,14 +119,17 @@ def open_folder(
     unknown = [own for own in own_names if own not in set(class_names)]
     if unknown and train is not None:
         raise DataError(
-            f"{folder} has {len(unknown)} class folders that {train} does not have: {', '.join(unknown[:5])}.",
+            f"{folder} has {counted(len(unknown), 'class folder')} that {train} does not have: "
+            f"{', '.join(unknown[:5])}.",
             hint="Both splits need the same class folder names.",
         )
     found = scan(folder, own_names, {name: label for label, name in enumerate(class_names)}, split)
     asides = [*found.asides]
     if missing := len(class_names) - len(own_names) + len(found.empty):
-        asides.insert(0, "1 class has no images there" if missing == 1 else f"{missing:,} classes have no images there")
-    description = f"{len(found.paths):,} images of {count_classes(len(class_names))} from {folder.name}/"
+        asides.insert(0, f"{counted(missing, 'class', 'classes')} {'has' if missing == 1 else 'have'} no images there")
+    description = (
+        f"{counted(len(found.paths), 'image')} of {counted(len(class_names), 'class', 'classes')} from {folder.name}/"
+    )
     return OpenedData(
         images=FolderImages(folder, found.paths, found.labels),
         class_names=tuple(class_names),
@@ -165,9 +169,9 @@ def open_imagenet(roots: list[Path], split: Split) -> OpenedData:
         missing = sorted(set(synsets) - set(opened.class_names))
         other = sorted(set(opened.class_names) - set(synsets))
         raise DataError(
-            f"{opened.location} has {opened.num_classes} class folders, not the 1,000 of ImageNet-1k: "
-            f"{len(missing)} are missing (for example {', '.join(missing[:3]) or 'none'}), "
-            f"{len(other)} are unknown (for example {', '.join(other[:3]) or 'none'}).",
+            f"{opened.location} has {counted(opened.num_classes, 'class folder')}, not the 1,000 of ImageNet-1k: "
+            f"missing: {len(missing)} (for example {', '.join(missing[:3]) or 'none'}), "
+            f"unknown: {len(other)} (for example {', '.join(other[:3]) or 'none'}).",
             hint=_IMAGENET_LAYOUT,
         )
     return opened
@@ -223,7 +227,8 @@ def class_folders(folder: Path) -> list[str]:
     loose = [entry.name for entry in entries if entry.is_file() and _is_image(entry.name)]
     if loose:
         raise DataError(
-            f"{folder} holds {len(loose):,} images outside of class folders, for example {loose[0]}.", hint=_LAYOUT
+            f"{folder} holds {counted(len(loose), 'image')} outside of class folders, for example {loose[0]}.",
+            hint=_LAYOUT,
         )
     if not names:
         raise DataError(f"{folder} holds no class folders.", hint=_LAYOUT)
@@ -268,15 +273,6 @@ class FoundImages:
 def in_brackets(asides: Sequence[str]) -> str:
     """Join remarks for the end of a description; "" if there are none."""
     return f" ({'; '.join(asides)})" if asides else ""
-
-
-def count_classes(count: int) -> str:
-    """Write a number of classes.
-
-    >>> count_classes(1), count_classes(1000)
-    ('1 class', '1,000 classes')
-    """
-    return "1 class" if count == 1 else f"{count:,} classes"
 
 
 def images_below(folder: Path, name: str = "") -> FoundImages:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fixify._values import counted
 from fixify.data.dataset import DataOptions, OpenedData, Split, natural_order
 from fixify.data.decoding import decode
 from fixify.data.folder import SPLIT_NAMES
@@ -103,7 +104,7 @@ def open_hugging_face(name: str, roots: Sequence[Path], split: Split, options: D
     kept = np.flatnonzero(labels >= 0)
     missing = len(labels) - len(kept)
     if not len(kept):
-        raise DataError(f"None of the {missing:,} images of the split {found} of hfds/{name} has a label.")
+        raise DataError(f"No image of the split {found} of hfds/{name} has a label ({counted(missing, 'image')}).")
     if missing:
         table, labels = table.select(kept), labels[kept]
     short = local.resolve().name if local is not None else name
@@ -111,8 +112,8 @@ def open_hugging_face(name: str, roots: Sequence[Path], split: Split, options: D
         images=HuggingFaceImages(table, image_key, labels, f"hfds/{short} {found}"),
         class_names=class_names,
         location=f"hfds/{name}",
-        description=f"{len(labels):,} images of {len(class_names):,} classes, the split {found} of hfds/{short}"
-        + (f" ({missing:,} more have no label)" if missing else ""),
+        description=f"{counted(len(labels), 'image')} of {counted(len(class_names), 'class', 'classes')}, the split "
+        f"{found} of hfds/{short}" + (f" ({missing:,} more without a label)" if missing else ""),
         name=f"hfds/{short}",
         split=split,
         labelled=options.need_labels,

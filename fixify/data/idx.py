@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fixify._values import counted
 from fixify.data.dataset import OpenedData, Split
 from fixify.errors import DataError
 
@@ -86,12 +87,14 @@ def open_idx(folder: Path, split: Split, *, name: str, class_names: tuple[str, .
         highest = int((labels if train_labels is None else read_idx(train_labels)).max())
         class_names = tuple(str(label) for label in range(highest + 1))
     if labels.max() >= len(class_names):
-        raise DataError(f"{labels_path} has label {labels.max()}, but there are only {len(class_names)} classes.")
+        known = counted(len(class_names), "class", "classes")
+        raise DataError(f"{labels_path} has label {labels.max()}, but the data has {known}.")
     return OpenedData(
         images=ArrayImages(pixels, labels),
         class_names=class_names,
         location=str(folder),
-        description=f"{len(labels):,} images of {len(class_names)} classes from {images_path.name}",
+        description=f"{counted(len(labels), 'image')} of {counted(len(class_names), 'class', 'classes')} from "
+        f"{images_path.name}",
         name=name,
         split=split,
     )
@@ -140,5 +143,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     shape = np.frombuffer(data[4 : 4 + 4 * num_dimensions], dtype=">u4").astype(np.int64)
     body = data[4 + 4 * num_dimensions :]
     if len(shape) != num_dimensions or len(body) != int(np.prod(shape)):
-        raise DataError(f"{path} is damaged: its header says {shape.tolist()}, but it holds {len(body)} bytes.")
+        raise DataError(
+            f"{path} is damaged: its header says {shape.tolist()}, but it holds {counted(len(body), 'byte')}."
+        )
     return np.frombuffer(body, dtype=np.uint8).reshape(shape)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from torchvision import transforms
 
+from fixify._values import counted
 from fixify.data.dataset import ImageSource, OpenedData
 from fixify.data.decoding import convert_mode, remarks_on
 from fixify.data.preprocessing import channels_of, normalization
@@ -336,8 +337,8 @@ class UnreadableImages:
             enough = min(1.0, max(10 * self.max_fraction, math.ceil(100 * count / self.num_images) / 100))
             allow = f" Or allow more: {self.option} {enough:g}" if self.option else ""
             raise DataError(
-                f"{count:,} of {self.num_images:,} images cannot be read, and {self.max_fraction:g} of them may be "
-                f"unreadable{f' ({self.option})' if self.option else ''}. The last one: {found.message}",
+                f"{count:,} of {counted(self.num_images, 'image')} cannot be read, and {self.max_fraction:g} of them "
+                f"may be unreadable{f' ({self.option})' if self.option else ''}. The last one: {found.message}",
                 hint=f"{found.hint or ''}{allow}".strip() or None,
             )
         if self.on_found is not None:
@@ -351,7 +352,7 @@ class UnreadableImages:
         """
         if not self.messages:
             return None
-        return f"{len(self):,} of {self.num_images:,} images cannot be read and are left out."
+        return f"{len(self):,} of {counted(self.num_images, 'image')} cannot be read; left out."
 
     def remark(self, text: str, where: str) -> None:
         """Report what is unusual about an image, if no other image was reported for it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fixify._values import counted
 from fixify.errors import DataError
 from fixify.models.architectures import Preprocessing
 
@@ -38,7 +39,9 @@ def channels_of(preprocessing: Preprocessing) -> int:
         raise DataError(f"The checkpoint does not say how images are preprocessed. Missing: {', '.join(missing)}.")
     channels = int(preprocessing["input_size"][0])
     if channels not in (1, 3):
-        raise DataError(f"The model takes images of {channels} channels. Image files have 1 (gray) or 3 (RGB).")
+        raise DataError(
+            f"The model takes images of {counted(channels, 'channel')}. Image files have 1 (gray) or 3 (RGB)."
+        )
     return channels
 
 

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from timm.data import create_dataset
 
+from fixify._values import counted
 from fixify.data.class_matching import apply_class_map, read_class_map
 from fixify.data.dataset import DataOptions, OpenedData, Split, Subset
 from fixify.data.folder import (
     FolderImages,
     class_folders,
-    count_classes,
     find_split,
     images_below,
     in_brackets,
@@ -276,7 +276,8 @@ def _open_without_labels(folder: Path, root: Path, class_names: Sequence[str]) -
         images=FolderImages(folder, found.paths, [0] * len(found.paths)),
         class_names=tuple(class_names),
         location=str(folder),
-        description=f"{len(found.paths):,} images without labels from {folder.name}/" + in_brackets(found.asides),
+        description=f"{counted(len(found.paths), 'image')} without labels from {folder.name}/"
+        + in_brackets(found.asides),
         name=root.resolve().name,
         split="train",
         labelled=False,
@@ -296,7 +297,8 @@ def _open_labelled(folder: Path, root: Path, class_names: Sequence[str]) -> Open
         images=FolderImages(folder, found.paths, found.labels),
         class_names=tuple(names),
         location=str(folder),
-        description=f"{len(found.paths):,} images of {count_classes(len(folders) - len(found.empty))} from "
+        description=f"{counted(len(found.paths), 'image')} of "
+        f"{counted(len(folders) - len(found.empty), 'class', 'classes')} from "
         f"{folder.name}/" + in_brackets(found.asides),
         name=root.resolve().name,
         split="val",
@@ -390,7 +392,8 @@ def _opened_torchvision(name: str, dataset: Any, root: Path, split: Split) -> Op
         images=TorchvisionImages(dataset),
         class_names=class_names,
         location=str(root),
-        description=f"{len(dataset):,} images of {len(class_names)} classes, the {part} split of torch/{name}",
+        description=f"{counted(len(dataset), 'image')} of {counted(len(class_names), 'class', 'classes')}, the {part} "
+        f"split of torch/{name}",
         name=f"torch/{name}",
         split=split,
     )

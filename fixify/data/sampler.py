@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch.utils.data import Sampler
 
+from fixify._values import counted
 from fixify.data.seeding import Stream, derive_seed, derive_seeds, permutation
 from fixify.errors import DataError
 
@@ -63,7 +64,7 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
         self.batch_size = size - size % 2 if even else size
         if self.batch_size == 0:
             where = f" of {shard.count} processes" if shard.count > 1 else ""
-            raise DataError(f"{num_images} images are too few for a batch{where}.")
+            raise DataError(f"{counted(num_images, 'image')}: too few for a batch{where}.")
         self.global_batch_size = self.batch_size * shard.count
         # An incomplete last batch could have one image, on which batch norm fails.
         self.images_used = num_images - num_images % self.global_batch_size if training else num_images

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fixify._values import counted
 from fixify.data.class_matching import read_class_map
 from fixify.data.dataset import DataOptions, OpenedData, Split, natural_order
 from fixify.data.decoding import decode, unreadable
@@ -101,7 +102,7 @@ def open_webdataset(name: str, roots: Sequence[Path], split: Split, options: Dat
     index = shards.index(options)
     if shards.num_samples not in (None, len(index.targets)):
         raise DataError(
-            f"The shards of {shards.folder} hold {len(index.targets):,} images, but {shards.info_file} says "
+            f"The shards of {shards.folder} hold {counted(len(index.targets), 'image')}, but {shards.info_file} says "
             f"{shards.num_samples:,}.",
             hint="A shard is incomplete, or the file belongs to another version.",
         )
@@ -115,7 +116,7 @@ def open_webdataset(name: str, roots: Sequence[Path], split: Split, options: Dat
         class_names, labels = (), np.zeros(len(index.targets), dtype=np.int64)
     rows = np.flatnonzero(labels >= 0)
     without_class = len(labels) - len(rows)
-    asides = [f"{without_class:,} more have no class"] if without_class else []
+    asides = [f"{without_class:,} more without a class"] if without_class else []
     if index.without_image:
         asides.append(f"images of unknown suffixes are not read: {index.without_image:,}")
     short = shards.folder.resolve().name
@@ -124,8 +125,8 @@ def open_webdataset(name: str, roots: Sequence[Path], split: Split, options: Dat
         images=WebdatasetImages(index, rows, labels[rows]),
         class_names=class_names,
         location=str(shards.folder),
-        description=f"{len(rows):,} images of {len(class_names):,} classes from {files} of wds/{short}"
-        + (f" ({'; '.join(asides)})" if asides else ""),
+        description=f"{counted(len(rows), 'image')} of {counted(len(class_names), 'class', 'classes')} from {files} "
+        f"of wds/{short}" + (f" ({'; '.join(asides)})" if asides else ""),
         name=f"wds/{short}",
         split=split,
         labelled=options.need_labels,
@@ -153,7 +154,7 @@ def _read_labels(index: ShardIndex, train: ShardIndex, folder: Path) -> tuple[tu
         label_of = read_class_map(named)
         names = sorted(label_of, key=lambda name: label_of[name])
         if list(map(label_of.get, names)) != list(range(len(names))) or labels.max() >= len(names):
-            raise DataError(f"{named} has {len(names)} names, but the shards have label {labels.max()}.")
+            raise DataError(f"{named} has {counted(len(names), 'name')}, but the shards have label {labels.max()}.")
         return tuple(names), labels
     names = natural_order({str(target) for target in train.targets if target is not None})
     label_of = {name: label for label, name in enumerate(names)}
@@ -239,7 +240,7 @@ def _expand(pattern: Path) -> tuple[Path, ...]:
     ]
     missing = [path for path in paths if not path.is_file()]
     if missing and len(missing) < len(paths):
-        raise DataError(f"{len(missing)} of the {len(paths)} shards are missing, for example {missing[0]}.")
+        raise DataError(f"Missing: {len(missing)} of the {counted(len(paths), 'shard')}, for example {missing[0]}.")
     return () if missing else tuple(paths)
 
 
@@ -258,7 +259,7 @@ def _read_info(folder: Path, file: str, split: Split) -> _Shards:
             hint='Expected {"splits": {"train": {"filenames": [...], "num_samples": N}}}.',
         ) from error
     if missing := [path for path in files if not path.is_file()]:
-        raise DataError(f"{len(missing)} of the {len(files)} shards are missing, for example {missing[0]}.")
+        raise DataError(f"Missing: {len(missing)} of the {counted(len(files), 'shard')}, for example {missing[0]}.")
     return shards
 
 

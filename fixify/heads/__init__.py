@@ -1,8 +1,8 @@
 """Fixed classifiers: codebooks that are rebuilt from a few bytes, and the layer that multiplies with them fast.
 
 This package knows nothing of files, model libraries or the command line. Imports point downwards: `streams`,
-`hadamard`, `codes`, `kinds`, `spec` and `product`, `statistics` and `loss`, `layer`, `coherence` and `matching`,
-`fitting`.
+`hadamard`, `codes`, `kinds`, `spec` and `signs`, `product`, `statistics`, `normalisation`, `loss`, `prepared`,
+`layer`, `timing`, `coherence` and `matching`, `fitting`.
 """
 
 from fixify.heads.coherence import Coherence, coherence, rankin_bound, welch_bound
@@ -17,11 +17,20 @@ from fixify.heads.fitting import (
     replacement,
 )
 from fixify.heads.hadamard import hadamard, is_constructible
-from fixify.heads.kinds import KINDS, REFERENCE_CONSTRUCTION, Kind, StoredTensor, codebook, default_blocks, kind_of
-from fixify.heads.layer import FixedClassifier, initial_scale
+from fixify.heads.kinds import (
+    KINDS,
+    REFERENCE_CONSTRUCTION,
+    Kind,
+    StoredTensor,
+    codebook,
+    default_blocks,
+    kind_of,
+    wide_blocks,
+)
+from fixify.heads.layer import FixedClassifier, TopK, initial_scale
 from fixify.heads.loss import ArcFace, CosFace, Margin, SoftTarget
 from fixify.heads.matching import Matching, match
-from fixify.heads.product import unpack_signs
+from fixify.heads.signs import unpack_signs
 from fixify.heads.spec import HeadSpec, choose_kind
 
 __all__ = [
@@ -41,6 +50,7 @@ __all__ = [
     "Replacement",
     "SoftTarget",
     "StoredTensor",
+    "TopK",
     "choose_kind",
     "codebook",
     "coherence",
@@ -57,4 +67,5 @@ __all__ = [
     "replacement",
     "unpack_signs",
     "welch_bound",
+    "wide_blocks",
 ]

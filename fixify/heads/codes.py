@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 from scipy.linalg import helmert
 
+from fixify._values import counted
 from fixify.errors import HeadSpecError
 from fixify.heads import streams
 from fixify.heads.hadamard import Construction, Factor, block_bits, block_signs, order_of, rows
@@ -107,8 +108,8 @@ class SignRows(Codes):
                 if first != suspects[start + i]:
                     c, n = self.shape
                     raise HeadSpecError(
-                        f"Classes {first} and {suspects[start + i]} would get the same code: {c} codes of {n} signs "
-                        "are not all different.",
+                        f"Classes {first} and {suspects[start + i]} would get the same code: "
+                        f"{c:,} codes of {counted(n, 'sign')} are not all different.",
                         hint="Use another `--seed`, or `--head orthogonal`.",
                     )
             start += len(packed)

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fixify._values import counted
 from fixify.errors import HeadSpecError
 from fixify.heads.kinds import BINARY, GAIN_STEPS, KINDS, kind_of
 from fixify.heads.layer import FixedClassifier
@@ -254,8 +255,8 @@ def fit_(
     c, n = head.out_features, head.in_features
     if weight.shape != (c, n) or features.ndim != 2 or features.shape[1] != n:
         raise HeadSpecError(
-            f"A head of {c} classes and {n} features cannot be fitted to a weight of shape {list(weight.shape)} with "
-            f"features of shape {list(features.shape)}."
+            f"A head of {counted(c, 'class', 'classes')} and {counted(n, 'feature')} cannot be fitted to a weight of "
+            f"shape {list(weight.shape)} with features of shape {list(features.shape)}."
         )
     features, weight = features.float(), weight.float()
     old_bias = torch.zeros(c) if bias is None else bias.float()
@@ -394,7 +395,8 @@ def replacement(
     """
     c, n = spec.num_classes, spec.num_features
     if weight.numel() != c * n or len(weight) != c:
-        raise HeadSpecError(f"A head of {c} classes and {n} features cannot replace a weight {list(weight.shape)}.")
+        size = f"{counted(c, 'class', 'classes')} and {counted(n, 'feature')}"
+        raise HeadSpecError(f"A head of {size} cannot replace a weight {list(weight.shape)}.")
     weight = weight.detach().to("cpu", torch.float32).reshape(c, n)
     bias = None if bias is None else bias.detach().to("cpu", torch.float32)
     if features is None:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fixify._values import counted
 from fixify.errors import HeadSpecError
 from fixify.heads.codes import (
     Codes,
@@ -41,7 +42,7 @@ SHARED_BLOCKS = 8
 """Sign vectors tried by matching where all classes share one block (C <= N). More gain nothing: on EfficientNet-Lite0
 (1000 x 1280) the mean cosine with the old class vectors is between 0.0954 and 0.0959 for every one of them."""
 SEARCH_BLOCKS = 4096
-"""Blocks searched by matching where classes do not share one (C > N)."""
+"""Blocks searched by the wide search where classes do not share one (C > N)."""
 
 # Head specs come from files. These limits keep a hostile one from filling the memory or running for hours.
 MAX_SIGNS = 1 << 34
@@ -221,7 +222,8 @@ class Hadamard(Kind):
         construction_of(spec)  # raises if there is no such matrix
         if n < 64 and c > 2**n:
             raise HeadSpecError(
-                f"There are only {2**n} different codes of {n} signs, got {c} classes.",
+                f"There are only {2**n:,} different codes of {counted(n, 'sign')}, got "
+                f"{counted(c, 'class', 'classes')}.",
                 hint="Use `--head orthogonal`.",
             )
         needed = min_blocks(n, c)
@@ -229,7 +231,7 @@ class Hadamard(Kind):
             if spec.blocks is None or spec.blocks < needed:
                 raise HeadSpecError(f"A matched head of this size needs blocks >= {needed}, got {spec.blocks}.")
             if 2 * n * spec.blocks > 2**32:
-                raise HeadSpecError(f"{spec.blocks} blocks of {2 * n} codes are more than 2^32 codes.")
+                raise HeadSpecError(f"{counted(spec.blocks, 'block')} of {2 * n:,} codes are more than 2^32 codes.")
         elif spec.blocks not in (None, needed):
             raise HeadSpecError(f"An unmatched head of this size has {needed} block(s), got {spec.blocks}.")
 
@@ -375,8 +377,8 @@ class Simplex(Kind):
         """
         if spec.num_classes > spec.num_features + 1:
             raise HeadSpecError(
-                f"A simplex in {spec.num_features} features has at most {spec.num_features + 1} corners, got "
-                f"{spec.num_classes} classes.",
+                f"A simplex in {counted(spec.num_features, 'feature')} has at most "
+                f"{spec.num_features + 1:,} corners, got {counted(spec.num_classes, 'class', 'classes')}.",
                 hint="Use `--head hadamard` or `--head orthogonal`.",
             )
 
@@ -414,10 +416,13 @@ class Binary(Kind):
         """
         bits, n = spec.bits_per_class, spec.num_features
         if type(bits) is not int or not 1 <= bits <= n:
-            raise HeadSpecError(f"bits_per_class must be an integer from 1 to the {n} features, got {bits!r}.")
+            raise HeadSpecError(
+                f"bits_per_class must be an integer from 1 to the {counted(n, 'feature')}, got {bits!r}."
+            )
         if spec.num_classes > 2 ** min(bits, 63):
             raise HeadSpecError(
-                f"There are only {2**bits} different codes of {bits} signs, got {spec.num_classes} classes.",
+                f"There are only {2**bits:,} different codes of {counted(bits, 'sign')}, got "
+                f"{counted(spec.num_classes, 'class', 'classes')}.",
                 hint="Use more `--bits-per-class`.",
             )
         if self.uses_hadamard(spec):
@@ -469,7 +474,7 @@ class Binary(Kind):
     def description(self, spec: SpecFields) -> str:
         """Describe the signs and their size, for example "88 bits per class (12 bytes with its length)"."""
         size = _in_bytes(self.bytes_per_class(spec)) + (" with its length" if spec.gains else "")
-        return f"{self._num_signs(spec)} bits per class ({size})"
+        return f"{counted(self._num_signs(spec), 'bit')} per class ({size})"
 
     def default_options(self, num_features: int, *, has_features: bool) -> dict[str, Any]:
         """Return a sign per feature, stored row scales, and normalisation only with features at hand.
@@ -510,8 +515,8 @@ class Identity(Kind):
         """
         if spec.num_classes > spec.num_features:
             raise HeadSpecError(
-                f"An identity head reads one feature per class: {spec.num_features} features allow at most "
-                f"{spec.num_features} classes, got {spec.num_classes}.",
+                f"An identity head reads one feature per class: {counted(spec.num_features, 'feature')} for at most "
+                f"{counted(spec.num_features, 'class', 'classes')}, got {spec.num_classes:,}.",
                 hint="Use `--head hadamard` or `--head orthogonal`.",
             )
 
@@ -591,11 +596,27 @@ def default_codes(num_features: int, num_classes: int) -> np.ndarray:
 
 
 def default_blocks(num_features: int, num_classes: int) -> int:
-    """Return the number of blocks that `match` searches by default."""
+    """Return the number of blocks that `match` searches by default.
+
+    For C > N these are as few as leave each class about two codes to choose from, so the fast product stays: one
+    transform per block.
+    """
     n, c = num_features, num_classes
     if c <= n:
         return max(1, min(SHARED_BLOCKS, (1 << 16) // (2 * n)))
-    return max(-(-c // n), min(SEARCH_BLOCKS, _SEARCHED_COSINES // (c * n)))
+    return -(-c // n)
+
+
+def wide_blocks(num_features: int, num_classes: int) -> int:
+    """Return the number of blocks of the wide search: thousands for C > N.
+
+    The codes are nearer to the old class vectors, but they lie in so many blocks that features are multiplied with the
+    whole codebook. Measured with 2,350 classes, N = 256: mean cosine 0.30 instead of 0.21, and after two epochs 95.8 %
+    instead of 95.0 %.
+    """
+    n, c = num_features, num_classes
+    few = default_blocks(n, c)
+    return few if c <= n else max(few, min(SEARCH_BLOCKS, _SEARCHED_COSINES // (c * n)))
 
 
 def _index_dtype(num_features: int, blocks: int) -> str:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fixify.errors import HeadSpecError
 from fixify.heads.kinds import GAIN_STEPS, codebook
 from fixify.heads.loss import Margin, Reduction, SoftTarget, cross_entropy
-from fixify.heads.prepared import NORM_EPSILON, PreparedHead, is_traced, prepare
+from fixify.heads.normalisation import NORM_EPSILON, ScaledDirections
+from fixify.heads.prepared import PreparedHead, is_traced, prepare
 from fixify.heads.product import CodeProduct
 from fixify.heads.spec import HeadSpec
 from fixify.heads.statistics import MOMENTUM, exact_statistics, floor_std, update_running_
@@ -264,9 +265,10 @@ class FixedClassifier(nn.Module):
         return prepared
 
     def train(self, mode: bool = True) -> FixedClassifier:
-        """Set the mode, as `nn.Module.train`; what was prepared for evaluation is dropped."""
+        """Set the mode, as `nn.Module.train`; what was prepared for the other mode is dropped."""
         self._prepared = None
         super().train(mode)
+        self.product.hold_numbers(mode, self.scale.dtype)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedClassifier:
@@ -290,17 +292,22 @@ class FixedClassifier(nn.Module):
     def _scaled(self, x: Tensor, *, update: bool = False) -> Tensor:
         """Standardise, normalise and scale features [..., N] for the product; update the statistics first if asked."""
         z = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of half-precision features overflow
-        if self.center is not None and self.num_batches_tracked is not None:
-            if update:
-                update_running_(
-                    self.center, self.spread, self.num_batches_tracked, z.detach(), synchronized=self.synchronized
-                )
+        if update and self.center is not None and self.num_batches_tracked is not None:
+            update_running_(
+                self.center, self.spread, self.num_batches_tracked, z.detach(), synchronized=self.synchronized
+            )
+        std = None if self.spread is None else floor_std(self.spread)
+        scale = self.scale * self.product.prescale
+        if self.spec.normalize and not torch.compiler.is_compiling() and not (is_traced(x) or is_traced(scale)):
+            scaled: Tensor = ScaledDirections.apply(x, scale, self.center, std)
+            return scaled
+        if self.center is not None:
             z = z - self.center
-            if self.spread is not None:
-                z = z / floor_std(self.spread)
+            if std is not None:
+                z = z / std
         if self.spec.normalize:
             z = F.normalize(z, dim=-1, eps=NORM_EPSILON)
-        return (z * (self.scale * self.product.prescale)).to(x.dtype)
+        return (z * scale).to(x.dtype)
 
     @torch.no_grad()
     def top_k(self, x: Tensor, k: int, *, probabilities: bool = False) -> TopK:

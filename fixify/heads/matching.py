@@ -57,8 +57,8 @@ def match(
     C <= N: rows of one Hadamard matrix with free signs, so the codes stay exactly orthogonal: optimal linear assignment
     under each of up to 8 shared sign vectors (as many as fit into two bytes per class), of which the best is kept.
     C > N: the best of `blocks` x 2N codes, searched with the fast transform, without duplicates and with bounded
-    coherence. Few blocks (about C / N) keep the fast product at inference. The default of thousands correlates better,
-    and is multiplied as one dense matrix.
+    coherence. The default of few blocks (C / N) keeps the fast product at inference. Thousands
+    (`fixify.heads.kinds.wide_blocks`) correlate better, and are multiplied as one dense matrix.
 
     Args:
         class_vectors: Weight of the old classifier, [C, N]. If the head standardises its features, in those

@@ -8,24 +8,44 @@ that adds the bias. In half precision it is divided first, since sums of feature
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fixify.heads.kinds import GAIN_STEPS
+from fixify.heads.kinds import GAIN_STEPS, SpecFields
+from fixify.heads.normalisation import NORM_EPSILON
+from fixify.heads.product import CodeProduct
+from fixify.heads.signs import sign_product
 from fixify.heads.statistics import floor_std
 
-if TYPE_CHECKING:
-    from fixify.heads.layer import FixedClassifier
-
-NORM_EPSILON = 1e-6
-"""Smallest norm that is divided by. The division is in float32, where it neither vanishes nor inflates a gradient."""
 _SOURCES = ("scale", "bias", "center", "spread", "gains")
 _PRODUCT_SOURCES = ("left", "right", "rotation_signs", "block_signs", "index", "class_signs", "table", "packed")
 _DEVICES = ("cpu", "cuda")
+_CACHED_SCORES = 1 << 18
+"""Scores of several blocks that are computed at once on a processor: 1 MB in float32, within the second-level cache."""
 _LEVELS = torch.autograd.forward_ad
+
+
+class Head(Protocol):
+    """What is prepared of a `fixify.heads.layer.FixedClassifier`."""
+
+    in_features: int
+    out_features: int
+    scale: Tensor
+    bias: Tensor | None
+    center: Tensor | None
+    spread: Tensor | None
+    gains: Tensor | None
+    product: CodeProduct
+    _parameters: dict[str, Any]
+    _buffers: dict[str, Tensor | None]
+
+    @property
+    def spec(self) -> SpecFields:
+        """The head spec."""
 
 
 def is_traced(x: Tensor) -> bool:
@@ -54,7 +74,7 @@ class PreparedHead:
         input_dtype: Type of the inputs; another one than `dtype` under autocast.
     """
 
-    def __init__(self, head: FixedClassifier, dtype: torch.dtype, input_dtype: torch.dtype) -> None:
+    def __init__(self, head: Head, dtype: torch.dtype, input_dtype: torch.dtype) -> None:
         self.device, self.dtype, self.input_dtype = head.scale.device, dtype, input_dtype
         self._sources = [
             (store, name, tensor, tensor._version, tensor.data_ptr())
@@ -71,7 +91,7 @@ class PreparedHead:
         return True
 
 
-def prepare(head: FixedClassifier, x: Tensor) -> PreparedHead | None:
+def prepare(head: Head, x: Tensor) -> PreparedHead | None:
     """Prepare a head for inputs like `x`; None if its tensors or those inputs do not allow it.
 
     Tensors made in inference mode do not, because they do not count their changes.
@@ -91,7 +111,7 @@ def prepare(head: FixedClassifier, x: Tensor) -> PreparedHead | None:
     return PreparedHead(head, dtype, x.dtype)
 
 
-def _stored_tensors(head: FixedClassifier) -> list[tuple[Mapping[str, Tensor | None], str, Tensor | None]]:
+def _stored_tensors(head: Head) -> list[tuple[Mapping[str, Tensor | None], str, Tensor | None]]:
     """List the head's tensors with the dictionaries of the modules that hold them."""
     found: list[tuple[Mapping[str, Tensor | None], str, Tensor | None]] = []
     for name in _SOURCES:
@@ -101,7 +121,7 @@ def _stored_tensors(head: FixedClassifier) -> list[tuple[Mapping[str, Tensor | N
     return found + [(tables, name, tables[name]) for name in _PRODUCT_SOURCES]
 
 
-def _prepared_call(head: FixedClassifier, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _prepared_call(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Build the function from features [M, N] to logits [M, C]."""
     wide = torch.promote_types(dtype, torch.float32)
     n = head.in_features
@@ -111,7 +131,9 @@ def _prepared_call(head: FixedClassifier, dtype: torch.dtype) -> Callable[[Tenso
     scores = _scores(head, dtype)
     bias = None if head.bias is None else head.bias.detach().to(dtype)
     finish = _finish(head, dtype, bias)
-    normalize, is_wide = head.spec.normalize, dtype == wide
+    normalize, is_wide, num_classes = head.spec.normalize, dtype == wide, head.out_features
+    signs = head.product.block_signs
+    rows = 1 << 62 if signs is None or signs.device.type != "cpu" else max(1, _CACHED_SCORES // signs.numel())
 
     def call(x: Tensor) -> Tensor:
         z = x if x.dtype == wide else x.to(wide)
@@ -123,27 +145,47 @@ def _prepared_call(head: FixedClassifier, dtype: torch.dtype) -> Callable[[Tenso
         factor = scale
         if normalize:
             factor = scale / torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min_(NORM_EPSILON)
-        if is_wide:
-            return finish(scores(z), factor)
-        return finish(scores((z * factor).to(dtype)), None)
+        if not is_wide:
+            z = (z * factor).to(dtype)
+        if len(z) <= rows:
+            return finish(scores(z), factor if is_wide else None)
+        logits = z.new_empty(len(z), num_classes)
+        factors = factor.expand(len(z), 1)
+        for start in range(0, len(z), rows):
+            part = slice(start, start + rows)
+            logits[part] = finish(scores(z[part]), factors[part] if is_wide else None)
+        return logits
 
     return call
 
 
-def _scores(head: FixedClassifier, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _scores(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Build the function from z [M, N] to the scores that `_finish` takes."""
     product = head.product
-    if product.right is None or product.table is not None or product.packed is not None:
-        if product.rotation_signs is not None or product.packed is not None or product.table is None:
-            return lambda z: product(z)
-        table = product.table.to(dtype)
-        return lambda z: F.linear(z, table)
-    n = head.in_features
+    transform = _transform(product, dtype)
+    multiply: Callable[[Tensor], Tensor]
+    if product.table is not None:
+        multiply = partial(F.linear, weight=product.table.to(dtype))
+    elif product.packed is not None:
+        multiply = sign_product(product.packed, product.num_kept, dtype)
+    else:
+        return transform or product
+    if transform is None or product.rotation_signs is None:
+        return multiply
+    n, kept = head.in_features, product.num_kept
+    return lambda z: multiply(transform(z).view(-1, n)[:, :kept])
+
+
+def _transform(product: CodeProduct, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """Build the fast product with the Hadamard matrix or its blocks: z [M, N] to [M x K x N / b, b], contiguous."""
+    if product.right is None:
+        return None
     right = product.right.to(dtype).t().contiguous()
     b = right.shape[0]
-    a = n // b
+    a = product.spec.num_features // b
     left = None if product.left is None else product.left.to(dtype)
-    signs = None if product.block_signs is None else product.block_signs.to(dtype)
+    signs = product.rotation_signs if product.block_signs is None else product.block_signs
+    signs = None if signs is None else signs.to(dtype)
 
     def transform(z: Tensor) -> Tensor:
         if signs is not None:
@@ -156,9 +198,7 @@ def _scores(head: FixedClassifier, dtype: torch.dtype) -> Callable[[Tensor], Ten
     return transform
 
 
-def _finish(
-    head: FixedClassifier, dtype: torch.dtype, bias: Tensor | None
-) -> Callable[[Tensor, Tensor | None], Tensor]:
+def _finish(head: Head, dtype: torch.dtype, bias: Tensor | None) -> Callable[[Tensor, Tensor | None], Tensor]:
     """Build the function from scores and a factor per sample [M, 1] to logits [M, C]."""
     n, c, product = head.in_features, head.out_features, head.product
     gains = None if head.gains is None else head.gains.to(dtype) * (1.0 / GAIN_STEPS)

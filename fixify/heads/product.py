@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +18,13 @@ from fixify.errors import HeadSpecError
 from fixify.heads.codes import Codes, FeatureRows, HadamardRows, SignRows, StoredSigns
 from fixify.heads.hadamard import Construction, block_signs, elementary, order_of, rows
 from fixify.heads.kinds import SpecFields, default_codes, kind_of
+from fixify.heads.signs import PackedLinear, unpack_signs
 
 _TABLES = ("left", "right", "rotation_signs", "block_signs", "index", "class_signs", "table", "packed")
-_MAX_UNPACKED = 1 << 24
-"""Stored signs that are held as numbers (64 MB in float32); more are held packed and unpacked in chunks."""
-_CHUNK = 1 << 22
-"""Packed signs that are unpacked at once: 16 MB in float32."""
+_SMALL_TABLE = 1 << 19
+"""Stored signs that are held as numbers (2 MB in float32); more are held packed."""
+_TRAINING_TABLE = 1 << 24
+"""Stored signs that are held as numbers in training (64 MB in float32); more are unpacked in chunks."""
 
 
 def balanced_split(construction: Construction) -> tuple[Construction, Construction]:
@@ -128,6 +128,7 @@ class CodeProduct(nn.Module):
         self.is_ready = False
         self.prescale = 1.0
         self.num_kept = spec.num_features
+        self._unit = 1.0
         for name in _TABLES:
             self.register_buffer(name, None, persistent=False)
         self.rebuild(stored, device=device, dtype=dtype)
@@ -147,6 +148,7 @@ class CodeProduct(nn.Module):
             dtype: Floating-point type of the tables; None: torch's default.
         """
         kind = kind_of(self.spec)
+        held_numbers = self.packed is not None and self.table is not None
         self.stored = stored
         self.is_ready = stored is not None or kind.stored_codes(self.spec) is None
         tables: dict[str, np.ndarray] = {}
@@ -154,6 +156,7 @@ class CodeProduct(nn.Module):
             codes = kind.codes(self.spec, stored)
             tables, self.prescale = _tables(codes)
             self.num_kept = codes.num_signs if isinstance(codes, StoredSigns) else self.spec.num_features
+            self._unit = float(_unit(self.num_kept)[0])
         device = torch.get_default_device() if device is None else torch.device(device)
         for name in _TABLES:
             table = None
@@ -163,6 +166,23 @@ class CodeProduct(nn.Module):
                 table = torch.tensor(tables[name], device="cpu" if device.type == "meta" else device, dtype=wanted)
                 table = table.to(device)
             setattr(self, name, table)
+        self.hold_numbers(held_numbers, dtype or torch.get_default_dtype())
+
+    def hold_numbers(self, hold: bool, dtype: torch.dtype) -> None:
+        """Hold packed signs as numbers too, for training, unless they are too many; or drop these numbers again.
+
+        Args:
+            hold: Whether to hold them.
+            dtype: Their floating-point type.
+        """
+        if self.packed is None or self.packed.is_meta or hold == (self.table is not None):
+            return
+        if not hold:
+            self.table = None
+            self.prescale *= self._unit
+        elif len(self.packed) * self.num_kept <= _TRAINING_TABLE:
+            self.table = unpack_signs(self.packed, self.num_kept, dtype) * self._unit
+            self.prescale /= self._unit
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodeProduct:
         tables = [table for table in self._buffers.values() if table is not None]
@@ -188,11 +208,11 @@ class CodeProduct(nn.Module):
         """
         self._refuse_unknown_codes()
         z = self.rotate(z)
+        if self.table is not None:
+            return F.linear(z, self.table)
         if self.packed is not None:
             product: Tensor = PackedLinear.apply(z, self.packed)
             return product
-        if self.table is not None:
-            return F.linear(z, self.table)
         if self.right is None:
             return _as_linear(z)[..., : self.spec.num_classes]
         return self._hadamard_scores(z, self.right)
@@ -246,11 +266,11 @@ class CodeProduct(nn.Module):
         Returns:
             [..., k], in the order of `block.classes`; differentiable.
         """
+        if self.table is not None:
+            return F.linear(z, self.table[block.classes])
         if self.packed is not None:
             product: Tensor = PackedLinear.apply(z, self.packed[block.classes])
             return product
-        if self.table is not None:
-            return F.linear(z, self.table[block.classes])
         if self.right is None:
             return _as_linear(z)[..., block.classes]
         signs = None if self.block_signs is None else self.block_signs[block.first_block : block.end_block]
@@ -276,7 +296,7 @@ class CodeProduct(nn.Module):
         if self.spec.num_classes > self.spec.num_features:
             return torch.cat((scores, -scores), dim=-1).flatten(-2)[..., :count]
         first = 1 if count < self.spec.num_features else 0  # see `fixify.heads.kinds.default_codes`
-        return scores[..., 0, first : first + count]
+        return scores.flatten(-2)[..., first : first + count]
 
 
 def _block_scores(z: Tensor, left: Tensor | None, right: Tensor, block_signs: Tensor | None) -> Tensor:
@@ -331,7 +351,7 @@ def _hadamard_tables(codes: HadamardRows) -> tuple[dict[str, np.ndarray], float]
 
 def _stored_sign_tables(codes: StoredSigns) -> tuple[dict[str, np.ndarray], float]:
     unit, prescale = _unit(codes.num_signs)
-    if len(codes.packed) * codes.num_signs > _MAX_UNPACKED:
+    if len(codes.packed) * codes.num_signs > _SMALL_TABLE:
         tables = {"packed": codes.packed}
         prescale *= unit  # packed signs are +-1
     else:
@@ -357,48 +377,3 @@ def _as_linear(z: Tensor) -> Tensor:
     if z.is_meta or not torch.is_autocast_enabled(kind) or z.dtype == torch.float64:  # autocast leaves these alone
         return z
     return z.to(torch.get_autocast_dtype(kind))
-
-
-def unpack_signs(packed: Tensor, num_signs: int, dtype: torch.dtype) -> Tensor:
-    """Unpack signs to numbers.
-
-    Args:
-        packed: uint8 [k, ceil(d / 8)]; bit 1 is a minus sign, highest bit first.
-        num_signs: d.
-        dtype: Type of the result.
-
-    Returns:
-        [k, d] of +1 and -1.
-
-    >>> unpack_signs(torch.tensor([[0b01000000]], dtype=torch.uint8), 3, torch.float32)
-    tensor([[ 1., -1.,  1.]])
-    """
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
-    bits = (packed[:, :, None] >> shifts) & 1
-    return 1.0 - 2.0 * bits.flatten(1)[:, :num_signs].to(dtype)
-
-
-class PackedLinear(torch.autograd.Function):
-    """The product `z @ signs.T` of z [..., d] with packed signs [C, ceil(d / 8)]: [..., C].
-
-    A chunk of classes is unpacked at a time, forward and backward; the whole codebook never exists as numbers.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, packed: Tensor) -> Tensor:
-        """Multiply, a chunk of classes at a time."""
-        ctx.save_for_backward(packed)
-        ctx.num_signs, ctx.dtype = z.shape[-1], z.dtype
-        parts = packed.split(max(1, _CHUNK // z.shape[-1]))
-        return torch.cat([F.linear(z, unpack_signs(part, z.shape[-1], z.dtype)) for part in parts], dim=-1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """Compute the gradient of z, accumulated in float32 at least; the signs have none."""
-        (packed,), (grad,) = ctx.saved_tensors, grads
-        step = max(1, _CHUNK // ctx.num_signs)
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        total = torch.zeros(*grad.shape[:-1], ctx.num_signs, dtype=wide, device=grad.device)
-        for part, of_part in zip(packed.split(step), grad.split(step, dim=-1), strict=True):
-            total += of_part @ unpack_signs(part, ctx.num_signs, grad.dtype)
-        return total.to(ctx.dtype), None

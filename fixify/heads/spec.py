@@ -11,6 +11,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
+from fixify._values import counted
 from fixify.errors import CodebookMismatchError, HeadSpecError
 from fixify.heads.codes import same_digest
 from fixify.heads.hadamard import MAX_ORDER, has_kerdock_set, is_constructible
@@ -116,8 +117,8 @@ class HeadSpec(SpecFields):
         limit = kind_of(self).max_entries
         if self.num_features * self.num_classes > limit:
             raise HeadSpecError(
-                f"A {self.kind} codebook of {self.num_classes} classes by {self.num_features} features is beyond the "
-                f"limit of {limit} entries."
+                f"A {self.kind} codebook of {counted(self.num_classes, 'class', 'classes')} by "
+                f"{counted(self.num_features, 'feature')} is beyond the limit of {limit:,} entries."
             )
 
     @property
@@ -267,12 +268,13 @@ def choose_kind(num_features: int, num_classes: int) -> tuple[str, str]:
         return "orthogonal", f"no Hadamard matrix of order {n} is known here"
     structured = c <= (n**2 if has_kerdock_set(n) else 2 * n)
     if not structured and c**2 > 2 ** max(n - 10, 0):  # seeded blocks may repeat a code: the birthday problem
-        return "orthogonal", f"{c} random codes of only {n} signs are likely to repeat one"
+        return "orthogonal", f"{c:,} random codes of only {counted(n, 'sign')} are likely to repeat one"
     if c <= n:
-        return "hadamard", f"{c} classes fit into one Hadamard matrix of order {n}: orthogonal"
+        fit = "1 class fits" if c == 1 else f"{c:,} classes fit"
+        return "hadamard", f"{fit} into one Hadamard matrix of order {n}: orthogonal"
     if c <= 2 * n:
-        return "hadamard", f"{c} classes are +-rows of one Hadamard matrix of order {n}"
-    return "hadamard", f"{c} classes are +-rows of {min_blocks(n, c)} Hadamard matrices of order {n}"
+        return "hadamard", f"{c:,} classes are +-rows of one Hadamard matrix of order {n}"
+    return "hadamard", f"{c:,} classes are +-rows of {min_blocks(n, c)} Hadamard matrices of order {n}"
 
 
 def _too_new(version: int) -> HeadSpecError:

@@ -58,7 +58,7 @@ def update_running_(
         return
     else:
         batch_mean = features.mean(dim=0)
-        variance = (features - batch_mean).square().mean(dim=0)
+        variance = (features - batch_mean).square_().mean(dim=0)
         shift = batch_mean - mean
     weight = (1.0 / (num_batches + 1).to(features.dtype)).clamp_min(MOMENTUM)
     if std is not None:

@@ -140,20 +140,6 @@ def _call(layer: nn.Module, x: Tensor, grad: Tensor | None) -> Callable[[], obje
     return step
 
 
-def resident_bytes(head: FixedClassifier) -> int:
-    """Count the bytes that a head keeps per class and feature: its codes and tables, and those prepared from them.
-
-    Learned parameters and the running statistics are left out: every classifier has a bias.
-    """
-    product = head.product
-    tensors = [head.codes, *product.buffers()]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
-    stored = 0
-    if product.stored is not None and product.stored.__array_interface__["data"][0] not in storages:
-        stored = product.stored.nbytes
-    return sum(storages.values()) + stored
-
-
 def default_variants(num_features: int, num_classes: int) -> list[str]:
     """List the variants that `convert` can make at a size; the wide search needs more classes than features."""
     spec = HeadSpec("hadamard", num_features, num_classes)

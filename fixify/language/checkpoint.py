@@ -17,9 +17,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fixify._files import require_regular
+from fixify._values import counted, parse_json
+from fixify.checkpoints.digests import DIGEST_KEY, digest_of, recorded_digest
 from fixify.checkpoints.files import LANGUAGE_KEY, has_metadata
 from fixify.checkpoints.slim import write_safetensors
-from fixify.checkpoints.verify import Check
+from fixify.checkpoints.verify import Check, check_digest
 from fixify.errors import CodebookMismatchError, FormatError, HeadSpecError, UsageError
 from fixify.heads import HeadSpec, codebook, unpack_signs
 from fixify.language.model import Size, assemble, size_of
@@ -92,7 +95,8 @@ def save_language(
         spec = rebuilt_spec(options.words, len(words), options.num_features, seed=options.seed)
         about["codebook"] = spec.to_dict()
     tensors = _stored({name: tensor.cpu() for name, tensor in model.state_dict().items()}, options)
-    write_safetensors(path, tensors, {"format": "pt", LANGUAGE_KEY: json.dumps(about)})
+    metadata = {"format": "pt", LANGUAGE_KEY: json.dumps(about), DIGEST_KEY: digest_of(tensors)}
+    write_safetensors(path, tensors, metadata)
 
 
 def is_language(path: Path | str) -> bool:
@@ -106,10 +110,11 @@ def read_language_info(path: Path | str) -> LanguageInfo:
     Raises:
         FormatError: it is not a language model of fixify, is damaged, or is of another version.
     """
+    require_regular(path, FormatError)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(LANGUAGE_KEY, "null"))
-    except (OSError, safetensors.SafetensorError, ValueError, RecursionError) as error:
+            about = parse_json((file.metadata() or {}).get(LANGUAGE_KEY, "null"))
+    except (OSError, safetensors.SafetensorError, ValueError) as error:
         raise FormatError(f"{path} cannot be read as a .safetensors file: {error}.") from error
     if not isinstance(about, dict):
         raise FormatError(f"{path} is not a language model that fixify wrote.", hint="fixify train makes one.")
@@ -123,7 +128,7 @@ def read_language_info(path: Path | str) -> LanguageInfo:
     if spec is not None and (spec.kind, spec.num_classes, spec.num_features) != (
         options.words, len(words), options.num_features,
     ):  # fmt: skip
-        raise FormatError(f"{path} is damaged: its codebook does not have {len(words)} words.")
+        raise FormatError(f"{path} is damaged: its codebook does not have {counted(len(words), 'word')}.")
     training = about.get("training")
     return LanguageInfo(options, words, spec, training if isinstance(training, dict) else {})
 
@@ -209,13 +214,16 @@ def verify_language(path: Path | str) -> list[Check]:
     """
     info = read_language_info(path)
     checks = [Check("header", True, f"words: {info.options.words}; {len(info.words):,} of them")]
+    with safetensors.safe_open(path, framework="pt") as file:
+        recorded = recorded_digest(path, file.metadata() or {})
+        checks.append(check_digest({name: file.get_tensor(name) for name in file.offset_keys()}, recorded, path))
     try:
         loaded = load_language(path)
     except (CodebookMismatchError, FormatError) as error:
         name = "codebook" if isinstance(error, CodebookMismatchError) else "tensors"
         return [*checks, Check(name, False, error.message)]
     state = loaded.model.state_dict()
-    checks.append(Check("tensors", True, f"{len(state)} tensors fit the model"))
+    checks.append(Check("tensors", True, f"{counted(len(state), 'tensor')}, as the model has them"))
     bad = next((name for name, tensor in state.items() if not bool(tensor.isfinite().all())), None)
     checks.append(Check("values", bad is None, "all finite" if bad is None else f"{bad} holds a NaN or an infinity"))
     if not info.options.is_learned:

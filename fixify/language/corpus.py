@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fixify._values import counted
 from fixify.data.registry import data_roots
 from fixify.errors import DataError
 
@@ -87,7 +88,7 @@ def read_corpus(name: str, *, min_count: int = 1, lowercase: bool = False) -> Co
         train=encoded["train"],
         val=encoded["val"],
         test=encoded["test"],
-        description=f"{len(encoded['train']):,} words of {len(words):,} kinds from {folder.name}",
+        description=f"{counted(len(encoded['train']), 'word')} of {counted(len(words), 'kind')} from {folder.name}",
         digest=digest.hexdigest(),
     )
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from fixify._values import counted
 from fixify.data.seeding import derive_seed, seeded_torch
 from fixify.errors import TrainingError
 from fixify.language.network import LanguageModel, Output, State, WordClassifier
@@ -273,7 +274,8 @@ class Trainer:
         self.text = side_by_side(text, options.batch_size).to(self.device)
         if len(self.text) < 2:
             raise TrainingError(
-                f"{len(text):,} words of training text are too few for {options.batch_size} parts side by side.",
+                f"The training text has {counted(len(text), 'word')}, too few for "
+                f"{counted(options.batch_size, 'part')} side by side.",
                 hint="Give more text, or a smaller batch_size.",
             )
         self.optimiser = _make_optimiser(self.model, options)

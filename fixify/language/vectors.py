@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fixify._values import counted
 from fixify.errors import FixifyError, UsageError
 from fixify.heads import HeadSpec, codebook
 from fixify.language.corpus import END_OF_LINE, Corpus
@@ -52,7 +53,8 @@ def word_vectors(kind: Kind, corpus: Corpus, width: int, *, seed: int = 0) -> Te
     if kind in REBUILT:
         return torch.tensor(codebook(rebuilt_spec(kind, len(corpus.words), width, seed=seed)))
     if width >= len(corpus.words):
-        raise FixifyError(f"{len(corpus.words)} words cannot be factorised into {width} features. Use fewer features.")
+        words = counted(len(corpus.words), "word")
+        raise FixifyError(f"{words} cannot be factorised into {counted(width, 'feature')}. Use fewer features.")
     found = _pmi(corpus, width, seed) if kind == "pmi" else _word2vec(corpus, width, seed)
     return F.normalize(found - found.mean(dim=0), dim=1)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from fixify._values import counted
 from fixify.errors import ArchitectureError, NoClassifierError
 from fixify.models.architectures import Architecture, build, list_architectures, parse_architecture
 
@@ -57,11 +58,21 @@ def find_classifiers(model: nn.Module, arch: Architecture | None = None) -> list
         arch: The name to use in error messages; the model's class name if None.
 
     Raises:
-        NoClassifierError: the model is an encoder, was built with `num_classes=0`, or has a classifier that fixify
-            cannot find.
+        NoClassifierError: the model is an encoder, was built with `num_classes=0`, is the image tower of a CLIP model
+            (`refuse_projection`), or has a classifier that fixify cannot find.
 
     >>> [site.path for site in find_classifiers(build(parse_architecture("resnet18"), meta=True))]
     ['fc']
+    """
+    refuse_projection(model, arch)
+    return find_heads(model, arch)
+
+
+def find_heads(model: nn.Module, arch: Architecture | None = None) -> list[ClassifierSite]:
+    """Find what `find_classifiers` finds, and the projection of a CLIP model's image tower.
+
+    Raises:
+        NoClassifierError: the model has neither.
     """
     name = arch.ref if arch is not None else type(model).__name__
     if hasattr(model, "get_classifier"):
@@ -116,7 +127,8 @@ def coverage(refs: Iterable[str] | None = None) -> Iterator[Coverage]:
             yield Coverage(arch.ref, tuple(find_classifiers(model, arch)), None, True, size)
         except NoClassifierError:
             takes_classes = _takes_classes(arch)
-            reason = "an encoder" + (": no classifier unless built with num_classes" if takes_classes else "")
+            reason = "a CLIP image tower" if _is_projection(model) else "an encoder"
+            reason += ": no classifier unless built with num_classes" if takes_classes else ""
             yield Coverage(arch.ref, (), reason, takes_classes, size)
 
 
@@ -197,20 +209,25 @@ def refuse_projection(model: nn.Module, arch: Architecture | None = None) -> Non
     Raises:
         NoClassifierError: the model is such a tower, with the width that its pretrained weights have.
     """
+    if not _is_projection(model):
+        return
+    (site, *_) = find_heads(model, arch)
+    cfg: Any = model.pretrained_cfg
+    name = arch.ref if arch is not None else f"{type(model).__name__} ({cfg.get('architecture')}.{cfg.get('tag')})"
+    raise NoClassifierError(
+        f"{name} is the image tower of a CLIP model: {site.path} is a projection to an embedding of "
+        f"{counted(site.num_classes, 'value')}, not a classifier.",
+        hint="Fine-tune it on labels first: timm.create_model(name, pretrained=True, num_classes=...)",
+    )
+
+
+def _is_projection(model: nn.Module) -> bool:
     cfg = getattr(model, "pretrained_cfg", None) or {}
     tag = str(cfg.get("tag") or "")
     if "clip" not in f"{cfg.get('architecture')}.{tag}" or "_ft_in" in tag:
-        return
+        return False
     width = cfg.get("num_classes")
-    if not width or width != getattr(model, "num_classes", None):
-        return
-    (site, *_) = find_classifiers(model, arch)
-    name = arch.ref if arch is not None else f"{type(model).__name__} ({cfg.get('architecture')}.{tag})"
-    raise NoClassifierError(
-        f"{name} is the image tower of a CLIP model: {site.path} is a projection to an embedding of {width} values, "
-        "not a classifier.",
-        hint="Fine-tune it on labels first: timm.create_model(name, pretrained=True, num_classes=...)",
-    )
+    return bool(width) and width == getattr(model, "num_classes", None)
 
 
 def _is_by_hand(head: nn.Module, num_classes: int) -> bool:

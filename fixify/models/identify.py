@@ -1,31 +1,34 @@
 """Find the architecture of a state dict from the names and shapes of its tensors alone.
 
 Names are compared first, with the number of classes, the input channels and the image size left free. If no names
-match, the order of the shapes is compared, which also finds checkpoints of other implementations. Several architectures
-can fit; all of them are returned with what sets them apart, and none is guessed.
+match, the shapes and the structure of the names are compared, which also finds checkpoints of other implementations.
+Several architectures can fit; all of them are returned with what sets them apart, and none is guessed. The order in
+which a file stores its tensors decides nothing, so a `.pth` and a `.safetensors` file give the same result.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice, product
 
 from fixify.errors import AmbiguousArchitectureError, ArchitectureError, NoClassifierError
 from fixify.models.architectures import Architecture, build, list_architectures, preprocessing
-from fixify.models.build import is_counter
 from fixify.models.classifiers import find_classifiers
 from fixify.models.index import Entry, entries_of, load_index, variants
 from fixify.models.readings import Reading, differences, hand_made_head, readings
 from fixify.models.signature import StateShapes, Trait, head_positions, shapes_of, signature_of, traits
+from fixify.models.structure import NameMatch, match_names
 
 Progress = Callable[[int, int], object]
 
 # The class names of the modules: a long trait, and mostly a consequence of another trait that says it better.
 _SHOWN_LAST = {".class"}
 _MOST_SHOWN = 5
-# The last part of a tensor's name, where it means the same in every implementation.
-_KINDS = {"weight", "bias", "running_mean", "running_var"}
+_MOST_CHOICES = 8
+_SOME_CLASSES = 1000
 # Key names that occur together in every state dict of efficientnet-pytorch and in no other known implementation. The
 # fork github.com/ml-illustrated/EfficientNet-Lite-PyTorch has the same names. Every convolution of both comes from
 # `get_same_padding_conv2d`, since their weights are ports of TensorFlow's checkpoints.
@@ -40,12 +43,6 @@ _EFFICIENTNET_PYTORCH_CODE = (
 HAND_MADE_HEAD = (
     "A file does not show what is between its layers. Build the model in Python, load the file, and replace its last "
     "Linear there: fixify.fix_classifier_(model)"
-)
-
-
-_SORTED = (
-    " Its tensors are sorted by name, as in safetensors files, and so do not show the order of the modules. "
-    "A .pth file shows it."
 )
 
 
@@ -124,9 +121,8 @@ def identify(shapes: Mapping[str, Sequence[int]], *, on_progress: Progress | Non
         _refuse_headless(state, entries)
         _refuse_hand_made_head(shapes, entries)
         raise ArchitectureError(
-            f"No architecture of timm, torchvision or the paper has these {len(shapes)} tensors.",
-            hint="If it is a modified architecture, or a part of one, see what differs from that: --arch NAME."
-            + (_SORTED if list(shapes) == sorted(shapes) else ""),
+            f"No architecture of timm, torchvision or the paper has such tensors: the file has {len(shapes):,}.",
+            hint="If it is a modified architecture, or a part of one, see what differs from that: --arch NAME.",
         )
     return found
 
@@ -142,7 +138,8 @@ def fit(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> Candidate | 
         None if the state dict does not fit.
 
     Raises:
-        ArchitectureError: the architecture cannot be built with its arguments.
+        ArchitectureError: the architecture cannot be built with its arguments, or it has the shapes, and the names do
+            not decide which tensor is which.
         AmbiguousArchitectureError: it fits in several ways that no shape tells apart (`fixify.models.index.variants`).
     """
     entries = [entry for variant in variants(arch) if (entry := _entry_of(variant)) is not None]
@@ -150,23 +147,21 @@ def fit(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> Candidate | 
         build(arch, meta=True)  # raises if its arguments are the reason
         return None
     state = StateShapes(shapes)
-    for by_order in (False, True):
-        matches = [
-            match
-            for match in _matches(state, entries, by_order=by_order)
-            if not match.extra or _confirmed(match, state, by_order=by_order)
-        ]
+    matches = [match for match in _matches(state, entries) if not match.extra or _confirmed(match, state)]
+    _refuse_several(matches)
+    for match in matches:
+        return Candidate(match.architecture, match.choices["num_classes"])
+    for reading in readings(shapes, entries):
+        matches = _read(reading, entries)
         _refuse_several(matches)
         for match in matches:
-            key_map = _key_map(match, shapes, by_order)
-            if _keeps_kinds(key_map) and not _most_agree(key_map):
-                return Candidate(match.architecture, match.choices["num_classes"], key_map)
-        if not by_order:
-            for reading in readings(shapes, entries):
-                matches = _read(reading, entries)
-                _refuse_several(matches)
-                for match in matches:
-                    return _as_read(match, reading)
+            return _as_read(match, reading)
+    arranged = _arranged(shapes, entries)
+    _refuse_ties(arranged)
+    _refuse_several([match for match, _ in arranged])
+    for match, names in arranged:
+        if not _most_agree(names.key_map):
+            return Candidate(match.architecture, match.choices["num_classes"], names.key_map)
     return None
 
 
@@ -286,35 +281,130 @@ def _search(
 
     Entries are uncertain if `confirm` contains their name, because they may be outdated, or if they need arguments.
     """
-    for by_order in (False, True):
-        if by_order:
-            found = _search_readings(shapes, entries)
-            if found is not None:
-                return found
-        matches = [
-            match
-            for match in _plainest(_matches(state, entries, by_order=by_order))
-            if not (match.extra or match.entry.architecture.ref in confirm)
-            or _confirmed(match, state, by_order=by_order)
+    matches = [
+        match
+        for match in _plainest(_matches(state, entries))
+        if not (match.extra or match.entry.architecture.ref in confirm) or _confirmed(match, state)
+    ]
+    if matches:
+        return Identification(_candidates([(match, None) for match in matches]), "keys")
+    return _search_readings(shapes, entries) or _search_structure(shapes, entries)
+
+
+def _search_structure(shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry]) -> Identification | None:
+    """Find the entries whose shapes can be matched by the structure of the names.
+
+    Raises:
+        ArchitectureError: the names do not decide which tensor is which, or only a few are not the architecture's.
+    """
+    arranged = _arranged(shapes, entries)
+    if not arranged:
+        return None
+    fewest = min(len(match.extra) for match, _ in arranged)
+    arranged = [(match, names) for match, names in arranged if len(match.extra) == fewest]
+    narrowed_by = None
+    if len(arranged) > 1 and shapes.keys() >= _EFFICIENTNET_PYTORCH:
+        padded = [
+            (match, names)
+            for match, names in arranged
+            if "as TensorFlow" in match.entry.traits.get("padding", ("", ""))[1]
         ]
-        if not matches:
-            continue
-        narrowed_by = None
-        if by_order and len(matches) > 1 and shapes.keys() >= _EFFICIENTNET_PYTORCH:
-            padded = [match for match in matches if "as TensorFlow" in match.entry.traits.get("padding", ("", ""))[1]]
-            if padded:
-                matches = padded
-                narrowed_by = (
-                    f"the key names of efficientnet-pytorch (padding as TensorFlow, {_EFFICIENTNET_PYTORCH_CODE})"
-                )
-        candidates = _candidates(matches, shapes, by_order)
-        candidates = tuple(candidate for candidate in candidates if _keeps_kinds(candidate.key_map))
-        if not candidates:
-            continue
-        for candidate in candidates:
-            _refuse_odd_names(candidate)
-        return Identification(candidates, "shapes" if by_order else "keys", narrowed_by)
-    return None
+        if padded:
+            arranged = padded
+            narrowed_by = f"the key names of efficientnet-pytorch (padding as TensorFlow, {_EFFICIENTNET_PYTORCH_CODE})"
+    _refuse_ties(arranged)
+    candidates = _candidates([(match, names.key_map) for match, names in arranged])
+    for candidate in candidates:
+        _refuse_odd_names(candidate)
+    return Identification(candidates, "shapes", narrowed_by)
+
+
+def _arranged(shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry]) -> list[tuple[_Match, NameMatch]]:
+    """Find the entries that have the shapes of a state dict, and how its names are matched to theirs.
+
+    Raises:
+        ArchitectureError: equal shapes mean something else in the program that the names are of.
+    """
+    theirs = StateShapes(shapes)
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        if entry.signature.num_tensors == len(theirs.ordered):
+            groups.setdefault((entry.signature.ordered, entry.signature.keys), []).append(entry)
+    found: list[tuple[_Match, NameMatch]] = []
+    for first, *others in groups.values():
+        own = shapes_of(build(first.architecture, num_classes=_SOME_CLASSES, meta=True))
+        for choices in _choices(theirs, first, own):
+            names = match_names(shapes, _with_choices(own, first, choices))
+            if names is None:
+                continue
+            matches = [_Match(entry, choices) for entry in (first, *others)]
+            found += [
+                (match, names) for match in matches if not match.extra or _confirmed(match, theirs, names=names.key_map)
+            ]
+    if found and any(".w_msa." in key for key in shapes):
+        raise ArchitectureError(
+            f"These are the names of mmpretrain's Swin transformer. It has the shapes of "
+            f"{found[0][0].entry.architecture.ref}, but its downsample layers expect their channels in another order.",
+            hint="Convert the file to the names and the order of timm first.",
+        )
+    return found
+
+
+def _choices(theirs: StateShapes, entry: Entry, own: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]]:
+    """Find the choices with which an entry has the shapes of a state dict, each as often."""
+    free = entry.signature.free
+    places = StateShapes(own).sorted
+    axes: dict[int, set[int]] = {}
+    for group in free:
+        for place, _, axis in group.places:
+            axes.setdefault(place, set()).add(axis)
+    every = Counter(shape for _, shape in theirs.ordered)
+    fixed = Counter(shape for place, (_, shape) in enumerate(places) if place not in axes)
+    rest = every - fixed
+    if rest.total() != len(axes):
+        return
+    possible: dict[str, set[int]] = {}
+    for group in free:
+        for place, _, axis in group.places:
+            shape, masked = places[place][1], axes[place]
+            alike = [
+                other
+                for other in rest
+                if len(other) == len(shape)
+                and all(a == b for dim, (a, b) in enumerate(zip(other, shape, strict=True)) if dim not in masked)
+            ]
+            here = {choice for other in alike for choice in group.solve(other[axis])}
+            possible[group.choice] = possible.get(group.choice, here) & here
+    for values in islice(product(*(sorted(found) for found in possible.values())), _MOST_CHOICES):
+        choices = dict(zip(possible, values, strict=True))
+        if (
+            Counter(shape for _, shape in StateShapes(_with_choices(own, entry, choices)).ordered) == every
+            and choices["num_classes"] > 0
+        ):
+            yield choices
+
+
+def _with_choices(
+    own: Mapping[str, Sequence[int]], entry: Entry, choices: Mapping[str, int]
+) -> dict[str, tuple[int, ...]]:
+    """Return an entry's names and shapes with other choices."""
+    shapes = {key: list(shape) for key, shape in own.items()}
+    places = [key for key, _ in StateShapes(own).sorted]
+    for group in entry.signature.free:
+        for place, _, axis in group.places:
+            shapes[places[place]][axis] = group.at(choices[group.choice])
+    return {key: tuple(shape) for key, shape in shapes.items()}
+
+
+def _refuse_ties(arranged: Sequence[tuple[_Match, NameMatch]]) -> None:
+    for match, names in arranged:
+        if names.tie is not None:
+            raise ArchitectureError(
+                f"The tensors have the shapes of {match.entry.architecture.ref}, but their names do not show which is "
+                f"which: {names.tie}",
+                hint="The order of a file is no proof. Rename the tensors so that numbers count the modules in the "
+                "order in which they run (norm1, norm2), or as the architecture names them.",
+            )
 
 
 def _search_readings(shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry]) -> Identification | None:
@@ -324,7 +414,7 @@ def _search_readings(shapes: Mapping[str, Sequence[int]], entries: Sequence[Entr
         if matches:
             found = [
                 replace(each, key_map=reading.key_map, notes=reading.notes, shapes=reading.shapes)
-                for each in _candidates(matches, reading.shapes, by_order=False)
+                for each in _candidates([(match, None) for match in matches])
             ]
             return Identification(tuple(found), "reading")
     return None
@@ -335,17 +425,17 @@ def _read(reading: Reading, entries: Sequence[Entry]) -> list[_Match]:
     state = StateShapes(reading.shapes)
     pooling = reading.kwargs.get("global_pool")
     if pooling is None:
-        found = _matches(state, entries, by_order=False)
+        found = _matches(state, entries)
     else:
         # The entries are those of the default pooling, under which the norm has the other name.
         before, after = ("fc_norm", "norm") if pooling == "avg" else ("norm", "fc_norm")
         usual = {re.sub(rf"^{before}\.", f"{after}.", key): shape for key, shape in reading.shapes.items()}
         found = [
             replace(match, entry=replace(match.entry, architecture=_with(match.entry.architecture, reading.kwargs)))
-            for match in _matches(StateShapes(usual), entries, by_order=False)
+            for match in _matches(StateShapes(usual), entries)
             if match.entry.architecture.library == "timm" and "global_pool" not in match.entry.architecture.kwargs
         ]
-    return [match for match in found if _confirmed(match, state, by_order=False)]
+    return [match for match in found if _confirmed(match, state)]
 
 
 def _as_read(match: _Match, reading: Reading) -> Candidate:
@@ -373,22 +463,14 @@ def _refuse_several(matches: Sequence[_Match]) -> None:
         )
 
 
-def _keeps_kinds(key_map: Mapping[str, str] | None) -> bool:
-    """Return whether a map by the order of shapes takes no bias for a weight, as it would in a file sorted by name."""
-    kinds = [(old.rpartition(".")[2], new.rpartition(".")[2]) for old, new in (key_map or {}).items()]
-    return all(old == new for old, new in kinds if old in _KINDS and new in _KINDS)
-
-
-def _most_agree(key_map: Mapping[str, str] | None) -> bool:
-    """Return whether a map by the order of shapes keeps most names and renames a few, which is a guess."""
-    if key_map is None:
-        return False
+def _most_agree(key_map: Mapping[str, str]) -> bool:
+    """Return whether a map by shapes keeps most names and renames a few, which is a guess."""
     same = sum(old == new for old, new in key_map.items())
     return len(key_map) / 2 < same < len(key_map)
 
 
 def _refuse_odd_names(candidate: Candidate) -> None:
-    """Refuse a match by the order of shapes if most names agree: those that do not are a message."""
+    """Refuse a match by shapes if most names agree: those that do not are a message."""
     key_map = candidate.key_map
     if key_map is None or not _most_agree(key_map):
         return
@@ -411,21 +493,17 @@ def _refuse_hand_made_head(shapes: Mapping[str, Sequence[int]], entries: Sequenc
         )
 
 
-def _matches(state: StateShapes, entries: Iterable[Entry], *, by_order: bool) -> list[_Match]:
+def _matches(state: StateShapes, entries: Iterable[Entry]) -> list[_Match]:
+    """Return the entries that have the names of a state dict, and its shapes with some choices."""
     found = []
     for entry in entries:
         signature = entry.signature
-        if signature.num_tensors != len(state.ordered) or (not by_order and signature.keys != state.keys):
+        if signature.num_tensors != len(state.ordered) or signature.keys != state.keys:
             continue
-        choices = state.choices(signature.free, by_order=by_order)
+        choices = state.choices(signature.free)
         if choices is None or choices["num_classes"] < 1:
             continue
-        same = (
-            state.by_order(signature.free) == signature.ordered
-            if by_order
-            else (state.named(signature.free) == signature.named)
-        )
-        if same:
+        if state.named(signature.free) == signature.named:
             found.append(_Match(entry, choices))
     return found
 
@@ -436,48 +514,39 @@ def _plainest(matches: list[_Match]) -> list[_Match]:
     return [match for match in matches if len(match.extra) == fewest]
 
 
-def _confirmed(match: _Match, state: StateShapes, *, by_order: bool) -> bool:
-    """Build the architecture with the match's choices, and compare all shapes."""
+def _confirmed(match: _Match, state: StateShapes, *, names: Mapping[str, str] | None = None) -> bool:
+    """Build the architecture with the match's choices, and compare all names (or what they map to) and shapes."""
     try:
         model = build(match.architecture, num_classes=match.choices["num_classes"], meta=True)
     except ArchitectureError:
         return False
-    built = StateShapes(shapes_of(model))
-    if by_order:
-        return [shape for _, shape in built.ordered] == [shape for _, shape in state.ordered]
-    return built.sorted == state.sorted
+    renamed = state.sorted if names is None else sorted((names[key], shape) for key, shape in state.ordered)
+    return StateShapes(shapes_of(model)).sorted == renamed
 
 
-def _candidates(matches: list[_Match], shapes: Mapping[str, Sequence[int]], by_order: bool) -> tuple[Candidate, ...]:
-    behaviours = [Behaviour.of(match.architecture, match.entry.traits) for match in matches]
-    groups = merge(behaviours)
+def _candidates(matches: Sequence[tuple[_Match, Mapping[str, str] | None]]) -> tuple[Candidate, ...]:
+    """Merge the matches (with the map of their names) that are the same network, and say what sets the others apart."""
+    behaviours = [Behaviour.of(match.architecture, match.entry.traits) for match, _ in matches]
+    # The index keeps the traits that differ between architectures of the same names, or of the same shapes in order.
+    alike: dict[str, list[int]] = {}
+    for index, (match, key_map) in enumerate(matches):
+        alike.setdefault("" if key_map is None else match.entry.signature.ordered, []).append(index)
+    groups = [
+        [indices[index] for index in group]
+        for indices in alike.values()
+        for group in merge([behaviours[index] for index in indices])
+    ]
     differences = set_apart([behaviours[group[0]] for group in groups])
     return tuple(
         Candidate(
-            architecture=matches[first].architecture,
-            num_classes=matches[first].choices["num_classes"],
-            key_map=_key_map(matches[first], shapes, by_order),
-            aliases=tuple(matches[index].architecture.ref for index in others),
+            architecture=matches[first][0].architecture,
+            num_classes=matches[first][0].choices["num_classes"],
+            key_map=matches[first][1],
+            aliases=tuple(matches[index][0].architecture.ref for index in others),
             differences=apart,
         )
         for (first, *others), apart in zip(groups, differences, strict=True)
     )
-
-
-def _key_map(match: _Match, shapes: Mapping[str, Sequence[int]], by_order: bool) -> dict[str, str] | None:
-    if not by_order:
-        return None
-    model = build(match.architecture, num_classes=match.choices["num_classes"], meta=True)
-    theirs, ours = list(shapes), list(shapes_of(model))
-    mapped = dict(zip(_without_counters(theirs), _without_counters(ours), strict=True))
-    counters = [[key for key in keys if is_counter(key)] for keys in (theirs, ours)]
-    if len(counters[0]) == len(counters[1]):
-        mapped |= dict(zip(*counters, strict=True))
-    return {key: mapped[key] for key in theirs if key in mapped}
-
-
-def _without_counters(keys: Iterable[str]) -> list[str]:
-    return [key for key in keys if not is_counter(key)]
 
 
 def _refuse_headless(state: StateShapes, entries: Iterable[Entry]) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fixify._values import counted
+
 # What the forward pass of a model that fixify does not know may raise, for an image that it does not accept.
 _FORWARD_ERRORS = (
     *(RuntimeError, ValueError, AssertionError, TypeError, IndexError, AttributeError, KeyError, ZeroDivisionError),
@@ -116,7 +118,7 @@ def _other_than_logits(found: Tensor, width: int, channels: Sequence[int]) -> st
     """Say what the output is, if raising one channel of the layer does not change just the same class of it."""
     out = found.flatten(1).double()
     if out.shape[1] != width:
-        return f"makes {width} values, and the model's output has {out.shape[1]}"
+        return f"makes {counted(width, 'value')}, and the model's output has {out.shape[1]}"
     if width == 1:
         return None
     if bool((out >= 0).all()) and _is_one(out.sum(1)):

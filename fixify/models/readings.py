@@ -21,7 +21,7 @@ from torch import nn
 from fixify.errors import ArchitectureError, NoClassifierError
 from fixify.models.architectures import Architecture, build
 from fixify.models.build import is_counter
-from fixify.models.classifiers import find_classifiers, is_auxiliary
+from fixify.models.classifiers import find_heads, is_auxiliary
 from fixify.models.index import Entry
 from fixify.models.signature import StateShapes, head_positions, shapes_of
 
@@ -131,7 +131,7 @@ def differences(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> list
     """List what is missing, extra, or of another shape, compared with an architecture; at most three of each."""
     model = build(arch, meta=True)
     try:
-        sites = [f"{site.path}." for site in find_classifiers(model, arch)]
+        sites = [f"{site.path}." for site in find_heads(model, arch)]
     except NoClassifierError:
         sites = []
     own = {key: shape for key, shape in shapes_of(model).items() if not is_counter(key)}
@@ -262,7 +262,7 @@ class _Head:
     place: str | None
 
     def sites(self, model: nn.Module) -> list[str]:
-        return [f"{site.path}." for site in find_classifiers(model, self.entry.architecture)]
+        return [f"{site.path}." for site in find_heads(model, self.entry.architecture)]
 
 
 def _other_heads(shapes: Mapping[str, Shape], entries: Sequence[Entry]) -> Iterator[Reading]:
@@ -273,7 +273,7 @@ def _other_heads(shapes: Mapping[str, Shape], entries: Sequence[Entry]) -> Itera
             continue
         try:
             model = build(head.entry.architecture, meta=True)
-            sites = find_classifiers(model, head.entry.architecture)
+            sites = find_heads(model, head.entry.architecture)
         except (ArchitectureError, NoClassifierError):
             continue
         own = {key for key in shapes_of(model) if key.startswith(f"{sites[0].path}.")}

@@ -59,7 +59,12 @@ class FreeDimensions:
     def solve(self, dimension: int) -> set[int]:
         """Return the positive integer choices that give this dimension."""
         near = {round(root) for root in _roots(self.samples, dimension)}
-        return {choice for choice in near if choice > 0 and _interpolate(self.samples, choice) == dimension}
+        return {choice for choice in near if choice > 0 and self.at(choice) == dimension}
+
+    def at(self, choice: int) -> int:
+        """Return the dimension that a choice gives; -1 if that is no integer."""
+        found = _interpolate(self.samples, choice)
+        return int(found) if found.denominator == 1 else -1
 
 
 @dataclass(frozen=True)
@@ -113,18 +118,16 @@ class StateShapes:
         """Compute `Signature.ordered` for these shapes."""
         return _digest(str(shape) for _, shape in _masked(self.ordered, free, 1))
 
-    def choices(self, free: Iterable[FreeDimensions], *, by_order: bool) -> dict[str, int] | None:
+    def choices(self, free: Iterable[FreeDimensions]) -> dict[str, int] | None:
         """Read the choices from the free dimensions; None if the dimensions contradict each other.
 
         Args:
-            free: The free dimensions of the signature that has the same names, or the same shapes in order.
-            by_order: Find the tensors by their position in the state dict instead of by name.
+            free: The free dimensions of the signature that has the same names.
         """
-        entries, column = (self.ordered, 1) if by_order else (self.sorted, 0)
         possible: dict[str, set[int]] = {}
         for group in free:
             for place in group.places:
-                shape = entries[place[column]][1]
+                shape = self.sorted[place[0]][1]
                 found = group.solve(shape[place[2]]) if place[2] < len(shape) else set()
                 possible[group.choice] = possible.get(group.choice, found) & found
         if not all(possible.values()):

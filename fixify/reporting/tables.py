@@ -88,8 +88,8 @@ def removed_line(savings: Savings, heads: Sequence[HeadRecord] = ()) -> str:
     share = f"{100 * savings.removed_share:.1f} % of {savings.parameters_before:,} parameters"
     signs = sum(record.spec.num_stored_signs for record in heads)
     if signs:
-        return f"Replaced {savings.removed:,} classifier weights by {signs:,} 1-bit signs ({share})."
-    return f"Removed {savings.removed:,} classifier weights ({share})."
+        return f"Replaced {counted(savings.removed, 'classifier weight')} by {counted(signs, '1-bit sign')} ({share})."
+    return f"Removed {counted(savings.removed, 'classifier weight')} ({share})."
 
 
 def models_table(rows: Iterable[ModelReport]) -> Table:
@@ -201,7 +201,8 @@ def _add_slim_rows(made: Table, info: SlimInfo) -> None:
     training = info.training or {}
     if training:
         epochs, before, after = (training.get(key) for key in ("epochs_done", "before", "after"))
-        made.add_row("fine-tuned", f"{epochs} epochs on {training.get('data')}, from {training.get('checkpoint')}")
+        done = f"{epochs} epoch{'' if epochs == 1 else 's'}"
+        made.add_row("fine-tuned", f"{done} on {training.get('data')}, from {training.get('checkpoint')}")
         if isinstance(before, dict) and isinstance(after, dict):
             what = "agreement with the teacher" if training.get("val_labels") else "top-1"
             made.add_row("", f"{what} {_plain(before.get('top1'))} % before, {_plain(after.get('val_top1'))} % after")
@@ -229,10 +230,9 @@ def _add_language_rows(made: Table, info: LanguageInfo, num_bytes: int) -> None:
 def calibration_line(calibration: Mapping[str, Any]) -> str:
     """Say what a head was calibrated on and how often it agreed with the original, from `SlimInfo.calibration`."""
     images, held_out, data = (calibration.get(key) for key in ("num_images", "held_out", "data"))
-    return (
-        f"on {images} images of {data}; agreed with the original on {_plain(calibration.get('agreement'))} % of "
-        f"{held_out} others"
-    )
+    used = f"{images} image{'' if images == 1 else 's'}"
+    others = f"{held_out} other{'' if held_out == 1 else 's'}"
+    return f"on {used} of {data}; agreed with the original on {_plain(calibration.get('agreement'))} % of {others}"
 
 
 def candidates_table(found: Identification) -> Table:
@@ -301,7 +301,8 @@ def finetune_table(result: FinetuneResult) -> Table:
     made.add_row("before training", *_numbers(result.before))
     after = result.after
     best = (after.val_top1, after.val_top5, after.val_loss, after.val_ece)
-    made.add_row(f"after {round(after.epochs, 2):g} epochs", *_formatted(*best))
+    epochs = round(after.epochs, 2)
+    made.add_row(f"after {epochs:g} epoch{'' if epochs == 1 else 's'}", *_formatted(*best))
     sent = next((record for record in reversed(result.history) if record.gradient_bytes is not None), None)
     if sent is not None:
         made.caption = (

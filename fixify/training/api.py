@@ -95,7 +95,7 @@ def finetune(
         model, info = _load_slim(source, info, val, options)
         # `info.labels` stay the checkpoint's own names; the facts name the classes as the data does, where it can.
         class_names = list(val.class_names) if val.labelled else _class_names(info)
-        teacher, original = _open_references(inputs, val, options)
+        teacher, original = _open_references(inputs, val, options, on_event)
         if original is None and options.max_drop is not None and options.original_top1 is None:
             original = teacher
         opened = OpenedInputs(train, val, info.data_config, original, teacher, inputs)
@@ -160,12 +160,16 @@ def _load_slim(source: Path, info: SlimInfo, val: OpenedData, options: FinetuneO
 
 
 def _open_references(
-    inputs: Inputs, data: OpenedData, options: FinetuneOptions
+    inputs: Inputs, data: OpenedData, options: FinetuneOptions, on_event: Listener | None
 ) -> tuple[ReferenceModel | None, ReferenceModel | None]:
-    """Open the teacher and the original."""
+    """Open the teacher and the original, and tell what was read of their files and what was left out."""
     teacher, original = (
         None if ref is None else open_reference(ref, data, options) for ref in (inputs.distill, inputs.against)
     )
+    opened = (each for each in (teacher, original) if each is not None)
+    for note in dict.fromkeys(note for each in opened for note in each.notes):
+        if on_event is not None:
+            on_event(Warned(note))
     return teacher, original
 
 
@@ -263,7 +267,7 @@ def train_from_scratch(
         val = replace(matched, description=val.description)
         class_names = list(train.class_names)
         network = new_network(options, class_names)
-        teacher, original = _open_references(inputs, val, options)
+        teacher, original = _open_references(inputs, val, options, on_event)
         opened = OpenedInputs(train, val, network.preprocessing, original, teacher, inputs)
         facts = replace(
             RunFacts.of(opened),

@@ -23,14 +23,14 @@ import torch
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from fixify._values import Count
+from fixify._values import Count, counted
 from fixify.data import Unreadable, UnreadableImages
 from fixify.errors import TrainingError
 from fixify.metrics import Confusions, Metrics
 from fixify.training import distributed
 from fixify.training.engine import Engine, head_scale
 from fixify.training.events import EpochEnded, EpochRecord, Listener, Validated, Warned
-from fixify.training.facts import Machine, RunFacts, RunOutput, this_machine
+from fixify.training.facts import Machine, Recorded, RunFacts, RunOutput, this_machine
 from fixify.training.options import PATIENCE, FinetuneOptions
 from fixify.training.parallel import gather_optimiser_state, gather_weights, load_gathered, local_part
 from fixify.training.run_folder import (
@@ -49,6 +49,9 @@ from fixify.training.run_records import first_problem
 # Any run: find the state, check that it belongs to the run, write a new one.
 
 
+_DAMAGED_HINT = "Choose another folder with -o, or replace the run with --force."
+
+
 @dataclass(frozen=True)
 class StoredState:
     """A state that was read.
@@ -64,11 +67,16 @@ class StoredState:
     unusable: Path | None = None
 
     def check_kind(self, version: int, key: str) -> None:
-        """Check the version, and an entry that only this kind of run has.
+        """Check the version, an entry that only this kind of run has, and that what is compared can be.
 
         Raises:
-            TrainingError: another version or kind of run wrote the state.
+            TrainingError: another version or kind of run wrote the state, or it is damaged.
         """
+        for name in _PLAIN:
+            if not _is_plain(self.content.get(name)):
+                raise TrainingError(
+                    f"{self.path} is damaged: its {name} is nested too deeply, or holds tensors.", hint=_DAMAGED_HINT
+                )
         found = self.content.get("version")
         if found != version:
             raise TrainingError(f"{self.path} is of state version {found}; this fixify reads version {version}.")
@@ -90,7 +98,7 @@ class StoredState:
             if not isinstance(self.content.get(name), kind):
                 raise TrainingError(
                     f"{self.path} is damaged: its {name} is no {kind.__name__}.",
-                    hint="Choose another folder with -o, or replace the run with --force.",
+                    hint=_DAMAGED_HINT,
                 )
 
     def check_same(
@@ -126,7 +134,7 @@ class StoredState:
         """
         try:
             load(self.content)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             problem = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise TrainingError(f"{self.path} does not fit this model: {problem}") from error
 
@@ -135,6 +143,19 @@ class StoredState:
         buffer = io.BytesIO()
         torch.save(self.content, buffer)
         return self.path, buffer.getvalue(), self.unusable
+
+
+# What a state says of its run; tensors, or lists that hold themselves, are not comparable.
+_PLAIN = ("version", "recipe", "facts", "machine", *(each.name for each in fields(Recorded)))
+_DEPTH = 12
+
+
+def _is_plain(value: object, depth: int = 0) -> bool:
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple)):
+        return depth < _DEPTH and all(_is_plain(each, depth + 1) for each in value)
+    return not isinstance(value, Tensor)
 
 
 def _shortened(value: Any) -> str:
@@ -349,6 +370,8 @@ def check_stored_run(stored: StoredState, facts: RunFacts, options: FinetuneOpti
     state, folder = stored.content, stored.path.parent
     try:
         was = RunFacts.from_dict(state["facts"])
+        if not all(isinstance(count, int) for count in (was.train_images, was.val_images)):
+            raise TypeError("the numbers of images are no whole numbers")
     except (KeyError, TypeError, AttributeError) as error:
         raise TrainingError(f"{stored.path} does not say what its run is of: {error}.") from error
     stored.check_entries(recipe=dict, machine=dict)
@@ -385,17 +408,19 @@ def _check_batches(folder: Path, size_then: int, processes_then: int, size: int)
     if size * processes == together:
         return
     divides = together % processes == 0
+    then = counted(processes_then, "process", "processes")
     raise TrainingError(
         f"The run in {folder} was started with {_batches(processes_then, size_then)}; this would be "
         f"{_batches(processes, size)}.",
         hint=f"Resume with --batch-size {together // processes}."
         if divides
-        else f"Resume with {processes_then} processes, or another number that divides {together}.",
+        else f"Resume with {then}, or another number that divides {together}.",
     )
 
 
 def _batches(processes: int, size: int) -> str:
-    return f"{size} images per step" if processes == 1 else f"{processes} x {size} images per step"
+    images = f"{counted(size, 'image')} per step"
+    return images if processes == 1 else f"{processes} x {images}"
 
 
 # What a run on images keeps.
@@ -449,11 +474,11 @@ class RunKeeper:
             self.on_event(Warned(f"Results may differ from an uninterrupted run: {changes}."))
         self.store.resume_from(stored)
         self.saved = self.progress.epoch, self.progress.batch
-        self.engine.schedule.step_update(self.progress.updates)
 
     def _load(self, state: dict[str, Any]) -> None:
         load_engine_state(self.engine, state)
         self.progress = Progress.from_dict(state["progress"])
+        self.engine.schedule.step_update(self.progress.updates)  # of the learning rates that the optimiser's state has
 
     def state_is_due(self) -> bool:
         """Check whether the last state is older than `options.save_minutes`; every process must call this."""

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fixify._values import counted
 from fixify.data import Shard
 from fixify.errors import FixifyError, TrainingError, UsageError
 from fixify.metrics import resolve_device
@@ -92,7 +93,8 @@ def device_for(name: str) -> str:
     available = torch.accelerator.device_count()
     if local_world_size() > available:
         raise UsageError(
-            f"{local_world_size()} processes were started on this machine, which has {available} {kind} devices.",
+            f"{local_world_size()} processes were started on this machine, which has "
+            f"{counted(available, f'{kind} device')}.",
             hint=f"Start {available} with --nproc-per-node {available}.",
         )
     return f"{kind}:{local_rank()}"
@@ -191,15 +193,6 @@ def all_gather(own: T) -> list[T]:
     everyone: list[T | None] = [None] * world_size()
     dist.all_gather_object(everyone, own)
     return cast("list[T]", everyone)
-
-
-def gather_interleaved(own: list[T]) -> list[T]:
-    """Gather a list in data order; rank r holds every world_size-th item, starting at r."""
-    parts = all_gather(own)
-    whole = [None] * sum(map(len, parts))
-    for first, part in enumerate(parts):
-        whole[first :: len(parts)] = part  # type: ignore[assignment]
-    return cast("list[T]", whole)
 
 
 def on_rank_zero(do: Callable[[], T]) -> T:

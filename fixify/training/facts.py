@@ -19,6 +19,7 @@ import torchvision
 from torch import nn
 
 from fixify._files import sha256_of
+from fixify._values import counted
 from fixify._version import __version__
 from fixify.checkpoints.slim import SUFFIX
 from fixify.data import OpenedData, listing_digest
@@ -96,7 +97,7 @@ class Recorded:
             return
         divides = together % processes == 0
         raise TrainingError(
-            f"The run that wrote this recipe had {together} images per step. This one would have "
+            f"The run that wrote this recipe had {counted(together, 'image')} per step. This one would have "
             f"{options.batch_size * processes} ({processes} x {options.batch_size}) and would not repeat it.",
             hint=(f"Add --set {options.section}.batch_size={together // processes}, or start" if divides else "Start")
             + " as many processes with --nproc-per-node; or drop `recorded.images_a_step` from the recipe.",
@@ -209,7 +210,8 @@ class OpenedInputs:
             theirs, ours = channels_of(self.teacher.preprocessing), channels_of(self.preprocessing)
             if theirs != ours:
                 raise UsageError(
-                    f"{self.teacher.name} takes images with {theirs} channels, and the trained model takes {ours}.",
+                    f"{self.teacher.name} takes images with {counted(theirs, 'channel')}, and the trained model "
+                    f"takes {ours}.",
                     hint="The teacher gets the same images as the model. Use the checkpoint that was converted.",
                 )
 

@@ -17,6 +17,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import dispatch_clip_grad
 from torch import nn
 
+from fixify._values import counted
 from fixify.errors import UsageError
 from fixify.heads import FixedClassifier
 from fixify.models.classifiers import find_classifiers
@@ -127,7 +128,7 @@ def freeze_(model: nn.Module, depth: int) -> Frozen:
     if depth > len(stages):
         listed = "\n".join(f"  {number} {label}" for number, label in enumerate(labels, start=1))
         raise UsageError(
-            f"The model has {len(stages)} stages that can be frozen, not {depth}:\n{listed}",
+            f"The model has {counted(len(stages), 'stage')} that can be frozen, not {depth}:\n{listed}",
             hint=f"Give --freeze a number from 0 to {len(stages)}.",
         )
     parameters = dict(model.named_parameters())

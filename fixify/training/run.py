@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fixify._leftovers import FolderLock
-from fixify.errors import DataError, FixifyError, LoaderError, ResourceError, TrainingError
+from fixify.errors import LoaderError, ResourceError, TrainingError
 from fixify.metrics import Metrics
 from fixify.training import distributed
 from fixify.training.checkpointing import RunKeeper
@@ -82,13 +82,12 @@ def train_model(
     Raises:
         UsageError: `max_drop` without a top-1 to measure it from; images without labels and without a teacher; or a
             teacher of images with other channels.
-        TrainingError: a loss is not finite, the run cannot be resumed, the state is of another run, a loader process
-            was killed, or memory ran out.
+        TrainingError: a loss is not finite, the run cannot be resumed, or the state is of another run; a loader process
+            ended or hangs, or memory or file handles ran out.
         TrainingInterrupted: SIGINT, SIGTERM, SIGHUP or SIGUSR1; the state was saved.
         OutputExistsError, OutputError: the folder has a run already, another process trains in it, or it cannot be
             written.
         DataError: too many images cannot be read.
-        LoaderError, ResourceError: a loader process ended, or memory or file handles ran out.
     """
     opened.check(options)
     with stop_on_signals() as stop:
@@ -100,9 +99,7 @@ def train_model(
             return run.train()
         except Stopped:
             raise run.interruption() from None
-        except (LoaderError, ResourceError) as error:
-            raise run.say_what_is_saved(error) from error
-        except (RuntimeError, MemoryError, OSError, EOFError, DataError) as error:
+        except (LoaderError, ResourceError, RuntimeError, MemoryError, OSError) as error:
             failure = machine_failure(error)
             if failure is None:
                 raise
@@ -260,26 +257,17 @@ class _Run:
         saved = self.keeper.saved
         if saved is None:
             return TrainingError(
-                f"{failure.what} before training began.",
-                hint=f"{failure.hint} Start again with the same command and --resume, or with --force.",
+                f"{failure.what}. This was before training began.",
+                hint=f"{failure.hint} Start again with the same command and --resume, or with --force.".lstrip(),
             )
         progress = self.keeper.progress
         epoch, batch = saved
         done = self._place(epoch, batch) if epoch < self.options.epochs else "at its end"
         return TrainingError(
-            f"{failure.what} {self._place(progress.epoch, progress.batch)}. The state {done} is saved in "
-            f"{self.output.folder}.",
-            hint=f"{failure.hint} {RESUME_HINT}",
+            f"{failure.what}. Training stopped {self._place(progress.epoch, progress.batch)}; the state {done} is "
+            f"saved in {self.output.folder}.",
+            hint=f"{failure.hint} {RESUME_HINT}".lstrip(),
         )
-
-    def say_what_is_saved(self, error: FixifyError) -> FixifyError:
-        """Add to an error that the machine caused what was saved, and how to resume."""
-        if not self.keeper.store.has_state:
-            saved, next_step = "Nothing was saved yet.", "Then start again with the same command and --resume."
-        else:
-            saved = f"Everything up to the last state is saved in {self.output.folder}."
-            next_step = "Then resume with the same command and --resume."
-        return type(error)(f"{error.message} {saved}", hint=f"{error.hint or ''} {next_step}".strip())
 
     def close(self) -> None:
         """Stop the loaders' processes, and let other processes into the folder."""

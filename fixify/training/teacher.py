@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fixify._files import sha256_of
+from fixify._values import counted
 from fixify.checkpoints.open import OpenModel, open_model
-from fixify.data import ImageLoader, ImageSource, OpenedData, check_classes, override
+from fixify.data import ImageLoader, ImageSource, OpenedData, Subset, check_classes, override
 from fixify.data.preprocessing import normalization
 from fixify.errors import DataError
 from fixify.metrics import Precision, autocast, check_input_size, eval_mode
@@ -32,12 +33,14 @@ class ReferenceModel:
         sha256: SHA-256 of the file, or of the weights if there is no single file; 64 hexadecimal digits.
         model: Images to logits, in eval mode.
         preprocessing: timm's data configuration of this model.
+        notes: How the file was recognised, and what was read of it and what was left out, for the user.
     """
 
     name: str
     sha256: str
     model: nn.Module
     preprocessing: Preprocessing
+    notes: tuple[str, ...] = ()
 
 
 def open_reference(ref: str | Path, data: OpenedData, options: FinetuneOptions) -> ReferenceModel:
@@ -57,14 +60,15 @@ def open_reference(ref: str | Path, data: OpenedData, options: FinetuneOptions) 
     training = (opened.slim.training if opened.slim is not None else None) or {}
     if opened.num_classes != data.num_classes:
         raise DataError(
-            f"{opened.name} has {opened.num_classes} classes; the checkpoint that is trained has {data.num_classes}.",
+            f"{opened.name} has {counted(opened.num_classes, 'class', 'classes')}; the checkpoint that is "
+            f"trained has {data.num_classes}.",
             hint="Use the checkpoint that was converted, or another one of the same classes.",
         )
     check_classes(data, opened.num_classes, training.get("class_names"), opened.labels)
     preprocessing = override(opened.preprocessing, img_size=options.img_size, crop_pct=options.crop_pct)
     if options.img_size is not None:
         check_input_size(opened.model, preprocessing["input_size"])
-    return ReferenceModel(opened.name, reference_digest(ref, opened), opened.model, preprocessing)
+    return ReferenceModel(opened.name, reference_digest(ref, opened), opened.model, preprocessing, opened.notes)
 
 
 def reference_digest(ref: str | Path, opened: OpenModel) -> str:
@@ -126,10 +130,10 @@ class Teacher:
         return logits.float()
 
 
-class _LabelledByModel:
-    """Images whose labels are the classes that a model predicts."""
+class _WithLabels:
+    """Images with other labels than their own, one for each."""
 
-    def __init__(self, images: ImageSource, labels: list[int]) -> None:
+    def __init__(self, images: ImageSource, labels: Sequence[int]) -> None:
         self.images = images
         self.labels = labels
 
@@ -137,7 +141,7 @@ class _LabelledByModel:
         return len(self.labels)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """Load an image and its predicted class."""
+        """Load an image and its label."""
         return self.images.load(index)[0], self.labels[index]
 
     def where(self, index: int) -> str:
@@ -147,6 +151,11 @@ class _LabelledByModel:
     def listing(self) -> Iterable[bytes]:
         """List the images, as without labels."""
         return self.images.listing()
+
+
+def numbered(data: OpenedData) -> OpenedData:
+    """Give each image its position as its label, for `label_by_model`."""
+    return replace(data, images=_WithLabels(data.images, range(len(data))))
 
 
 def label_by_model(
@@ -164,18 +173,24 @@ def label_by_model(
     Args:
         data: Images without labels.
         reference: The model; it is moved to `device`.
-        loader: All of the images in order, or this process's shard of them, preprocessed for the model.
+        loader: The images of `numbered(data)`, or this process's shard of them, preprocessed for the model.
         device: Where to run the model.
         amp: Autocast precision.
         on_batch: Called after each batch with the number of images so far.
         on_end: Called after the last batch.
+
+    Returns:
+        The images that the loader could read, in their order.
     """
-    model, labels = reference.model.to(device), list[int]()
+    model, labels = reference.model.to(device), dict[int, int]()
     with eval_mode(model), torch.no_grad():
-        for images, _ in loader:
+        for images, positions in loader:
             with autocast(device, amp):
-                labels += model(images.to(device)).argmax(dim=-1).tolist()
+                found = model(images.to(device)).argmax(dim=-1)
+            labels.update(zip(positions.tolist(), found.tolist(), strict=True))
             on_batch(len(labels))
     on_end()
-    images_in_order = _LabelledByModel(data.images, distributed.gather_interleaved(labels))
-    return replace(data, images=images_in_order, labelled=True)
+    everyone = {position: label for part in distributed.all_gather(labels) for position, label in part.items()}
+    readable = sorted(everyone)
+    source = data.images if len(readable) == len(data) else Subset(data.images, readable)
+    return replace(data, images=_WithLabels(source, [everyone[position] for position in readable]), labelled=True)

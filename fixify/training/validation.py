@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from fixify.data import ImageLoader, UnreadableImages, make_loader
+from fixify.data import ImageLoader, OpenedData, UnreadableImages, make_loader
 from fixify.heads import FixedClassifier
 from fixify.many_classes import only_head
 from fixify.metrics import Confusions, Metrics, Predictions, add_up, count_confusions
@@ -20,7 +20,7 @@ from fixify.training.facts import OpenedInputs
 from fixify.training.interrupt import StopRequest
 from fixify.training.options import FinetuneOptions
 from fixify.training.run_folder import UNREADABLE_FILE
-from fixify.training.teacher import ReferenceModel, label_by_model
+from fixify.training.teacher import ReferenceModel, label_by_model, numbered
 
 _NUM_NAMED = 5
 _CONSEQUENCE = {"training": "the next one takes its place", "validation": "it is left out"}
@@ -80,9 +80,11 @@ class Validation:
         self.without_logits = False
 
     def label_with(self, teacher: ReferenceModel) -> None:
-        """Label the images with the teacher's predictions; call this before measuring anything."""
-        # No image may be left out here, because labels belong to images by their order.
-        with self._loader_for(teacher, UnreadableImages(len(self.data))) as loader:
+        """Label the images with the teacher's predictions, and drop those that cannot be read.
+
+        Call this before measuring anything.
+        """
+        with self._loader_for(teacher, numbered(self.data)) as loader:
             self.data = label_by_model(
                 self.data,
                 teacher,
@@ -158,23 +160,21 @@ class Validation:
         self.on_event(Evaluating(phase, min(images * distributed.world_size(), total), total))
         self.stop.check()
 
-    def _make_loader(self, preprocessing: Preprocessing, unreadable: UnreadableImages | None = None) -> ImageLoader:
+    def _make_loader(self, preprocessing: Preprocessing, data: OpenedData | None = None) -> ImageLoader:
         return make_loader(
-            self.data,
+            self.data if data is None else data,
             preprocessing,
             training=False,
             batch_size=self.options.batch_size,
             workers=self.options.resolved_workers(),
             device=self.device,
-            unreadable=self.unreadable if unreadable is None else unreadable,
+            unreadable=self.unreadable,
             shard=distributed.local_shard(),
         )
 
     @contextmanager
-    def _loader_for(
-        self, reference: ReferenceModel, unreadable: UnreadableImages | None = None
-    ) -> Iterator[ImageLoader]:
-        loader = self._make_loader(reference.preprocessing, unreadable)
+    def _loader_for(self, reference: ReferenceModel, data: OpenedData | None = None) -> Iterator[ImageLoader]:
+        loader = self._make_loader(reference.preprocessing, data)
         try:
             yield loader
         finally:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import shutil
 import threading
 import zipfile
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import fixify
 from fixify.checkpoints import open_source
+from fixify.checkpoints import slim as slim_module
 from fixify.checkpoints.files import has_metadata
 from fixify.checkpoints.labels import read_class_indices, read_class_map
 from fixify.checkpoints.open import open_model
@@ -392,6 +394,23 @@ def test_what_was_read_stays_when_the_file_is_cut_off(tmp_path: Path, name: str)
     source = open_source(path)
     os.truncate(path, 10)
     assert torch.equal(source.tensors["conv.weight"], tensors["conv.weight"])
+
+
+def test_a_slim_file_that_is_cut_off_while_it_is_loaded(
+    slim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.fixed.safetensors"
+    shutil.copy(slim, path)
+    size = path.stat().st_size
+
+    def cut(*given: Any) -> Any:
+        os.truncate(path, size // 2)
+        return build(*given)
+
+    build = slim_module._build
+    monkeypatch.setattr(slim_module, "_build", cut)
+    with pytest.raises(FormatError, match="changed while it was read"):
+        load(path)
 
 
 def test_header_and_tensors_are_of_the_same_file(slim: Path, tmp_path: Path) -> None:

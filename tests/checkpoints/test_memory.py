@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 from fixify.checkpoints import check_finite, open_source
+from fixify.checkpoints.slim import load
 from fixify.conversion import convert
 from fixify.models import build, parse_architecture
 
@@ -26,6 +27,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         safetensors.torch.save_file(state, folder / f"{stem}.safetensors")
         torch.save(state, folder / f"{stem}.pth")
         torch.save(state, folder / f"{stem}-legacy.pth", _use_new_zipfile_serialization=False)
+        convert(folder / f"{stem}.safetensors", folder / f"{stem}.fixed.safetensors", arch=name)
     return folder
 
 
@@ -38,6 +40,9 @@ def use(path: Path, mode: str) -> None:
     if mode == "convert":
         arch = LARGE if path.name.startswith("large") else SMALL
         convert(path, path.parent / "out.fixed.safetensors", arch=arch, force=True)
+        return
+    if mode in ("load", "check"):
+        load(path, check=mode == "check")
         return
     source = open_source(path, meta=mode == "meta")
     if mode == "data":
@@ -56,6 +61,8 @@ def use(path: Path, mode: str) -> None:
         (".safetensors", "convert", 0.9, 1.3),
         (".pth", "convert", 0.9, 1.3),
         ("-legacy.pth", "convert", 0.9, 2.2),
+        (".fixed.safetensors", "load", 0.9, 1.2),
+        (".fixed.safetensors", "check", 0.9, 1.2),
     ],
 )
 def test_peak(files: Path, name: str, mode: str, least: float, most: float) -> None:

@@ -87,7 +87,7 @@ def expected(model: torch.nn.Module, images: Tensor, head: dict[str, Tensor]) ->
 
 @pytest.mark.parametrize(("name", "num_classes"), [("resnet20_cifar", 10), ("resnet44_cifar", 64)])
 def test_logits_are_those_of_the_reference_code(tmp_path: Path, name: str, num_classes: int) -> None:
-    """The checkpoint is recognised by the order of its shapes, and compared with the formula in float64."""
+    """The checkpoint is recognised by its shapes, and compared with the formula in float64."""
     model, head = network(name, num_classes), trained(num_classes)
     source = save(tmp_path / "old.pth", model, head, counters=num_classes == 64)
     done = convert(source, tmp_path / "old.fixed.safetensors")

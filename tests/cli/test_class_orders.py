@@ -119,4 +119,4 @@ def test_a_model_of_imagenet_on_two_of_its_classes(
     assert (found["num_images"], found["top5"]) == (2, 100.0)  # by chance 0.5 %
     shutil.move(str(tmp_path / "photos" / names[1]), tmp_path / "photos" / "zebra crossing")
     code, _, err = run("eval", lite0, "--data", "photos", "--workers", 0, "--device", "cpu")
-    assert code == 1 and "1000 classes" in err and "photos" in err
+    assert code == 1 and "1,000 classes" in err and "photos" in err

@@ -55,7 +55,20 @@ def test_ordinary_images_are_pillows(tmp_path: Path, suffix: str, mode: str) -> 
 def test_16_bits_are_read_as_their_8_bit_twins(tmp_path: Path, suffix: str, mode: str, factor: int) -> None:
     path = save(Image.fromarray(GRAY.astype(np.uint16) * factor), tmp_path / f"a.{suffix}")
     assert np.array_equal(read(path, mode), np.asarray(Image.fromarray(GRAY).convert(mode)))
-    assert remarks_on(decode(path, path)) == [SIXTEEN_BITS]
+    assert remarks_on(decode(path, path)) == [SIXTEEN_BITS.format(16, "65,535")]
+
+
+@pytest.mark.parametrize(("most", "stated"), [(4095, True), (1023, True), (4095, False), (5000, False)])
+def test_a_tiff_may_say_that_it_has_fewer_bits(tmp_path: Path, most: int, stated: bool) -> None:
+    path = tmp_path / "a.tif"
+    values = np.array([[0, 255, most // 2, most]], np.uint16)
+    limit = most if stated else 4095
+    Image.fromarray(values).save(path, tiffinfo={281: limit} if stated or most > limit else {})
+    image = decode(path, path)
+    known = limit if stated else 65_535  # nothing is said, or a value contradicts it
+    found = np.asarray(convert_mode(image, "L", "")).astype(int)
+    assert np.abs(found - values * (255 / known)).max() <= 1
+    assert remarks_on(image) == [SIXTEEN_BITS.format(known.bit_length(), f"{known:,}")]
 
 
 @pytest.mark.parametrize("byte_order", ["I;16", "I;16B"])
@@ -63,7 +76,7 @@ def test_16_bits_in_either_byte_order(byte_order: str) -> None:
     values = (GRAY.astype(np.uint16) * 257).astype("<u2" if byte_order == "I;16" else ">u2")
     image = Image.frombytes(byte_order, (8, 8), values.tobytes())
     assert np.array_equal(np.asarray(convert_mode(image, "L", "")), GRAY)
-    assert remarks_on(image) == [SIXTEEN_BITS]
+    assert remarks_on(image) == [SIXTEEN_BITS.format(16, "65,535")]
 
 
 @pytest.mark.parametrize("most", [1, 255, 65_535])

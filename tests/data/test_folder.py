@@ -56,7 +56,7 @@ def test_a_class_without_validation_images_does_not_shift_the_labels(make_folder
 def test_a_validation_class_that_training_lacks_is_refused(make_folder: Callable[..., Path]) -> None:
     root = make_folder()
     shutil.rmtree(root / "train" / "bee")
-    with pytest.raises(DataError, match=r"\b1 class folders .*train .*: bee"):
+    with pytest.raises(DataError, match=r"\b1 class folder .*train .*: bee"):
         open_data(str(root), split="val")
 
 
@@ -94,7 +94,7 @@ def test_loose_images_and_empty_classes_are_refused(
 ) -> None:
     root = make_folder()
     write_image(root / "train" / "loose.png", seed=1)
-    with pytest.raises(DataError, match=r"\b1 images .* loose\.png"):
+    with pytest.raises(DataError, match=r"\b1 image .* loose\.png"):
         open_data(str(root), split="train")
     (root / "train" / "loose.png").unlink()
     (root / "train" / "empty").mkdir()

@@ -120,7 +120,7 @@ class TestTraining:
 
     def test_fewer_images_than_a_batch_make_one_batch(self, digits: OpenedData) -> None:
         assert [len(images) for images, _ in self.loader(digits, batch_size=64)] == [22]
-        with pytest.raises(DataError, match=r"\b1 images"):
+        with pytest.raises(DataError, match=r"\b1 image\b"):
             self.loader(
                 OpenedData(ArrayImages(np.zeros((1, 4, 4), np.uint8), np.zeros(1)), ("a",), "", "", "", "train")
             )

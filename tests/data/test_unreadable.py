@@ -183,7 +183,7 @@ def test_how_many_may_be_unreadable_is_enough() -> None:
     share = float(str(caught.value.hint).split()[-1])
     allowed = UnreadableImages(7, share)
     allowed.add(Unreadable("Cannot read a.png."))
-    assert allowed.summary() == "1 of 7 images cannot be read and are left out."
+    assert allowed.summary() == "1 of 7 images cannot be read; left out."
     with pytest.raises(DataError) as caught:
         UnreadableImages(7, 0.01, option=None).add(Unreadable("Cannot read a.png."))
     assert "--" not in str(caught.value)

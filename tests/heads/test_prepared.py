@@ -9,6 +9,7 @@ from torch import nn
 from fixify.errors import HeadSpecError
 from fixify.heads import REFERENCE_CONSTRUCTION, FixedClassifier, HeadSpec
 from fixify.heads import layer as layer_module
+from fixify.heads import prepared as prepared_module
 
 N = 256
 INDICES = torch.from_numpy(np.random.default_rng(0).choice(2 * N * 12, 1000, replace=False))
@@ -69,6 +70,18 @@ def test_logits_are_those_of_the_formula(name, lead, draw):
     assert head._prepared is not None
     assert logits.is_contiguous() and not logits.requires_grad
     torch.testing.assert_close(logits, head(x).detach(), rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["blocks", "whole-blocks", "unnormalised", "matched"])
+def test_samples_are_divided_where_scores_are_many(name, dtype, draw, monkeypatch):
+    x = draw(2, 5, N).to(dtype)
+    head = make(name, draw, dtype=dtype)
+    with torch.no_grad():
+        expected = head(x)
+        monkeypatch.setattr(prepared_module, "_CACHED_SCORES", 3 * 12 * N)
+        head.eval()
+        torch.testing.assert_close(head(x), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -53,7 +53,7 @@ def test_other_and_damaged_files_are_refused(corpus: Corpus, small: LanguageOpti
     with pytest.raises(FormatError, match=r"model\.safetensors"):
         load_language(path)
     save_language(build_model(small, corpus), path, small, corpus.words, {})
-    tensors = safetensors.torch.load_file(path)
+    tensors = safetensors.torch.load(path.read_bytes())  # not mapped: the file is written anew
     with safetensors.safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()[LANGUAGE_KEY])
     changes: list[tuple[dict[str, object], str, str]] = [
@@ -75,7 +75,7 @@ def test_sizes_that_only_the_header_claims_are_never_made(
 ) -> None:
     path = tmp_path / "model.safetensors"
     save_language(build_model(small, corpus), path, small, corpus.words, {})
-    tensors = safetensors.torch.load_file(path)
+    tensors = safetensors.torch.load(path.read_bytes())
     claimed = {**small.recipe(), "num_features": 1 << 16, "num_layers": 64}
     about = {"version": 1, "options": claimed, "words": list(corpus.words)}
     safetensors.torch.save_file(tensors, path, metadata={LANGUAGE_KEY: json.dumps(about)})
@@ -87,7 +87,7 @@ def test_verify_tells_what_does_not_hold(corpus: Corpus, small: LanguageOptions,
     options = LanguageOptions.create(**{**small.model_dump(), "words": "hadamard"})
     path = tmp_path / "model.safetensors"
     save_language(build_model(options, corpus), path, options, corpus.words, {})
-    tensors = safetensors.torch.load_file(path)
+    tensors = safetensors.torch.load(path.read_bytes())
     assert "embedding.weight" not in tensors and "classifier.codes" not in tensors
     with safetensors.safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()[LANGUAGE_KEY])
@@ -112,3 +112,16 @@ def test_vectors_that_lost_their_length_are_told(corpus: Corpus, small: Language
         model.embedding.weight[3] *= 2
     save_language(model, tmp_path / "model.safetensors", small, corpus.words, {})
     assert [check.name for check in verify_language(tmp_path / "model.safetensors") if not check.passed] == ["vectors"]
+
+
+def test_a_flipped_bit_is_noticed(corpus: Corpus, small: LanguageOptions, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_language(build_model(small, corpus), path, small, corpus.words, {})
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    assert [check.name for check in verify_language(path) if not check.passed] == ["digest"]
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key == LANGUAGE_KEY}
+    safetensors.torch.save_file(safetensors.torch.load(path.read_bytes()), path, metadata)  # as older versions wrote it
+    assert all(check.passed for check in verify_language(path))

@@ -61,8 +61,7 @@ def test_choices_are_read_from_the_shapes(ref: str, kwargs: dict, num_classes: i
     assert state.named(signature.free) == signature.named
     assert state.by_order(signature.free) == signature.ordered
     expected = {**signature.defaults, **kwargs, "num_classes": num_classes}
-    assert state.choices(signature.free, by_order=False) == expected
-    assert state.choices(signature.free, by_order=True) == expected
+    assert state.choices(signature.free) == expected
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +83,9 @@ def test_contradictory_heads_are_no_match(signatures: dict) -> None:
     signature = signatures["timm/deit_tiny_distilled_patch16_224"]
     shapes = shapes_of(build(parse_architecture("deit_tiny_distilled_patch16_224"), num_classes=10, meta=True))
     shapes["head_dist.weight"] = (11, 192)
-    assert StateShapes(shapes).choices(signature.free, by_order=False) is None
+    assert StateShapes(shapes).choices(signature.free) is None
     shapes["head_dist.weight"] = ()
-    assert StateShapes(shapes).choices(signature.free, by_order=False) is None
+    assert StateShapes(shapes).choices(signature.free) is None
 
 
 def test_order_matters_for_shapes_and_not_for_names(signatures: dict) -> None:

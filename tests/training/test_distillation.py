@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from fixify.data import OpenedData, make_loader
 from fixify.data.idx import ArrayImages
 from fixify.errors import TrainingError, UsageError
-from fixify.training import FinetuneOptions, FinetuneResult, ReferenceModel
+from fixify.training import FinetuneOptions, FinetuneResult, ReferenceModel, api
 from fixify.training.losses import distillation_loss
 from fixify.training.teacher import Teacher
 
@@ -214,3 +215,14 @@ class TestUnlabelled:
     ) -> None:
         with pytest.raises(UsageError, match=r"training .*no labels"):
             run(tmp_path / "run", OPTIONS, teacher=teacher, train=without_labels(stripes[0]))
+
+
+def test_what_the_files_of_teacher_and_original_hold_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(ref: str, *_: Any) -> ReferenceModel:
+        return ReferenceModel(ref, "0" * 64, torch.nn.Identity(), {}, ("Read.", f"Besides the weights of {ref}: ..."))
+
+    monkeypatch.setattr(api, "open_reference", opened)
+    told: list[Any] = []
+    api._open_references(SimpleNamespace(distill="a.pth", against="b.pth"), None, None, told.append)  # type: ignore[arg-type]
+    said = [event.text for event in told]
+    assert said == ["Read.", "Besides the weights of a.pth: ...", "Besides the weights of b.pth: ..."]

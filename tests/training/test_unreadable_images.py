@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fixify.data import OpenedData
+from fixify.data import OpenedData, Subset
 from fixify.data.idx import ArrayImages
 from fixify.errors import DataError
 from fixify.training import FinetuneOptions, Warned
@@ -91,3 +92,23 @@ def test_a_run_whose_images_can_all_be_read_lists_none(run: Any, tmp_path: Path)
 def test_the_features_of_the_last_blocks_are_of_those_that_can_be_read(run: Any, tmp_path: Path, damaged: Any) -> None:
     result = run(tmp_path, OPTIONS.replace(epochs=0, last_block_epochs=1, mixup=0.0), **damaged)
     assert result.history[0].val_unreadable == 3
+
+
+def test_a_teacher_labels_the_validation_images_that_can_be_read(
+    run: Any, tmp_path: Path, damaged: Any, teacher: Any, stripes: Any
+) -> None:
+    def unlabelled(data: OpenedData) -> OpenedData:
+        return replace(data, labelled=False)
+
+    options = OPTIONS.replace(epochs=1, mixup=0.0, unlabelled=True)
+    events: list[Any] = []
+    val = unlabelled(damaged["val"])
+    result = run(tmp_path / "damaged", options, train=stripes[0], val=val, teacher=teacher, on_event=events.append)
+    assert result.before.num_images == 17 and result.history[0].val_unreadable == 3
+    told = [event.text for event in events if isinstance(event, Warned)]
+    assert sum("it is left out" in text for text in told) == 3
+    whole = unlabelled(replace(stripes[1], images=Subset(stripes[1].images, sorted({*range(20)} - {2, 5, 9}))))
+    again = run(tmp_path / "whole", options, train=stripes[0], val=whole, teacher=teacher)
+    assert again.before.loss == pytest.approx(result.before.loss, abs=1e-6)
+    with pytest.raises(DataError, match=r"2\.png"):
+        run(tmp_path / "none", options.replace(max_unreadable=0.0), train=stripes[0], val=val, teacher=teacher)
