@@ -30,7 +30,7 @@ _EXPORTS = {
     "evaluate": "fixify.evaluation",
     "finetune": "fixify.training.api",
     "fix_classifier_": "fixify.surgery",
-    "identify": "fixify.inspection",
+    "identify": "fixify.identification",
     "inspect": "fixify.inspection",
     "load": "fixify.checkpoints.slim",
     "plan": "fixify.reporting.costs",
@@ -38,7 +38,7 @@ _EXPORTS = {
     "report": "fixify.reporting.costs",
     "save": "fixify.checkpoints.slim",
     "train": "fixify.recipes.running",
-    "verify": "fixify.inspection",
+    "verify": "fixify.verification",
 }
 
 __all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604, RUF100
@@ -53,12 +53,12 @@ if TYPE_CHECKING:
     from fixify.heads import FixedClassifier as FixedClassifier
     from fixify.heads import HeadSpec as HeadSpec
     from fixify.heads import codebook as codebook
-    from fixify.inspection import identify as identify
+    from fixify.identification import identify as identify
     from fixify.inspection import inspect as inspect
-    from fixify.inspection import verify as verify
     from fixify.prediction import predict as predict
     from fixify.recipes.running import train as train
     from fixify.reporting.costs import plan as plan
     from fixify.reporting.costs import report as report
     from fixify.surgery import fix_classifier_ as fix_classifier_
     from fixify.training.api import finetune as finetune
+    from fixify.verification import verify as verify

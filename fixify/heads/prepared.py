@@ -22,7 +22,6 @@ from fixify.heads.signs import sign_product
 from fixify.heads.statistics import floor_std
 
 _SOURCES = ("scale", "bias", "center", "spread", "gains")
-_PRODUCT_SOURCES = ("left", "right", "rotation_signs", "block_signs", "index", "class_signs", "table", "packed")
 _DEVICES = ("cpu", "cuda")
 _CACHED_SCORES = 1 << 18
 """Scores of several blocks that are computed at once on a processor: 1 MB in float32, within the second-level cache."""
@@ -46,6 +45,10 @@ class Head(Protocol):
     @property
     def spec(self) -> SpecFields:
         """The head spec."""
+
+
+_FEW_SCORES = 1 << 13
+"""Scores up to which building the negatives takes less time than the operations that avoid it."""
 
 
 def is_traced(x: Tensor) -> bool:
@@ -76,15 +79,18 @@ class PreparedHead:
 
     def __init__(self, head: Head, dtype: torch.dtype, input_dtype: torch.dtype) -> None:
         self.device, self.dtype, self.input_dtype = head.scale.device, dtype, input_dtype
+        self._product, self._revision = head.product, head.product.revision
         self._sources = [
             (store, name, tensor, tensor._version, tensor.data_ptr())
-            for store, name, tensor in _stored_tensors(head)
+            for store, name, tensor in _learned_tensors(head)
             if tensor is not None
         ]
         self.call = _prepared_call(head, dtype)
 
     def is_current(self) -> bool:
         """Check that none of the head's tensors was replaced or changed since."""
+        if self._product.revision != self._revision:
+            return False
         for store, name, tensor, version, pointer in self._sources:
             if store[name] is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
                 return False
@@ -94,12 +100,16 @@ class PreparedHead:
 def prepare(head: Head, x: Tensor) -> PreparedHead | None:
     """Prepare a head for inputs like `x`; None if its tensors or those inputs do not allow it.
 
-    Tensors made in inference mode do not, because they do not count their changes.
+    Tensors made in inference mode do not, because they do not count their changes; nor do the copies of
+    `nn.DataParallel`, which last for one call.
     """
+    if not all(name in head._parameters or name in head._buffers for name in _SOURCES):
+        return None
     device, dtype = x.device, x.dtype
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
-    tensors = [tensor for _, _, tensor in _stored_tensors(head) if tensor is not None]
+    tables = list(head.product.buffers())
+    tensors = tables + [tensor for _, _, tensor in _learned_tensors(head) if tensor is not None]
     if (
         not head.product.is_ready
         or device.type not in _DEVICES
@@ -111,14 +121,13 @@ def prepare(head: Head, x: Tensor) -> PreparedHead | None:
     return PreparedHead(head, dtype, x.dtype)
 
 
-def _stored_tensors(head: Head) -> list[tuple[Mapping[str, Tensor | None], str, Tensor | None]]:
-    """List the head's tensors with the dictionaries of the modules that hold them."""
+def _learned_tensors(head: Head) -> list[tuple[Mapping[str, Tensor | None], str, Tensor | None]]:
+    """List the head's own tensors but its codes, with the dictionaries that hold them."""
     found: list[tuple[Mapping[str, Tensor | None], str, Tensor | None]] = []
     for name in _SOURCES:
         store: Mapping[str, Tensor | None] = head._parameters if name in head._parameters else head._buffers
         found.append((store, name, store[name]))
-    tables = head.product._buffers
-    return found + [(tables, name, tables[name]) for name in _PRODUCT_SOURCES]
+    return found
 
 
 def _prepared_call(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -254,8 +263,12 @@ def _finish_blocks(
     ]
 
     def blocks(scores: Tensor, factor: Tensor | None) -> Tensor:
-        scores = scores.view(-1, full + (rest > 0), n)
+        k = full + (rest > 0)
+        scores = scores.view(-1, k, n)
         m = scores.shape[0]
+        if scores.numel() <= _FEW_SCORES:
+            both = torch.cat((scores, -scores), dim=-1).as_strided((m, c), (2 * k * n, 1))
+            return _affine(both if gains is None else both * gains, factor, bias)
         logits = scores.new_empty(m, c)
         if factor is not None and factor.ndim:
             factor = factor.unsqueeze(-1)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from fixify.errors import HeadSpecError
 from fixify.heads.codes import Codes, FeatureRows, HadamardRows, SignRows, StoredSigns
-from fixify.heads.hadamard import Construction, block_signs, elementary, order_of, rows
+from fixify.heads.constructions import Construction, elementary, order_of
 from fixify.heads.kinds import SpecFields, default_codes, kind_of
+from fixify.heads.matrices import block_signs, rows
 from fixify.heads.signs import PackedLinear, unpack_signs
 
 _TABLES = ("left", "right", "rotation_signs", "block_signs", "index", "class_signs", "table", "packed")
@@ -114,6 +115,9 @@ class CodeProduct(nn.Module):
     table: Tensor | None  # the codebook [C, N], or stored signs [C, d]
     packed: Tensor | None  # stored signs, uint8 [C, ceil(d / 8)], where they are too many for a table
 
+    revision: int = 0
+    """Counts the changes of the tables, for what is prepared from them."""
+
     def __init__(
         self,
         spec: SpecFields,
@@ -147,6 +151,7 @@ class CodeProduct(nn.Module):
             device: Device of the tables; None: torch's default.
             dtype: Floating-point type of the tables; None: torch's default.
         """
+        self.revision += 1
         kind = kind_of(self.spec)
         held_numbers = self.packed is not None and self.table is not None
         self.stored = stored
@@ -177,6 +182,7 @@ class CodeProduct(nn.Module):
         """
         if self.packed is None or self.packed.is_meta or hold == (self.table is not None):
             return
+        self.revision += 1
         if not hold:
             self.table = None
             self.prescale *= self._unit
@@ -186,6 +192,7 @@ class CodeProduct(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodeProduct:
         tables = [table for table in self._buffers.values() if table is not None]
+        self.revision += 1
         was_meta = any(table.is_meta for table in tables)
         super()._apply(fn, recurse)
         tables = [table for table in self._buffers.values() if table is not None]

@@ -222,7 +222,7 @@ def byte_product(z: Tensor, signs: Tensor, num_digits: int) -> Tensor:
 def sign_product(packed: Tensor, num_signs: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Build the fastest product with packed signs, from [M, d] to [M, C], without gradients.
 
-    Measured with `tests/benchmarks/bench_heads.py`: products of integers, where the processor has them. Up to
+    Measured with `fixify bench head`: products of integers, where the processor has them. Up to
     `_BYTE_SIGNS` signs are held as bytes. More are held as pairs, 4 bits a sign, for few samples; for more samples the
     table that unpacks them costs less than the second product.
 

@@ -17,6 +17,15 @@ RELATIVE_FLOOR = 0.05
 taken must not drown all others when it becomes active: it may count for at most 20 typical ones."""
 
 
+def is_finite(values: Tensor) -> bool:
+    """Check that no value is infinite or not a number, without temporaries of the size of a large classifier.
+
+    >>> is_finite(torch.tensor([1.0, float("nan")])), is_finite(torch.tensor([1.0, 2.0])), is_finite(torch.ones(0))
+    (False, True, True)
+    """
+    return not values.numel() or all(bool(torch.isfinite(value)) for value in torch.aminmax(values))
+
+
 def floor_std(std: Tensor) -> Tensor:
     """Raise small stds to the floor, so that features can be divided by them.
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from fixify._values import counted
+from fixify._values import Count, counted
 from fixify.data.seeding import derive_seed, seeded_torch
 from fixify.errors import TrainingError
 from fixify.language.network import LanguageModel, Output, State, WordClassifier
@@ -23,6 +25,7 @@ from fixify.language.options import LanguageOptions
 from fixify.metrics import eval_mode
 from fixify.training.events import Warned
 from fixify.training.interrupt import StopRequest
+from fixify.training.run_records import first_problem
 
 # The events that a run sends to its listener.
 
@@ -232,14 +235,29 @@ class Position:
         history: One record per epoch.
     """
 
-    epoch: int = 0
-    step: int = 0
-    updates: int = 0
+    epoch: Count = 0
+    step: Count = 0
+    updates: Count = 0
     loss_sum: float = 0.0
-    words: int = 0
+    words: Count = 0
     seconds: float = 0.0
     lr: float = 0.0
     history: list[LanguageRecord] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Position:
+        """Read what `dataclasses.asdict` made of a position.
+
+        Raises:
+            ValueError: a value has another type, is out of range, or is unknown; the message names it.
+        """
+        unknown = sorted(str(name) for name in stored.keys() - {each.name for each in fields(cls)})
+        if unknown:
+            raise ValueError(f"position has an unknown entry {unknown[0]!r}")
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(stored), strict=True)  # JSON keeps every bit of a float
+        except ValidationError as error:
+            raise ValueError(f"position.{first_problem(error)}") from None
 
     def best(self) -> LanguageRecord | None:
         """Return the epoch with the lowest validation loss; of equal ones the first."""
@@ -363,8 +381,7 @@ class Trainer:
             self.start_averaging()
             self.average.load_state_dict(state["average"])  # type: ignore[union-attr]
         self.hidden = [(hidden, cell) for hidden, cell in state["hidden"]]
-        self.position = Position(**state["position"])
-        self.position.history = [LanguageRecord(**record) for record in state["position"]["history"]]
+        self.position = Position.from_dict(state["position"])
 
     def _update(self, begin: int, size: int, num_sequences: int) -> float:
         options, position = self.options, self.position

@@ -75,7 +75,8 @@ class StoredState:
         for name in _PLAIN:
             if not _is_plain(self.content.get(name)):
                 raise TrainingError(
-                    f"{self.path} is damaged: its {name} is nested too deeply, or holds tensors.", hint=_DAMAGED_HINT
+                    f"{self.path} is damaged: its {name} is nested too deeply, or holds other than plain values.",
+                    hint=_DAMAGED_HINT,
                 )
         found = self.content.get("version")
         if found != version:
@@ -145,14 +146,16 @@ class StoredState:
         return self.path, buffer.getvalue(), self.unusable
 
 
-# What a state says of its run; tensors, or lists that hold themselves, are not comparable.
+# What a state says of its run; tensors, keys of several types and lists that hold themselves are not comparable.
 _PLAIN = ("version", "recipe", "facts", "machine", *(each.name for each in fields(Recorded)))
 _DEPTH = 12
 
 
 def _is_plain(value: object, depth: int = 0) -> bool:
     if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
+        if not all(isinstance(key, str) for key in value):
+            return False
+        value = list(value.values())
     if isinstance(value, (list, tuple)):
         return depth < _DEPTH and all(_is_plain(each, depth + 1) for each in value)
     return not isinstance(value, Tensor)

@@ -65,6 +65,7 @@ FALLEN: dict[str, tuple[str, Callable[[], Callable[[Path], None]]]] = {
     "marks and tuples": ("pickle", lambda: _checkpoint(_pickle(b"(t" * 100_000))),
     "marks": ("pickle", lambda: _checkpoint(_pickle(b"(" * 100_000))),
     "a long global": ("pickle", lambda: _checkpoint(_pickle(b"cos\n" + b'{"a":' * 100_000 + b"\n"))),
+    "a long global without end": ("pickle", lambda: _checkpoint(_pickle(b"cos\n" + b'{"a":' * 100_000))),
     "a tuple of itself": (
         "pickle",
         lambda: _checkpoint(_pickle(b"}K\x01" + b"\x85q\x01h\x01h\x01\x86" * 60 + b"K\x01s")),

@@ -307,6 +307,20 @@ def test_heads_made_in_inference_mode_are_not_prepared(draw):
         assert head._prepared is None
 
 
+def test_copies_of_data_parallel_are_not_prepared(draw):
+    """Their parameters are plain attributes."""
+    head = make("rows", draw)
+    x = draw(3, N)
+    with torch.no_grad():
+        expected = head(x)
+        replica = head._replicate_for_data_parallel()
+        for name, parameter in head._parameters.items():
+            setattr(replica, name, parameter.detach() * 2)
+        replica._prepared = None
+        torch.testing.assert_close(replica(x), 2 * expected, rtol=1e-4, atol=1e-4)
+        assert replica._prepared is None
+
+
 def test_a_head_is_prepared_once(draw, monkeypatch):
     calls = []
     prepare = layer_module.prepare

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fixify.errors import HeadSpecError
 from fixify.heads import HeadSpec, codebook
 from fixify.heads import product as module
-from fixify.heads.hadamard import factorise, format_construction, order_of, parse_construction
+from fixify.heads.constructions import factorise, format_construction, order_of, parse_construction
 from fixify.heads.kinds import default_codes
 from fixify.heads.product import CodeProduct, balanced_split, prefers_dense
 
