@@ -83,7 +83,8 @@ class PackedLinear(torch.autograd.Function):
         """Compute the gradient of z, accumulated in float32; the signs have none."""
         (packed,), (grad,) = ctx.saved_tensors, grads
         step = max(1, _CHUNK // ctx.num_signs)
-        total = torch.zeros(*grad.shape[:-1], ctx.num_signs, dtype=torch.float32, device=grad.device)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = torch.zeros(*grad.shape[:-1], ctx.num_signs, dtype=wide, device=grad.device)
         for part, of_part in zip(packed.split(step), grad.split(step, dim=-1), strict=True):
             total += of_part @ unpack_signs(part, ctx.num_signs, grad.dtype)
         return total.to(ctx.dtype), None

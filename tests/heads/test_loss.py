@@ -44,7 +44,6 @@ def make(name, dtype=torch.float64, fast=False):
     with pytest.MonkeyPatch.context() as patch:
         if fast:
             patch.setattr(product_module, "prefers_dense", lambda *sizes: False)
-            patch.setattr(product_module, "_MAX_UNPACKED", 0)
         head = FixedClassifier(HEADS[name], **STORED.get(name, {}), scale=9.0, dtype=dtype)
     drawn = torch.Generator().manual_seed(0)
     with torch.no_grad():
