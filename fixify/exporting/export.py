@@ -104,6 +104,7 @@ def _open(checkpoint: str | Path, options: ExportOptions) -> Job:
     return Job(opened, opened.slim, heads, options)
 
 
+@torch.no_grad()
 def round_weights_(model: nn.Module, dtype: torch.dtype) -> None:
     """Round the weight matrices and kernels of a model to a type; vectors and what overflows stay as they are."""
     for parameter in model.parameters():
