@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fixify.heads.hadamard import block_signs, factorise, rows
 from torch import Tensor, nn
 
 from fixify.heads import FixedClassifier, HeadSpec
+from fixify.heads.constructions import factorise
+from fixify.heads.matrices import block_signs, rows
 
 FEATURES, PIXELS, BATCH = 512, 768, 64
 VALIDATED = 1024
