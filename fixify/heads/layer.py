@@ -298,7 +298,13 @@ class FixedClassifier(nn.Module):
             )
         std = None if self.spread is None else floor_std(self.spread)
         scale = self.scale * self.product.prescale
-        if self.spec.normalize and not torch.compiler.is_compiling() and not (is_traced(x) or is_traced(scale)):
+        constants = not any(part is not None and part.requires_grad for part in (self.center, std))
+        if (
+            self.spec.normalize
+            and constants
+            and not torch.compiler.is_compiling()
+            and not (is_traced(x) or is_traced(scale))
+        ):
             scaled: Tensor = ScaledDirections.apply(x, scale, self.center, std)
             return scaled
         if self.center is not None:
