@@ -7,6 +7,7 @@ The method is Hoffer, Hubara & Soudry, "Fix your classifier" (ICLR 2018).
     fixify.convert("model.pth")                            # writes model.fixed.safetensors
     fixify.finetune("model.fixed.safetensors", "data")     # recovers the accuracy; data/ has train/ and val/
     fixify.evaluate("model.fixed.safetensors", "data")     # top-1, top-5, loss, calibration error
+    fixify.export("model.fixed.safetensors", to="onnx")    # a file that ONNX Runtime runs without fixify
     model = fixify.load("model.fixed.safetensors")         # an ordinary nn.Module in eval mode
     fixify.fix_classifier_(timm_model, "hadamard")         # surgery in place, to train as you like
     fixify.report("resnet50").removable                    # 2_048_000 weights that a fixed head makes superfluous
@@ -28,9 +29,10 @@ _EXPORTS = {
     "codebook": "fixify.heads",
     "convert": "fixify.conversion",
     "evaluate": "fixify.evaluation",
+    "export": "fixify.exporting.export",
     "finetune": "fixify.training.api",
     "fix_classifier_": "fixify.surgery",
-    "identify": "fixify.inspection",
+    "identify": "fixify.identification",
     "inspect": "fixify.inspection",
     "load": "fixify.checkpoints.slim",
     "plan": "fixify.reporting.costs",
@@ -38,7 +40,7 @@ _EXPORTS = {
     "report": "fixify.reporting.costs",
     "save": "fixify.checkpoints.slim",
     "train": "fixify.recipes.running",
-    "verify": "fixify.inspection",
+    "verify": "fixify.verification",
 }
 
 __all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604, RUF100
@@ -50,15 +52,16 @@ if TYPE_CHECKING:
     from fixify.conversion import convert as convert
     from fixify.errors import FixifyError as FixifyError
     from fixify.evaluation import evaluate as evaluate
+    from fixify.exporting.export import export as export
     from fixify.heads import FixedClassifier as FixedClassifier
     from fixify.heads import HeadSpec as HeadSpec
     from fixify.heads import codebook as codebook
-    from fixify.inspection import identify as identify
+    from fixify.identification import identify as identify
     from fixify.inspection import inspect as inspect
-    from fixify.inspection import verify as verify
     from fixify.prediction import predict as predict
     from fixify.recipes.running import train as train
     from fixify.reporting.costs import plan as plan
     from fixify.reporting.costs import report as report
     from fixify.surgery import fix_classifier_ as fix_classifier_
     from fixify.training.api import finetune as finetune
+    from fixify.verification import verify as verify

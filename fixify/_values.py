@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+_MOST_NAMES = 6
 _LARGEST = 1e39
 """Above what a float32 can hold."""
 
@@ -57,6 +59,16 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     ('1 class', '1,000 classes', '2 tensors')
     """
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def shorten(names: Sequence[str]) -> str:
+    """List the first names, and count the others.
+
+    >>> shorten(["a", "b"]), shorten(list("abcdefgh"))
+    ('a, b', 'a, b, c, d, e, f and 2 more')
+    """
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
 
 
 _LARGEST_IN_JSON = 2**64

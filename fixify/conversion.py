@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fixify._files import refuse_existing
+from fixify._watch import OnProgress, unwatched
 from fixify.checkpoints import check_finite, read_labels
 from fixify.checkpoints.learned import REFERENCE_CODE, Original, read_original
 from fixify.checkpoints.slim import DTYPES, SUFFIX, SlimInfo, is_slim, main_dtype, source_record, write_slim
@@ -51,6 +52,7 @@ def convert(
     *,
     force: bool = False,
     on_images: Callable[[int], object] | None = None,
+    on_progress: OnProgress = unwatched,
     **changes: Any,
 ) -> Conversion:
     """Replace the classifier of a checkpoint by a fixed one, and write the rest as a slim checkpoint.
@@ -65,6 +67,8 @@ def convert(
         options: How to convert; default: `ConvertOptions()`.
         force: Replace an existing file.
         on_images: Called while calibrating with the number of images of each batch.
+        on_progress: Called while the codes are chosen, with what is being done, how much of it is done and how much
+            there is. It can take minutes where there are very many classes.
         changes: Options by name, instead of those in `options`: `convert("model.pth", head="binary")`.
 
     Raises:
@@ -91,7 +95,7 @@ def convert(
             device=resolve_device(options.device),
             on_images=on_images,
         )
-    heads = _heads(original, options, None if observed is None else observed.features)
+    heads = _heads(original, options, None if observed is None else observed.features, on_progress)
     calibration = None if observed is None else observed.result({head.record.path: head.module for head in heads})
     dtype = None if options.dtype is None else DTYPES[options.dtype]
     backbone = _backbone(original, dtype)
@@ -138,10 +142,22 @@ def default_out(source: str | Path) -> Path:
     return Path(name + SUFFIX)
 
 
-def _heads(original: Original, options: ConvertOptions, features: Mapping[str, torch.Tensor] | None) -> list[NewHead]:
+def _heads(
+    original: Original,
+    options: ConvertOptions,
+    features: Mapping[str, torch.Tensor] | None,
+    on_progress: OnProgress,
+) -> list[NewHead]:
     """Make the new heads, or keep those of the paper's published code."""
     if not original.reference_code_heads:
-        return make_heads(original.sites, original.tensors, options, features=features, num_classes=options.num_classes)
+        return make_heads(
+            original.sites,
+            original.tensors,
+            options,
+            features=features,
+            num_classes=options.num_classes,
+            on_progress=on_progress,
+        )
     keep = options.head == "auto" and options.num_classes is None
     _refuse_for_reference_code(original, options, keep)
     if keep:

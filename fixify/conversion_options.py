@@ -37,6 +37,11 @@ class HeadConfig(CheckedOptions):
         None, "Signs per class that a binary head stores. Default: one per feature.", ge=1
     )
     match: bool = option(True, "Give each class the code nearest to its old class vector, not the next one.")
+    wide_search: bool = option(
+        False,
+        "With more classes than features, search thousands of blocks for each class's code: nearer to its old class "
+        "vector, but the head then multiplies with all codes at once, and is no faster than a learned one.",
+    )
     alpha: float | None = option(
         None,
         "Initial scale alpha of the logits. Default: softmax reaches 0.95 at cosine 1.",
@@ -54,6 +59,12 @@ class HeadConfig(CheckedOptions):
                 ("bits_per_class", "head"),
                 f"bits_per_class belongs to head binary, not {self.head}",
                 "Add --head binary.",
+            )
+        if self.wide_search and (not self.match or self.head not in ("auto", "hadamard")):
+            yield Conflict(
+                ("wide_search", "head" if self.match else "match"),
+                "Only the codes of a matched Hadamard head are searched",
+                "Drop --wide-search.",
             )
         if self.head == "binary" and not self.match:
             yield Conflict(

@@ -102,6 +102,10 @@ class TrainingError(FixifyError):
     """A training run cannot continue: the loss is not finite, or the checkpoint to resume from does not fit."""
 
 
+class ExportError(FixifyError):
+    """A model cannot be written in another format: its operations, its size or its library do not allow it."""
+
+
 class CheckFailed(FixifyError):
     """The command worked, but a check that it was asked to make failed."""
 

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from fixify._values import Count, Measured, Percent, counted
 from fixify.errors import DataError, ResourceError, UsageError, resource_problem
+from fixify.heads import FixedClassifier
+from fixify.many_classes import Ranked, deferring, rank
 
 Precision = Literal["none", "bf16", "fp16"]
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -188,16 +190,29 @@ def add_up(
     channels_last: bool = False,
     on_batch: Callable[[int], object] | None = None,
     predictions: Predictions | None = None,
+    deferred: FixedClassifier | None = None,
 ) -> MetricSums:
-    """Compute the sums behind `evaluate`, with the same arguments. The loader may be empty."""
+    """Compute the sums behind `evaluate`, with the same arguments. The loader may be empty.
+
+    With `deferred`, the model's only fixed head, there are never logits of all classes; see `fixify.many_classes`.
+    """
     sums = MetricSums(device)
     with eval_mode(model), torch.no_grad():
         for images, labels in loader:
-            logits = _logits(model, images, device, amp, channels_last)
             labels = labels.to(device, non_blocking=True)
-            sums.add(logits, labels)
+            if deferred is None:
+                logits = _outputs(model, images, device, amp, channels_last).float()
+                sums.add(logits, labels)
+                predicted = logits.argmax(dim=-1)
+            else:
+                with deferring(deferred):
+                    features = _outputs(model, images, device, amp, channels_last)
+                with autocast(device, amp):
+                    ranked = rank(deferred, features, labels)
+                sums.add_ranked(ranked, labels)
+                predicted = ranked.classes[:, 0]
             if predictions is not None:
-                predictions.add(labels, logits.argmax(dim=-1))
+                predictions.add(labels, predicted)
             if on_batch is not None:
                 on_batch(sums.num_images)
     return sums
@@ -236,8 +251,8 @@ def compare(
             if not torch.equal(labels, other_labels):
                 raise DataError("The two loaders do not give the same images in the same order.")
             labels = labels.to(device, non_blocking=True)
-            logits = _logits(first, images, device, amp)
-            other_logits = _logits(second, other_images, device, amp)
+            logits = _outputs(first, images, device, amp).float()
+            other_logits = _outputs(second, other_images, device, amp).float()
             if logits.shape != other_logits.shape:
                 raise DataError(
                     f"The models have {logits.shape[-1]} and {counted(other_logits.shape[-1], 'class', 'classes')}."
@@ -288,15 +303,23 @@ class MetricSums:
         """Add a batch: logits [B, C], labels int64 [B]."""
         logits = logits.float()
         confidence, predicted = logits.softmax(dim=-1).max(dim=-1)
-        right = predicted == labels
         five = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+        self._add(F.cross_entropy(logits, labels, reduction="sum"), confidence, predicted, five, labels)
+
+    def add_ranked(self, ranked: Ranked, labels: Tensor) -> None:
+        """Add a batch whose classes were ranked without its logits; labels int64 [B]."""
+        confidence, classes = ranked.confidence.float(), ranked.classes
+        self._add(ranked.losses.float().sum(), confidence, classes[:, 0], classes, labels)
+
+    def _add(self, loss: Tensor, confidence: Tensor, predicted: Tensor, five: Tensor, labels: Tensor) -> None:
+        right = predicted == labels
         # Bins are (0, 1/15], ..., (14/15, 1], as in the paper's code; NaN goes to the last one.
         bins = (confidence * _BINS).ceil().sub(1).nan_to_num(_BINS - 1).clamp(0, _BINS - 1).long()
         per_bin = F.one_hot(bins, _BINS).float()
         sums = torch.cat(
             [
-                logits.new_tensor([len(labels)]),
-                F.cross_entropy(logits, labels, reduction="sum").reshape(1),
+                confidence.new_tensor([len(labels)]),
+                loss.reshape(1),
                 right.sum().reshape(1).float(),
                 (five == labels[:, None]).sum().reshape(1).float(),
                 (confidence[None] @ per_bin).flatten(),
@@ -441,15 +464,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _logits(
+def _outputs(
     model: nn.Module, images: Tensor, device: torch.device, amp: Precision, channels_last: bool = False
 ) -> Tensor:
     images = images.to(device, non_blocking=True)
     if channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     with autocast(device, amp):
-        logits: Tensor = model(images)
-    return logits.float()
+        outputs: Tensor = model(images)
+    return outputs
 
 
 def _paired(loader: Batches, other: Batches | None) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:

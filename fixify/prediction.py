@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from fixify._values import counted
 from fixify.checkpoints import read_labels
@@ -17,6 +18,10 @@ from fixify.data.dataset import OpenedData
 from fixify.data.folder import FolderImages
 from fixify.data.loader import UnreadableImages, make_loader, name_the_first
 from fixify.errors import UsageError, resources_explained
+from fixify.heads import FixedClassifier, TopK
+
+_MANY_CLASSES = 4096
+"""Classes from which the largest logits are found without holding all."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,9 @@ def predict(
     found: list[Prediction] = []
     with loader, torch.inference_mode(), resources_explained("classify the images"):
         for batch, numbers in loader:
-            probabilities = model(batch.to(device)).float().softmax(dim=-1)
-            best = probabilities.topk(min(top, opened.num_classes), dim=-1)
+            best = most_probable(model, batch.to(device), min(top, opened.num_classes))
             for number, values, indices in zip(
-                numbers.tolist(), best.values.tolist(), best.indices.tolist(), strict=True
+                numbers.tolist(), best.values.tolist(), best.classes.tolist(), strict=True
             ):
                 named = tuple(data.class_names[index] for index in indices)
                 found.append(Prediction(names[number], tuple(indices), named, tuple(values)))
@@ -115,6 +119,50 @@ def predict(
     if on_warning is not None and (summary := unreadable.summary()) is not None:
         on_warning(summary)
     return found
+
+
+def most_probable(model: nn.Module, images: Tensor, k: int) -> TopK:
+    """Find the most probable classes of a batch, without the logits of all classes where the head can do without.
+
+    It can where the model ends in one fixed head: its logits leave the model as they are.
+
+    Args:
+        model: A classifier, in evaluation mode.
+        images: A batch.
+        k: Number of classes per image.
+
+    Returns:
+        Softmax probabilities float32 [B, k], largest first, and classes int64 [B, k].
+    """
+    heads = [module for module in model.modules() if isinstance(module, FixedClassifier)]
+    if len(heads) == 1 and heads[0].out_features >= _MANY_CLASSES:
+        features: list[Tensor] = []
+
+        def keep(x: Tensor) -> Tensor:
+            features.append(x)
+            return x
+
+        heads[0].forward = keep  # type: ignore[method-assign]
+        try:
+            output = model(images)
+        finally:
+            del heads[0].forward
+        if len(features) == 1 and _is_view(output, features[0]):
+            found = heads[0].top_k(features[0], k, probabilities=True)
+            return TopK(found.values.reshape(-1, k).float(), found.classes.reshape(-1, k))
+    best = model(images).float().softmax(dim=-1).topk(k, dim=-1)
+    return TopK(best.values, best.indices)
+
+
+def _is_view(output: object, features: Tensor) -> bool:
+    """Check that a model's output is what its head returned, one vector per image and at most reshaped."""
+    return (
+        isinstance(output, Tensor)
+        and output.data_ptr() == features.data_ptr()
+        and output.ndim == 2
+        and output.shape == (features.shape[0], features[0].numel())
+        and features.shape[1:].numel() == max(features.shape[1:])
+    )
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

@@ -1,17 +1,24 @@
-"""Count parameters and bytes: what a classifier costs, and what a fixed head saves."""
+"""Count parameters and bytes: what a classifier costs, and what a fixed head saves.
+
+Importing this module needs no torch, so that printing counts from the header of a file is quick.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from fixify.errors import FormatError
-from fixify.heads import KINDS, FixedClassifier, choose_kind
-from fixify.models.classifiers import ClassifierSite
+from fixify.heads.kinds import KINDS
+from fixify.heads.spec import choose_kind
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from fixify.heads import FixedClassifier
+    from fixify.models.classifiers import ClassifierSite
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,7 @@ class Savings:
 def count_parameters(model: nn.Module) -> int:
     """Count the elements of all parameters, a shared parameter once. The meta device is enough.
 
+    >>> from torch import nn
     >>> count_parameters(nn.Linear(4, 3))
     15
     """

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from fixify._values import counted
+from fixify._watch import OnProgress, unwatched
 from fixify.conversion_options import HeadConfig
+from fixify.description import HeadRecord
 from fixify.errors import FormatError, HeadSpecError, NoClassifierError
-from fixify.heads import KINDS, FixedClassifier, HeadSpec, choose_kind, replacement
+from fixify.heads import KINDS, FixedClassifier, HeadSpec, choose_kind, replacement, wide_blocks
 from fixify.models.architectures import Architecture
 from fixify.models.classifiers import (
     ClassifierSite,
@@ -28,50 +30,6 @@ from fixify.models.classifiers import (
 from fixify.models.influence import run_once
 
 _BATCH = 32  # rows of features per step when only the mean and std of a head are set
-
-
-@dataclass(frozen=True)
-class HeadRecord:
-    """One fixed head of a model, as a slim checkpoint describes it.
-
-    Attributes:
-        path: The layer's name in `model.named_modules()`.
-        layer_type: Type of the layer that was replaced.
-        channel_dim: -1 for features, 1 for feature maps (the layer was a 1x1 convolution).
-        spec: The head spec.
-    """
-
-    path: str
-    layer_type: str
-    channel_dim: int
-    spec: HeadSpec
-
-    @classmethod
-    def of(cls, site: ClassifierSite, spec: HeadSpec) -> HeadRecord:
-        """Describe the head that replaces the classifier layer `site`."""
-        return cls(site.path, site.layer_type, site.channel_dim, spec)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return {
-            "path": self.path,
-            "layer_type": self.layer_type,
-            "channel_dim": self.channel_dim,
-            "spec": self.spec.to_dict(),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> HeadRecord:
-        """Read what `to_dict` wrote. The values may come from a file and are checked.
-
-        Raises:
-            FormatError: A key is missing or unknown, or a value has the wrong type.
-            HeadSpecError: The spec is not valid.
-        """
-        fields = {"path": str, "layer_type": str, "channel_dim": int, "spec": Mapping}
-        if set(values) != set(fields) or not all(isinstance(values[key], kind) for key, kind in fields.items()):
-            raise FormatError(f"Not a head record: expected {', '.join(fields)}, got {', '.join(map(str, values))}.")
-        return cls(values["path"], values["layer_type"], values["channel_dim"], HeadSpec.from_dict(values["spec"]))
 
 
 @dataclass(frozen=True)
@@ -165,6 +123,7 @@ def make_heads(
     *,
     features: Mapping[str, Tensor] | None = None,
     num_classes: int | None = None,
+    on_progress: OnProgress = unwatched,
 ) -> list[NewHead]:
     """Make the fixed heads that replace some classifier layers.
 
@@ -178,6 +137,7 @@ def make_heads(
         head: The config, or one spec for all layers.
         features: See `fix_classifier_`.
         num_classes: Size of a new label set; None: the classes of the layers. Codes are then in class order.
+        on_progress: See `fixify.heads.replacement`.
 
     Returns:
         One head per layer, in the order of `sites`.
@@ -200,7 +160,7 @@ def make_heads(
     made = []
     for site in sites:
         with naming_head(site.path, sites):
-            made.append(_make_head(site, tensors, head, features.get(site.path), num_classes))
+            made.append(_make_head(site, tensors, head, features.get(site.path), num_classes, on_progress))
     return made
 
 
@@ -282,6 +242,7 @@ def _make_head(
     head: HeadConfig | HeadSpec,
     features: Tensor | None,
     num_classes: int | None,
+    on_progress: OnProgress,
 ) -> NewHead:
     weight = tensors.get(f"{site.path}.weight")
     if isinstance(head, HeadSpec):
@@ -297,6 +258,8 @@ def _make_head(
         )
     by_weights = (match or spec.stores_codes) and spec.digest is None
     if by_weights and weight is not None and not weight.is_meta:
+        if match and isinstance(head, HeadConfig) and head.wide_search:
+            spec = replace(spec, matched=True, blocks=wide_blocks(spec.num_features, spec.num_classes))
         made = replacement(
             spec,
             weight,
@@ -304,8 +267,9 @@ def _make_head(
             features=features,
             scale=alpha,
             channel_dim=site.channel_dim,
+            on_progress=on_progress,
         )
-        return NewHead(HeadRecord.of(site, made.head.spec), made.head, (f"{site.path}: {made.note}.",))
+        return NewHead(site.record(made.head.spec), made.head, (f"{site.path}: {made.note}.",))
     device = "meta" if weight is not None and weight.is_meta else "cpu"
     new = FixedClassifier(spec, scale=alpha, channel_dim=site.channel_dim, device=device)
     notes = []
@@ -314,7 +278,7 @@ def _make_head(
         notes.append(f"{site.path}: codes are not matched, so calibrating sets only mean and std.")
     if reason is not None:
         notes.append(f"{site.path}: {spec.kind} head, since {reason}.")
-    return NewHead(HeadRecord.of(site, new.spec), new, tuple(notes))
+    return NewHead(site.record(new.spec), new, tuple(notes))
 
 
 def _spec_for(

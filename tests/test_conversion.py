@@ -165,3 +165,20 @@ def test_options_objects_and_names_are_the_same(small_pth: Path, tmp_path: Path)
 def test_alpha_was_called_scale() -> None:
     assert ConvertOptions.create(scale=3.0).alpha == 3.0
     assert ConvertOptions().replace(scale=3.0) == ConvertOptions().replace(alpha=3.0)
+
+
+@pytest.mark.parametrize("head", ["hadamard", "binary"])
+def test_the_progress_of_choosing_codes_is_told(head: str, tmp_path: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", embed_dim=32, num_heads=2, depth=1, img_size=32, num_classes=700)
+    torch.save(model.state_dict(), tmp_path / "wide.pth")
+    told: list[tuple[str, int, int]] = []
+    arch = "vit_tiny_patch16_224,embed_dim=32,num_heads=2,depth=1,img_size=32"
+    convert(
+        tmp_path / "wide.pth",
+        tmp_path / "out.fixed.safetensors",
+        arch=arch,
+        head=head,
+        on_progress=lambda *now: told.append(now),
+    )
+    assert told[-1][1:] == (700, 700)
+    assert all(0 < done <= total for _, done, total in told)

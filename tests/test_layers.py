@@ -103,7 +103,7 @@ def test_a_relative_import_is_refused() -> None:
 
 def test_heads_stand_alone() -> None:
     below = {target.split(".")[1] for name, targets in GRAPH.items() if ".heads" in name for target in targets}
-    assert below <= {"heads", "errors", "_values"}
+    assert below <= {"heads", "errors", "_lazy", "_values", "_watch"}
     for path in (PACKAGE / "heads").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -130,17 +130,25 @@ def check(*arguments):
     heavy = {HEAVY} & set(sys.modules)
     assert not heavy, (arguments, heavy)
     return out.getvalue()
-check("--help")
+unused = {{'rich.markdown', 'rich.syntax', 'rich.traceback', 'rich.progress', 'pygments', 'markdown_it'}}
+listed = check("--help")
+assert not unused & set(sys.modules), unused & set(sys.modules)
 check("--version")
 assert "pydantic" not in sys.modules, "the list of commands"
 assert "retrofit-paper" in check("recipes", "ls")
 for command in COMMANDS:
     assert "--help" in check(command, "--help")
+assert "Replace the classifier" in listed
+check("inspect", SLIM)
+check("inspect", SLIM, "--json")
 """
 
 
-def test_help_and_completion_import_neither_torch_nor_timm() -> None:
-    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True)
+SLIM = Path(__file__).parent / "golden" / "v1-binary.fixed.safetensors"
+
+
+def test_help_completion_and_inspect_import_neither_torch_nor_timm() -> None:
+    done = subprocess.run([sys.executable, "-c", f"SLIM = {str(SLIM)!r}\n{LIGHT}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

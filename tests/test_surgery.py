@@ -1,5 +1,6 @@
 """fixify.surgery: what a model can still do after its classifier was replaced."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -444,3 +445,20 @@ def test_refusals_name_the_head() -> None:
     with pytest.raises(HeadSpecError, match=r"^head\.1: "):
         fix_classifier_(model, "binary")
     assert all(isinstance(head, nn.Linear) for head in model.head)
+
+
+def test_the_wide_search_is_nearer_and_gives_up_the_fast_product():
+    """With more classes than features, a few blocks keep it."""
+    means = []
+    for wide_search in (False, True):
+        model = nn.Sequential(OrderedDict(fc=nn.Linear(64, 1100)))
+        with torch.no_grad():
+            model.fc.weight.copy_(torch.randn(1100, 64, generator=torch.Generator().manual_seed(0)))
+        weight = model.fc.weight.detach() - model.fc.weight.detach().mean(0)
+        fix_classifier_(model, HeadConfig(wide_search=wide_search))
+        assert (model.fc.product.table is None) == (not wide_search)
+        means.append(float(nn.functional.cosine_similarity(model.fc.codebook(), weight).mean()))
+    assert means[1] > 1.1 * means[0] > 0
+    for wrong in ({"head": "orthogonal"}, {"match": False}):
+        with pytest.raises(UsageError):
+            HeadConfig.create(wide_search=True, **wrong)

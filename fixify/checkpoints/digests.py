@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,6 @@ from typing import Any
 import torch
 
 from fixify.errors import FormatError
-
-DIGEST_KEY = "fixify.tensors"
-"""The key in a .safetensors file's metadata; files of older versions lack it."""
-_DIGEST = re.compile("sha256:[0-9a-f]{64}")
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -35,18 +30,6 @@ def add_to_digest(total: Any, name: str, tensor: torch.Tensor) -> None:
     dtype = str(tensor.dtype).removeprefix("torch.")
     total.update(json.dumps([name, dtype, list(tensor.shape)]).encode() + b"\n")
     total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def recorded_digest(path: Path | str, metadata: Mapping[str, str]) -> str | None:
-    """Return the digest of the tensors that a file's metadata records; None in files of older versions.
-
-    Raises:
-        FormatError: it is not a digest.
-    """
-    digest = metadata.get(DIGEST_KEY)
-    if digest is not None and not _DIGEST.fullmatch(digest):
-        raise FormatError(f"The header of {path} is damaged: {digest[:40]!r} is not a digest.")
-    return digest
 
 
 def compare_digests(found: str, recorded: str, path: Path | str) -> None:

@@ -18,16 +18,13 @@ from torch import Tensor
 
 from fixify import _files
 from fixify._values import counted
+from fixify.checkpoints.header import LANGUAGE_KEY, MAX_HEADER, SLIM_KEY
 from fixify.checkpoints.keys import DTYPES, StateDict, clean, find_state_dict, unusual_dtype
 from fixify.checkpoints.metadata import facts_of_config, facts_of_metadata, facts_of_training
 from fixify.checkpoints.pickles import LARGEST_COPY, MAX_ENTRIES, read_legacy, read_zip
 from fixify.checkpoints.sniffing import kind_of
 from fixify.checkpoints.source import Facts, Source
 from fixify.errors import SourceError, UnsafeCheckpointError
-
-# Metadata keys of the files that fixify writes.
-SLIM_KEY = "fixify"
-LANGUAGE_KEY = "fixify.language"
 
 CONFIG = "config.json"
 # In the order in which the hub's libraries prefer them.
@@ -42,7 +39,6 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".th")
 
 _STORED = {**DTYPES, "U16": torch.uint16, "U32": torch.uint32}  # codes of slim checkpoints too
 _MAX_JSON = 64 << 20
-_MAX_HEADER = 100_000_000  # the limit of the safetensors library
 _MAX_NAME = 200  # characters of a file's name
 _AGAIN = "Compare its size with the original, or download it again."
 
@@ -291,16 +287,6 @@ class TensorFile:
         return cast(Any, self._file).readinto(memory)
 
 
-def has_metadata(path: Path | str, key: str) -> bool:
-    """Return whether a file is a safetensors file with this key in its metadata. Only the header is read."""
-    try:
-        _files.require_regular(path, SourceError)
-        with safe_open(path, framework="pt") as file:
-            return key in (file.metadata() or {})
-    except (SafetensorError, OSError, SourceError):
-        return False
-
-
 def _open_shards(index: Path, *, ema: bool, meta: bool, name: str) -> Source:
     if ema:
         raise SourceError(f"{index} is a checkpoint in several files; those hold no moving average (EMA).")
@@ -385,9 +371,9 @@ def _check_header_size(path: Path) -> None:
             f"{path} is not a safetensors file: {counted(size, 'byte')}, too few for a header.", hint=_AGAIN
         )
     header = int.from_bytes(start, "little")
-    if header > _MAX_HEADER:
+    if header > MAX_HEADER:
         raise UnsafeCheckpointError(
-            f"{path} was refused: it claims a header of {header} bytes; safetensors allows {_MAX_HEADER}.",
+            f"{path} was refused: it claims a header of {header} bytes; safetensors allows {MAX_HEADER}.",
             hint=_AGAIN,
         )
     if header > size - 8:

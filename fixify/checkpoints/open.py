@@ -7,7 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
+from fixify._files import unchanged
+from fixify.checkpoints.header import is_onnx
 from fixify.checkpoints.learned import Original, read_original
+from fixify.checkpoints.onnx_file import open_onnx
 from fixify.checkpoints.slim import (
     Origin,
     SlimInfo,
@@ -17,7 +20,7 @@ from fixify.checkpoints.slim import (
     source_record,
 )
 from fixify.checkpoints.source import check_finite
-from fixify.errors import SourceError
+from fixify.errors import FormatError, SourceError
 from fixify.models.architectures import Architecture, Preprocessing
 
 
@@ -32,7 +35,7 @@ class OpenModel:
         num_classes: Width of its logits.
         preprocessing: timm's names and plain values: input_size, mean, std, interpolation, crop_pct, crop_mode.
         labels: Class names, or None.
-        slim: The header of a slim checkpoint; None for an ordinary one.
+        slim: The header of a slim checkpoint, or of one that was exported to ONNX; None for an ordinary one.
         notes: How an ordinary checkpoint was recognised, and what was read of it and what was left out, for the user.
     """
 
@@ -47,7 +50,7 @@ class OpenModel:
 
 
 def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -> OpenModel:
-    """Open a slim checkpoint, an ordinary checkpoint, or a model by its name.
+    """Open a slim checkpoint, an ordinary checkpoint, an ONNX file of `fixify.export`, or a model by its name.
 
     Args:
         ref: A file, a folder, or a model name.
@@ -55,7 +58,8 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
         ema: Read the moving average of the weights of a training checkpoint.
 
     Raises:
-        FormatError, CodebookMismatchError: a slim checkpoint is damaged.
+        FormatError, CodebookMismatchError: a slim checkpoint is damaged, or an ONNX file was not written by fixify.
+        UsageError: an ONNX file does not return the logits of all classes, or onnxruntime is not installed.
         SourceError: the weights hold a NaN or an infinity; the model has one logit, which is no probability of a class;
             or see `fixify.checkpoints.learned.read_original`.
         ArchitectureError, NoClassifierError: see `fixify.checkpoints.learned.read_original`.
@@ -63,22 +67,16 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
     if is_slim(ref):
         model = load(ref, check=True)
         check_finite(model.state_dict())
-        info: SlimInfo = model.fixify_info  # type: ignore[assignment]
-        _refuse_one_logit(Path(ref).name, info.num_classes)
-        return OpenModel(
-            name=Path(ref).name,
-            model=model,
-            architecture=info.architecture,
-            num_classes=info.num_classes,
-            preprocessing=info.data_config,
-            labels=info.labels,
-            slim=info,
-        )
+        return _opened(Path(ref).name, model, model.fixify_info)  # type: ignore[arg-type]
+    if is_onnx(ref):
+        with unchanged(Path(ref), FormatError):
+            info, model = open_onnx(ref)
+        return _opened(Path(ref).name, model, info)
     original: Original = read_original(ref, arch=arch, ema=ema)
     check_finite(original.tensors)
     _refuse_one_logit(original.source.name, original.num_classes)
-    model = original.model()
-    model.fixify_origin = Origin(  # type: ignore[assignment]
+    made = original.model()
+    made.fixify_origin = Origin(  # type: ignore[assignment]
         original.architecture,
         original.preprocessing,
         original.labels,
@@ -87,13 +85,26 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
     )
     return OpenModel(
         name=original.source.name,
-        model=model,
+        model=made,
         architecture=original.architecture,
         num_classes=original.num_classes,
         preprocessing=original.preprocessing,
         labels=original.labels,
         slim=None,
         notes=original.notes,
+    )
+
+
+def _opened(name: str, model: nn.Module, info: SlimInfo) -> OpenModel:
+    _refuse_one_logit(name, info.num_classes)
+    return OpenModel(
+        name=name,
+        model=model,
+        architecture=info.architecture,
+        num_classes=info.num_classes,
+        preprocessing=info.data_config,
+        labels=info.labels,
+        slim=info,
     )
 
 

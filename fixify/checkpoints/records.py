@@ -17,7 +17,7 @@ _Values = dict[str, _Number | bool | _Word | None]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", defer_build=True)  # a file has some of these records
 
 
 class SourceRecord(_Record):

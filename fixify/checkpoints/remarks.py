@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from fixify._values import counted
+from fixify._values import counted, shorten
 from fixify.checkpoints.source import Facts, Source
-
-_MOST = 6  # names on the line
 
 
 def choose_labels(facts: Facts, num_classes: int) -> list[str] | None:
@@ -37,16 +33,6 @@ def remarks_on(source: Source, num_classes: int | None) -> tuple[str, ...]:
     parts += [f"applied {', '.join(source.extras.applied)}"] if source.extras.applied else []
     parts += [f"left out {shorten(left)}"] if left else []
     return (f"Besides the weights of {source.name}: {'; '.join(parts)}.",) if parts else ()
-
-
-def shorten(names: Sequence[str]) -> str:
-    """List the first names, and count the others.
-
-    >>> shorten(["a", "b"]), shorten(list("abcdefgh"))
-    ('a, b', 'a, b, c, d, e, f and 2 more')
-    """
-    more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-    return ", ".join(names[:_MOST]) + more
 
 
 def _labels_read(facts: Facts, num_classes: int | None) -> list[str]:

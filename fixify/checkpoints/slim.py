@@ -15,28 +15,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    ValidationError,
-    ValidationInfo,
-    field_serializer,
-    field_validator,
-    model_validator,
-)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from fixify._files import atomic_path, refuse_existing, require_regular, unchanged
 from fixify._leftovers import private_folder, remove_leftovers
-from fixify._values import counted, parse_json
-from fixify.checkpoints.digests import DIGEST_KEY, add_to_digest, compare_digests, digest_of, recorded_digest
-from fixify.checkpoints.files import LANGUAGE_KEY, SLIM_KEY, TensorFile, has_metadata, on_meta
-from fixify.checkpoints.records import CalibrationRecord, SavingsRecord, SourceRecord, TrainingRecord, checked
+from fixify.checkpoints.digests import add_to_digest, compare_digests, digest_of
+from fixify.checkpoints.files import TensorFile, on_meta
+from fixify.checkpoints.header import (
+    DIGEST_KEY,
+    DTYPE_NAMES,
+    FORMAT_VERSION,
+    SLIM_KEY,
+    SlimInfo,
+    has_metadata,
+    info_as_text,
+    info_of_text,
+    parse_metadata,
+)
 from fixify.checkpoints.source import Source
 from fixify.errors import ArchitectureError, FormatError, HeadSpecError, OutputError, UsageError
 from fixify.heads import FixedClassifier
@@ -44,7 +44,7 @@ from fixify.models.architectures import (
     Architecture,
     Preprocessing,
     build,
-    check_preprocessing,
+    known_architecture,
     parse_architecture,
     preprocessing,
 )
@@ -53,120 +53,9 @@ from fixify.models.classifiers import find_heads
 from fixify.models.identify import fit, identify
 from fixify.models.signature import module_traits
 from fixify.savings import Savings
-from fixify.surgery import HeadRecord, apply_heads_, replace_module
+from fixify.surgery import apply_heads_, replace_module
 
-FORMAT_VERSION = "1"
 SUFFIX = ".fixed.safetensors"
-_MAX_HEADS = 16
-_MAX_TEXT = 10_000  # characters of a class name or a path
-
-
-class SlimInfo(BaseModel):
-    """What a slim checkpoint says about itself: plain values, without a path of the machine that wrote it.
-
-    Attributes:
-        architecture: The architecture to build.
-        heads: The fixed heads, in the order in which the model has them.
-        preprocessing: timm's names: input_size, mean, std, interpolation, crop_pct, crop_mode.
-        labels: Class names in class order, or None if they are not known.
-        source: What was converted: file name, SHA-256, bytes.
-        savings: `fixify.savings.Savings` as a dictionary.
-        dtype: The floating type of the backbone as stored, for example "float16".
-        calibration: `fixify.features.Calibration` as a dictionary, if it was calibrated on images.
-        training: Data, options and metrics before and after, if the model was fine-tuned.
-    """
-
-    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
-
-    architecture: Architecture
-    heads: tuple[HeadRecord, ...]
-    preprocessing: dict[str, Any]
-    labels: list[str] | None = None
-    source: dict[str, Any] = {}
-    savings: dict[str, Any] = {}
-    dtype: str = "float32"
-    calibration: dict[str, Any] | None = None
-    training: dict[str, Any] | None = None
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes; all heads of a model have the same."""
-        return self.heads[0].spec.num_classes
-
-    @property
-    def data_config(self) -> Preprocessing:
-        """`preprocessing`, typed; the header was checked when it was read."""
-        return cast(Preprocessing, self.preprocessing)
-
-    @field_validator("architecture", mode="before")
-    @classmethod
-    def _read_architecture(cls, value: Any) -> Any:
-        return Architecture.from_dict(value) if isinstance(value, dict) else value
-
-    @field_validator("heads", mode="before")
-    @classmethod
-    def _read_heads(cls, value: Any) -> Any:
-        if not isinstance(value, (list, tuple)) or not 0 < len(value) <= _MAX_HEADS:
-            raise ValueError(f"a slim checkpoint has a list of 1 to {_MAX_HEADS} heads")
-        return tuple(HeadRecord.from_dict(entry) if isinstance(entry, dict) else entry for entry in value)
-
-    @field_validator("heads")
-    @classmethod
-    def _check_heads(cls, value: tuple[HeadRecord, ...]) -> tuple[HeadRecord, ...]:
-        if len({record.path for record in value}) < len(value) or any(len(record.path) > _MAX_TEXT for record in value):
-            raise ValueError("each head has a path of its own")
-        if len({record.spec.num_classes for record in value}) > 1:
-            raise ValueError("all heads of a model have the same classes")
-        return value
-
-    @field_validator("preprocessing")
-    @classmethod
-    def _check_preprocessing(cls, value: dict[str, Any]) -> dict[str, Any]:
-        try:
-            check_preprocessing(value)
-        except ArchitectureError as error:
-            raise ValueError(error.message) from None
-        return value
-
-    @field_validator("source", "savings", "calibration", "training")
-    @classmethod
-    def _check_records(cls, value: dict[str, Any] | None, field: ValidationInfo) -> dict[str, Any] | None:
-        return checked(_RECORDS[field.field_name or ""], value) if value else value
-
-    @model_validator(mode="after")
-    def _check_labels(self) -> SlimInfo:
-        if self.labels is not None:
-            if len(self.labels) != self.num_classes:
-                raise ValueError(
-                    f"the labels are not one per class: {counted(len(self.labels), 'label')}, "
-                    f"{counted(self.num_classes, 'class', 'classes')}"
-                )
-            if any(len(label) > _MAX_TEXT for label in self.labels):
-                raise ValueError(f"a label is longer than {_MAX_TEXT} characters")
-        return self
-
-    @field_validator("dtype")
-    @classmethod
-    def _check_dtype(cls, value: str) -> str:
-        if value not in DTYPES:
-            raise ValueError(f"dtype is one of {', '.join(DTYPES)}")
-        return value
-
-    @field_serializer("architecture")
-    def _write_architecture(self, value: Architecture) -> dict[str, Any]:
-        return value.to_dict()
-
-    @field_serializer("heads")
-    def _write_heads(self, value: tuple[HeadRecord, ...]) -> list[dict[str, Any]]:
-        return [record.to_dict() for record in value]
-
-
-_RECORDS: dict[str, type[BaseModel]] = {
-    "source": SourceRecord,
-    "savings": SavingsRecord,
-    "calibration": CalibrationRecord,
-    "training": TrainingRecord,
-}
 
 
 @dataclass(frozen=True)
@@ -218,7 +107,7 @@ def main_dtype(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 _MOST_LEFT_OUT = 100  # names in the header
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 def is_slim(path: Path | str) -> bool:
@@ -265,8 +154,8 @@ def read_contents(path: Path | str, *, header_only: bool = False) -> Contents:
     require_regular(path, FormatError)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            info = _read_metadata(path, metadata)
+            header = parse_metadata(path, file.metadata() or {})
+            info = header.info.model_copy(update={"architecture": known_architecture(header.info.architecture)})
             read = partial(on_meta, file) if header_only else file.get_tensor
             tensors = {name: read(name) for name in file.offset_keys()}
     except (SafetensorError, OSError) as error:
@@ -274,7 +163,7 @@ def read_contents(path: Path | str, *, header_only: bool = False) -> Contents:
             f"{path} is not a readable .safetensors file: {error}.",
             hint=f"If it is an ordinary checkpoint, make a slim one of it first: fixify convert {path}",
         ) from error
-    return Contents(info, tensors, recorded_digest(path, metadata))
+    return Contents(info, tensors, header.digest)
 
 
 def read_info(path: Path | str) -> SlimInfo:
@@ -284,41 +173,6 @@ def read_info(path: Path | str) -> SlimInfo:
         FormatError: The file is not a safetensors file, is damaged, was not written by fixify, or has a newer version.
     """
     return read_contents(path, header_only=True).info
-
-
-def _read_metadata(path: Path, metadata: Mapping[str, str]) -> SlimInfo:
-    if LANGUAGE_KEY in metadata:
-        raise FormatError(
-            f"{path} is a language model, not one of images.", hint="Load it: fixify.language.load_language"
-        )
-    if SLIM_KEY not in metadata:
-        raise FormatError(
-            f"{path} is not a slim checkpoint: fixify did not write it.", hint=f"Make one: fixify convert {path}"
-        )
-    version = metadata.get("fixify.version")
-    if version != FORMAT_VERSION:
-        raise FormatError(
-            f"{path} has format version {str(version)[:20]}; this fixify reads version {FORMAT_VERSION}.",
-            hint="Upgrade: pip install --upgrade fixify",
-        )
-    try:
-        return _validated(parse_json(metadata[SLIM_KEY]))
-    except ValueError as error:
-        raise FormatError(f"The header of {path} is damaged: {error}.") from error
-
-
-def _validated(values: Any) -> SlimInfo:
-    """Check the values of a header.
-
-    Raises:
-        ValueError: one is missing or is not allowed; the message names it.
-    """
-    try:
-        return SlimInfo.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{where}: {first['msg']}".removeprefix(": ").rstrip(".")) from error
 
 
 def load(path: Path | str, *, device: str | torch.device = "cpu", check: bool = False) -> nn.Module:
@@ -505,7 +359,7 @@ def describe(model: nn.Module, arch: str | Architecture | None = None) -> SlimIn
     }
     return SlimInfo(
         architecture=origin.architecture,
-        heads=tuple(HeadRecord.of(sites[path], head.spec) for path, head in heads.items()),
+        heads=tuple(sites[path].record(head.spec) for path, head in heads.items()),
         preprocessing=dict(origin.preprocessing),
         labels=origin.labels,
         source=origin.source,
@@ -616,9 +470,9 @@ def write_slim(path: Path, tensors: Mapping[str, torch.Tensor], info: SlimInfo, 
         OutputError: The file cannot be written; nothing half-written is left.
     """
     refuse_existing(path, force=force)
-    text = json.dumps(info.model_dump(), allow_nan=False, separators=(",", ":"), sort_keys=True)
+    text = info_as_text(info)
     try:
-        _validated(parse_json(text))
+        info_of_text(text)
     except ValueError as error:
         raise UsageError(f"{path} would not be readable: {error}.") from error
     metadata = {

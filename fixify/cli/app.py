@@ -20,10 +20,26 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from fixify._version import __version__
-from fixify.cli import convert, demo, eval, finetune, identify, inspect, plan, predict, recipes, report, train, verify
+from fixify.cli import (
+    bench,
+    convert,
+    demo,
+    eval,
+    export,
+    finetune,
+    identify,
+    inspect,
+    plan,
+    predict,
+    recipes,
+    report,
+    train,
+    verify,
+)
 from fixify.cli.launch import leave_if_told, may_tell, silence_all_but_first, speak
 from fixify.cli.options import with_options
 from fixify.cli.output import fail, visible
+from fixify.cli.quick_help import defer_unused_imports
 from fixify.errors import FixifyError, OutputError
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -32,6 +48,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
     "eval": eval.evaluate,
     "predict": predict.predict,
+    "export": export.export,
     "report": report.report,
     "plan": plan.plan,
     "identify": identify.identify,
@@ -67,6 +84,11 @@ class _Commands(TyperGroup):
         with _showing_arguments():
             return super().resolve_command(*args, **kwargs)
 
+    def format_help(self, *args: Any, **kwargs: Any) -> None:
+        """Print the help."""
+        defer_unused_imports()
+        super().format_help(*args, **kwargs)
+
 
 class _Command(TyperCommand):
     """A command that gets its options when they are first read.
@@ -85,6 +107,11 @@ class _Command(TyperCommand):
         """Parse the arguments. A complaint repeats them, and a shell puts names of files there for a `*`."""
         with _showing_arguments():
             return super().make_context(*args, **kwargs)
+
+    def format_help(self, *args: Any, **kwargs: Any) -> None:
+        """Print the help."""
+        defer_unused_imports()
+        super().format_help(*args, **kwargs)
 
     @property
     def params(self) -> Any:
@@ -122,6 +149,7 @@ app = typer.Typer(
 for _name, _command in COMMANDS.items():
     app.command(_name, cls=_Command, help=_help(_command))(_listed)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(value: bool) -> None:
@@ -145,6 +173,8 @@ def main() -> None:
     Exit codes: 0 done, 1 failed, 2 bad usage, 3 a check failed, 129, 130, 138 or 143 interrupted by SIGHUP, SIGINT,
     SIGUSR1 or SIGTERM.
     """
+    # pydantic would read the metadata of every installed package to look for plugins, which no model here has.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
     leave_if_told()
     silence_all_but_first()
     try:

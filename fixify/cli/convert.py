@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -43,12 +42,26 @@ def convert(
     wanted = {} if section is None else section.model_dump(exclude_unset=True)
     wanted |= options
     # Mistakes in a recipe are reported before this import, which takes seconds.
-    from fixify.reporting.tables import calibration_line, removed_line, savings_table
+    from fixify.reporting.about import calibration_line, removed_line
+    from fixify.reporting.tables import savings_table
 
     def with_arch(known: str | None) -> Conversion:
-        bar = output.progress("calibrating") if wanted.get("calibrate") is not None else nullcontext()
-        with bar as on_images:
-            return fixify.convert(source, out, force=force, on_images=on_images, **{**wanted, "arch": known})
+        shown = 0
+        with output.progress("converting") as advance:
+
+            def on_images(count: int) -> None:
+                nonlocal shown
+                shown += count
+                advance(count, note="calibrating")
+
+            def on_progress(what: str, done: int, total: int) -> None:
+                nonlocal shown
+                advance(done - shown, note=what, total=total)
+                shown = done
+
+            return fixify.convert(
+                source, out, force=force, on_images=on_images, on_progress=on_progress, **{**wanted, "arch": known}
+            )
 
     done = with_architecture(with_arch, wanted.get("arch"), output)
     for note in done.notes:

@@ -9,9 +9,9 @@ import typer
 
 from fixify.cli.options import Force, Json
 from fixify.cli.output import Output
-from fixify.cli.progress import TrainingDisplay
 
 if TYPE_CHECKING:
+    from fixify.cli.progress import TrainingDisplay
     from fixify.demo.run import DemoEvent, Stage
 
 
@@ -32,6 +32,7 @@ def demo(
     A small network that reads 500 characters comes with fixify. The images are drawn with the typefaces of matplotlib,
     and every accuracy is measured on typefaces that are not used in training.
     """
+    from fixify.cli.progress import TrainingDisplay
     from fixify.demo.run import EPOCHS, run_demo
     from fixify.reporting.tables import demo_table, savings_table
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 @takes("fixify.training.options:FinetuneOptions", "class_order", "input_key", "target_key", "max_unreadable")
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A slim or ordinary checkpoint, or a model name.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="A checkpoint (slim or ordinary), an exported .onnx file, or a model name.")
+    ],
     data: Data,
     options: dict[str, Any],
     against: Annotated[

@@ -12,14 +12,20 @@ from fixify.cli.output import Output
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A slim checkpoint, or a language model.")],
+    file: Annotated[Path, typer.Argument(help="A slim checkpoint, an exported .onnx file, or a language model.")],
     as_json: Json = False,
 ) -> None:
     """Show what a slim checkpoint says about itself. Only its header is read."""
     import fixify
-    from fixify.checkpoints.slim import SlimInfo
-    from fixify.reporting.tables import about_table
+    from fixify.checkpoints.header import SlimInfo
 
     found = fixify.inspect(file)
-    facts = found.model_dump() if isinstance(found, SlimInfo) else found.to_dict()
-    Output(as_json=as_json).result({"file": file.name, **facts}, about_table(file, found))
+    output = Output(as_json=as_json)
+    if isinstance(found, SlimInfo):
+        from fixify.reporting.about import slim_table
+
+        output.result({"file": file.name, **found.model_dump()}, slim_table(file, found))
+    else:
+        from fixify.reporting.tables import language_info_table
+
+        output.result({"file": file.name, **found.to_dict()}, language_info_table(file, found))

@@ -1,18 +1,14 @@
 """Helpers for torchrun workers: only rank 0 prints, an error is reported once, `--nproc-per-node` starts workers.
 
-Importing this module needs no torch, because every command imports it.
+Importing this module needs no torch, because every command imports it, and little else, for a quick `fixify --help`.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
-import tempfile
-import uuid
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
 
@@ -23,7 +19,7 @@ from fixify.errors import FixifyError, TrainingError, UsageError
 OUTCOME = "FIXIFY_OUTCOME"
 """Environment variable with the file in which a worker tells the launcher the exit code of an error."""
 
-_PATIENCE = timedelta(seconds=5)
+_PATIENCE = 5.0  # seconds
 _silenced: list[tuple[TextIO, TextIO]] = []
 
 
@@ -80,10 +76,13 @@ def may_tell(error: FixifyError) -> bool:
 
 def _is_first_to_tell() -> bool:
     """Ask the store of torchrun, which outlives its workers; if it is gone too, no other process has reported."""
+    from datetime import timedelta
+
     from torch.distributed import DistError, TCPStore
 
+    patience = timedelta(seconds=_PATIENCE)
     try:
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_PATIENCE)
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=patience)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return int(store.add(f"fixify/told/{attempt}", 1)) == 1
     except DistError:
@@ -122,6 +121,10 @@ def launch(processes: int, max_restarts: int, arguments: Sequence[str]) -> int:
     Raises:
         TrainingError: a process ended without reporting an error, in the last restart too.
     """
+    import logging
+    import tempfile
+    import uuid
+
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -12,14 +12,16 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.text import Text
 
 from fixify.errors import FixifyError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 # What a terminal does not show: the controls of ASCII and Latin-1 except tab and newline, characters that reorder or
 # hide text, separators of lines and paragraphs, and halves of surrogate pairs (bytes of file names that are not UTF-8),
@@ -114,6 +116,15 @@ class Output:
         Yields:
             A function `advance(steps=1, *, note=None, total=None)`; the note is shown beside the bar.
         """
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
         bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),

@@ -11,7 +11,9 @@ from fixify.cli.output import Output
 
 
 def predict(
-    checkpoint: Annotated[str, typer.Argument(help="A slim or ordinary checkpoint, or a model name.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="A checkpoint (slim or ordinary), an exported .onnx file, or a model name.")
+    ],
     images: Annotated[list[str], typer.Argument(help="Image files.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
     labels: Annotated[

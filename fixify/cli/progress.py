@@ -282,6 +282,8 @@ class TrainingDisplay(RunDisplay):
         self._best = None
         self.output.say(f"training data: {event.train}")
         self.output.say(f"validation data: {event.val}")
+        if event.loss_note is not None:
+            self.output.say(event.loss_note)
         if event.frozen:
             self.output.say(
                 f"training {event.trainable:,} of {event.parameters:,} parameters; frozen: {'; '.join(event.frozen)}"

@@ -18,14 +18,12 @@ app = typer.Typer(
 @app.command("ls")
 def ls(as_json: Json = False) -> None:
     """List the recipes that come with fixify."""
-    from rich.table import Table
-
     from fixify.recipes import list_recipes
+    from fixify.reporting.layout import new_table
 
     output = Output(as_json=as_json)
     recipes = list_recipes()
-    # Not `fixify.reporting.tables.new_table`, which imports torch: that takes seconds.
-    table = Table(header_style="bold", box=None, pad_edge=False)
+    table = new_table()
     table.add_column("recipe", no_wrap=True)
     table.add_column("for", no_wrap=True)
     table.add_column("what it does", overflow="fold")

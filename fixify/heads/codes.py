@@ -17,7 +17,8 @@ from scipy.linalg import helmert
 from fixify._values import counted
 from fixify.errors import HeadSpecError
 from fixify.heads import streams
-from fixify.heads.hadamard import Construction, Factor, block_bits, block_signs, order_of, rows
+from fixify.heads.constructions import Construction, Factor, order_of, power_of_two_from
+from fixify.heads.matrices import block_bits, block_signs, rows
 
 SKETCH_NUMBERS = 32
 SKETCH_TOLERANCE = 1e-4
@@ -82,24 +83,18 @@ class SignRows(Codes):
         """
         c, n = self.shape
         digest = hashlib.sha256(f"fixify-codebook:1:{c}x{n}\n".encode())
-        words = -(-n // 64)
-        multipliers = streams.raw(0, streams.Purpose.SAMPLE, 0, words) | np.uint64(1)
         hashes = np.empty(c, dtype=np.uint64)
         start = 0
         for packed in self.packed():
             digest.update(packed.data)
-            padded = np.zeros((len(packed), words * 8), dtype=np.uint8)
-            padded[:, : packed.shape[1]] = packed
-            hashes[start : start + len(packed)] = (padded.view("<u8") * multipliers).sum(axis=1, dtype=np.uint64)
+            hashes[start : start + len(packed)] = row_hashes(packed)
             start += len(packed)
         self._refuse_duplicates(hashes)
         return f"sha256:{digest.hexdigest()}"
 
     def _refuse_duplicates(self, hashes: np.ndarray) -> None:
         """Refuse equal codes, which could never be told apart. Codes with equal hashes are compared bit by bit."""
-        order = np.argsort(hashes, kind="stable")
-        equal = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
-        suspects = np.unique(np.concatenate((order[equal], order[equal + 1])))
+        suspects = _with_equal_hashes(hashes)
         seen: dict[bytes, int] = {}
         start = 0
         for packed in self.select(suspects).packed() if len(suspects) else ():
@@ -120,7 +115,7 @@ class HadamardRows(SignRows):
     """Signed rows of the blocks of one Hadamard matrix.
 
     Code index = block * 2N + sign * N + row, with sign 0 for + and 1 for -. The code is that row of H, times the sign
-    vector of the block (`fixify.heads.hadamard.block_bits`), times the sign, over sqrt(N).
+    vector of the block (`fixify.heads.matrices.block_bits`), times the sign, over sqrt(N).
 
     Attributes:
         construction: The Hadamard matrix H, of order N.
@@ -274,13 +269,10 @@ class StoredSigns(Codes):
         Raises:
             HeadSpecError: Two classes have the same signs.
         """
-        _, first, inverse = np.unique(self.packed, axis=0, return_index=True, return_inverse=True)
-        first_of_class = first[inverse.reshape(-1)]
-        repeated = np.flatnonzero(first_of_class != np.arange(len(self.packed)))
-        if len(repeated):
+        repeated = first_repeated(self.packed)
+        if repeated is not None:
             raise HeadSpecError(
-                f"Classes {first_of_class[repeated[0]]} and {repeated[0]} have the same signs and could never be told "
-                "apart."
+                f"Classes {repeated[0]} and {repeated[1]} have the same signs and could never be told apart."
             )
         line = f"fixify-signs:1:{len(self.packed)}x{self.num_signs}\n".encode()
         return f"sha256:{hashlib.sha256(line + self.packed.tobytes()).hexdigest()}"
@@ -373,17 +365,51 @@ def simplex_codes(num_features: int, num_classes: int, seed: int) -> np.ndarray:
     return _frozen(corners @ axes.T)
 
 
+def first_repeated(packed: np.ndarray) -> tuple[int, int] | None:
+    """Find the first row that repeats an earlier one; rows with equal hashes are compared byte by byte.
+
+    Args:
+        packed: uint8 [k, bytes].
+
+    Returns:
+        The numbers of the earlier row and of its repetition, or None if all rows differ.
+
+    >>> first_repeated(np.array([[1], [2], [1], [2]], dtype=np.uint8))
+    (0, 2)
+    """
+    step = max(1, _CHUNK_BYTES // packed.shape[1])
+    hashes = np.concatenate([row_hashes(packed[start : start + step]) for start in range(0, len(packed), step)])
+    seen: dict[bytes, int] = {}
+    for row in _with_equal_hashes(hashes).tolist():
+        first = seen.setdefault(packed[row].tobytes(), row)
+        if first != row:
+            return first, row
+    return None
+
+
+def row_hashes(packed: np.ndarray) -> np.ndarray:
+    """Hash each row of bytes: uint8 [k, bytes] to uint64 [k]. Equal rows have equal hashes, others almost never."""
+    words = -(-packed.shape[1] // 8)
+    multipliers = streams.raw(0, streams.Purpose.SAMPLE, 0, words) | np.uint64(1)
+    padded = np.zeros((len(packed), words * 8), dtype=np.uint8)
+    padded[:, : packed.shape[1]] = packed
+    hashes: np.ndarray = (padded.view("<u8") * multipliers).sum(axis=1, dtype=np.uint64)
+    return hashes
+
+
+def _with_equal_hashes(hashes: np.ndarray) -> np.ndarray:
+    """Return the numbers of the rows whose hash another row has too, in ascending order: int64 [k]."""
+    order = np.argsort(hashes, kind="stable")
+    equal = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    return np.unique(np.concatenate((order[equal], order[equal + 1])))
+
+
 def same_digest(first: str, second: str, num_classes: int) -> bool:
     """Check whether two digests are of the same codebook; sketches may differ by rounding."""
     if not (first.startswith("sketch:") and second.startswith("sketch:")):
         return first == second
     a, b = (np.array([float(x) for x in text.removeprefix("sketch:").split(",")]) for text in (first, second))
     return a.shape == b.shape and bool(np.all(np.abs(a - b) <= SKETCH_TOLERANCE * num_classes**0.5))
-
-
-def power_of_two_from(n: int) -> int:
-    """Return the smallest power of two that is n or more."""
-    return 1 << (n - 1).bit_length()
 
 
 def _unpack(packed: np.ndarray, count: int) -> np.ndarray:

@@ -9,30 +9,22 @@ With mean mu and std sigma of the features, the learned classifier is
 so a code has to represent the class vector in standardised coordinates, and the bias takes the mean's share, W mu. A
 code that represents its class vector only in part (a Hadamard code at cosine 0.1 to 0.3) needs only a part of that
 bias: the rest would hold down classes that the code cannot lift. That part is fitted, with the scale.
-
-The codes of a `binary` head are signs. They are chosen so that the new logits are nearest to the old ones on the
-features of the network: with S the second moment of the (standardised) features and B the first d columns of a
-rotation, the signs s and the length g of a class with vector w minimise
-
-    (w - g B s)^T S (w - g B s)
-
-by coordinate descent over the signs, started at those of B^T w. Without features S is the identity, and the start is
-the solution. The features of a trained network vary in few directions (about 30 of 256 on our glyphs), so weighting
-with S gains more than twice the bits without it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fixify._values import counted
+from fixify._watch import OnProgress, unwatched
 from fixify.errors import HeadSpecError
-from fixify.heads.kinds import BINARY, GAIN_STEPS, KINDS, kind_of
+from fixify.heads.encoding import encode
+from fixify.heads.kinds import GAIN_STEPS, KINDS, kind_of
 from fixify.heads.layer import FixedClassifier
 from fixify.heads.matching import match
 from fixify.heads.spec import HeadSpec
@@ -51,9 +43,13 @@ Signs of the old weights as codes: 97.8 with it, 97.6 not moved, 96.9 the whole.
 _CHECKED = 4
 """The last 1/4 of the samples checks whether the fit helps on samples it did not see."""
 _LBFGS_STEPS = 80
-_SIGN_SWEEPS = 8
+_MAX_LOGITS = 5_000_000
+"""Logits S C up to which LBFGS keeps them and their gradients in float32. More are fitted by `_LargeProblem`."""
+_LARGE_STEPS = 24
+_LARGE_SAMPLES = 512
+_LOGITS_AT_ONCE = 1 << 21
+_ROWS_OF_A_PRODUCT = 64
 _ROWS_AT_ONCE = 1024
-_CLASSES_AT_ONCE = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -94,124 +90,6 @@ def feature_statistics(features: Tensor, *, standardize: bool | str = True) -> F
     return FeatureStatistics(mean.float() if standardize else torch.zeros(n), std, shrunk)
 
 
-# --- Signs ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BinaryCodes:
-    """What a binary head stores.
-
-    Attributes:
-        codes: Packed signs, uint8 [C, ceil(d / 8)]; bit 1 is a minus sign, first sign in the highest bit.
-        gains: Row scales, uint8 [C], in steps of 1/255 of the longest.
-        scale: The alpha at which `alpha * gains / 255 * Q x` is nearest to the old logits, for features that are not
-            normalised.
-    """
-
-    codes: np.ndarray
-    gains: np.ndarray
-    scale: float
-
-
-def encode(spec: HeadSpec, class_vectors: Tensor, *, feature_moment: Tensor | None = None) -> BinaryCodes:
-    """Choose signs and row scales for the classes of a classifier that is being replaced.
-
-    Args:
-        spec: A head spec of kind "binary".
-        class_vectors: Weight of the old classifier, [C, N]. If the head standardises its features, in those
-            coordinates: weight * std. The mean over classes is removed here, since softmax does not see it.
-        feature_moment: Second moment S [N, N] of the centered features in the same coordinates, if known (no labels
-            needed). Few images give a moment of low rank: shrink it towards its diagonal.
-
-    Raises:
-        HeadSpecError: Values are not finite or do not fit the spec, or all class vectors are equal.
-
-    >>> spec = HeadSpec("binary", num_features=8, num_classes=3, bits_per_class=8, gains=True)
-    >>> encode(spec, torch.eye(8)[:3]).codes.shape
-    (3, 1)
-    """
-    n, c = spec.num_features, spec.num_classes
-    if class_vectors.shape != (c, n) or not bool(torch.isfinite(class_vectors).all()):
-        raise HeadSpecError(f"Class vectors must be finite, [{c}, {n}]; got shape {list(class_vectors.shape)}.")
-    if feature_moment is not None and (
-        feature_moment.shape != (n, n) or not bool(torch.isfinite(feature_moment).all())
-    ):
-        raise HeadSpecError(f"The feature moment must be finite, [{n}, {n}]; got shape {list(feature_moment.shape)}.")
-    vectors = class_vectors.detach().to(device="cpu", dtype=torch.float32)
-    vectors = vectors - vectors.mean(dim=0)
-    rotation = BINARY.rotation(spec)
-    directions = torch.eye(n) if rotation is None else torch.from_numpy(rotation.basis())
-    moment = torch.eye(n) if feature_moment is None else feature_moment.detach().to("cpu", torch.float32)
-    within = directions.T @ moment @ directions
-    fields = vectors @ (moment @ directions)
-    signs, lengths = torch.empty(c, within.shape[0], dtype=torch.int8), torch.empty(c)
-    for start in range(0, c, _CLASSES_AT_ONCE):
-        part = slice(start, start + _CLASSES_AT_ONCE)
-        first = torch.where(vectors[part] @ directions < 0, -1.0, 1.0)
-        chosen, lengths[part] = _descend(first, fields[part], within)
-        signs[part] = chosen.to(torch.int8)
-    packed = np.packbits(signs.numpy() < 0, axis=1)
-    _separate_(packed, signs.shape[1])
-    longest = float(lengths.max())
-    if not longest > 0:
-        raise HeadSpecError(
-            "The classes cannot be told apart by their old vectors: no signs to take.",
-            hint="A classifier that was never trained is replaced by `--head hadamard` or `--head orthogonal`.",
-        )
-    steps = (lengths / longest * GAIN_STEPS).round().clamp(1, GAIN_STEPS).to(torch.uint8)
-    return BinaryCodes(packed, steps.numpy(), longest * within.shape[0] ** 0.5)
-
-
-def _descend(signs: Tensor, fields: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimise `g^2 s^T G s - 2 g h^T s` over signs s and length g of each class, by coordinate descent.
-
-    Args:
-        signs: Start, float32 [k, d] of +-1; changed in place.
-        fields: h, [k, d].
-        within: G, [d, d].
-
-    Returns:
-        Signs [k, d] and lengths [k].
-    """
-    products = signs @ within
-    for _ in range(_SIGN_SWEEPS):
-        lengths = _best_length(signs, fields, products)
-        changed = False
-        for i in range(signs.shape[1]):
-            pull = fields[:, i] - lengths * (products[:, i] - within[i, i] * signs[:, i])
-            change = torch.where(pull < 0, -1.0, 1.0) - signs[:, i]
-            if bool(change.any()):
-                changed = True
-                products += change[:, None] * within[i]
-                signs[:, i] += change
-        if not changed:
-            break
-    return signs, _best_length(signs, fields, signs @ within)
-
-
-def _best_length(signs: Tensor, fields: Tensor, products: Tensor) -> Tensor:
-    return ((fields * signs).sum(dim=1) / (products * signs).sum(dim=1).clamp_min(1e-12)).clamp_min(0.0)
-
-
-def _separate_(packed: np.ndarray, num_signs: int) -> None:
-    """Change signs of classes until no two classes have equal signs, which could never be told apart.
-
-    Of each group of equals the first is kept. For the others, the last bits are counted through until the code is free;
-    groups are small, so a free one is near.
-    """
-    taken: set[bytes] = set()
-    for code in packed:
-        count = 0
-        start = code.copy()
-        while code.tobytes() in taken:
-            count += 1
-            flips = np.array([count >> k & 1 for k in range(min(num_signs, 62))], dtype=np.uint8)
-            mask = np.zeros(packed.shape[1] * 8, dtype=np.uint8)
-            mask[num_signs - len(flips) : num_signs] = flips[::-1]
-            code[:] = start ^ np.packbits(mask)
-        taken.add(code.tobytes())
-
-
 # --- Scale and bias ------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +111,13 @@ class Fit:
 
 @torch.no_grad()
 def fit_(
-    head: FixedClassifier, features: Tensor, weight: Tensor, bias: Tensor | None = None, *, fit_scale: bool = True
+    head: FixedClassifier,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    fit_scale: bool = True,
+    on_progress: OnProgress = unwatched,
 ) -> Fit:
     """Set the scale and bias of a head so that it answers like the classifier that it replaces.
 
@@ -242,12 +126,16 @@ def fit_(
     alpha, the part of the mean's share, and a movement of each class's bias (with a ridge: a few hundred samples show
     few of the classes). That is convex, and it is kept if it helps on samples that it was not fitted to.
 
+    Above 5 million logits S C, the same problem is solved on at most 512 samples (or N, if that is more), whose logits
+    are held in half precision; memory is then at most that and a few logits more.
+
     Args:
         head: The head with its codes, and its mean and std if it has them, on the CPU.
         features: Inputs of the classifier, [S, N], in random order.
         weight: Weight of the old classifier, [C, N].
         bias: Bias of the old classifier, [C].
         fit_scale: Whether to fit the scale; else it stays as it is.
+        on_progress: Called with the number of steps that are done.
 
     Raises:
         HeadSpecError: The sizes do not fit.
@@ -262,6 +150,39 @@ def fit_(
     old_bias = torch.zeros(c) if bias is None else bias.float()
     share = old_bias if head.mean is None else old_bias + weight @ head.mean
     share = share - share.mean()
+    options = {"fit_scale": fit_scale, "fit_bias": head.bias is not None}
+    problem: _Problem | _LargeProblem
+    if len(features) * c <= _MAX_LOGITS:
+        problem = _small_problem(head, features, weight, old_bias, share, **options)
+    else:
+        features = features[: max(_LARGE_SAMPLES, n)]
+        problem = _LargeProblem(head, features, weight, old_bias, share, **options, on_progress=on_progress)
+    start = problem.start()
+    best = start
+    if len(features) >= 2 * _CHECKED:
+        checked = torch.arange(len(features)) >= len(features) - len(features) // _CHECKED
+        trial = problem.solve(~checked)
+        if trial.scale > 0 and problem.divergence(trial, checked) < problem.divergence(start, checked):
+            best = problem.solve(torch.ones_like(checked), near=trial)
+    if best.scale <= 0:
+        best = start
+    head.scale.fill_(best.scale)
+    if head.bias is None:
+        return Fit(best.scale, None, best is not start)
+    head.bias.copy_(best.mean_share * share + best.moves)
+    return Fit(best.scale, best.mean_share, best is not start)
+
+
+def _small_problem(
+    head: FixedClassifier,
+    features: Tensor,
+    weight: Tensor,
+    old_bias: Tensor,
+    share: Tensor,
+    *,
+    fit_scale: bool,
+    fit_bias: bool,
+) -> _Problem:
     wanted = features @ weight.T + old_bias
     wanted = wanted - wanted.mean(dim=1, keepdim=True)
     alpha = head.scale.item()
@@ -270,21 +191,7 @@ def fit_(
         centered = plain - plain.mean(dim=1, keepdim=True)
         found = float((centered * (wanted - share)).sum() / centered.square().sum().clamp_min(1e-12))
         alpha = found if found > 0 else alpha  # a negative one means that codes and classes are unrelated
-    problem = _Problem(plain, wanted, share, alpha, fit_scale=fit_scale, fit_bias=head.bias is not None)
-    start = problem.start()
-    best = start
-    if len(features) >= 2 * _CHECKED:
-        checked = torch.arange(len(features)) >= len(features) - len(features) // _CHECKED
-        trial = problem.solve(~checked)
-        if trial.scale > 0 and problem.divergence(trial, checked) < problem.divergence(start, checked):
-            best = problem.solve(torch.ones_like(checked))
-    if best.scale <= 0:
-        best = start
-    head.scale.fill_(best.scale)
-    if head.bias is None:
-        return Fit(best.scale, None, best is not start)
-    head.bias.copy_(best.mean_share * share + best.moves)
-    return Fit(best.scale, best.mean_share, best is not start)
+    return _Problem(plain, wanted, share, alpha, fit_scale=fit_scale, fit_bias=fit_bias)
 
 
 def _plain_logits(head: FixedClassifier, features: Tensor) -> Tensor:
@@ -323,7 +230,8 @@ class _Problem:
         logits = solution.scale * self.plain[rows] + solution.mean_share * self.share + solution.moves
         return float(_divergence(logits, self.wanted[rows]))
 
-    def solve(self, rows: Tensor) -> _Solution:
+    def solve(self, rows: Tensor, near: _Solution | None = None) -> _Solution:
+        del near  # LBFGS starts anew, which keeps the results of earlier versions
         plain, wanted = self.alpha * self.plain[rows], self.wanted[rows]
         unit, ridge = wanted.std(), _RIDGE / len(wanted)
         factor = torch.ones((), requires_grad=self.fit_scale)
@@ -344,6 +252,134 @@ class _Problem:
         with torch.enable_grad():
             optimiser.step(loss)
         return _Solution(self.alpha * float(factor), float(part), unit * moves.detach())
+
+
+class _LargeProblem:
+    """`_Problem` for many logits: those of the head in half precision, those of the classifier not kept at all.
+
+    The divergence of a sample is logsumexp(l) - p^T l + p^T log p with the old softmax p and l = scale * plain +
+    mean_share * share + moves. So of the old logits the sums p^T plain, p^T share and the mean of p are enough, and the
+    gradient needs one pass over the logits, a few samples at a time. LBFGS works in coordinates in which the curvature
+    of every movement is about 1.
+
+    Args:
+        head: The head.
+        features: Inputs of the classifier, [S, N].
+        weight: Weight of the old classifier, [C, N].
+        old_bias: Bias of the old classifier, [C].
+        share: The mean's share of the bias, [C].
+        fit_scale: Whether the scale is fitted.
+        fit_bias: Whether the bias is fitted.
+        on_progress: Called with the number of steps that are done.
+    """
+
+    def __init__(
+        self,
+        head: FixedClassifier,
+        features: Tensor,
+        weight: Tensor,
+        old_bias: Tensor,
+        share: Tensor,
+        *,
+        fit_scale: bool,
+        fit_bias: bool,
+        on_progress: OnProgress,
+    ) -> None:
+        samples, c = len(features), len(share)
+        self.share, self.fit_scale, self.fit_bias = share, fit_scale, fit_bias
+        self.alpha = head.scale.item()
+        self._on_progress, self._steps = on_progress, 0
+        self._plain = torch.empty((samples, c), dtype=torch.float16)
+        self._first = samples - samples // _CHECKED  # rows from here on are checked
+        self._asked = torch.zeros(2, c)  # sums of the old softmax over the rows before that and from there
+        self._along, self._entropy, squares = torch.zeros(samples), torch.zeros(samples), 0.0
+        product = square = 0.0
+        for rows in self._parts(0, samples, at_least=_ROWS_OF_A_PRODUCT):
+            plain = _plain_logits(head, features[rows])
+            plain -= plain.mean(dim=1, keepdim=True)
+            self._plain[rows] = plain
+            wanted = torch.addmm(old_bias, features[rows], weight.T)
+            wanted -= wanted.mean(dim=1, keepdim=True)
+            squares += float(wanted.square().sum())
+            product += float((plain * wanted).sum()) - float(plain.sum(dim=0) @ share)
+            square += float(plain.square().sum())
+            logs = wanted.log_softmax(dim=1)
+            softmax = wanted.copy_(logs).exp_()
+            self._entropy[rows] = logs.mul_(softmax).sum(dim=1)
+            self._along[rows] = plain.mul_(softmax).sum(dim=1)
+            cut = max(0, self._first - rows.start)
+            self._asked[0] += softmax[:cut].sum(dim=0)
+            self._asked[1] += softmax[cut:].sum(dim=0)
+        if fit_scale and product > 0:
+            self.alpha = product / max(square, 1e-12)
+        self._unit = (squares / max(samples * c - 1, 1)) ** 0.5
+
+    def start(self) -> _Solution:
+        """Return the least-squares scale with the whole of the mean's share."""
+        return _Solution(self.alpha, 1.0 if self.fit_bias else 0.0, torch.zeros_like(self.share))
+
+    def divergence(self, solution: _Solution, rows: Tensor) -> float:
+        """Compute the mean divergence over some rows: all before the checked ones, the checked ones, or all."""
+        return self._evaluate(solution, rows)[0]
+
+    def solve(self, rows: Tensor, near: _Solution | None = None) -> _Solution:
+        """Minimise the divergence over some rows, from `near` if a solution for other rows is known."""
+        begin = near or self.start()
+        ridge = _RIDGE / int(rows.sum())
+        weights = self._evaluate(begin, rows)[1]
+        stretch = (self._unit**2 * weights + 2.0 * ridge).rsqrt()
+        factor = torch.tensor(begin.scale / self.alpha if self.alpha else 1.0, requires_grad=self.fit_scale)
+        part = torch.tensor(begin.mean_share, requires_grad=self.fit_bias)
+        moves = (begin.moves / self._unit / stretch).requires_grad_(self.fit_bias)
+        learned = [tensor for tensor in (factor, part, moves) if tensor.requires_grad]
+        if not learned:
+            return begin
+        steps = _LARGE_STEPS if near is None else _LARGE_STEPS // 2
+        optimiser = torch.optim.LBFGS(learned, max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            moved = (moves * stretch).detach()
+            solution = _Solution(self.alpha * factor.item(), part.item(), self._unit * moved)
+            value, softmax, along = self._evaluate(solution, rows)
+            asked, asked_along = self._asked_of(rows)
+            factor.grad = torch.tensor(self.alpha * (along - asked_along))
+            part.grad = (softmax - asked) @ self.share
+            moves.grad = (self._unit * (softmax - asked) + 2.0 * ridge * moved) * stretch
+            self._steps += 1
+            total = 2 * _LARGE_STEPS
+            self._on_progress("fitting scale and bias", min(self._steps, total), total)
+            return torch.tensor(value + ridge * float(moved.square().sum()))
+
+        optimiser.step(loss)
+        return _Solution(self.alpha * factor.item(), part.item(), self._unit * (moves * stretch).detach())
+
+    def _evaluate(self, solution: _Solution, rows: Tensor) -> tuple[float, Tensor, float]:
+        """Compute the mean divergence, the mean softmax [C] and the mean of its product with `plain`."""
+        offset = solution.mean_share * self.share + solution.moves
+        asked, along = self._asked_of(rows)
+        value = float(self._entropy[rows].mean()) - solution.scale * along - float(asked @ offset)
+        softmax, product, count = torch.zeros_like(self.share), 0.0, int(rows.sum())
+        found = rows.nonzero()
+        for part in self._parts(int(found[0]), int(found[-1]) + 1):
+            plain = self._plain[part].float()
+            logits = (plain * solution.scale).add_(offset)
+            largest = logits.amax(dim=1, keepdim=True)
+            powers = logits.sub_(largest).exp_()
+            sums = powers.sum(dim=1)
+            value += float((sums.log() + largest[:, 0]).sum()) / count
+            softmax += (1.0 / sums) @ powers / count
+            product += float((powers.mul_(plain).sum(dim=1) / sums).sum()) / count
+        return value, softmax, product
+
+    def _asked_of(self, rows: Tensor) -> tuple[Tensor, float]:
+        """Return the mean of the old softmax over some rows, [C], and of its product with `plain`."""
+        sums = sum(self._asked[i] for i in (0, 1) if bool(rows[0 if i == 0 else -1]))
+        return torch.as_tensor(sums) / int(rows.sum()), float(self._along[rows].mean())
+
+    def _parts(self, start: int, stop: int, at_least: int = 1) -> Iterator[slice]:
+        step = max(at_least, _LOGITS_AT_ONCE // len(self.share))
+        for first in range(start, stop, step):
+            yield slice(first, min(first + step, stop))
 
 
 def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
@@ -375,6 +411,7 @@ def replacement(
     features: Tensor | None = None,
     scale: float | None = None,
     channel_dim: int = -1,
+    on_progress: OnProgress = unwatched,
 ) -> Replacement:
     """Make a head that replaces a learned classifier: a `hadamard` head with matched codes, or a `binary` one.
 
@@ -388,6 +425,8 @@ def replacement(
         features: Inputs of the classifier, [S, N], in random order.
         scale: Alpha, which is then not fitted; None: `initial_scale`, or for signs the one with the nearest logits.
         channel_dim: See `FixedClassifier`.
+        on_progress: Called with what is being done, how much of it is done and how much there is. It can take minutes
+            where there are very many classes.
 
     Raises:
         HeadSpecError: The spec is of another kind or size, there is no such codebook, the weights are not finite or the
@@ -400,13 +439,15 @@ def replacement(
     weight = weight.detach().to("cpu", torch.float32).reshape(c, n)
     bias = None if bias is None else bias.detach().to("cpu", torch.float32)
     if features is None:
-        chosen = _choose_codes(spec, weight, None)
+        chosen = _choose_codes(spec, weight, None, on_progress)
     else:
         features = features.detach().to("cpu", torch.float32)
         if features.ndim != 2 or features.shape[1] != n:
             raise HeadSpecError(f"Features are given as [samples, {n}], got shape {list(features.shape)}.")
         statistics = feature_statistics(features, standardize=spec.standardize)
-        chosen = _choose_codes(spec, weight * statistics.std, statistics.covariance)
+        vectors = weight * statistics.std if spec.standardize is True else weight
+        chosen = _choose_codes(spec, vectors, statistics.covariance, on_progress)
+        del vectors
     with torch.device("cpu"):
         head = FixedClassifier(
             chosen.spec,
@@ -418,7 +459,7 @@ def replacement(
     if features is not None:
         if spec.standardize:
             head.calibrate_(features.split(_ROWS_AT_ONCE))
-        fit_(head, features, weight, bias, fit_scale=scale is None)
+        fit_(head, features, weight, bias, fit_scale=scale is None, on_progress=on_progress)
     elif head.bias is not None and bias is not None:
         with torch.no_grad():
             head.bias.copy_(bias)
@@ -436,10 +477,16 @@ class _Chosen:
     scale: float | None = None
 
 
-def _choose_codes(spec: HeadSpec, class_vectors: Tensor, covariance: Tensor | None) -> _Chosen:
+def _choose_codes(spec: HeadSpec, class_vectors: Tensor, covariance: Tensor | None, on_progress: OnProgress) -> _Chosen:
     """Choose the codes for class vectors in the coordinates of the head's features, whose covariance may be known."""
     if spec.can_match:
-        found = match(class_vectors, seed=spec.seed, blocks=spec.blocks, feature_covariance=covariance)
+        found = match(
+            class_vectors,
+            seed=spec.seed,
+            blocks=spec.blocks,
+            feature_covariance=covariance,
+            on_progress=on_progress,
+        )
         note = f"codes matched to the old class vectors, mean cosine {found.mean_correlation:.2f}"
         return _Chosen(replace(spec, matched=True, blocks=found.blocks), torch.from_numpy(found.codes), note)
     if not spec.needs_classifier:
@@ -447,7 +494,7 @@ def _choose_codes(spec: HeadSpec, class_vectors: Tensor, covariance: Tensor | No
             f"The codes of head {spec.kind!r} ({kind_of(spec).summary}) cannot be chosen by an old classifier.",
             hint=f"Those of {' and '.join(kind.name for kind in KINDS.values() if kind.can_fit)} can.",
         )
-    signs = encode(spec, class_vectors, feature_moment=covariance)
+    signs = encode(spec, class_vectors, feature_moment=covariance, on_progress=on_progress)
     note = f"{spec.bits_per_class} signs per class taken from the old classifier"
     if spec.row_scales:
         return _Chosen(spec, torch.from_numpy(signs.codes), note, torch.from_numpy(signs.gains), signs.scale)

@@ -2,6 +2,9 @@
 
 A kind is a stateless object in `KINDS`. Its methods take the bare fields of a head spec. `HeadSpec` asks them, and
 nothing else needs to compare the name of a kind.
+
+Importing this module needs no NumPy, so that reading the header of a file is quick: what builds codes is imported when
+they are built.
 """
 
 from __future__ import annotations
@@ -11,26 +14,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
-
-import numpy as np
-from numpy.typing import ArrayLike
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fixify._values import counted
 from fixify.errors import HeadSpecError
-from fixify.heads.codes import (
-    Codes,
-    FeatureRows,
-    HadamardRows,
-    RealRows,
-    Rotation,
-    StoredSigns,
-    TruncatedRows,
-    orthogonal_codes,
+from fixify.heads.constructions import (
+    Construction,
+    factorise,
+    format_construction,
+    is_constructible,
+    parse_construction,
     power_of_two_from,
-    simplex_codes,
 )
-from fixify.heads.hadamard import Construction, factorise, format_construction, is_constructible, parse_construction
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike
+
+    from fixify.heads.codes import Codes, FeatureRows, HadamardRows, RealRows, Rotation, StoredSigns, TruncatedRows
 
 VERSION = 1
 """Version of the head spec record."""
@@ -42,12 +43,13 @@ SHARED_BLOCKS = 8
 """Sign vectors tried by matching where all classes share one block (C <= N). More gain nothing: on EfficientNet-Lite0
 (1000 x 1280) the mean cosine with the old class vectors is between 0.0954 and 0.0959 for every one of them."""
 SEARCH_BLOCKS = 4096
-"""Blocks searched by matching where classes do not share one (C > N)."""
+"""Blocks searched by the wide search where classes do not share one (C > N)."""
 
 # Head specs come from files. These limits keep a hostile one from filling the memory or running for hours.
 MAX_SIGNS = 1 << 34
 MAX_DENSE_NUMBERS = 1 << 27
 
+_ITEM_BYTES = {"uint8": 1, "uint16": 2, "uint32": 4, "int64": 8}
 _SEARCHED_COSINES = 4_000_000_000  # about a minute: fewer blocks are searched where C and N are large
 
 
@@ -90,7 +92,7 @@ class StoredTensor:
 
     def num_bytes(self, float_bytes: int = 4) -> int:
         """Compute its size in a file; `float_bytes` is the size of the model's floating-point type."""
-        return prod(self.shape) * (float_bytes if self.dtype is None else np.dtype(self.dtype).itemsize)
+        return prod(self.shape) * (float_bytes if self.dtype is None else _ITEM_BYTES[self.dtype])
 
 
 class Kind(ABC):
@@ -260,6 +262,8 @@ class Hadamard(Kind):
         Raises:
             HeadSpecError: A matched head without indices, an unmatched one with them, or indices that do not fit.
         """
+        from fixify.heads.codes import HadamardRows
+
         construction = construction_of(spec)
         if spec.matched:
             indices = self._checked_indices(spec, stored)
@@ -270,6 +274,8 @@ class Hadamard(Kind):
         return HadamardRows(construction, spec.seed, indices)
 
     def _checked_indices(self, spec: SpecFields, stored: ArrayLike | None) -> np.ndarray:
+        import numpy as np
+
         if stored is None:
             raise HeadSpecError("A matched head needs its stored code indices; none were given.")
         indices = np.asarray(stored)
@@ -289,7 +295,7 @@ class Hadamard(Kind):
 
     def planned_bytes_per_class(self, num_features: int, num_classes: int) -> int:
         """Compute the bytes of one code index, as matching stores it."""
-        return np.dtype(_index_dtype(num_features, default_blocks(num_features, num_classes))).itemsize
+        return _ITEM_BYTES[_index_dtype(num_features, default_blocks(num_features, num_classes))]
 
 
 class ReferenceHadamard(Kind):
@@ -342,6 +348,10 @@ class ReferenceHadamard(Kind):
         Raises:
             HeadSpecError: Stored codes are given.
         """
+        import numpy as np
+
+        from fixify.heads.codes import TruncatedRows
+
         if stored is not None:
             raise HeadSpecError("This head spec is not matched, so its codes are not stored; none can be given.")
         return TruncatedRows(spec.num_features, np.arange(spec.num_classes, dtype=np.int64))
@@ -359,6 +369,8 @@ class Orthogonal(Kind):
         Raises:
             HeadSpecError: Stored codes are given.
         """
+        from fixify.heads.codes import RealRows, orthogonal_codes
+
         self._refuse_stored(stored)
         return RealRows(orthogonal_codes(spec.num_features, spec.num_classes, spec.seed))
 
@@ -388,6 +400,8 @@ class Simplex(Kind):
         Raises:
             HeadSpecError: Stored codes are given.
         """
+        from fixify.heads.codes import RealRows, simplex_codes
+
         self._refuse_stored(stored)
         return RealRows(simplex_codes(spec.num_features, spec.num_classes, spec.seed))
 
@@ -397,7 +411,7 @@ class Binary(Kind):
 
     Not in the paper, whose codes do not depend on what they replace. With `bits_per_class` d < N the signs are those of
     the first d coordinates of rotated features. At d = N the features are rotated too where a Hadamard matrix of order
-    N is known, and taken as they are elsewhere. `fixify.heads.fitting.encode` chooses the signs.
+    N is known, and taken as they are elsewhere. `fixify.heads.encoding.encode` chooses the signs.
     """
 
     name = "binary"
@@ -448,6 +462,8 @@ class Binary(Kind):
 
     def rotation(self, spec: SpecFields) -> Rotation | None:
         """Return the rotation of the features, or None if they are taken as they are."""
+        from fixify.heads.codes import Rotation
+
         if not self.uses_hadamard(spec):
             return None
         return Rotation(construction_of(spec), spec.seed, self._num_signs(spec))
@@ -458,6 +474,10 @@ class Binary(Kind):
         Raises:
             HeadSpecError: The signs are missing or do not fit.
         """
+        import numpy as np
+
+        from fixify.heads.codes import StoredSigns
+
         if stored is None:
             raise HeadSpecError("A binary head needs its stored signs; none were given.")
         packed, bits, shape = np.ascontiguousarray(stored), self._num_signs(spec), self.stored_codes(spec).shape
@@ -526,6 +546,8 @@ class Identity(Kind):
         Raises:
             HeadSpecError: Stored codes are given.
         """
+        from fixify.heads.codes import FeatureRows
+
         self._refuse_stored(stored)
         return FeatureRows(spec.num_features, spec.num_classes)
 
@@ -592,15 +614,33 @@ def default_codes(num_features: int, num_classes: int) -> np.ndarray:
     all-ones row 0 would take most of every feature vector. Otherwise class c has index c: the rows, their negatives,
     the next block.
     """
+    import numpy as np
+
     return np.arange(num_classes, dtype=np.int64) + (1 if num_classes < num_features else 0)
 
 
 def default_blocks(num_features: int, num_classes: int) -> int:
-    """Return the number of blocks that `match` searches by default."""
+    """Return the number of blocks that `match` searches by default.
+
+    For C > N these are as few as leave each class about two codes to choose from, so the fast product stays: one
+    transform per block.
+    """
     n, c = num_features, num_classes
     if c <= n:
         return max(1, min(SHARED_BLOCKS, (1 << 16) // (2 * n)))
-    return max(-(-c // n), min(SEARCH_BLOCKS, _SEARCHED_COSINES // (c * n)))
+    return -(-c // n)
+
+
+def wide_blocks(num_features: int, num_classes: int) -> int:
+    """Return the number of blocks of the wide search: thousands for C > N.
+
+    The codes are nearer to the old class vectors, but they lie in so many blocks that features are multiplied with the
+    whole codebook. Measured with 2,350 classes, N = 256: mean cosine 0.30 instead of 0.21, and after two epochs 95.8 %
+    instead of 95.0 %.
+    """
+    n, c = num_features, num_classes
+    few = default_blocks(n, c)
+    return few if c <= n else max(few, min(SEARCH_BLOCKS, _SEARCHED_COSINES // (c * n)))
 
 
 def _index_dtype(num_features: int, blocks: int) -> str:

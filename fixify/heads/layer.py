@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fixify.errors import HeadSpecError
 from fixify.heads.kinds import GAIN_STEPS, codebook
+from fixify.heads.loss import Margin, Reduction, SoftTarget, cross_entropy
+from fixify.heads.normalisation import NORM_EPSILON, ScaledDirections
+from fixify.heads.prepared import PreparedHead, is_traced, prepare
 from fixify.heads.product import CodeProduct
 from fixify.heads.spec import HeadSpec
 from fixify.heads.statistics import MOMENTUM, exact_statistics, floor_std, update_running_
 
-_NORM_EPSILON = 1e-6
-"""Smallest norm that is divided by. The division is in float32, where it neither vanishes nor inflates a gradient."""
+_TOP_K_LOGITS = 1 << 22
+"""Logits of one block of `FixedClassifier.top_k`, over all samples."""
+
+
+class TopK(NamedTuple):
+    """The largest logits or probabilities of some samples, largest first, and their classes."""
+
+    values: Tensor
+    classes: Tensor
 
 
 def initial_scale(num_classes: int, confidence: float = 0.95) -> float:
@@ -87,8 +98,13 @@ class FixedClassifier(nn.Module):
     codes: Tensor | None
     gains: Tensor | None
 
+    deferred: bool = False
+    """Whether `forward` returns features instead of logits, for code that passes them to `losses_of_scaled` or `top_k`:
+    those of `scaled_features` in training mode, the unchanged input in eval mode."""
     synchronized: bool = False
     """Whether the running statistics are those of the batches of all processes of torch.distributed's default group."""
+
+    _prepared: PreparedHead | None = None  # of the last evaluation
 
     def __init__(
         self,
@@ -222,24 +238,226 @@ class FixedClassifier(nn.Module):
         Returns:
             Logits [..., C], or [B, C, ...].
         """
-        x = self._channels_last(x)
-        z = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of half-precision features overflow
-        if self.center is not None and self.num_batches_tracked is not None:
-            if self.training:
-                update_running_(
-                    self.center, self.spread, self.num_batches_tracked, z.detach(), synchronized=self.synchronized
-                )
-            z = z - self.center
-            if self.spread is not None:
-                z = z / floor_std(self.spread)
-        if self.spec.normalize:
-            z = F.normalize(z, dim=-1, eps=_NORM_EPSILON)
-        logits = self.product((z * (self.scale * self.product.prescale)).to(x.dtype))
+        if self.deferred:
+            return self.scaled_features(x) if self.training else x
+        if not (torch.compiler.is_compiling() or self.training or torch.is_grad_enabled()):
+            prepared = self._prepare(x)
+            if prepared is not None:
+                features = self._channels_last(x)
+                logits = prepared.call(features).view(*features.shape[:-1], self.out_features)
+                return logits.movedim(-1, 1) if self.channel_dim == 1 else logits
+        return self._formula(x)
+
+    def _prepare(self, x: Tensor) -> PreparedHead | None:
+        """Return the prepared forward pass for inputs like `x`, or None where only the formula will do."""
+        if is_traced(x):
+            return None
+        prepared = self._prepared
+        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        if (
+            prepared is None
+            or prepared.input_dtype != x.dtype
+            or prepared.dtype != (torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
+            or prepared.device != x.device
+            or not prepared.is_current()
+        ):
+            self._prepared = prepared = prepare(self, x)
+        return prepared
+
+    def train(self, mode: bool = True) -> FixedClassifier:
+        """Set the mode, as `nn.Module.train`; what was prepared for the other mode is dropped."""
+        self._prepared = None
+        super().train(mode)
+        self.product.hold_numbers(mode, self.scale.dtype)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedClassifier:
+        self._prepared = None
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what was prepared out of copies and pickles."""
+        return {**self.__dict__, "_prepared": None}
+
+    def _formula(self, x: Tensor) -> Tensor:
+        """Compute the logits by the formula, with gradients."""
+        logits = self.product(self.scaled_features(x))
         if self.gains is not None:
             logits = logits * (self.gains.to(logits.dtype) * (1.0 / GAIN_STEPS))
         if self.bias is not None:
             logits = logits + self.bias.to(logits.dtype)
         return logits.movedim(-1, 1) if self.channel_dim == 1 else logits
+
+    def _scaled(self, x: Tensor, *, update: bool = False) -> Tensor:
+        """Standardise, normalise and scale features [..., N] for the product; update the statistics first if asked."""
+        z = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of half-precision features overflow
+        if update and self.center is not None and self.num_batches_tracked is not None:
+            update_running_(
+                self.center, self.spread, self.num_batches_tracked, z.detach(), synchronized=self.synchronized
+            )
+        std = None if self.spread is None else floor_std(self.spread)
+        scale = self.scale * self.product.prescale
+        constants = not any(part is not None and part.requires_grad for part in (self.center, std))
+        if (
+            self.spec.normalize
+            and constants
+            and not torch.compiler.is_compiling()
+            and not (is_traced(x) or is_traced(scale))
+        ):
+            scaled: Tensor = ScaledDirections.apply(x, scale, self.center, std)
+            return scaled
+        if self.center is not None:
+            z = z - self.center
+            if std is not None:
+                z = z / std
+        if self.spec.normalize:
+            z = F.normalize(z, dim=-1, eps=NORM_EPSILON)
+        return (z * scale).to(x.dtype)
+
+    @torch.no_grad()
+    def top_k(self, x: Tensor, k: int, *, probabilities: bool = False) -> TopK:
+        """Find the classes with the largest logits, without holding the logits of all classes.
+
+        A block of classes is scored at a time. The memory is that of about four million logits, or of one Hadamard
+        block per sample. There are no gradients, and the running statistics stay as they are.
+
+        Args:
+            x: Features, as for `forward`.
+            k: Number of classes per sample, 1 .. C.
+            probabilities: Return softmax probabilities over all classes instead of logits.
+
+        Returns:
+            Values [..., k], largest first, and classes int64 [..., k]; with channel_dim=1 [B, k, ...].
+
+        Raises:
+            HeadSpecError: `k` is out of range, or the codes have not been loaded.
+
+        >>> head = FixedClassifier(HeadSpec("identity", num_features=4, num_classes=3, normalize=False), scale=1.0)
+        >>> head.top_k(torch.tensor([3.0, 1.0, 2.0, 0.0]), 2).classes
+        tensor([0, 2])
+        """
+        if not 1 <= k <= self.out_features:
+            raise HeadSpecError(f"k must be between 1 and the {self.out_features} classes, got {k}.")
+        x = self._channels_last(x)
+        z = self.product.rotate(self._scaled(x))
+        z = z.reshape(-1, z.shape[-1])
+        values, classes, log_sums = [], [], []  # of each block
+        for block in self.product.blocks(max(1, _TOP_K_LOGITS // max(1, len(z)))):
+            logits = self.product.block_product(z, block)
+            if self.gains is not None:
+                logits = logits * (self.gains[block.classes].to(logits.dtype) * (1.0 / GAIN_STEPS))
+            if self.bias is not None:
+                logits = logits + self.bias[block.classes].to(logits.dtype)
+            if probabilities:
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                log_sums.append(logits.logsumexp(dim=-1, keepdim=True))
+            best, index = logits.topk(min(k, block.num_classes), dim=-1)
+            values.append(best)
+            classes.append(index + block.classes.start if isinstance(block.classes, slice) else block.classes[index])
+        largest, index = torch.cat(values, dim=-1).topk(k, dim=-1)
+        if probabilities:
+            largest = (largest - torch.cat(log_sums, dim=-1).logsumexp(dim=-1, keepdim=True)).exp()
+        numbers = torch.cat(classes, dim=-1).gather(-1, index)
+        found = [part.view(*x.shape[:-1], k) for part in (largest, numbers)]
+        return TopK(*(part.movedim(-1, 1) for part in found)) if self.channel_dim == 1 else TopK(*found)
+
+    def scaled_features(self, x: Tensor) -> Tensor:
+        """Compute what is multiplied with the codes; in training mode, update the running statistics first.
+
+        Args:
+            x: Features [..., N]; with channel_dim=1 feature maps [B, N, ...].
+
+        Returns:
+            [..., N], standardised and normalised as the spec says, times the scale.
+        """
+        return self._scaled(self._channels_last(x), update=self.training)
+
+    def loss(
+        self,
+        x: Tensor,
+        target: Tensor | SoftTarget,
+        *,
+        label_smoothing: float = 0.0,
+        margin: Margin | None = None,
+        reduction: Reduction = "mean",
+        group: dist.ProcessGroup | None = None,
+    ) -> Tensor:
+        """Compute the exact softmax cross-entropy of a batch without its logits in memory; see `fixify.heads.loss`.
+
+        It equals `F.cross_entropy(self(x), target)` in value and gradients, and takes O(batch x block) memory. It is
+        the faster one from some thousands of classes on. In training mode, it updates the running statistics first.
+
+        Args:
+            x: Features [..., N]; with channel_dim=1 feature maps [B, N, ...].
+            target: Labels, int64 [...], as `F.cross_entropy` takes them. For features [B, N] also distributions [B, C],
+                or a `SoftTarget` of few classes.
+            label_smoothing: Weight of the uniform distribution, 0 to 1.
+            margin: `CosFace` or `ArcFace`; for labels, normalised features and codes of one length.
+            reduction: "mean", "sum", or "none": the losses in the shape of the labels.
+            group: Processes that share the classes: each computes the logits of its share for the samples of all. Every
+                process calls this with the same number of samples, and gets the loss of its own. Gradients are those of
+                the sum over processes, which DistributedDataParallel averages as it averages others.
+
+        Raises:
+            HeadSpecError: The target does not fit, or a margin is given to a head whose logits are no cosines.
+
+        >>> head = FixedClassifier(HeadSpec("hadamard", num_features=64, num_classes=1000, bias=False))
+        >>> x, y = torch.randn(5, 64), torch.arange(5)
+        >>> bool(torch.isclose(head.loss(x, y), F.cross_entropy(head(x), y)))
+        True
+        """
+        if not 0 <= label_smoothing <= 1:
+            raise HeadSpecError(f"label_smoothing must lie in 0 .. 1, got {label_smoothing}.")
+        if margin is not None and (not self.spec.normalize or self.gains is not None):
+            raise HeadSpecError("A margin needs normalised features and codes of one length.")
+        z = self.scaled_features(x)
+        losses, _ = self.losses_of_scaled(z, target, label_smoothing=label_smoothing, margin=margin, group=group)
+        if reduction == "none":
+            return losses.view(z.shape[:-1])
+        return losses.mean() if reduction == "mean" else losses.sum()
+
+    def losses_of_scaled(
+        self,
+        z: Tensor,
+        target: Tensor | SoftTarget,
+        *,
+        label_smoothing: float = 0.0,
+        margin: Margin | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the losses of a batch from what `scaled_features` returned, for code that runs the two apart.
+
+        Args:
+            z: [..., N]; M samples in all.
+            target: See `loss`.
+            label_smoothing: See `loss`.
+            margin: See `loss`.
+            group: See `loss`.
+
+        Returns:
+            The losses, [M] in float32 at least, and whether the right class has the largest logit, bool [M].
+
+        Raises:
+            HeadSpecError: See `loss`.
+        """
+        if isinstance(target, Tensor) and not target.is_floating_point():
+            if target.shape != z.shape[:-1]:
+                raise HeadSpecError(f"Expected labels of shape {list(z.shape[:-1])}, got {list(target.shape)}.")
+            target = target.reshape(-1)
+        gains = None
+        if self.gains is not None:
+            gains = self.gains.to(torch.promote_types(z.dtype, torch.float32)) * (1.0 / GAIN_STEPS)
+        return cross_entropy(
+            self.product,
+            z.reshape(-1, self.in_features),
+            target,
+            bias=self.bias,
+            gains=gains,
+            label_smoothing=label_smoothing,
+            margin=None if margin is None else (margin, self.scale),
+            group=group,
+        )
 
     def extra_repr(self) -> str:
         """Describe the head in the way of torch's own layers."""

@@ -7,7 +7,7 @@ for Kronecker products). That costs N (a + b) multiplications for N scores inste
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,14 +16,16 @@ from torch import Tensor, nn
 
 from fixify.errors import HeadSpecError
 from fixify.heads.codes import Codes, FeatureRows, HadamardRows, SignRows, StoredSigns
-from fixify.heads.hadamard import Construction, block_signs, elementary, order_of, rows
+from fixify.heads.constructions import Construction, elementary, order_of
 from fixify.heads.kinds import SpecFields, default_codes, kind_of
+from fixify.heads.matrices import block_signs, rows
+from fixify.heads.signs import PackedLinear, unpack_signs
 
 _TABLES = ("left", "right", "rotation_signs", "block_signs", "index", "class_signs", "table", "packed")
-_MAX_UNPACKED = 1 << 24
-"""Stored signs that are held as numbers (64 MB in float32); more are held packed and unpacked in chunks."""
-_CHUNK = 1 << 22
-"""Packed signs that are unpacked at once: 16 MB in float32."""
+_SMALL_TABLE = 1 << 19
+"""Stored signs that are held as numbers (2 MB in float32); more are held packed."""
+_TRAINING_TABLE = 1 << 24
+"""Stored signs that are held as numbers in training (64 MB in float32); more are unpacked in chunks."""
 
 
 def balanced_split(construction: Construction) -> tuple[Construction, Construction]:
@@ -73,6 +75,23 @@ def prefers_dense(num_classes: int, num_blocks: int, left: int, right: int) -> b
     return num_classes < 2 * num_blocks * (left + right) or num_classes * left * right < 1 << 16
 
 
+@dataclass(frozen=True)
+class CodeBlock:
+    """Some of the classes of a product, whose scores can be computed without those of the others.
+
+    Attributes:
+        classes: The classes: a slice, or class numbers int64 [k] where they are not neighbours.
+        num_classes: k.
+        first_block: First Hadamard block of their codes.
+        end_block: The Hadamard block after the last; 0 where codes are not Hadamard rows.
+    """
+
+    classes: slice | Tensor
+    num_classes: int
+    first_block: int = 0
+    end_block: int = 0
+
+
 class CodeProduct(nn.Module):
     """The product Q z / prescale for the codebook Q [C, N] of a head: [..., N] -> [..., C].
 
@@ -96,6 +115,9 @@ class CodeProduct(nn.Module):
     table: Tensor | None  # the codebook [C, N], or stored signs [C, d]
     packed: Tensor | None  # stored signs, uint8 [C, ceil(d / 8)], where they are too many for a table
 
+    revision: int = 0
+    """Counts the changes of the tables, for what is prepared from them."""
+
     def __init__(
         self,
         spec: SpecFields,
@@ -110,6 +132,7 @@ class CodeProduct(nn.Module):
         self.is_ready = False
         self.prescale = 1.0
         self.num_kept = spec.num_features
+        self._unit = 1.0
         for name in _TABLES:
             self.register_buffer(name, None, persistent=False)
         self.rebuild(stored, device=device, dtype=dtype)
@@ -128,7 +151,9 @@ class CodeProduct(nn.Module):
             device: Device of the tables; None: torch's default.
             dtype: Floating-point type of the tables; None: torch's default.
         """
+        self.revision += 1
         kind = kind_of(self.spec)
+        held_numbers = self.packed is not None and self.table is not None
         self.stored = stored
         self.is_ready = stored is not None or kind.stored_codes(self.spec) is None
         tables: dict[str, np.ndarray] = {}
@@ -136,6 +161,7 @@ class CodeProduct(nn.Module):
             codes = kind.codes(self.spec, stored)
             tables, self.prescale = _tables(codes)
             self.num_kept = codes.num_signs if isinstance(codes, StoredSigns) else self.spec.num_features
+            self._unit = float(_unit(self.num_kept)[0])
         device = torch.get_default_device() if device is None else torch.device(device)
         for name in _TABLES:
             table = None
@@ -145,9 +171,28 @@ class CodeProduct(nn.Module):
                 table = torch.tensor(tables[name], device="cpu" if device.type == "meta" else device, dtype=wanted)
                 table = table.to(device)
             setattr(self, name, table)
+        self.hold_numbers(held_numbers, dtype or torch.get_default_dtype())
+
+    def hold_numbers(self, hold: bool, dtype: torch.dtype) -> None:
+        """Hold packed signs as numbers too, for training, unless they are too many; or drop these numbers again.
+
+        Args:
+            hold: Whether to hold them.
+            dtype: Their floating-point type.
+        """
+        if self.packed is None or self.packed.is_meta or hold == (self.table is not None):
+            return
+        self.revision += 1
+        if not hold:
+            self.table = None
+            self.prescale *= self._unit
+        elif len(self.packed) * self.num_kept <= _TRAINING_TABLE:
+            self.table = unpack_signs(self.packed, self.num_kept, dtype) * self._unit
+            self.prescale /= self._unit
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodeProduct:
         tables = [table for table in self._buffers.values() if table is not None]
+        self.revision += 1
         was_meta = any(table.is_meta for table in tables)
         super()._apply(fn, recurse)
         tables = [table for table in self._buffers.values() if table is not None]
@@ -168,34 +213,109 @@ class CodeProduct(nn.Module):
         Raises:
             HeadSpecError: The stored codes have not been loaded.
         """
-        if not self.is_ready:
-            raise HeadSpecError("The codes of this fixed classifier are stored, and have not been loaded yet.")
-        if self.rotation_signs is not None and self.right is not None:
-            z = fast_product(z * self.rotation_signs.to(z.dtype), self.left, self.right)[..., : self.num_kept]
+        self._refuse_unknown_codes()
+        z = self.rotate(z)
+        if self.table is not None:
+            return F.linear(z, self.table)
         if self.packed is not None:
             product: Tensor = PackedLinear.apply(z, self.packed)
             return product
-        if self.table is not None:
-            return F.linear(z, self.table)
         if self.right is None:
             return _as_linear(z)[..., : self.spec.num_classes]
         return self._hadamard_scores(z, self.right)
 
+    def rotate(self, z: Tensor) -> Tensor:
+        """Compute the coordinates in which the codes are held: the kept ones of rotated features, or z itself.
+
+        Args:
+            z: [..., N].
+
+        Returns:
+            [..., d]; d = N for all but binary heads of fewer bits.
+        """
+        if self.rotation_signs is None or self.right is None:
+            return z
+        return fast_product(z * self.rotation_signs.to(z.dtype), self.left, self.right)[..., : self.num_kept]
+
+    def blocks(self, size: int) -> list[CodeBlock]:
+        """Divide the classes into blocks for `block_product`; together they hold each class once.
+
+        Args:
+            size: Most scores per sample that a block may compute; a Hadamard block of N rows is never divided.
+        """
+        self._refuse_unknown_codes()
+        n, c = self.spec.num_features, self.spec.num_classes
+        if self.right is None or self.table is not None or self.packed is not None:
+            starts = range(0, c, max(1, size))
+            return [CodeBlock(slice(i, min(i + size, c)), min(i + size, c) - i) for i in starts]
+        k = 1 if self.block_signs is None else self.block_signs.shape[0]
+        if self.index is None:
+            at_once = max(1, size // (2 * n))
+            parts = [(i, min(i + at_once, k)) for i in range(0, k, at_once)]
+            ends = [(first * 2 * n, min(end * 2 * n, c)) for first, end in parts]
+            return [CodeBlock(slice(*end), end[1] - end[0], *part) for end, part in zip(ends, parts, strict=True)]
+        at_once = max(1, size // n)
+        order = torch.argsort(self.index // n, stable=True)
+        counts = torch.bincount(self.index // (n * at_once), minlength=-(-k // at_once)).tolist()
+        return [
+            CodeBlock(classes, count, i * at_once, min((i + 1) * at_once, k))
+            for i, (classes, count) in enumerate(zip(order.split(counts), counts, strict=True))
+            if count
+        ]
+
+    def block_product(self, z: Tensor, block: CodeBlock) -> Tensor:
+        """Multiply features with the codes of some classes.
+
+        Args:
+            z: [..., d], as `rotate` returns it.
+            block: One of `blocks`.
+
+        Returns:
+            [..., k], in the order of `block.classes`; differentiable.
+        """
+        if self.table is not None:
+            return F.linear(z, self.table[block.classes])
+        if self.packed is not None:
+            product: Tensor = PackedLinear.apply(z, self.packed[block.classes])
+            return product
+        if self.right is None:
+            return _as_linear(z)[..., block.classes]
+        signs = None if self.block_signs is None else self.block_signs[block.first_block : block.end_block]
+        if self.index is None or self.class_signs is None:
+            return self._scores_in_order(z, self.right, signs, block.num_classes)
+        n = self.spec.num_features
+        index = self.index[block.classes] - block.first_block * n
+        return _picked(_block_scores(z, self.left, self.right, signs), index, self.class_signs[block.classes])
+
+    def _refuse_unknown_codes(self) -> None:
+        if not self.is_ready:
+            raise HeadSpecError("The codes of this fixed classifier are stored, and have not been loaded yet.")
+
     def _hadamard_scores(self, z: Tensor, right: Tensor) -> Tensor:
         """Multiply with the blocks of a Hadamard matrix and pick the score of each class."""
-        n, c = self.spec.num_features, self.spec.num_classes
-        k = 1 if self.block_signs is None else self.block_signs.shape[0]
-        lead = z.shape[:-1]
-        if self.block_signs is not None:
-            z = z.unsqueeze(-2) * self.block_signs.to(z.dtype)
-        scores = fast_product(z, self.left, right)  # [..., N] or [..., K, N]
         if self.index is not None and self.class_signs is not None:
-            return scores.reshape(*lead, k * n).index_select(-1, self.index) * self.class_signs.to(scores.dtype)
-        if c > n:
-            scores = scores.reshape(*lead, k, 1, n)
-            return torch.cat((scores, -scores), dim=-2).reshape(*lead, k * 2 * n)[..., :c]
-        first = 1 if c < n else 0  # see `fixify.heads.kinds.default_codes`
-        return scores[..., first : first + c]
+            return _picked(_block_scores(z, self.left, right, self.block_signs), self.index, self.class_signs)
+        return self._scores_in_order(z, right, self.block_signs, self.spec.num_classes)
+
+    def _scores_in_order(self, z: Tensor, right: Tensor, block_signs: Tensor | None, count: int) -> Tensor:
+        """Compute the scores of the first `count` codes of some blocks, in the order of code indices."""
+        scores = _block_scores(z, self.left, right, block_signs)
+        if self.spec.num_classes > self.spec.num_features:
+            return torch.cat((scores, -scores), dim=-1).flatten(-2)[..., :count]
+        first = 1 if count < self.spec.num_features else 0  # see `fixify.heads.kinds.default_codes`
+        return scores.flatten(-2)[..., first : first + count]
+
+
+def _block_scores(z: Tensor, left: Tensor | None, right: Tensor, block_signs: Tensor | None) -> Tensor:
+    """Multiply with blocks of a Hadamard matrix: [..., N] to [..., K, N]; K = 1 without block signs."""
+    if block_signs is None:
+        return fast_product(z, left, right).unsqueeze(-2)
+    return fast_product(z.unsqueeze(-2) * block_signs.to(z.dtype), left, right)
+
+
+def _picked(scores: Tensor, index: Tensor, class_signs: Tensor) -> Tensor:
+    """Pick the score of each class from [..., K, N] and apply its sign: [..., C]."""
+    return scores.flatten(-2).index_select(-1, index) * class_signs.to(scores.dtype)
 
 
 def _tables(codes: Codes) -> tuple[dict[str, np.ndarray], float]:
@@ -238,7 +358,7 @@ def _hadamard_tables(codes: HadamardRows) -> tuple[dict[str, np.ndarray], float]
 
 def _stored_sign_tables(codes: StoredSigns) -> tuple[dict[str, np.ndarray], float]:
     unit, prescale = _unit(codes.num_signs)
-    if len(codes.packed) * codes.num_signs > _MAX_UNPACKED:
+    if len(codes.packed) * codes.num_signs > _SMALL_TABLE:
         tables = {"packed": codes.packed}
         prescale *= unit  # packed signs are +-1
     else:
@@ -264,47 +384,3 @@ def _as_linear(z: Tensor) -> Tensor:
     if z.is_meta or not torch.is_autocast_enabled(kind) or z.dtype == torch.float64:  # autocast leaves these alone
         return z
     return z.to(torch.get_autocast_dtype(kind))
-
-
-def unpack_signs(packed: Tensor, num_signs: int, dtype: torch.dtype) -> Tensor:
-    """Unpack signs to numbers.
-
-    Args:
-        packed: uint8 [k, ceil(d / 8)]; bit 1 is a minus sign, highest bit first.
-        num_signs: d.
-        dtype: Type of the result.
-
-    Returns:
-        [k, d] of +1 and -1.
-
-    >>> unpack_signs(torch.tensor([[0b01000000]], dtype=torch.uint8), 3, torch.float32)
-    tensor([[ 1., -1.,  1.]])
-    """
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
-    bits = (packed[:, :, None] >> shifts) & 1
-    return 1.0 - 2.0 * bits.flatten(1)[:, :num_signs].to(dtype)
-
-
-class PackedLinear(torch.autograd.Function):
-    """The product `z @ signs.T` of z [..., d] with packed signs [C, ceil(d / 8)]: [..., C].
-
-    A chunk of classes is unpacked at a time, forward and backward; the whole codebook never exists as numbers.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, packed: Tensor) -> Tensor:
-        """Multiply, a chunk of classes at a time."""
-        ctx.save_for_backward(packed)
-        ctx.num_signs, ctx.dtype = z.shape[-1], z.dtype
-        parts = packed.split(max(1, _CHUNK // z.shape[-1]))
-        return torch.cat([F.linear(z, unpack_signs(part, z.shape[-1], z.dtype)) for part in parts], dim=-1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """Compute the gradient of z, accumulated in float32; the signs have none."""
-        (packed,), (grad,) = ctx.saved_tensors, grads
-        step = max(1, _CHUNK // ctx.num_signs)
-        total = torch.zeros(*grad.shape[:-1], ctx.num_signs, dtype=torch.float32, device=grad.device)
-        for part, of_part in zip(packed.split(step), grad.split(step, dim=-1), strict=True):
-            total += of_part @ unpack_signs(part, ctx.num_signs, grad.dtype)
-        return total.to(ctx.dtype), None

@@ -1,4 +1,7 @@
-"""The head spec: the small record from which a fixed classifier is rebuilt."""
+"""The head spec: the small record from which a fixed classifier is rebuilt.
+
+Importing this module needs no NumPy, so that reading the header of a file is quick.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,11 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from numpy.typing import ArrayLike
+from typing import TYPE_CHECKING, Any
 
 from fixify._values import counted
 from fixify.errors import CodebookMismatchError, HeadSpecError
-from fixify.heads.codes import same_digest
-from fixify.heads.hadamard import MAX_ORDER, has_kerdock_set, is_constructible
+from fixify.heads.constructions import MAX_ORDER, has_kerdock_set, is_constructible
 from fixify.heads.kinds import (
     KINDS,
     REFERENCE_HADAMARD,
@@ -24,6 +24,9 @@ from fixify.heads.kinds import (
     kind_of,
     min_blocks,
 )
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 # Head specs come from files; these are limits like those in `fixify.heads.kinds`.
 MAX_FEATURES = MAX_ORDER
@@ -208,6 +211,8 @@ class HeadSpec(SpecFields):
             CodebookMismatchError: The codebook of this spec, built here, is not the one it was written for.
             HeadSpecError: Two classes have the same code, or `codes` does not fit.
         """
+        from fixify.heads.codes import same_digest
+
         kind = kind_of(self)
         spec = dataclasses.replace(self, **kind.resolved_fields(self))
         if spec.stores_codes and codes is None:

@@ -17,6 +17,15 @@ RELATIVE_FLOOR = 0.05
 taken must not drown all others when it becomes active: it may count for at most 20 typical ones."""
 
 
+def is_finite(values: Tensor) -> bool:
+    """Check that no value is infinite or not a number, without temporaries of the size of a large classifier.
+
+    >>> is_finite(torch.tensor([1.0, float("nan")])), is_finite(torch.tensor([1.0, 2.0])), is_finite(torch.ones(0))
+    (False, True, True)
+    """
+    return not values.numel() or all(bool(torch.isfinite(value)) for value in torch.aminmax(values))
+
+
 def floor_std(std: Tensor) -> Tensor:
     """Raise small stds to the floor, so that features can be divided by them.
 
@@ -58,7 +67,7 @@ def update_running_(
         return
     else:
         batch_mean = features.mean(dim=0)
-        variance = (features - batch_mean).square().mean(dim=0)
+        variance = (features - batch_mean).square_().mean(dim=0)
         shift = batch_mean - mean
     weight = (1.0 / (num_batches + 1).to(features.dtype)).clamp_min(MOMENTUM)
     if std is not None:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fixify._files import require_regular
 from fixify._values import counted, parse_json
-from fixify.checkpoints.digests import DIGEST_KEY, digest_of, recorded_digest
-from fixify.checkpoints.files import LANGUAGE_KEY, has_metadata
+from fixify.checkpoints.digests import digest_of
+from fixify.checkpoints.header import DIGEST_KEY, LANGUAGE_KEY, has_metadata, recorded_digest
 from fixify.checkpoints.slim import write_safetensors
 from fixify.checkpoints.verify import Check, check_digest
 from fixify.errors import CodebookMismatchError, FormatError, HeadSpecError, UsageError

@@ -6,49 +6,35 @@ Nothing here downloads anything, except `build(pretrained=True)`.
 from __future__ import annotations
 
 import difflib
-import json
-import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, TypedDict, cast
+from typing import Any, cast
 
 import timm
 import torch
 import torchvision
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from timm.data import resolve_data_config
 from timm.models import get_deprecated_models, get_pretrained_cfg, split_model_name_tag
 from torch import nn
 
 from fixify._values import parse_json
 from fixify._version import __version__
+from fixify.description import (
+    LARGEST_SIDE,
+    LIBRARIES,
+    LONGEST_NAME,
+    Architecture,
+    Preprocessing,
+    check_arguments,
+    check_preprocessing,
+)
 from fixify.errors import ArchitectureError
 from fixify.models.build import Bounds, bounded, build_blank, build_on_meta
 from fixify.models.networks import NETWORKS
 
-LIBRARIES = ("timm", "torchvision", "fixify")
-
-# Arguments that make a builder read weights or configuration from somewhere, or that `build` sets itself. They are
-# refused, because an `Architecture` can come from an untrusted file.
-_RESERVED = {
-    *("num_classes", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict"),
-    *("pretrained_filter_fn", "pretrained_model_args", "checkpoint_path", "cache_dir", "weights", "weights_backbone"),
-    *("progress", "features_only", "device", "dtype"),
-}
-# Limits of arguments, which may come from a file. Builders loop over some numbers and multiply others.
-_LARGEST_NUMBER = 1 << 16
-_LARGEST_SUM = 1 << 17  # of the numbers in one argument: depths are added up
-_MANY = 64  # arguments, and values of one argument
-_LONGEST = 200  # characters of a name
 _SMALL = 1 << 10  # a network whose arguments are smaller is built at once; others first without memory
-# timm's names of poolings, for feature maps and for tokens. Some builders take any other name for one of them.
-_POOLINGS = (
-    *("", "avg", "avgmax", "catavgmax", "max", "fast", "fastavg", "fastavgmax", "fastcatavgmax", "fastmax"),
-    *("token", "map", "merge", "align", "prr", "soft", "none"),
-)
 _TORCHVISION_TASKS = {
     "detection": "object detection",
     "segmentation": "segmentation",
@@ -61,135 +47,6 @@ _TORCHVISION_DEFAULTS: dict[str, dict[str, Any]] = {
     "googlenet": {"init_weights": False},
     "inception_v3": {"init_weights": False},
 }
-
-
-class Preprocessing(TypedDict, total=False):
-    """timm's data configuration, as `timm.data.resolve_data_config` returns it and slim checkpoints store it.
-
-    A checkpoint may lack some of the keys.
-
-    Attributes:
-        input_size: Channels, height and width.
-        mean: Mean of each channel, subtracted from values between 0 and 1.
-        std: Standard deviation of each channel.
-        interpolation: "bilinear", "bicubic", ...
-        crop_pct: Fraction of the resized image that the evaluation crop keeps.
-        crop_mode: "center", "squash", "border", ...
-    """
-
-    input_size: Sequence[int]
-    mean: Sequence[float]
-    std: Sequence[float]
-    interpolation: str
-    crop_pct: float | None
-    crop_mode: str | None
-
-
-def _positive_numbers(values: list[float]) -> list[float]:
-    if min(values) <= 0:
-        raise ValueError("every std is above 0")
-    return values
-
-
-def _bounded_size(size: list[int]) -> list[int]:
-    if math.prod(size) > _LARGEST_INPUT:
-        raise ValueError(f"an input of {size} has more than {_LARGEST_INPUT:,} values")
-    return size
-
-
-_LARGEST_SIDE = 1 << 14  # channels and pixels
-_LARGEST_INPUT = 1 << 26  # values of one image
-_Statistics = Annotated[
-    list[Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False, strict=True)]],
-    Field(min_length=1, max_length=_LARGEST_SIDE),
-]
-
-
-class _PreprocessingRecord(BaseModel):
-    """The values that `Preprocessing` may have: what the transforms of timm accept, and no memory ends."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    input_size: Annotated[
-        list[Annotated[int, Field(ge=1, le=_LARGEST_SIDE, strict=True)]],
-        Field(min_length=3, max_length=3),
-        AfterValidator(_bounded_size),
-    ] = [3, 224, 224]
-    mean: _Statistics = [0.0]
-    std: Annotated[_Statistics, AfterValidator(_positive_numbers)] = [1.0]
-    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] = "bilinear"
-    crop_pct: Annotated[float, Field(gt=0, le=4, allow_inf_nan=False, strict=True)] | None = None
-    crop_mode: Literal["center", "squash", "border"] | None = None
-
-
-def check_preprocessing(values: Mapping[str, Any]) -> None:
-    """Check values that may come from a file; see `Preprocessing`.
-
-    Raises:
-        ArchitectureError: one is missing its meaning: a name that timm does not know, a std of 0, a huge image.
-    """
-    try:
-        _PreprocessingRecord.model_validate(dict(values))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise ArchitectureError(
-            f"The preprocessing has {name} {str(first['input'])[:60]!r}: {first['msg'].removeprefix('Value error, ')}.",
-            hint="The file or its config.json is damaged, or was edited.",
-        ) from error
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A network that a library can build: the library, its name there, and the builder's arguments.
-
-    Attributes:
-        library: "timm", "torchvision" or "fixify" (the paper's own networks, built through timm).
-        name: The library's name for it, without tag.
-        kwargs: Arguments of the builder besides the number of classes (`in_chans`, `img_size`, ...), JSON-safe.
-        tag: The pretrained weights: timm's tag ("a1_in1k") or the member of torchvision's weights enum
-            ("IMAGENET1K_V2"); None for the library's default. The tag determines the preprocessing and the default
-            number of classes, never the shapes of the backbone.
-    """
-
-    library: str
-    name: str
-    kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    tag: str | None = None
-
-    @property
-    def ref(self) -> str:
-        """The name that a person types: "timm/resnet50", "timm/resnet50.a1_in1k", "torchvision/resnet50"."""
-        return f"{self.library}/{self.name}" + (f".{self.tag}" if self.tag else "")
-
-    @property
-    def spelled(self) -> str:
-        """`ref` and the arguments: "timm/vit_base_patch16_224,img_size=384". `parse_architecture` reads it back."""
-        return ",".join([self.ref, *(f"{key}={json.dumps(value)}" for key, value in self.kwargs.items())])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
-        return {"library": self.library, "name": self.name, "tag": self.tag, "kwargs": dict(self.kwargs)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Architecture:
-        """Read back what `to_dict` returned; the values may come from an untrusted file.
-
-        Raises:
-            ArchitectureError: a key is missing or unknown, the installed libraries do not have the name, or an
-                argument is not a plain value.
-        """
-        unknown = sorted(set(values) - {"library", "name", "tag", "kwargs"})
-        library, name, tag, kwargs = (values.get(key) for key in ("library", "name", "tag", "kwargs"))
-        if unknown or not isinstance(library, str) or not isinstance(name, str):
-            raise ArchitectureError(
-                f"Not an architecture: {str(dict(values))[:_LONGEST]}; expected library, name, tag and kwargs."
-            )
-        if not isinstance(kwargs or {}, Mapping) or not isinstance(tag or "", str) or len(tag or "") > _LONGEST:
-            raise ArchitectureError(f"The arguments of {library}/{name} must be an object and its tag a string.")
-        found = parse_architecture(f"{library}/{name}", **(kwargs or {}))
-        # A tag that the installed version does not know is kept: only its preprocessing is unavailable.
-        return cls(found.library, found.name, found.kwargs, tag or found.tag)
 
 
 def list_architectures(library: str | None = None) -> list[str]:
@@ -230,8 +87,8 @@ def parse_architecture(text: str, /, **kwargs: Any) -> Architecture:
     >>> parse_architecture("vit_base_patch16_224,img_size=384").kwargs
     {'img_size': 384}
     """
-    if len(text) > 100 * _LONGEST:
-        raise ArchitectureError(f"{text[:_LONGEST]!r}... is too long for the name of an architecture.")
+    if len(text) > 100 * LONGEST_NAME:
+        raise ArchitectureError(f"{text[:LONGEST_NAME]!r}... is too long for the name of an architecture.")
     spelled, _, arguments = text.strip().partition(",")
     kwargs = {**_arguments(text, arguments), **kwargs}
     prefix, slash, rest = _of_weights(spelled).partition("/")
@@ -241,7 +98,7 @@ def parse_architecture(text: str, /, **kwargs: Any) -> Architecture:
             hint=f"Type timm/{rest} or torchvision/{rest}.",
         )
     name, tag = split_model_name_tag(rest if slash else spelled)
-    kwargs = _checked_kwargs(text, kwargs)
+    kwargs = check_arguments(text, kwargs)
     if prefix == "timm" and slash and name in NETWORKS:
         prefix = "fixify"  # fixify registers its networks with timm, so timm/NAME is accepted for them
     libraries = (prefix,) if slash else LIBRARIES
@@ -255,6 +112,20 @@ def parse_architecture(text: str, /, **kwargs: Any) -> Architecture:
         if name in _name_set(library):
             return Architecture(library, name, kwargs, _checked_tag(library, name, tag))
     raise _unknown(text, name, libraries)
+
+
+def known_architecture(arch: Architecture) -> Architecture:
+    """Return an architecture as the installed libraries call it: timm renames some.
+
+    Raises:
+        ArchitectureError: the installed libraries do not have it.
+
+    >>> known_architecture(Architecture("timm", "tf_efficientnet_b0_ns")).ref
+    'timm/tf_efficientnet_b0.ns_jft_in1k'
+    """
+    found = parse_architecture(f"{arch.library}/{arch.name}", **arch.kwargs)
+    # A tag that the installed version does not know is kept: only its preprocessing is unavailable.
+    return Architecture(found.library, found.name, found.kwargs, arch.tag or found.tag)
 
 
 def build(
@@ -280,12 +151,14 @@ def build(
             libraries have.
 
     Raises:
-        ArchitectureError: the library refuses the arguments, the network is larger than allowed, or there are no
-            weights with that tag.
+        ArchitectureError: there is no such architecture, the library refuses the arguments, the network is larger than
+            allowed, or there are no weights with that tag.
 
     >>> build(parse_architecture("resnet18"), num_classes=7, meta=True).get_classifier()
     Linear(in_features=512, out_features=7, bias=True)
     """
+    if arch.name not in _name_set(arch.library):
+        raise _unknown(arch.ref, arch.name, (arch.library,))
     if pretrained:
         _checked_tag(arch.library, arch.name, arch.tag)
     if arch.library != "torchvision":
@@ -353,8 +226,8 @@ def preprocessing(arch: Architecture, cfg: Mapping[str, Any] | None = None) -> P
         height, width = (size, size) if isinstance(size, int) else size
         known["input_size"] = (known["input_size"][0], height, width)
     channels = arch.kwargs.get("in_chans", known["input_size"][0])
-    if type(channels) is not int or not 0 < channels <= _LARGEST_SIDE:
-        raise ArchitectureError(f"{arch.ref}: in_chans must be from 1 to {_LARGEST_SIDE}, got {channels!r}.")
+    if type(channels) is not int or not 0 < channels <= LARGEST_SIDE:
+        raise ArchitectureError(f"{arch.ref}: in_chans must be from 1 to {LARGEST_SIDE}, got {channels!r}.")
     known["input_size"] = (channels, *known["input_size"][1:])
     for key in ("mean", "std"):
         values = tuple(known[key])
@@ -404,26 +277,6 @@ def _unknown(text: str, name: str, libraries: tuple[str, ...]) -> ArchitectureEr
     )
 
 
-def _checked_kwargs(text: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    refused = sorted(_RESERVED & set(kwargs))
-    if refused:
-        raise ArchitectureError(f"{text}: {', '.join(refused)} cannot be an argument of an architecture.")
-    if len(kwargs) > _MANY:
-        raise ArchitectureError(f"{text}: {len(kwargs)} arguments are more than any architecture has.")
-    odd = [key[:_LONGEST] for key, value in kwargs.items() if not (key.isidentifier() and _is_plain(value))]
-    if odd:
-        raise ArchitectureError(
-            f"{text}: the value of {', '.join(sorted(odd))} must be a number up to {_LARGEST_NUMBER:,}, a name, a "
-            "boolean or a short list of these."
-        )
-    pooling = kwargs.get("global_pool")
-    if isinstance(pooling, str) and pooling not in _POOLINGS:
-        raise ArchitectureError(
-            f"{text}: there is no pooling {pooling!r}.", hint=f"timm has {', '.join(filter(None, _POOLINGS))}."
-        )
-    return {key: value for key, value in kwargs.items() if value is not None}
-
-
 def _arguments(text: str, arguments: str) -> dict[str, Any]:
     """Parse "img_size=[96,128],in_chans=1". Values are JSON; a value that is not JSON is a string."""
     found: dict[str, Any] = {}
@@ -439,19 +292,6 @@ def _arguments(text: str, arguments: str) -> dict[str, Any]:
         except ValueError:
             found[key] = value
     return found
-
-
-def _is_plain(value: Any, depth: int = 0) -> bool:
-    if isinstance(value, (list, tuple, Mapping)):
-        if depth > 4 or len(value) > _MANY:
-            return False
-        if isinstance(value, Mapping):
-            return all(isinstance(key, str) and _is_plain(item, depth + 1) for key, item in value.items())
-        numbers = [abs(item) for item in value if isinstance(item, (int, float))]
-        return all(_is_plain(item, depth + 1) for item in value) and sum(numbers) <= _LARGEST_SUM
-    if isinstance(value, (int, float)):
-        return abs(value) <= _LARGEST_NUMBER  # false for NaN
-    return value is None or (isinstance(value, str) and len(value) <= _LONGEST)
 
 
 def _largest(value: Any) -> float:

@@ -12,7 +12,9 @@ from typing import Any
 from torch import nn
 
 from fixify._values import counted
+from fixify.description import HeadRecord
 from fixify.errors import ArchitectureError, NoClassifierError
+from fixify.heads.spec import HeadSpec
 from fixify.models.architectures import Architecture, build, list_architectures, parse_architecture
 
 # torchvision has no function that returns the classifier. Each of its classifiers, including the auxiliary ones of
@@ -43,6 +45,10 @@ class ClassifierSite:
     channel_dim: int
     num_parameters: int
     has_bias: bool
+
+    def record(self, spec: HeadSpec) -> HeadRecord:
+        """Describe a fixed head that replaces this layer."""
+        return HeadRecord(self.path, self.layer_type, self.channel_dim, spec)
 
 
 def find_classifiers(model: nn.Module, arch: Architecture | None = None) -> list[ClassifierSite]:

@@ -15,10 +15,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLoc
 from rich.table import Table
 
 from fixify._files import atomic_path, write_atomic
+from fixify.reporting.layout import new_table
 from fixify.reporting.page import PAGE_FILE, write_page
 from fixify.reporting.run_report import RunReport, report_runs
 from fixify.reporting.runs import read_runs
-from fixify.reporting.tables import new_table
 from fixify.training.events import EpochRecord
 
 FIGURES = ("figure1-scale.png", "figure2-learned-fixed.png", "figure3-fixed-scales.png")

@@ -14,7 +14,7 @@ from fixify.models.classifiers import find_classifiers
 from fixify.recipes.measured import Measured, MeasuredWords
 from fixify.recipes.reading import read_recipe, section_of
 from fixify.recipes.shipped import recipe_names
-from fixify.reporting.tables import new_table
+from fixify.reporting.layout import new_table
 
 
 @dataclass(frozen=True)

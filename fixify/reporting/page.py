@@ -10,8 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fixify._version import __version__
 from fixify.reporting.charts import Chart, Series, line_chart
+from fixify.reporting.layout import human_bytes
 from fixify.reporting.run_report import Report, RunReport, Size
-from fixify.reporting.tables import human_bytes
 
 PAGE_FILE = "report.html"
 

@@ -18,8 +18,8 @@ from fixify.language.options import LanguageOptions
 from fixify.models.architectures import build, parse_architecture
 from fixify.models.build import build_on_meta
 from fixify.models.classifiers import find_classifiers
+from fixify.reporting.layout import human_bytes, new_table
 from fixify.reporting.measured import RunHere, WordsHere, run_here, run_here_tables, words_here_tables
-from fixify.reporting.tables import human_bytes, new_table
 from fixify.savings import classifier_weights, count_parameters
 
 _GRADIENT_BYTES = 4  # float32

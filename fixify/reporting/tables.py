@@ -4,63 +4,34 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
-from fixify._values import counted
-from fixify.checkpoints.remarks import shorten
-from fixify.checkpoints.slim import SlimInfo
 from fixify.checkpoints.verify import Check
-from fixify.demo.run import DemoResult
-from fixify.evaluation import Evaluation
-from fixify.language.checkpoint import LanguageInfo
-from fixify.language.run import DIVERGED, LanguageRun
+from fixify.description import LIBRARIES
 from fixify.metrics import Metrics
-from fixify.models.architectures import LIBRARIES
 from fixify.models.classifiers import Coverage
-from fixify.models.identify import Identification
-from fixify.prediction import Prediction, short_names
 from fixify.reporting.costs import KindPlan, ModelReport
-from fixify.reporting.run_report import Report
+from fixify.reporting.layout import human_bytes, new_table, short_digest
 from fixify.savings import Savings
-from fixify.surgery import HeadRecord
-from fixify.training.run import FinetuneResult
+
+if TYPE_CHECKING:  # matplotlib, data sets and training take seconds to import; whoever made a result has them
+    from fixify.demo.run import DemoResult
+    from fixify.evaluation import Evaluation
+    from fixify.exporting.job import Exported
+    from fixify.language.checkpoint import LanguageInfo
+    from fixify.language.run import LanguageRun
+    from fixify.models.identify import Identification
+    from fixify.prediction import Prediction
+    from fixify.reporting.run_report import Report
+    from fixify.training.run import FinetuneResult
 
 _PAPERS_RATIO = 81.2 / 74.1
 """Perplexity with fixed words over that with learned ones, in Table 2 of the paper."""
-
-
-def new_table(*columns: str, title: str | None = None) -> Table:
-    """Create an empty table; a column whose name starts with `>` is aligned right and never wrapped."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
-    for column in columns:
-        if column.startswith(">"):
-            made.add_column(column[1:], justify="right", no_wrap=True)
-        else:
-            made.add_column(column, overflow="fold")
-    return made
-
-
-def human_bytes(count: float) -> str:
-    """Write a number of bytes in powers of 1000, as disks and download pages count.
-
-    >>> human_bytes(1536)
-    '1.5 KB'
-    """
-    for unit in ("B", "KB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def short_digest(digest: str | None) -> str:
-    """Shorten a digest; `--json` has all of it."""
-    return "" if digest is None else digest if len(digest) <= 24 else f"{digest[:24]}..."
 
 
 # Parameters and bytes.
@@ -81,15 +52,6 @@ def savings_table(savings: Savings) -> Table:
     ):
         made.add_row(name, human_bytes(before), human_bytes(after), _saved(before, after, human_bytes(before - after)))
     return made
-
-
-def removed_line(savings: Savings, heads: Sequence[HeadRecord] = ()) -> str:
-    """Say in one sentence how many weights a fixed head removed, or replaced by signs."""
-    share = f"{100 * savings.removed_share:.1f} % of {savings.parameters_before:,} parameters"
-    signs = sum(record.spec.num_stored_signs for record in heads)
-    if signs:
-        return f"Replaced {counted(savings.removed, 'classifier weight')} by {counted(signs, '1-bit sign')} ({share})."
-    return f"Removed {counted(savings.removed, 'classifier weight')} ({share})."
 
 
 def models_table(rows: Iterable[ModelReport]) -> Table:
@@ -158,60 +120,10 @@ def coverage_summary_table(rows: Sequence[Coverage]) -> Table:
 # Files.
 
 
-def about_table(path: Path, info: SlimInfo | LanguageInfo) -> Table:
-    """Show what a slim checkpoint or a language model says about itself, one fact per row."""
+def language_info_table(path: Path, info: LanguageInfo) -> Table:
+    """Show what the file of a language model says about itself, one fact per row."""
     made = new_table("", "", title=path.name)
     made.show_header = False
-    if isinstance(info, SlimInfo):
-        _add_slim_rows(made, info)
-    else:
-        _add_language_rows(made, info, path.stat().st_size)
-    return made
-
-
-def _add_slim_rows(made: Table, info: SlimInfo) -> None:
-    made.add_row("architecture", info.architecture.ref)
-    for record in info.heads:
-        spec = record.spec
-        made.add_row(
-            f"head {record.path}",
-            f"{spec.kind}, {counted(spec.num_classes, 'class', 'classes')} x {spec.num_features} features",
-        )
-        if spec.bytes_per_class:
-            made.add_row("", spec.description)
-        made.add_row("", ", ".join(part for part in (spec.construction, f"seed {spec.seed}") if part))
-        made.add_row("", short_digest(spec.digest))
-    made.add_row("preprocessing", ", ".join(f"{key} {_plain(value)}" for key, value in info.preprocessing.items()))
-    if info.labels:
-        shown = ", ".join(info.labels[:4])
-        made.add_row("labels", f"{shown}, ... ({len(info.labels)})" if len(info.labels) > 4 else shown)
-    source = info.source
-    if source.get("name"):
-        size = f", {human_bytes(source['bytes'])}" if source.get("bytes") else ""
-        made.add_row("source", f"{source['name']}{size}" + (", EMA weights" if source.get("ema") else ""))
-    if source.get("sha256"):
-        made.add_row("", short_digest(f"sha256:{source['sha256']}"))
-    for key, title in (("applied", "applied"), ("left_out", "left out")):
-        names = source.get(key)
-        if isinstance(names, list) and names:
-            made.add_row(title, shorten([str(name) for name in names]))
-    made.add_row("saved", removed_line(Savings.from_dict(info.savings), info.heads))
-    if info.calibration is not None:
-        made.add_row("calibrated", calibration_line(info.calibration))
-    training = info.training or {}
-    if training:
-        epochs, before, after = (training.get(key) for key in ("epochs_done", "before", "after"))
-        done = f"{epochs} epoch{'' if epochs == 1 else 's'}"
-        made.add_row("fine-tuned", f"{done} on {training.get('data')}, from {training.get('checkpoint')}")
-        if isinstance(before, dict) and isinstance(after, dict):
-            what = "agreement with the teacher" if training.get("val_labels") else "top-1"
-            made.add_row("", f"{what} {_plain(before.get('top1'))} % before, {_plain(after.get('val_top1'))} % after")
-        teacher = training.get("teacher")
-        if isinstance(teacher, dict):
-            made.add_row("", f"teacher_logits by {teacher.get('name')}")
-
-
-def _add_language_rows(made: Table, info: LanguageInfo, num_bytes: int) -> None:
     options, size, training = info.options, info.size, info.training
     made.add_row("network", f"{options.num_layers}-layer LSTM (h={options.num_features})")
     made.add_row("words", f"{options.label}; {len(info.words):,} of them: {' '.join(info.words[:6])} ...")
@@ -220,19 +132,14 @@ def _add_language_rows(made: Table, info: LanguageInfo, num_bytes: int) -> None:
             "", f"{info.codebook.construction}, seed {info.codebook.seed}, {short_digest(info.codebook.digest)}"
         )
     made.add_row("learned", f"{size.learned:,} of {size.parameters:,} parameters; {size.share:.2f} % are fixed")
-    made.add_row("file", human_bytes(num_bytes))
+    made.add_row("file", human_bytes(path.stat().st_size))
+    from fixify.language.run import DIVERGED
+
     loss, epoch = training.get("val_loss"), training.get("epoch")
     if isinstance(loss, float) and loss < DIVERGED and isinstance(epoch, int):
         made.add_row("trained", f"on {training.get('text')}")
         made.add_row("", f"validation perplexity {math.exp(loss):.1f} after epoch {epoch + 1} of {options.epochs}")
-
-
-def calibration_line(calibration: Mapping[str, Any]) -> str:
-    """Say what a head was calibrated on and how often it agreed with the original, from `SlimInfo.calibration`."""
-    images, held_out, data = (calibration.get(key) for key in ("num_images", "held_out", "data"))
-    used = f"{images} image{'' if images == 1 else 's'}"
-    others = f"{held_out} other{'' if held_out == 1 else 's'}"
-    return f"on {used} of {data}; agreed with the original on {_plain(calibration.get('agreement'))} % of {others}"
+    return made
 
 
 def candidates_table(found: Identification) -> Table:
@@ -283,6 +190,8 @@ def metrics_table(found: Evaluation) -> Table:
 
 def predictions_table(found: Sequence[Prediction]) -> Table:
     """Show one block per image: its classes, most probable first."""
+    from fixify.prediction import short_names
+
     made = new_table("image", ">probability", ">class", "label")
     names = short_names([prediction.image for prediction in found])
     for short, prediction in zip(names, found, strict=True):
@@ -290,6 +199,17 @@ def predictions_table(found: Sequence[Prediction]) -> Table:
         for position, (probability, number, label) in enumerate(rows):
             name = short if position == 0 else ""
             made.add_row(name, f"{100 * probability:.1f} %", str(number), label)
+    return made
+
+
+def export_table(done: Exported) -> Table:
+    """Show what was written, and how it agrees with PyTorch."""
+    made = new_table("", "")
+    made.add_row("written", human_bytes(done.num_bytes))
+    made.add_row("of it the head", human_bytes(done.head_bytes))
+    for check in done.checks:
+        same = f"same first class on {check.same} of {check.count} {check.images}"
+        made.add_row("against PyTorch", f"{same}; logits differ by {check.difference:.1g} std at most")
     return made
 
 
@@ -384,14 +304,6 @@ def demo_table(result: DemoResult) -> Table:
 
 def _saved(before: float, after: float, difference: str) -> str:
     return f"{difference} ({100 * (before - after) / before:.1f} %)" if before else difference
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return ("x" if len(value) == 3 else ", ").join(_plain(item) for item in value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _numbers(metrics: Metrics) -> tuple[str, ...]:

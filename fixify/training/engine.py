@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from fixify.errors import TrainingError, UsageError
 from fixify.heads import FixedClassifier
 from fixify.training import distributed
 from fixify.training.facts import OpenedInputs
-from fixify.training.losses import check_cosine_heads
+from fixify.training.losses import LossPlan, check_cosine_heads, plan_loss
 from fixify.training.optimisers import Frozen, freeze_, make_optimiser, make_schedule
 from fixify.training.options import FinetuneOptions
 from fixify.training.parallel import (
@@ -49,6 +49,7 @@ class Engine:
         teacher: The model to learn from; None without one, and before training.
         unsharded: On rank 0 a whole copy of a sharded model, on the CPU, to write checkpoints of.
         parallel: The model wrapped for several processes, while they train.
+        loss_plan: Whether the loss is computed without logits.
     """
 
     model: nn.Module
@@ -63,6 +64,7 @@ class Engine:
     teacher: Teacher | None = None
     unsharded: nn.Module | None = None
     parallel: ReplicatedModel | ShardedModel | None = None
+    loss_plan: LossPlan = field(default_factory=LossPlan)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -158,6 +160,13 @@ def make_engine(model: nn.Module, opened: OpenedInputs, options: FinetuneOptions
         shard=distributed.local_shard(),
     )
     optimiser = make_optimiser(model, options)
+    loss_plan = plan_loss(
+        model,
+        options,
+        input_size=opened.preprocessing["input_size"],
+        device=device,
+        has_teacher=opened.teacher is not None,
+    )
     return Engine(
         model=model,
         optimiser=optimiser,
@@ -169,6 +178,7 @@ def make_engine(model: nn.Module, opened: OpenedInputs, options: FinetuneOptions
         device=device,
         frozen=frozen,
         unsharded=unsharded,
+        loss_plan=loss_plan,
     )
 
 

@@ -39,6 +39,7 @@ class RunStarted:
         first_step: Updates before it starts; above 0 when it resumes.
         resumed: Whether it resumes from a state.
         config: What determines the result: data, model and options, JSON-safe.
+        loss_note: How the loss of very many classes is computed, for a person; None with few.
     """
 
     epochs: int
@@ -56,6 +57,7 @@ class RunStarted:
     first_step: int
     resumed: bool
     config: dict[str, Any]
+    loss_note: str | None = None
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from fixify.data.seeding import Stream, derive_seed, seeded_torch
 from fixify.errors import TrainingError
+from fixify.many_classes import deferring, only_head
 from fixify.metrics import autocast
 from fixify.training import distributed
 from fixify.training.checkpointing import NOT_FINITE_HINT, Progress
 from fixify.training.engine import Engine, head_scale
 from fixify.training.events import Listener, Step, Warned
 from fixify.training.interrupt import Stopped, StopRequest
-from fixify.training.losses import training_loss
+from fixify.training.losses import blocked_loss, training_loss
 from fixify.training.optimisers import base_rate, clip_gradients
 from fixify.training.parallel import local_part
 from fixify.training.run_folder import is_logged
@@ -78,6 +79,7 @@ class _Epoch:
         self.engine, self.options = engine, engine.options
         self.progress, self.on_event = progress, on_event
         self.batches = len(engine.loader)
+        self.deferred = only_head(engine.model) if engine.loss_plan.blocked else None
 
     def train(self, stop: StopRequest, validate: Callable[[], bool], state_writer: StateWriter) -> bool:
         engine, progress, batches = self.engine, self.progress, self.batches
@@ -153,10 +155,17 @@ class _Epoch:
         forward = engine.model if engine.parallel is None else engine.parallel
         with seeded_torch(seed, engine.device):
             with autocast(engine.device, options.amp):
-                logits, auxiliary = _split_outputs(forward(images))
-                loss = training_loss(logits, targets, teacher_logits, options)
-                for other in auxiliary:
-                    loss = loss + _AUXILIARY_WEIGHT * training_loss(other, targets, teacher_logits, options)
+                if self.deferred is not None:
+                    with deferring(self.deferred):
+                        features = forward(images)
+                    loss, right = blocked_loss(self.deferred, features, targets, options)
+                else:
+                    logits, auxiliary = _split_outputs(forward(images))
+                    loss = training_loss(logits, targets, teacher_logits, options)
+                    for other in auxiliary:
+                        loss = loss + _AUXILIARY_WEIGHT * training_loss(other, targets, teacher_logits, options)
+                    labels = targets if targets.ndim == 1 else targets.argmax(dim=-1)
+                    right = logits.detach().argmax(dim=-1) == labels
             if buffers is not None:
                 mean = float(distributed.sum_(loss.detach().clone())) / distributed.world_size()
                 if not math.isfinite(mean):
@@ -164,8 +173,7 @@ class _Epoch:
                     self._skip(f"The loss is {mean}", progress.batch)
                     return None
             engine.scaler.scale(loss / group_size).backward()
-        labels = targets if targets.ndim == 1 else targets.argmax(dim=-1)
-        return loss.detach(), (logits.detach().argmax(dim=-1) == labels).sum()
+        return loss.detach(), right.sum()
 
     def _update(self, *, apply: bool) -> None:
         """Update the weights; if not `apply`, only go on in the schedule."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fixify.errors import UsageError
 from fixify.heads import FixedClassifier
+from fixify.many_classes import ends_in_its_head, only_head
 from fixify.training.options import FinetuneOptions
 
 
@@ -100,3 +105,78 @@ def training_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None
         return loss
     weight = options.distill_weight
     return (1 - weight) * loss + weight * distillation_loss(logits, teacher_logits, options.distill_temperature)
+
+
+# Very many classes.
+
+BLOCKED_FROM = 16_384
+"""Number of classes from which the loss is computed block by block (`fixify.heads.loss`): from there on it is faster.
+See tests/benchmarks/README.md."""
+
+
+@dataclass(frozen=True)
+class LossPlan:
+    """How the loss of a run is computed.
+
+    Attributes:
+        blocked: Block by block, without logits.
+        note: A sentence that says so, or why not; None with few classes or a learned classifier.
+    """
+
+    blocked: bool = False
+    note: str | None = None
+
+
+def plan_loss(
+    model: nn.Module,
+    options: FinetuneOptions,
+    *,
+    input_size: Sequence[int],
+    device: torch.device,
+    has_teacher: bool,
+) -> LossPlan:
+    """Decide how the loss is computed. Below `BLOCKED_FROM` classes the model does not run.
+
+    Args:
+        model: The model, on `device`.
+        options: Options of the run.
+        input_size: (channels, height, width) of the images.
+        device: Where the model is.
+        has_teacher: Whether the logits of a teacher are learned.
+    """
+    heads = [module for module in model.modules() if isinstance(module, FixedClassifier)]
+    classes = max((head.out_features for head in heads), default=0)
+    if classes < BLOCKED_FROM:
+        return LossPlan()
+    reasons = {
+        "the cosine loss needs all cosines": options.loss != "cross-entropy",
+        "a teacher has logits of all classes": has_teacher,
+        "--compile compiles a model that returns logits": options.compile,
+        "--shard shards a model that returns logits": options.shard,
+        "the last blocks are trained alone first (--last-block-epochs)": options.last_block_epochs > 0,
+    }
+    reason = next((text for text, applies in reasons.items() if applies), None)
+    if reason is None and not (only_head(model) and ends_in_its_head(model, input_size, device)):
+        reason = "the model does more with the logits than to return them"
+    if reason is None:
+        return LossPlan(True, f"loss of {classes:,} classes: exact, computed block by block without logits in memory")
+    return LossPlan(False, f"loss of {classes:,} classes: with all logits in memory, because {reason}")
+
+
+def blocked_loss(
+    head: FixedClassifier, features: Tensor, targets: Tensor, options: FinetuneOptions
+) -> tuple[Tensor, Tensor]:
+    """Compute what `training_loss` does, from the features that a deferred head returned.
+
+    Args:
+        head: The head.
+        features: [B, N].
+        targets: Labels int64 [B], or distributions [B, C].
+        options: Label smoothing.
+
+    Returns:
+        The mean loss, and bool [B]: has the label, or the heaviest of a distribution, the largest logit?
+    """
+    smoothing = options.smoothing if targets.ndim == 1 else 0.0  # distributions are smoothed already
+    losses, right = head.losses_of_scaled(features, targets, label_smoothing=smoothing)
+    return losses.mean(), right

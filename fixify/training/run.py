@@ -128,6 +128,7 @@ class _Run:
         self.engine.loader.unreadable.on_found = warn_of_unreadable("training", self.on_event)
         self.engine.loader.unreadable.on_remark = lambda text: self.on_event(Warned(text))
         self.validation = Validation(opened, options, self.engine.device, stop, self.on_event)
+        self.validation.without_logits = self.engine.loss_plan.blocked
         self.preparation = Preparation(self.engine, opened, stop, self.on_event)
         unreadable = {"train": self.engine.loader.unreadable, "val": self.validation.unreadable}
         self.keeper = RunKeeper(self.engine, output, facts, self.on_event, unreadable)
@@ -321,6 +322,7 @@ class _Run:
                 parameters=sum(count for count, _ in parameters),
                 trainable=sum(count for count, learns in parameters if learns),
                 frozen=self.engine.frozen.stages,
+                loss_note=self.engine.loss_plan.note,
                 folder=self.output.folder,
                 first_step=self.keeper.progress.updates,
                 resumed=resumed,

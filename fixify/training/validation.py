@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from fixify.data import ImageLoader, OpenedData, UnreadableImages, make_loader
+from fixify.heads import FixedClassifier
+from fixify.many_classes import only_head
 from fixify.metrics import Confusions, Metrics, Predictions, add_up, count_confusions
 from fixify.models.architectures import Preprocessing
 from fixify.training import distributed
@@ -54,6 +56,7 @@ class Validation:
     Attributes:
         data: The images; labelled by the teacher after `label_with`.
         unreadable: Images that every measurement leaves out.
+        without_logits: Whether `measure` ranks the classes block by block (`fixify.many_classes`).
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Validation:
         )
         self._loader: ImageLoader | None = None
         self._predictions = Predictions()
+        self.without_logits = False
 
     def label_with(self, teacher: ReferenceModel) -> None:
         """Label the images with the teacher's predictions, and drop those that cannot be read.
@@ -96,7 +100,8 @@ class Validation:
         if self._loader is None:
             self._loader = self._make_loader(self.preprocessing)
         self._predictions = Predictions()
-        return self._measure(model, phase, self._loader, self._predictions)
+        deferred = only_head(model) if self.without_logits else None
+        return self._measure(model, phase, self._loader, self._predictions, deferred)
 
     def confusions(self) -> Confusions:
         """Count the predictions per class of the model that was measured last."""
@@ -117,7 +122,12 @@ class Validation:
             self._loader.close()
 
     def _measure(
-        self, model: nn.Module, phase: Phase, loader: ImageLoader, predictions: Predictions | None = None
+        self,
+        model: nn.Module,
+        phase: Phase,
+        loader: ImageLoader,
+        predictions: Predictions | None = None,
+        deferred: FixedClassifier | None = None,
     ) -> Metrics:
         started = time.perf_counter()
         sums = add_up(
@@ -128,6 +138,7 @@ class Validation:
             channels_last=self.options.channels_last,
             on_batch=lambda images: self._after_batch(phase, images),
             predictions=predictions,
+            deferred=deferred,
         )
         self._join_missing_batches(loader, model if self.options.shard else None)
         distributed.sum_(sums.totals)

@@ -18,7 +18,7 @@ from fixify.checkpoints.slim import read_info
 from fixify.conversion import convert
 from fixify.errors import ArchitectureError
 from fixify.evaluation import evaluate
-from fixify.inspection import identify
+from fixify.identification import identify
 from fixify.prediction import predict
 
 NAMES = ["class0", "class2", "class3", "class1"]  # another order than that of the folders

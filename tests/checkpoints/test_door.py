@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 import fixify
 from fixify.checkpoints import open_source
 from fixify.checkpoints import slim as slim_module
-from fixify.checkpoints.files import has_metadata
+from fixify.checkpoints.header import DIGEST_KEY, SlimInfo, has_metadata
 from fixify.checkpoints.labels import read_class_indices, read_class_map
 from fixify.checkpoints.open import open_model
-from fixify.checkpoints.slim import DIGEST_KEY, SlimInfo, digest_of, load, read_info, write_slim
+from fixify.checkpoints.slim import digest_of, load, read_info, write_slim
 from fixify.checkpoints.verify import verify
 from fixify.errors import (
     ArchitectureError,

@@ -18,7 +18,7 @@ from fixify.checkpoints.open import open_model
 from fixify.checkpoints.slim import read_info
 from fixify.conversion import convert
 from fixify.errors import SourceError
-from fixify.inspection import identify
+from fixify.identification import identify
 
 State = dict[str, Tensor]
 ARCH = "test_resnet"

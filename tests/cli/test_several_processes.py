@@ -106,14 +106,22 @@ def test_without_restarts_it_is_one_sentence(stripes: Path, tmp_path: Path) -> N
     assert "--max-restarts" in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        signal.SIGTERM,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_and_the_run_goes_on_in_one_process(stripes: Path, tmp_path: Path, number: int) -> None:
     out = tmp_path / "run"
     started = Started(finetune(stripes, out, *TWO, "--epochs", "1000"))
     started.wait_for_epochs(out, 1)
     started.process.send_signal(number)
     code, _, err = started.wait()
-    assert code == 128 + number
+    assert code == 128 + (signal.SIGTERM if number == signal.SIGUSR1 else number)  # torchrun passes no SIGUSR1 on
     (told,) = re.findall(r"error: .*epoch (\d+) of 1000 after (\d) of 4 ", err)
     assert "Traceback" not in err
     progress = torch.load(out / "state.pt", weights_only=True)["progress"]

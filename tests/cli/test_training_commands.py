@@ -81,7 +81,7 @@ def test_a_drop_that_is_allowed_stops_the_run_and_one_that_is_not_met_is_code_3(
     code, out, err = run("finetune", *given, "-o", "missed", *goal)
     assert code == 3
     assert "original" in out and re.search(r"after (0\.5|1) epochs", out) and "step 2: loss " in err
-    assert re.search(r"error: .*1 epochs .* 0 points .*100\.00 %", err)
+    assert re.search(r"error: .*1 epoch .* 0 points .*100\.00 %", err)
     code, _, err = run("finetune", *given, "-o", "missed", "--resume")  # it is as it was
     assert code == 3 and "step 2" not in err
     code, _, err = run("finetune", *given, "-o", "third", "--max-drop", 0.5)

@@ -20,7 +20,8 @@ from fixify.heads.codes import (
     same_digest,
     simplex_codes,
 )
-from fixify.heads.hadamard import block_bits, factorise
+from fixify.heads.constructions import factorise
+from fixify.heads.matrices import block_bits
 
 
 def hadamard_rows(n, indices, seed=0):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from fixify.errors import HeadSpecError
 from fixify.heads import FixedClassifier, HeadSpec, encode, feature_statistics, fit_, initial_scale, match, replacement
+from fixify.heads import fitting as module
 from fixify.heads.kinds import GAIN_STEPS
 from fixify.heads.statistics import floor_std
 
@@ -175,89 +176,51 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         fit_(head, _features()[:, 1:], weight, bias)
 
 
-# --- Signs
-
-
-def spec_of(n: int, c: int, bits: int, **options) -> HeadSpec:
-    return HeadSpec("binary", n, c, bits_per_class=bits, gains=True, normalize=False, **options)
-
-
-def head_of(spec: HeadSpec, vectors: torch.Tensor, **options) -> FixedClassifier:
-    found = encode(spec, vectors, **options)
-    return FixedClassifier(
-        spec, codes=torch.from_numpy(found.codes), gains=torch.from_numpy(found.gains), scale=found.scale
-    )
+# --- Many logits
 
 
 @pytest.mark.parametrize(
-    ("n", "c", "bits"), [(4, 9, 4), (12, 30, 5), (20, 40, 13), (22, 40, 22), (64, 40, 24), (64, 2, 1)]
+    "options", [{}, {"standardize": False}, {"bias": False}, {"normalize": False}], ids=lambda options: str(options)
 )
-def test_logits_are_those_of_the_codebook(draw, n: int, c: int, bits: int) -> None:
-    head, x = head_of(spec_of(n, c, bits), draw(c, n)), draw(5, n, seed=1)
-    torch.testing.assert_close(head(x), head.scale * x @ head.codebook().T, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("at_once", [1 << 21, 3 * C])
+def test_many_logits_are_fitted_as_few_are(
+    options: dict[str, bool], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, bias = _teacher()
+    features, new = _features(), _features(500, seed=1)
+    head, large = (_head(weight, features, **options) for _ in range(2))
+    fit = fit_(head, features, weight, bias)
+    monkeypatch.setattr(module, "_MAX_LOGITS", 0)
+    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(module, "_ROWS_OF_A_PRODUCT", 5)
+    found = fit_(large, features, weight, bias)
+    assert found.scale == pytest.approx(fit.scale, rel=3e-3)
+    assert (found.mean_share, found.refined) == (pytest.approx(fit.mean_share, abs=1e-2), fit.refined)  # a flat optimum
+    assert _divergence(large, weight, bias, new) == pytest.approx(_divergence(head, weight, bias, new), rel=1e-3)
 
 
-def test_without_features_the_signs_are_those_of_the_vectors(draw) -> None:
-    vectors = draw(30, 22)  # no Hadamard matrix: no rotation
-    found = encode(spec_of(22, 30, 22), vectors)
-    centered = vectors - vectors.mean(dim=0)
-    signs = torch.from_numpy(1 - 2 * np.unpackbits(found.codes, axis=1, count=22).astype(np.int8))
-    assert torch.equal(signs.float(), centered.sign())
-    # the best length of a code is the mean absolute weight; scale and gains say the same
-    lengths = torch.from_numpy(found.gains).float() / GAIN_STEPS * found.scale / 22**0.5
-    torch.testing.assert_close(lengths, centered.abs().mean(dim=1), rtol=5e-3, atol=5e-3)
+def test_a_given_scale_stays_with_many_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_LOGITS", 0)
+    weight, bias = _teacher()
+    head = _head(weight, _features())
+    told: list[tuple[str, int, int]] = []
+    scale = head.scale.item()
+    fit = fit_(head, _features(), weight, bias, fit_scale=False, on_progress=lambda *now: told.append(now))
+    assert fit.scale == head.scale.item() == scale
+    assert head.bias is not None and head.bias.any()
+    assert told and all(done <= total for _, done, total in told)
+    with torch.no_grad():
+        head.scale.fill_(0.0)
+    assert fit_(head, _features(), weight, bias, fit_scale=False).scale == 0.0
 
 
-def test_features_that_vary_in_few_directions_are_heeded(draw) -> None:
-    """The error that features see is a fraction of that of plain signs."""
-    n, c = 64, 50
-    vectors = draw(c, n) - draw(c, n).mean(dim=0)
-    mix = draw(n, n, seed=5) @ torch.diag(torch.logspace(0, -2, n))
-    moment = mix @ mix.T
-
-    def lost(head: FixedClassifier) -> float:
-        difference = vectors - head.scale.detach() * head.codebook()
-        return float(((difference @ moment) * difference).sum())
-
-    heeded = lost(head_of(spec_of(n, c, n), vectors, feature_moment=moment))
-    assert heeded < 0.4 * lost(head_of(spec_of(n, c, n), vectors))
-    total = float(((vectors @ moment) * vectors).sum())
-    assert heeded < 0.2 * total
-
-
-def test_more_bits_are_nearer(draw) -> None:
-    vectors, moment = draw(200, 64), torch.diag(torch.logspace(0, -3, 64))
-    x = draw(500, 64, seed=2) @ moment.sqrt()
-    old = x @ (vectors - vectors.mean(dim=0)).T
-    errors = []
-    for bits in (8, 16, 32, 64):
-        head = head_of(spec_of(64, 200, bits), vectors, feature_moment=moment)
-        errors.append(float((head(x).detach() - old).square().mean() / old.square().mean()))
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.2
-
-
-def test_equal_classes_get_different_signs() -> None:
-    vectors = torch.cat((torch.ones(20, 16), -torch.ones(3, 16)))
-    found = encode(spec_of(16, 23, 5), vectors)
-    assert len({code.tobytes() for code in found.codes}) == 23
-    with pytest.raises(HeadSpecError, match="cannot be told apart") as error:
-        encode(spec_of(16, 3, 5), torch.ones(3, 16))
-    assert "--head hadamard" in (error.value.hint or "")
-
-
-@pytest.mark.parametrize(
-    ("vectors", "moment"),
-    [
-        (torch.full((30, 64), torch.nan), None),
-        (torch.ones(29, 64), None),
-        (torch.ones(30, 64), torch.eye(3)),
-        (torch.ones(30, 64), torch.full((64, 64), torch.inf)),
-    ],
-)
-def test_values_that_do_not_fit_are_refused(vectors: torch.Tensor, moment: torch.Tensor | None) -> None:
-    with pytest.raises(HeadSpecError, match=r"must be finite, \[(30|64), 64\]"):
-        encode(spec_of(64, 30, 24), vectors, feature_moment=moment)
+def test_of_very_many_features_the_first_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_LOGITS", 0)
+    monkeypatch.setattr(module, "_LARGE_SAMPLES", N)
+    weight, bias = _teacher()
+    features = _features()
+    one, other = (_head(weight, features) for _ in range(2))
+    assert fit_(one, features, weight, bias) == fit_(other, features[:N], weight, bias)
 
 
 # --- Replacement

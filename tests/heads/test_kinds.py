@@ -19,6 +19,7 @@ from fixify.heads import (
     is_constructible,
     kind_of,
     welch_bound,
+    wide_blocks,
 )
 from fixify.heads.kinds import REFERENCE_HADAMARD, default_codes, min_blocks
 
@@ -92,7 +93,7 @@ def test_code_indices_have_the_smallest_type(blocks, dtype, size):
 
 @pytest.mark.parametrize(
     ("kind", "n", "c", "size"),
-    [("hadamard", 256, 100, 2), ("hadamard", 256, 2965, 4), ("hadamard", 8, 8, 1), ("binary", 100, 7, 14),
+    [("hadamard", 256, 100, 2), ("hadamard", 256, 2965, 2), ("hadamard", 8, 8, 1), ("binary", 100, 7, 14),
      ("orthogonal", 386, 7, 0), ("simplex", 64, 7, 0), ("identity", 64, 7, 0), ("hadamard", 386, 100, 2)],
 )  # fmt: skip
 def test_planned_bytes(kind, n, c, size):
@@ -117,8 +118,11 @@ def test_default_options_make_a_spec(kind, has_features):
 
 def test_default_number_of_blocks():
     assert default_blocks(2048, 1000) == default_blocks(256, 200) == 8
-    assert default_blocks(256, 2965) == 4096
-    assert 9 <= default_blocks(2048, 18_291) < 4096
+    assert default_blocks(256, 2965) == 12
+    assert default_blocks(2048, 18_291) == 9
+    assert wide_blocks(256, 2965) == 4096
+    assert 9 <= wide_blocks(2048, 18_291) < 4096
+    assert wide_blocks(256, 200) == 8
 
 
 # --- Hadamard

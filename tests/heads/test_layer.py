@@ -15,6 +15,7 @@ from torch import nn
 from fixify.errors import CodebookMismatchError, HeadSpecError
 from fixify.heads import REFERENCE_CONSTRUCTION, FixedClassifier, HeadSpec, initial_scale
 from fixify.heads import product as product_module
+from fixify.heads import signs as signs_module
 from fixify.heads.kinds import GAIN_STEPS
 
 DENSE, FAST = HeadSpec("hadamard", 64, 10), HeadSpec("hadamard", 256, 1000)
@@ -458,25 +459,49 @@ def test_many_signs_are_never_unpacked_at_once(monkeypatch, features):
     head = FixedClassifier(HeadSpec("binary", n, c, bits_per_class=n, gains=True, bias=False), codes=packed)
     assert head.product.table is None
     assert sum(table.nbytes for table in head.buffers()) < 3 * c * n // 8
-    sizes, unpack = [], product_module.unpack_signs
+    sizes, unpack = [], signs_module.unpack_signs
 
     def recording(part, num_signs, dtype):
         sizes.append(len(part))
         return unpack(part, num_signs, dtype)
 
-    monkeypatch.setattr(product_module, "unpack_signs", recording)
+    monkeypatch.setattr(signs_module, "unpack_signs", recording)
     x = features(2, n).requires_grad_()
     logits = head(x)
     (grad,) = torch.autograd.grad(logits[:, :100].square().sum(), x)
     assert sum(sizes) == 2 * c
     assert max(sizes) * n <= 1 << 22 < c * n
     small = FixedClassifier(HeadSpec("binary", n, 100, bits_per_class=n, gains=True, bias=False), codes=packed[:100])
-    assert small.product.table is not None
+    assert small.product.table is not None and head.product.table is None
     expected = small(x) * (head.scale / small.scale)
     torch.testing.assert_close(logits[:, :100], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), x)[0], rtol=1e-3, atol=1e-3)
     assert head.half().product.packed.dtype == torch.uint8
     assert head(x.half()).dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_signs_are_numbers_in_training_only(dtype, features, monkeypatch):
+    """Training rounds as it always has, and evaluation holds no numbers."""
+    table = make(BINARY).to(dtype)
+    monkeypatch.setattr(product_module, "_SMALL_TABLE", 0)
+    packed = make(BINARY).to(dtype)
+    assert packed.product.packed is not None
+    packed.train()
+    packed.load_state_dict(table.state_dict())
+    assert torch.equal(packed.product.table, table.product.table)
+    results = []
+    for head in (table, packed):
+        x = features(5, 64, dtype=dtype).requires_grad_()
+        logits = head(x)
+        logits.float().square().sum().backward()
+        results.append((logits, x.grad, head.scale.grad))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert packed.eval().product.table is None
+    torch.testing.assert_close(packed(features(5, 64, dtype=dtype)), results[0][0], rtol=1e-2, atol=1e-2)
+    assert torch.equal(packed.train()(features(5, 64, dtype=dtype)), results[0][0])
+    monkeypatch.setattr(product_module, "_TRAINING_TABLE", 0)
+    assert packed.eval().train().product.table is None
 
 
 # --- The paper's published code

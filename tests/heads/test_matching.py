@@ -134,6 +134,84 @@ def test_equal_and_empty_class_vectors_still_get_different_codes(entries, monkey
         spec_of(matching, *vectors.shape).resolve(matching.codes)
 
 
+def _greedy_with_tables(space, cosines, candidates):
+    """The greedy search as it is defined, with the cosines of all requested codes at once."""
+    n, c = space.num_features, space.num_classes
+    codes = np.full(c, -1)
+    granted = np.zeros((0, n))
+    bound = module._COHERENCE * n**-0.5
+    while bound < 1.0 and (codes < 0).any():
+        for rank in range(candidates.shape[1]):
+            asking = np.flatnonzero(codes < 0)
+            for i in asking[np.argsort(-cosines[asking, rank], kind="stable")]:
+                signs = space.signs(candidates[i : i + 1, rank]).astype(np.float64)
+                if not (granted @ signs[0] >= bound * n - 1e-6).any():
+                    codes[i], granted = candidates[i, rank], np.concatenate((granted, signs))
+        bound = bound + 0.1 if bound + 0.1 < 1.0 else (1.0 - 1.0 / n if bound < 1.0 - 1.0 / n else 1.0)
+    return codes
+
+
+@pytest.mark.parametrize("rank", [None, 4, 1])
+def test_codes_are_granted_as_with_a_table_of_all_cosines(rank, monkeypatch):
+    c, n, blocks = 250, 32, 24
+    monkeypatch.setattr(module, "_REQUESTS_AT_ONCE", 16)
+    vectors = class_vectors(c, n, rank=rank)
+    vectors = torch.nn.functional.normalize(vectors - vectors.mean(0), dim=1)
+    space = module._CodeSpace(HeadSpec("hadamard", n, c, matched=True, blocks=blocks))
+    found = module._candidates(space, vectors, module.unwatched)
+    expected = _greedy_with_tables(space, *found)
+    assert np.array_equal(module._greedy(space, *found, module.unwatched), expected)
+    assert (expected < 0).any() == (rank == 1), "with rank 1 there are classes left over"
+
+
+def test_chunks_of_classes_do_not_change_the_codes(monkeypatch):
+    monkeypatch.setattr(module, "_ASSIGNMENT_ENTRIES", 0)
+    vectors = class_vectors(300, 64, rank=8)
+    whole = match(vectors, blocks=40)
+    monkeypatch.setattr(module, "_AT_ONCE", 0)
+    monkeypatch.setattr(module, "_CHUNK", 64 * 37)
+    assert (match(vectors, blocks=40).codes == whole.codes).mean() > 0.99  # rounding may swap equal cosines
+
+
+def test_left_over_classes_get_free_codes_that_suit_them(monkeypatch):
+    """Five clusters of classes that want the same codes: each still gets a code of its own, and a good one."""
+    vectors = 10 * class_vectors(5, 64).repeat(120, 1) + class_vectors(600, 64)
+    optimal = match(vectors, blocks=30)
+    monkeypatch.setattr(module, "_ASSIGNMENT_ENTRIES", 0)
+    matching = match(vectors, blocks=30)
+    assert spec_of(matching, 600, 64).resolve(matching.codes).digest
+    assert matching.mean_correlation > 0.9 * optimal.mean_correlation
+
+
+def test_every_code_can_be_used(monkeypatch):
+    """As many classes as codes, all alike: each code has one class."""
+    monkeypatch.setattr(module, "_ASSIGNMENT_ENTRIES", 0)
+    matching = match(torch.ones(3 * 2 * 64, 64) + 0.01 * class_vectors(3 * 2 * 64, 64), blocks=3)
+    assert np.array_equal(np.sort(matching.codes), np.arange(3 * 2 * 64))
+
+
+def test_too_few_different_codes_are_refused(monkeypatch):
+    monkeypatch.setattr(module, "_ASSIGNMENT_ENTRIES", 0)
+    with pytest.raises(HeadSpecError, match="too few different ones for 4000 classes"):
+        match(class_vectors(4000, 12), blocks=167)  # 4,008 codes of 12 signs: some are equal
+
+
+def test_very_many_classes_search_a_share_of_the_blocks(monkeypatch):
+    vectors = class_vectors(500, 64)
+    all_blocks = match(vectors, blocks=64)
+    monkeypatch.setattr(module, "_ASSIGNMENT_ENTRIES", 0)
+    monkeypatch.setattr(module, "_AT_ONCE", 0)
+    monkeypatch.setattr(module, "_CHUNK", 64 * 50)
+    monkeypatch.setattr(module, "_COHERENCE_PRODUCTS", 0)
+    monkeypatch.setattr(module, "_SEARCHED_COSINES", 500 * 64 * 16)
+    told = []
+    share = match(vectors, blocks=64, on_progress=lambda *now: told.append(now))
+    assert len(np.unique(share.codes)) == 500
+    assert 0.75 * all_blocks.mean_correlation < share.mean_correlation < all_blocks.mean_correlation
+    assert len(np.unique(share.codes // 128)) > 48, "chunks search different blocks"
+    assert told[-1][1:] == (500, 500)
+
+
 def test_one_class():
     matching = match(torch.ones(1, 64))
     assert len(matching.codes) == 1

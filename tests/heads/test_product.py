@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixify.errors import HeadSpecError
-from fixify.heads import HeadSpec, codebook, unpack_signs
+from fixify.heads import HeadSpec, codebook
 from fixify.heads import product as module
-from fixify.heads.hadamard import factorise, format_construction, order_of, parse_construction
+from fixify.heads.constructions import factorise, format_construction, order_of, parse_construction
 from fixify.heads.kinds import default_codes
-from fixify.heads.product import CodeProduct, PackedLinear, balanced_split, prefers_dense
+from fixify.heads.product import CodeProduct, balanced_split, prefers_dense
 
 SIZES = [
     (n, c) for n in (1, 2, 4, 12, 20, 28, 36, 64, 96, 256, 320) for c in (1, n - 1, n, n + 1, 2 * n, 2 * n + 3, 5 * n)
@@ -68,6 +68,22 @@ def test_gradcheck(path, features, n, c, blocks):
     x = features(2, n).requires_grad_()
     assert torch.autograd.gradcheck(product, (x,))
     assert torch.autograd.gradgradcheck(product, (x,))
+
+
+@pytest.mark.parametrize(("n", "c", "blocks"), [(n, c, None) for n, c in SIZES if n > 8] + MATCHED_SIZES)
+@pytest.mark.parametrize("size", [1, 130, 1 << 20])
+def test_blocks_hold_every_class_once(path, features, n, c, blocks, size):
+    product, book = product_and_book(n, c, blocks)
+    x = features(3, n)
+    parts = product.blocks(size)
+    logits = torch.full((3, c), torch.nan, dtype=torch.float64)
+    for part in parts:
+        scores = product.block_product(product.rotate(x), part)
+        assert scores.shape == (3, part.num_classes)
+        assert logits[:, part.classes].isnan().all()
+        logits[:, part.classes] = scores
+    torch.testing.assert_close(logits, x @ book.T, rtol=1e-12, atol=1e-11)
+    assert len(parts) > 1 or size >= c or c <= 2 * n or blocks is not None
 
 
 @settings(deadline=None, max_examples=40)
@@ -168,26 +184,3 @@ def test_identity_is_a_slice_without_tables(features, n, lead, data):
     x = features(*lead, n)
     assert torch.equal(product(x), x[..., :c])
     torch.testing.assert_close(product(x), x @ torch.from_numpy(codebook(product.spec)).double().T)
-
-
-# --- Packed signs
-
-
-@pytest.fixture
-def packed():
-    return torch.randint(0, 256, (7, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-def test_packed_value_and_gradient_are_those_of_the_unpacked_signs(packed, features, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", 3 * 13)  # chunks of three classes
-    z = features(3, 13).requires_grad_()
-    expected = z @ unpack_signs(packed, 13, torch.float64).T
-    ours = PackedLinear.apply(z, packed)
-    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
-    grads = [torch.autograd.grad(logits.sin().sum(), z)[0] for logits in (ours, expected)]
-    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-5)  # ours is summed in float32
-
-
-def test_signs_are_unpacked_highest_bit_first(packed):
-    expected = 1.0 - 2.0 * np.unpackbits(packed.numpy(), axis=1, count=13)
-    assert np.array_equal(unpack_signs(packed, 13, torch.float32).numpy(), expected)

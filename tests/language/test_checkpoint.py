@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from fixify.checkpoints.files import LANGUAGE_KEY
+from fixify.checkpoints.header import LANGUAGE_KEY
 from fixify.errors import CodebookMismatchError, FormatError
 from fixify.heads import HeadSpec, unpack_signs
 from fixify.language import Corpus, LanguageOptions, load_language

@@ -17,6 +17,7 @@ from fixify.models import (
     parse_architecture,
     preprocessing,
 )
+from fixify.models.architectures import known_architecture
 
 
 @pytest.mark.parametrize(
@@ -116,12 +117,21 @@ def test_tag_of_another_version(library: str) -> None:
         {"library": "timm", "name": "resnet18", "kwargs": [1]},
         {"library": "timm", "name": "resnet18", "tag": 1},
         {"library": "other", "name": "resnet18"},
-        {"library": "timm", "name": "no_such_net"},
     ],
 )
 def test_from_dict_refuses(values: dict) -> None:
     with pytest.raises(ArchitectureError):
         Architecture.from_dict(values)
+
+
+@pytest.mark.parametrize("name", ["no_such_net", "hf-hub:someone/model", "resnet18,in_chans=1,pretrained=true"])
+def test_only_known_architectures_are_built(name: str) -> None:
+    """The header of a file is read without asking the libraries; what builds a network asks them."""
+    read = Architecture.from_dict({"library": "timm", "name": name})
+    with pytest.raises(ArchitectureError):
+        known_architecture(read)
+    with pytest.raises(ArchitectureError):
+        build(read, meta=True)
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_what_cannot_be_trained_is_refused() -> None:
         new_network(OPTIONS.replace(mean=(0.1, 0.2, 0.3), std=(1, 1, 1)), DIGITS)
     with pytest.raises(ArchitectureError, match="resnet1"):
         new_network(OPTIONS.replace(model="resnet1"), DIGITS)
-    with pytest.raises(HeadSpecError, match="1000"):
+    with pytest.raises(HeadSpecError, match="1,000"):
         new_network(OPTIONS.replace(head="simplex"), [str(number) for number in range(1000)])
     with pytest.raises(UsageError, match="mean and std"):
         OPTIONS.replace(std=None)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fixify.errors import FixifyError
-from fixify.training import FinetuneOptions, distributed
+from fixify.training import FinetuneOptions, distributed, losses
 
 
 def one_run(
@@ -21,9 +21,11 @@ def one_run(
     model: dict[str, Any] | None = None,
     val_images: int = 20,
     output: dict[str, Any] | None = None,
+    blocked_from: int = losses.BLOCKED_FROM,
     **options: Any,
 ) -> dict[str, Any]:
     """Do a run of the tiny network in the process group."""
+    losses.BLOCKED_FROM = blocked_from
     events: list[str] = []
     result: Any = "done"
     chosen = FinetuneOptions.create(**{"workers": 0, "device": "cpu", **options}).for_this_process()

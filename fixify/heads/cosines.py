@@ -78,12 +78,30 @@ def coherence(spec: HeadSpec, codes: ArrayLike | None = None) -> Coherence:
     """
     n, c = spec.num_features, spec.num_classes
     book = codebook(spec, codes)
-    checked = np.arange(c)
-    if c > _EXACT_CLASSES:
-        order = np.argsort(streams.raw(spec.seed, streams.Purpose.SAMPLE, 1, c), kind="stable")
-        checked = np.sort(order[:_SAMPLED_CLASSES])
+    welch, rankin = welch_bound(n, c), rankin_bound(n, c)
+    if c <= _EXACT_CLASSES:
+        return Coherence(*_cosines_of_all_pairs(book), welch, rankin, c)
+    order = np.argsort(streams.raw(spec.seed, streams.Purpose.SAMPLE, 1, c), kind="stable")
+    checked = np.sort(order[:_SAMPLED_CLASSES])
     max_cosine, max_abs = _largest_cosines(book, checked)
-    return Coherence(max_cosine, _rms_cosine(book), max_abs, welch_bound(n, c), rankin_bound(n, c), len(checked))
+    return Coherence(max_cosine, _rms_cosine(book), max_abs, welch, rankin, len(checked))
+
+
+def _cosines_of_all_pairs(book: np.ndarray) -> tuple[float, float, float]:
+    """Compute the largest cosine, the root mean square and the largest absolute cosine of all pairs of classes."""
+    max_cosine, max_abs, squares = -1.0, 0.0, 0.0
+    for start in range(0, len(book), _BLOCK):
+        part = book[start : start + _BLOCK].astype(np.float64)  # in float32, orthogonal codes have cosines of 1e-6
+        for other in range(start, len(book), _BLOCK):
+            cosines = part @ (part if other == start else book[other : other + _BLOCK].astype(np.float64)).T
+            if other == start:
+                cosines = cosines[np.triu_indices(len(part), k=1)]  # each pair once, and no code with itself
+            if cosines.size:
+                max_cosine = max(max_cosine, float(cosines.max()))
+                max_abs = max(max_abs, float(cosines.max()), -float(cosines.min()))
+                squares += float(np.vdot(cosines, cosines))
+    pairs = len(book) * (len(book) - 1) / 2
+    return max_cosine, (squares / pairs) ** 0.5 if pairs else 0.0, max_abs
 
 
 def _largest_cosines(book: np.ndarray, checked: np.ndarray) -> tuple[float, float]:

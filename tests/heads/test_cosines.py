@@ -46,7 +46,7 @@ def test_sums_over_parts_are_those_of_the_whole(monkeypatch):
     spec = HeadSpec("orthogonal", 24, 300)
     book = codebook(spec).astype(np.float64)
     gram = (book @ book.T)[~np.eye(300, dtype=bool)]
-    module = importlib.import_module("fixify.heads.coherence")  # the package's attribute is the function
+    module = importlib.import_module("fixify.heads.cosines")
     monkeypatch.setattr(module, "_BLOCK", 37)
     result = coherence(spec)
     assert result.max_cosine == pytest.approx(gram.max(), abs=1e-6)

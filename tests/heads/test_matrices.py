@@ -9,21 +9,17 @@ from hypothesis import strategies as st
 
 from fixify.errors import HeadSpecError
 from fixify.heads import hadamard, is_constructible
-from fixify.heads.hadamard import (
+from fixify.heads.constructions import (
     MAX_ORDER,
     Factor,
-    block_bits,
-    block_signs,
     elementary,
-    factor_matrix,
     factorise,
     format_construction,
     has_kerdock_set,
-    kerdock_bits,
     order_of,
     parse_construction,
-    rows,
 )
+from fixify.heads.matrices import block_bits, block_signs, factor_matrix, kerdock_bits, rows
 
 WIDTHS = json.loads((Path(__file__).parent / "timm_widths.json").read_text())["widths"]
 CONSTRUCTIBLE = [width for width in WIDTHS if is_constructible(width)]

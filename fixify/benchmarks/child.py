@@ -1,0 +1,176 @@
+"""Run one measurement in a process of its own, whose memory nothing else has used."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fixify.errors import FixifyError, ResourceError, resource_problem
+
+_STATUS = Path("/proc/self/status")
+_ANSWER = "fixify-answer:"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a measurement has no result.
+
+    Attributes:
+        reason: In words, to be shown in a table.
+    """
+
+    reason: str
+
+
+def run_in_child(
+    function: Callable[..., Mapping[str, Any]],
+    arguments: Mapping[str, Any],
+    *,
+    num_threads: int,
+    timeout: float | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any] | Failure:
+    """Call a function of a module in a new process, and return its result.
+
+    Args:
+        function: A function at the top level of a module of fixify; returns plain values.
+        arguments: Its arguments, plain values.
+        num_threads: Threads of torch in the process.
+        timeout: Seconds after which the process is stopped.
+        environment: More environment variables.
+
+    Returns:
+        The result, or why there is none: the time was up, or memory ran out.
+
+    Raises:
+        ResourceError: the process ended for another reason.
+    """
+    return run_in_children(
+        function, [arguments], num_threads=num_threads, timeout=timeout, environments=[environment or {}]
+    )[0]
+
+
+def run_in_children(
+    function: Callable[..., Mapping[str, Any]],
+    arguments: Sequence[Mapping[str, Any]],
+    *,
+    num_threads: int,
+    timeout: float | None = None,
+    environments: Sequence[Mapping[str, str]] | None = None,
+) -> list[dict[str, Any] | Failure]:
+    """Call a function in several processes at once; see `run_in_child`.
+
+    Args:
+        function: See `run_in_child`, like `num_threads` and `timeout`.
+        arguments: Those of each process.
+        num_threads: Threads of torch in each process.
+        timeout: Seconds for all of them together.
+        environments: More environment variables of each process.
+    """
+    started = [
+        _start(function, each, num_threads, extra)
+        for each, extra in zip(arguments, environments or [{}] * len(arguments), strict=True)
+    ]
+    until = None if timeout is None else time.monotonic() + timeout
+    try:
+        return [_answer(process, timeout, until) for process in started]
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()  # which closes the pipes
+
+
+def _start(
+    function: Callable[..., Mapping[str, Any]], arguments: Mapping[str, Any], num_threads: int, extra: Mapping[str, str]
+) -> subprocess.Popen[str]:
+    task = {"module": function.__module__, "function": function.__name__, "arguments": dict(arguments)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(num_threads)} | dict(extra)
+    command = [sys.executable, "-c", "from fixify.benchmarks.child import main; main()", json.dumps(task)]
+    return subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def _answer(process: subprocess.Popen[str], timeout: float | None, until: float | None) -> dict[str, Any] | Failure:
+    try:
+        out, err = process.communicate(timeout=None if until is None else max(until - time.monotonic(), 0.1))
+    except subprocess.TimeoutExpired:
+        return Failure(f"over {timeout:,.0f} s")
+    answers = [line.removeprefix(_ANSWER) for line in out.splitlines() if line.startswith(_ANSWER)]
+    if answers:
+        found: dict[str, Any] = json.loads(answers[-1])
+        return Failure(found["failure"]) if "failure" in found else found["result"]
+    if process.returncode == -9:
+        return Failure("out of memory")
+    last = next((line for line in reversed(err.splitlines()) if line.strip()), "no message")
+    raise ResourceError(f"A process of the benchmark ended with exit code {process.returncode}: {last}")
+
+
+def main() -> None:
+    """Do the task that the command line holds, and print the answer for `run_in_child`."""
+    task = json.loads(sys.argv[1])
+    function = getattr(importlib.import_module(task["module"]), task["function"])
+    try:
+        answer = {"result": function(**task["arguments"])}
+    except (FixifyError, RuntimeError, MemoryError) as error:
+        problem = resource_problem(error)
+        if isinstance(error, FixifyError):
+            answer = {"failure": error.message}
+        elif problem is not None or isinstance(error, MemoryError):
+            answer = {"failure": "out of memory"}
+        else:
+            raise
+    print(_ANSWER + json.dumps(answer), flush=True)
+
+
+class PeakMemory:
+    """The memory of this process above what it had at the start of a block, in bytes.
+
+    On Linux it is the resident memory, whose peak is reset at the start. Elsewhere it is the peak of the whole life of
+    the process, so measure in a process that has done nothing else.
+    """
+
+    def __enter__(self) -> PeakMemory:
+        """Note the memory so far."""
+        if _STATUS.exists():
+            with contextlib.suppress(OSError):  # not allowed here: the peak counts from the start of the process
+                Path("/proc/self/clear_refs").write_text("5")
+        self._before = resident_bytes()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take the peak."""
+        self.bytes = max(_peak_bytes() - self._before, 0)
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process; where it is not known, the peak so far."""
+    return _from_status("VmRSS") or _peak_bytes()
+
+
+def _peak_bytes() -> int:
+    found = _from_status("VmHWM")
+    if found is not None:
+        return found
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _from_status(key: str) -> int | None:
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), None)

@@ -1,0 +1,293 @@
+"""The forward pass of a head in evaluation, with all that does not depend on the input prepared beforehand.
+
+The formula of `fixify.heads.layer.FixedClassifier` takes about 15 small operations, which at batch 1 take ten times as
+long as the arithmetic. Here each sample is multiplied first and divided by its norm afterwards, in the same operation
+that adds the bias. In half precision it is divided first, since sums of features that are not normalised overflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fixify.heads.kinds import GAIN_STEPS, SpecFields
+from fixify.heads.normalisation import NORM_EPSILON
+from fixify.heads.product import CodeProduct
+from fixify.heads.signs import sign_product
+from fixify.heads.statistics import floor_std
+
+_SOURCES = ("scale", "bias", "center", "spread", "gains")
+_DEVICES = ("cpu", "cuda")
+_CACHED_SCORES = 1 << 18
+"""Scores of several blocks that are computed at once on a processor: 1 MB in float32, within the second-level cache."""
+_LEVELS = torch.autograd.forward_ad
+
+
+class Head(Protocol):
+    """What is prepared of a `fixify.heads.layer.FixedClassifier`."""
+
+    in_features: int
+    out_features: int
+    scale: Tensor
+    bias: Tensor | None
+    center: Tensor | None
+    spread: Tensor | None
+    gains: Tensor | None
+    product: CodeProduct
+    _parameters: dict[str, Any]
+    _buffers: dict[str, Tensor | None]
+
+    @property
+    def spec(self) -> SpecFields:
+        """The head spec."""
+
+
+_FEW_SCORES = 1 << 13
+"""Scores up to which building the negatives takes less time than the operations that avoid it."""
+
+
+def is_traced(x: Tensor) -> bool:
+    """Check whether operations on a tensor are recorded or transformed, so that none may be prepared beforehand.
+
+    That is the case under `torch.jit.trace`, dispatch modes (fake tensors, `make_fx`), the transforms of `torch.func`,
+    forward-mode differentiation, and for subclasses such as DTensor. Ask `torch.compiler.is_compiling` before.
+    """
+    return (
+        (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or _LEVELS._current_level >= 0
+        or torch.jit.is_tracing()
+    )
+
+
+class PreparedHead:
+    """The forward pass of one head, on one device and for inputs of one type.
+
+    It holds references to the tensors that it was prepared from, and is used while they are the same, unchanged ones.
+
+    Args:
+        head: The head.
+        dtype: Type that the product is computed in and that the logits have.
+        input_dtype: Type of the inputs; another one than `dtype` under autocast.
+    """
+
+    def __init__(self, head: Head, dtype: torch.dtype, input_dtype: torch.dtype) -> None:
+        self.device, self.dtype, self.input_dtype = head.scale.device, dtype, input_dtype
+        self._product, self._revision = head.product, head.product.revision
+        self._sources = [
+            (store, name, tensor, tensor._version, tensor.data_ptr())
+            for store, name, tensor in _learned_tensors(head)
+            if tensor is not None
+        ]
+        self.call = _prepared_call(head, dtype)
+
+    def is_current(self) -> bool:
+        """Check that none of the head's tensors was replaced or changed since."""
+        if self._product.revision != self._revision:
+            return False
+        for store, name, tensor, version, pointer in self._sources:
+            if store[name] is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
+                return False
+        return True
+
+
+def prepare(head: Head, x: Tensor) -> PreparedHead | None:
+    """Prepare a head for inputs like `x`; None if its tensors or those inputs do not allow it.
+
+    Tensors made in inference mode do not, because they do not count their changes; nor do the copies of
+    `nn.DataParallel`, which last for one call.
+    """
+    if not all(name in head._parameters or name in head._buffers for name in _SOURCES):
+        return None
+    device, dtype = x.device, x.dtype
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+    tables = list(head.product.buffers())
+    tensors = tables + [tensor for _, _, tensor in _learned_tensors(head) if tensor is not None]
+    if (
+        not head.product.is_ready
+        or device.type not in _DEVICES
+        or (dtype == x.dtype and head.scale.dtype != dtype)
+        or any(tensor.device != device or is_traced(tensor) or tensor.is_inference() for tensor in tensors)
+        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    ):
+        return None
+    return PreparedHead(head, dtype, x.dtype)
+
+
+def _learned_tensors(head: Head) -> list[tuple[Mapping[str, Tensor | None], str, Tensor | None]]:
+    """List the head's own tensors but its codes, with the dictionaries that hold them."""
+    found: list[tuple[Mapping[str, Tensor | None], str, Tensor | None]] = []
+    for name in _SOURCES:
+        store: Mapping[str, Tensor | None] = head._parameters if name in head._parameters else head._buffers
+        found.append((store, name, store[name]))
+    return found
+
+
+def _prepared_call(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Build the function from features [M, N] to logits [M, C]."""
+    wide = torch.promote_types(dtype, torch.float32)
+    n = head.in_features
+    center = None if head.center is None else head.center.to(wide)
+    inverse_std = None if head.spread is None else floor_std(head.spread).to(wide).reciprocal()
+    scale = (head.scale.detach().to(torch.float64) * head.product.prescale).to(wide)
+    scores = _scores(head, dtype)
+    bias = None if head.bias is None else head.bias.detach().to(dtype)
+    finish = _finish(head, dtype, bias)
+    normalize, is_wide, num_classes = head.spec.normalize, dtype == wide, head.out_features
+    signs = head.product.block_signs
+    rows = 1 << 62 if signs is None or signs.device.type != "cpu" else max(1, _CACHED_SCORES // signs.numel())
+
+    def call(x: Tensor) -> Tensor:
+        z = x if x.dtype == wide else x.to(wide)
+        if center is not None:
+            z = z - center
+            if inverse_std is not None:
+                z.mul_(inverse_std)
+        z = z.reshape(-1, n)
+        factor = scale
+        if normalize:
+            factor = scale / torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min_(NORM_EPSILON)
+        if not is_wide:
+            z = (z * factor).to(dtype)
+        if len(z) <= rows:
+            return finish(scores(z), factor if is_wide else None)
+        logits = z.new_empty(len(z), num_classes)
+        factors = factor.expand(len(z), 1)
+        for start in range(0, len(z), rows):
+            part = slice(start, start + rows)
+            logits[part] = finish(scores(z[part]), factors[part] if is_wide else None)
+        return logits
+
+    return call
+
+
+def _scores(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Build the function from z [M, N] to the scores that `_finish` takes."""
+    product = head.product
+    transform = _transform(product, dtype)
+    multiply: Callable[[Tensor], Tensor]
+    if product.table is not None:
+        multiply = partial(F.linear, weight=product.table.to(dtype))
+    elif product.packed is not None:
+        multiply = sign_product(product.packed, product.num_kept, dtype)
+    else:
+        return transform or product
+    if transform is None or product.rotation_signs is None:
+        return multiply
+    n, kept = head.in_features, product.num_kept
+    return lambda z: multiply(transform(z).view(-1, n)[:, :kept])
+
+
+def _transform(product: CodeProduct, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """Build the fast product with the Hadamard matrix or its blocks: z [M, N] to [M x K x N / b, b], contiguous."""
+    if product.right is None:
+        return None
+    right = product.right.to(dtype).t().contiguous()
+    b = right.shape[0]
+    a = product.spec.num_features // b
+    left = None if product.left is None else product.left.to(dtype)
+    signs = product.rotation_signs if product.block_signs is None else product.block_signs
+    signs = None if signs is None else signs.to(dtype)
+
+    def transform(z: Tensor) -> Tensor:
+        if signs is not None:
+            z = z.unsqueeze(-2) * signs
+        if left is not None:
+            z = z.reshape(-1, a, b)
+            z = torch.bmm(left.expand(z.shape[0], a, a), z)
+        return torch.mm(z.reshape(-1, b), right)
+
+    return transform
+
+
+def _finish(head: Head, dtype: torch.dtype, bias: Tensor | None) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Build the function from scores and a factor per sample [M, 1] to logits [M, C]."""
+    n, c, product = head.in_features, head.out_features, head.product
+    gains = None if head.gains is None else head.gains.to(dtype) * (1.0 / GAIN_STEPS)
+    uses_rows = product.right is not None and product.table is None and product.packed is None
+    if uses_rows and product.index is not None and product.class_signs is not None:
+        index, rows = product.index, product.class_signs.to(dtype)
+        rows = rows if gains is None else rows * gains
+        width = n if product.block_signs is None else n * product.block_signs.shape[0]
+
+        def picked(scores: Tensor, factor: Tensor | None) -> Tensor:
+            return _affine(scores.view(-1, width).index_select(1, index).mul_(rows), factor, bias)
+
+        return picked
+    if uses_rows and c > n:
+        return _finish_blocks(n, c, gains, bias)
+    first = 1 if c < n else 0
+    stride = n if uses_rows else c
+
+    def in_order(scores: Tensor, factor: Tensor | None) -> Tensor:
+        if uses_rows:
+            m = scores.numel() // stride
+            scores = scores.as_strided((m, c), (n, 1), first)
+        if gains is not None:
+            scores = scores * gains
+        return _affine(scores, factor, bias)
+
+    return in_order
+
+
+def _affine(scores: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Multiply scores [M, C] with a factor per sample and add the bias per class."""
+    if factor is None:
+        return scores.contiguous() if bias is None else scores + bias
+    return scores * factor if bias is None else torch.addcmul(bias, scores, factor)
+
+
+def _finish_blocks(
+    n: int, c: int, gains: Tensor | None, bias: Tensor | None
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Build `_finish` for codes that are the rows of each block and then their negatives.
+
+    Both halves are written into their places in the logits, without building the negatives.
+    """
+    full = c // (2 * n)
+    rest = c - full * 2 * n
+    parts = [(full * 2 * n, full, 1, min(rest, n), 1), (full * 2 * n + n, full, 1, max(rest - n, 0), -1)]
+    pieces = [(0, 0, full, n, 1), (n, 0, full, n, -1), *parts]
+    pieces = [piece for piece in pieces if piece[2] * piece[3]]
+    inner = None if gains is not None or bias is None else bias
+    biases = [
+        None if inner is None else inner.as_strided((count, width), (2 * n, 1), inner.storage_offset() + start)
+        for start, _, count, width, _ in pieces
+    ]
+
+    def blocks(scores: Tensor, factor: Tensor | None) -> Tensor:
+        k = full + (rest > 0)
+        scores = scores.view(-1, k, n)
+        m = scores.shape[0]
+        if scores.numel() <= _FEW_SCORES:
+            both = torch.cat((scores, -scores), dim=-1).as_strided((m, c), (2 * k * n, 1))
+            return _affine(both if gains is None else both * gains, factor, bias)
+        logits = scores.new_empty(m, c)
+        if factor is not None and factor.ndim:
+            factor = factor.unsqueeze(-1)
+        for (start, block, count, width, sign), part in zip(pieces, biases, strict=True):
+            target = logits.as_strided((m, count, width), (c, 2 * n, 1), start)
+            source = scores[:, block : block + count, :width]
+            if factor is None:
+                if part is None:
+                    torch.mul(source, sign, out=target)
+                else:
+                    torch.add(part, source, alpha=sign, out=target)
+            elif part is None:
+                torch.mul(source, factor * sign, out=target)
+            else:
+                torch.addcmul(part, source, factor, value=sign, out=target)
+        if gains is not None:
+            logits.mul_(gains)
+            if bias is not None:
+                logits.add_(bias)
+        return logits
+
+    return blocks

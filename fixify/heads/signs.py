@@ -1,0 +1,285 @@
+"""Products with stored signs, one bit each, that never hold all signs as numbers.
+
+Signs are unpacked a chunk at a time, by a table with an entry per byte, into memory that stays in the cache. Where the
+processor multiplies 8-bit integers fast, features are written as digits of 8 bits. Their products with signs are exact,
+together as exact as a product in float32, and take about half of its time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_CHUNK = 1 << 22
+"""Packed signs that are unpacked at once: 16 MB in float32."""
+_CACHED_FLOATS = 1 << 17
+_CACHED_BYTES = 1 << 20
+"""Unpacked signs that stay in the second-level cache beside the products, as floating-point numbers and integers."""
+_FEWEST_SIGNS = 8
+"""Signs per class from which integers are used. `torch._int_mm` is wrong where rows are of length 1 (torch 2.14)."""
+_BYTE_SIGNS = 1 << 22
+"""Signs up to which each is held as a byte, 4 MB."""
+_PAIRS_UP_TO = 16
+"""Samples up to which `pair_product` is faster than `table_product`."""
+_LARGEST_OF_PAIRS = 42
+"""Largest digit of `pair_product`: 2x - y of two digits must fit into 8 bits."""
+PAIR_DIGITS = {torch.float32: 4, torch.float16: 3, torch.bfloat16: 2}
+TABLE_DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
+"""Digits per feature. Their error, at most 2^-24 of a sample's largest feature in float32, 2^-16 in float16 and 2^-13
+in bfloat16, is below the rounding of each type."""
+
+
+@lru_cache(maxsize=8)
+def _byte_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Build the signs of every byte: [256, 8] of +1 and -1."""
+    with torch.inference_mode(False):
+        shifts = torch.arange(7, -1, -1, device=device)
+        return (1 - 2 * ((torch.arange(256, device=device)[:, None] >> shifts) & 1)).to(dtype)
+
+
+def unpack_signs(packed: Tensor, num_signs: int, dtype: torch.dtype) -> Tensor:
+    """Unpack signs to numbers.
+
+    Args:
+        packed: uint8 [k, ceil(d / 8)]; bit 1 is a minus sign, highest bit first.
+        num_signs: d.
+        dtype: Type of the result.
+
+    Returns:
+        [k, d] of +1 and -1.
+
+    >>> unpack_signs(torch.tensor([[0b01000000]], dtype=torch.uint8), 3, torch.float32)
+    tensor([[ 1., -1.,  1.]])
+    """
+    if torch.compiler.is_compiling() or packed.is_meta:  # a cached table is no part of a graph
+        shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+        bits = (packed[:, :, None] >> shifts) & 1
+        return 1 - 2 * bits.flatten(1)[:, :num_signs].to(dtype)
+    return F.embedding(packed.int(), _byte_table(dtype, packed.device)).flatten(1)[:, :num_signs]
+
+
+class PackedLinear(torch.autograd.Function):
+    """The product `z @ signs.T` of z [..., d] with packed signs [C, ceil(d / 8)]: [..., C].
+
+    A chunk of classes is unpacked at a time, forward and backward; the whole codebook never exists as numbers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, packed: Tensor) -> Tensor:
+        """Multiply, a chunk of classes at a time."""
+        ctx.save_for_backward(packed)
+        ctx.num_signs, ctx.dtype = z.shape[-1], z.dtype
+        parts = packed.split(max(1, _CHUNK // z.shape[-1]))
+        return torch.cat([F.linear(z, unpack_signs(part, z.shape[-1], z.dtype)) for part in parts], dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Compute the gradient of z, accumulated in float32; the signs have none."""
+        (packed,), (grad,) = ctx.saved_tensors, grads
+        step = max(1, _CHUNK // ctx.num_signs)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = torch.zeros(*grad.shape[:-1], ctx.num_signs, dtype=wide, device=grad.device)
+        for part, of_part in zip(packed.split(step), grad.split(step, dim=-1), strict=True):
+            total += of_part @ unpack_signs(part, ctx.num_signs, grad.dtype)
+        return total.to(ctx.dtype), None
+
+
+def pack_pairs(packed: Tensor, num_signs: int) -> Tensor:
+    """Write signs as pairs for `pair_product`, four bits a sign.
+
+    Args:
+        packed: uint8 [C, ceil(d / 8)]; bit 1 is a minus sign.
+        num_signs: d.
+
+    Returns:
+        int8 [C, h], h = ceil(d / 2): the bit of sign i, and twice that of sign h + i.
+    """
+    c, half = len(packed), -(-num_signs // 2)
+    pairs = torch.zeros(c, half, dtype=torch.int8)
+    step = max(1, _CHUNK // num_signs)
+    for start in range(0, c, step):
+        bits = np.unpackbits(packed[start : start + step].numpy(), axis=1, count=num_signs).view(np.int8)
+        target = pairs[start : start + step]
+        target.copy_(torch.from_numpy(bits[:, :half]))
+        target[:, : num_signs - half].add_(torch.from_numpy(bits[:, half:]), alpha=2)
+    return pairs
+
+
+def _digits(z: Tensor, count: int, largest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Write numbers as sums of digits between -largest and largest, `z ~ scale * sum_i weights[i] * digits[i]`.
+
+    Returns:
+        float32 [count, M, d] of integers, the weights [count], and the scale [M, 1].
+    """
+    scale = z.abs().amax(dim=-1, keepdim=True).clamp_min_(1e-30).div_(largest)
+    rest = z / scale
+    digits = torch.empty(count, *z.shape)
+    for digit in digits:
+        torch.round(rest, out=digit)
+        rest.sub_(digit).mul_(2 * largest)
+    return digits, (2.0 * largest) ** -torch.arange(count, dtype=torch.float32), scale
+
+
+def _add_digits(sums: Tensor, weights: Tensor, out: Tensor) -> None:
+    """Add the products of digits: int32 [k, count x M] into float32 [M, k]."""
+    (m, k), count = out.shape, len(weights)
+    if m == 1:
+        torch.mv(sums.float(), weights, out=out[0])
+        return
+    total, *others = sums.float().view(k, count, m).unbind(dim=1)
+    for weight, part in zip(weights[1:].tolist(), others, strict=True):
+        total.add_(part, alpha=weight)
+    out.copy_(total.t())
+
+
+def pair_product(z: Tensor, pairs: Tensor, num_digits: int) -> Tensor:
+    """Multiply with signs held as pairs, in integers and without gradients: for few samples.
+
+    With bits a of the first half of the signs, b of the second, p = a + 2b and features x and y of the two halves,
+    twice the sum over minus signs is `2 (x @ a + y @ b) = (2x - y) @ a + y @ p`. So a single operation, `p & 1`,
+    unpacks two signs, and both products are of 8-bit integers.
+
+    Args:
+        z: float32 [M, d] on the CPU.
+        pairs: int8 [C, ceil(d / 2)], of `pack_pairs`.
+        num_digits: Digits that a feature is written in; see `PAIR_DIGITS`.
+
+    Returns:
+        float32 [M, C].
+    """
+    (m, d), (c, half) = z.shape, pairs.shape
+    digits, weights, scale = _digits(F.pad(z, (0, 2 * half - d)), num_digits, _LARGEST_OF_PAIRS)
+    totals = torch.mv(digits.sum(dim=-1).t(), weights)
+    first, second = digits[..., :half], digits[..., half:]
+    of_first = (2 * first - second).to(torch.int8).view(-1, half).t()
+    of_pairs = second.to(torch.int8).view(-1, half).t()
+    step = min(c, max(1, _CACHED_BYTES // half))
+    bits = torch.empty(step, half, dtype=torch.int8)
+    sums, more = torch.empty(2, step, num_digits * m, dtype=torch.int32)
+    product = torch.empty(m, c)
+    for start in range(0, c, step):
+        part = pairs[start : start + step]
+        k = len(part)
+        torch.bitwise_and(part, 1, out=bits[:k])
+        torch._int_mm(bits[:k], of_first, out=sums[:k])
+        torch._int_mm(part, of_pairs, out=more[:k])
+        _add_digits(sums[:k].add_(more[:k]), weights, product[:, start : start + k])
+    return torch.sub(totals[:, None], product, out=product).mul_(scale)
+
+
+def table_product(z: Tensor, packed: Tensor, num_digits: int) -> Tensor:
+    """Multiply with signs that a table unpacks, in integers and without gradients: for more samples.
+
+    Args:
+        z: float32 [M, d] on the CPU.
+        packed: uint8 [C, ceil(d / 8)].
+        num_digits: Digits that a feature is written in; see `TABLE_DIGITS`.
+
+    Returns:
+        float32 [M, C].
+    """
+    (m, d), (c, num_bytes) = z.shape, packed.shape
+    digits, weights, scale = _digits(F.pad(z, (0, 8 * num_bytes - d)), num_digits, 127)
+    columns = digits.to(torch.int8).view(-1, 8 * num_bytes).t()
+    table = _byte_table(torch.int8, packed.device).view(torch.int64)[:, 0]
+    step = min(c, max(1, _CACHED_BYTES // (8 * num_bytes)))
+    numbers, signs = (torch.empty(step * num_bytes, dtype=dtype) for dtype in (torch.int32, torch.int64))
+    sums = torch.empty(step, num_digits * m, dtype=torch.int32)
+    product = torch.empty(m, c)
+    for start in range(0, c, step):
+        part = packed[start : start + step]
+        k, size = len(part), part.numel()
+        numbers[:size].copy_(part.view(-1))
+        torch.index_select(table, 0, numbers[:size], out=signs[:size])
+        torch._int_mm(signs[:size].view(torch.int8).view(k, -1), columns, out=sums[:k])
+        _add_digits(sums[:k], weights, product[:, start : start + k])
+    return product.mul_(scale)
+
+
+def byte_product(z: Tensor, signs: Tensor, num_digits: int) -> Tensor:
+    """Multiply with signs that are held as 8-bit integers, in integers and without gradients: for few signs.
+
+    Args:
+        z: float32 [M, d] on the CPU.
+        signs: int8 [C, d] of +1 and -1.
+        num_digits: Digits that a feature is written in; see `TABLE_DIGITS`.
+
+    Returns:
+        float32 [M, C].
+    """
+    digits, weights, scale = _digits(z, num_digits, 127)
+    product = torch.empty(len(z), len(signs))
+    _add_digits(torch._int_mm(signs, digits.to(torch.int8).view(-1, z.shape[1]).t()), weights, product)
+    return product.mul_(scale)
+
+
+def sign_product(packed: Tensor, num_signs: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Build the fastest product with packed signs, from [M, d] to [M, C], without gradients.
+
+    Measured with `fixify bench head`: products of integers, where the processor has them. Up to
+    `_BYTE_SIGNS` signs are held as bytes. More are held as pairs, 4 bits a sign, for few samples; for more samples the
+    table that unpacks them costs less than the second product.
+
+    Args:
+        packed: uint8 [C, ceil(d / 8)]; bit 1 is a minus sign.
+        num_signs: d.
+        dtype: Type of the features and of the result.
+    """
+    c = len(packed)
+    is_possible = packed.device.type == "cpu" and dtype in TABLE_DIGITS and num_signs >= _FEWEST_SIGNS
+    if not is_possible or not has_fast_integers():
+        return lambda z: chunked_product(z, packed)
+    signs = unpack_signs(packed, num_signs, torch.int8) if c * num_signs <= _BYTE_SIGNS else None
+    pairs = pack_pairs(packed, num_signs) if signs is None else None
+
+    def multiply(z: Tensor) -> Tensor:
+        z = z.float()
+        if not len(z):
+            product = z.new_empty(0, c)
+        elif signs is not None:
+            product = byte_product(z, signs, TABLE_DIGITS[dtype])
+        elif pairs is not None and len(z) <= _PAIRS_UP_TO:
+            product = pair_product(z, pairs, PAIR_DIGITS[dtype])
+        else:
+            product = table_product(z, packed, TABLE_DIGITS[dtype])
+        return product.to(dtype)
+
+    return multiply
+
+
+def chunked_product(z: Tensor, packed: Tensor) -> Tensor:
+    """Multiply with packed signs that are unpacked to z's type a chunk at a time, without gradients.
+
+    Args:
+        z: [M, d].
+        packed: uint8 [C, ceil(d / 8)].
+
+    Returns:
+        [M, C].
+    """
+    m, d = z.shape
+    step = max(1, (_CACHED_FLOATS if z.device.type == "cpu" else _CHUNK) // d)
+    product = z.new_empty(m, len(packed))
+    for start in range(0, len(packed), step):
+        product[:, start : start + step] = F.linear(z, unpack_signs(packed[start : start + step], d, z.dtype))
+    return product
+
+
+@lru_cache(maxsize=1)
+def has_fast_integers() -> bool:
+    """Check whether torch multiplies 8-bit integers on this processor, fast and exactly.
+
+    `torch._int_mm` is not a documented function, so it is tried on a small product.
+    """
+    is_supported = getattr(torch.cpu, "_is_vnni_supported", None)
+    if not hasattr(torch, "_int_mm") or is_supported is None or not is_supported():
+        return False
+    left = torch.arange(-120, 120, dtype=torch.int8).view(10, 24)
+    right = left.flip(1).contiguous()
+    return torch.equal(torch._int_mm(left, right.t()), left.int() @ right.int().t())

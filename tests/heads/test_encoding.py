@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fixify.errors import HeadSpecError
+from fixify.heads import FixedClassifier, HeadSpec, encode
+from fixify.heads import encoding as module
+from fixify.heads.kinds import GAIN_STEPS
+
+
+def spec_of(n: int, c: int, bits: int, **options) -> HeadSpec:
+    return HeadSpec("binary", n, c, bits_per_class=bits, gains=True, normalize=False, **options)
+
+
+def head_of(spec: HeadSpec, vectors: torch.Tensor, **options) -> FixedClassifier:
+    found = encode(spec, vectors, **options)
+    return FixedClassifier(
+        spec, codes=torch.from_numpy(found.codes), gains=torch.from_numpy(found.gains), scale=found.scale
+    )
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "bits"), [(4, 9, 4), (12, 30, 5), (20, 40, 13), (22, 40, 22), (64, 40, 24), (64, 2, 1)]
+)
+def test_logits_are_those_of_the_codebook(draw, n: int, c: int, bits: int) -> None:
+    head, x = head_of(spec_of(n, c, bits), draw(c, n)), draw(5, n, seed=1)
+    torch.testing.assert_close(head(x), head.scale * x @ head.codebook().T, rtol=1e-4, atol=1e-5)
+
+
+def test_without_features_the_signs_are_those_of_the_vectors(draw) -> None:
+    vectors = draw(30, 22)  # no Hadamard matrix: no rotation
+    found = encode(spec_of(22, 30, 22), vectors)
+    centered = vectors - vectors.mean(dim=0)
+    signs = torch.from_numpy(1 - 2 * np.unpackbits(found.codes, axis=1, count=22).astype(np.int8))
+    assert torch.equal(signs.float(), centered.sign())
+    # the best length of a code is the mean absolute weight; scale and gains say the same
+    lengths = torch.from_numpy(found.gains).float() / GAIN_STEPS * found.scale / 22**0.5
+    torch.testing.assert_close(lengths, centered.abs().mean(dim=1), rtol=5e-3, atol=5e-3)
+
+
+def test_features_that_vary_in_few_directions_are_heeded(draw) -> None:
+    """The error that features see is a fraction of that of plain signs."""
+    n, c = 64, 50
+    vectors = draw(c, n) - draw(c, n).mean(dim=0)
+    mix = draw(n, n, seed=5) @ torch.diag(torch.logspace(0, -2, n))
+    moment = mix @ mix.T
+
+    def lost(head: FixedClassifier) -> float:
+        difference = vectors - head.scale.detach() * head.codebook()
+        return float(((difference @ moment) * difference).sum())
+
+    heeded = lost(head_of(spec_of(n, c, n), vectors, feature_moment=moment))
+    assert heeded < 0.4 * lost(head_of(spec_of(n, c, n), vectors))
+    total = float(((vectors @ moment) * vectors).sum())
+    assert heeded < 0.2 * total
+
+
+def test_more_bits_are_nearer(draw) -> None:
+    vectors, moment = draw(200, 64), torch.diag(torch.logspace(0, -3, 64))
+    x = draw(500, 64, seed=2) @ moment.sqrt()
+    old = x @ (vectors - vectors.mean(dim=0)).T
+    errors = []
+    for bits in (8, 16, 32, 64):
+        head = head_of(spec_of(64, 200, bits), vectors, feature_moment=moment)
+        errors.append(float((head(x).detach() - old).square().mean() / old.square().mean()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.2
+
+
+def test_equal_classes_get_different_signs() -> None:
+    vectors = torch.cat((torch.ones(20, 16), -torch.ones(3, 16)))
+    found = encode(spec_of(16, 23, 5), vectors)
+    assert len({code.tobytes() for code in found.codes}) == 23
+    with pytest.raises(HeadSpecError, match="cannot be told apart") as error:
+        encode(spec_of(16, 3, 5), torch.ones(3, 16))
+    assert "--head hadamard" in (error.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("vectors", "moment"),
+    [
+        (torch.full((30, 64), torch.nan), None),
+        (torch.ones(29, 64), None),
+        (torch.ones(30, 64), torch.eye(3)),
+        (torch.ones(30, 64), torch.full((64, 64), torch.inf)),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(vectors: torch.Tensor, moment: torch.Tensor | None) -> None:
+    with pytest.raises(HeadSpecError, match=r"must be finite, \[(30|64), 64\]"):
+        encode(spec_of(64, 30, 24), vectors, feature_moment=moment)
+
+
+def _moment(n: int) -> torch.Tensor:
+    mix = torch.randn(n, n, generator=torch.Generator().manual_seed(5)) @ torch.diag(torch.logspace(0, -2, n))
+    return mix @ mix.T
+
+
+@pytest.mark.parametrize("moment", [None, _moment(150)], ids=["without features", "with features"])
+@pytest.mark.parametrize("classes_at_once", [1 << 12, 7])
+def test_large_heads_descend_in_the_same_steps(
+    draw, moment: torch.Tensor | None, classes_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Coordinates are grouped and classes split; only the rounding differs."""
+    n, c = 150, 30
+    vectors, spec = draw(c, n), spec_of(n, c, n)
+    small = encode(spec, vectors, feature_moment=moment)
+    monkeypatch.setattr(module, "_AT_ONCE", 0)
+    monkeypatch.setattr(module, "_CLASSES_PER_BLOCK", classes_at_once)
+    large = encode(spec, vectors, feature_moment=moment)
+    assert np.array_equal(large.codes, small.codes)
+    assert np.array_equal(large.gains, small.gains)
+    assert large.scale == pytest.approx(small.scale, rel=1e-5)
+
+
+def _separated_one_by_one(packed: np.ndarray, num_signs: int) -> np.ndarray:
+    """What `_separate_` does, without its memory of where each group of equals stopped."""
+    taken: set[bytes] = set()
+    made = []
+    for first in packed:
+        bits = np.unpackbits(first, count=num_signs)
+        code, count = first, 0
+        while code.tobytes() in taken:
+            count += 1
+            flips = np.array([int(bit) for bit in np.binary_repr(count, width=num_signs)], dtype=np.uint8)
+            code = np.packbits(bits ^ flips)
+        taken.add(code.tobytes())
+        made.append(code)
+    return np.array(made)
+
+
+def test_groups_of_equal_classes_are_separated_as_one_by_one() -> None:
+    packed = np.random.default_rng(0).integers(0, 4, (200, 1), dtype=np.uint8) << 3
+    packed = np.concatenate((packed, np.full((200, 1), 5, dtype=np.uint8)), axis=1)
+    expected = _separated_one_by_one(packed, 16)
+    module._separate_(packed, 16)
+    assert np.array_equal(packed, expected)
+    assert len(np.unique(packed, axis=0)) == 200
+
+
+def test_thousands_of_equal_classes_take_as_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes that were never trained have equal vectors; each group once started from its first code again."""
+    steps = []
+    packbits = np.packbits
+    monkeypatch.setattr(module.np, "packbits", lambda bits: (steps.append(1), packbits(bits))[1])
+    packed = np.zeros((3000, 4), dtype=np.uint8)
+    module._separate_(packed, 32)
+    assert len(np.unique(packed, axis=0)) == 3000
+    assert len(steps) < 3000
+
+
+def test_progress_ends_at_the_number_of_classes(draw) -> None:
+    told: list[tuple[str, int, int]] = []
+    encode(spec_of(20, 40, 20), draw(40, 20), on_progress=lambda *now: told.append(now))
+    assert told[-1][1:] == (40, 40)

@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+import torch
+
+from fixify.heads import signs as module
+from fixify.heads.signs import PackedLinear, chunked_product, has_fast_integers, pack_pairs, sign_product, unpack_signs
+
+
+def pack(c, d, seed=0):
+    """Draw packed signs, uint8 [c, ceil(d / 8)], whose unused bits are 0."""
+    bits = np.random.default_rng(seed).integers(0, 2, (c, d), dtype=np.uint8)
+    return torch.from_numpy(np.packbits(bits, axis=1))
+
+
+def test_value_and_gradient_are_those_of_the_unpacked_signs(draw, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK", 3 * 13)  # chunks of three classes
+    packed = pack(7, 13)
+    z = draw(3, 13, dtype=torch.float64).requires_grad_()
+    expected = z @ unpack_signs(packed, 13, torch.float64).T
+    ours = PackedLinear.apply(z, packed)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    grads = [torch.autograd.grad(logits.sin().sum(), z)[0] for logits in (ours, expected)]
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-5)  # ours is summed in float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
+def test_signs_are_unpacked_highest_bit_first(dtype):
+    packed = pack(7, 13)
+    expected = 1.0 - 2.0 * np.unpackbits(packed.numpy(), axis=1, count=13)
+    unpacked = unpack_signs(packed, 13, dtype)
+    assert unpacked.dtype == dtype
+    assert np.array_equal(unpacked.float().numpy(), expected)
+    traced = torch.compile(unpack_signs, backend="eager", fullgraph=True)(packed, 13, dtype)
+    assert traced.dtype == dtype and torch.equal(traced, unpacked)
+
+
+def test_pairs_take_half_a_byte_per_sign():
+    packed = pack(9, 21)
+    pairs = pack_pairs(packed, 21)
+    bits = torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=21))
+    assert pairs.shape == (9, 11) and pairs.dtype == torch.int8
+    assert torch.equal(pairs & 1, bits[:, :11].char())
+    assert torch.equal(pairs[:, :10] >> 1, bits[:, 11:].char()) and not (pairs[:, 10] >> 1).any()
+
+
+def products():
+    """Every way of multiplying, as functions of z, packed signs and their number."""
+    found = {"chunks": lambda z, packed, d: chunked_product(z, packed)}
+    if has_fast_integers():
+        digits, pair_digits = (lambda z: module.TABLE_DIGITS[z.dtype]), (lambda z: module.PAIR_DIGITS[z.dtype])
+        found |= {
+            "pairs": lambda z, packed, d: module.pair_product(z.float(), pack_pairs(packed, d), pair_digits(z)),
+            "table": lambda z, packed, d: module.table_product(z.float(), packed, digits(z)),
+            "bytes": lambda z, packed, d: module.byte_product(
+                z.float(), unpack_signs(packed, d, torch.int8), digits(z)
+            ),
+        }
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", products())
+@pytest.mark.parametrize(
+    ("m", "c", "d"), [(1, 1, 64), (3, 1, 8), (1, 300, 64), (5, 70, 13), (33, 41, 200), (16, 900, 1280)]
+)
+def test_every_product_is_as_exact_as_the_dense_one(name, m, c, d, dtype, draw, monkeypatch):
+    monkeypatch.setattr(module, "_CACHED_BYTES", 1 << 14)  # several chunks
+    monkeypatch.setattr(module, "_CACHED_FLOATS", 1 << 12)
+    packed = pack(c, d)
+    z = draw(m, d)
+    z[0] *= 1e-5
+    exact = z.double() @ unpack_signs(packed, d, torch.float64).T
+    weight = unpack_signs(packed, d, dtype)
+    with torch.inference_mode():
+        ours = products()[name](z.to(dtype), packed, d).to(dtype)
+    error, naive = ((logits.double() - exact).abs() for logits in (ours, z.to(dtype) @ weight.T))
+    for row in range(m):
+        least = 2 * torch.finfo(dtype).eps * exact[row].abs().max()  # of rounding the result itself
+        assert error[row].max() <= max(2 * naive[row].max(), least)
+
+
+def test_zero_features_have_zero_scores():
+    for product in products().values():
+        assert torch.equal(product(torch.zeros(2, 24), pack(5, 24), 24), torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize("integers", [True, False])
+@pytest.mark.parametrize("byte_signs", [0, 1 << 22])
+@pytest.mark.parametrize("m", [0, 1, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_chosen_product_is_that_of_the_unpacked_signs(m, byte_signs, integers, dtype, draw, monkeypatch):
+    monkeypatch.setattr(module, "_BYTE_SIGNS", byte_signs)
+    if not integers:
+        monkeypatch.setattr(module, "has_fast_integers", lambda: False)
+    packed = pack(50, 30)
+    z = draw(m, 30).to(dtype)
+    product = sign_product(packed, 30, dtype)(z)
+    assert product.dtype == dtype and product.shape == (m, 50)
+    expected = z.double() @ unpack_signs(packed, 30, torch.float64).T
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.2}[dtype]
+    torch.testing.assert_close(product.double(), expected, rtol=0, atol=tolerance)
