@@ -19,6 +19,7 @@ from rich.console import Console
 
 import fixify
 from fixify.checkpoints import open_source
+from fixify.checkpoints.files import LANGUAGE_KEY
 from fixify.checkpoints.labels import read_class_indices, read_class_map
 from fixify.checkpoints.open import open_model
 from fixify.checkpoints.slim import load, read_info
@@ -478,9 +479,8 @@ def _language(seeds: Seeds) -> Callable[[random.Random, Path], None]:
         elif how < 0.4:
             changed = as_safetensors(json_bytes(header, rng), body)
         else:
-            (key,) = set(header["__metadata__"]) - {"format"}
-            text = json_bytes(json.loads(header["__metadata__"][key]), rng).decode("utf-8", "replace")
-            whole = {**header, "__metadata__": {**header["__metadata__"], key: text}}
+            text = json_bytes(json.loads(header["__metadata__"][LANGUAGE_KEY]), rng).decode("utf-8", "replace")
+            whole = {**header, "__metadata__": {**header["__metadata__"], LANGUAGE_KEY: text}}
             changed = as_safetensors(json.dumps(whole).encode(), body)
         (folder / "language.safetensors").write_bytes(changed)
 
