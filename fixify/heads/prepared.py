@@ -55,7 +55,8 @@ def is_traced(x: Tensor) -> bool:
     """Check whether operations on a tensor are recorded or transformed, so that none may be prepared beforehand.
 
     That is the case under `torch.jit.trace`, dispatch modes (fake tensors, `make_fx`), the transforms of `torch.func`,
-    forward-mode differentiation, and for meta tensors and subclasses such as DTensor. Ask `torch.compiler.is_compiling` before.
+    forward-mode differentiation, and for meta tensors and subclasses such as DTensor. Ask
+    `torch.compiler.is_compiling` before.
     """
     return (
         x.is_meta
