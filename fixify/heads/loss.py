@@ -25,8 +25,8 @@ from fixify.heads.product import CodeBlock, CodeProduct
 
 Reduction = Literal["mean", "sum", "none"]
 
-BLOCK_LOGITS = 1 << 18
-"""Logits of a block, over the batch: 1 MB in float32, which stays in a core's cache."""
+BLOCK_LOGITS = 1 << 17
+"""Logits of a block, over the batch: 0.5 MB in float32, which stays in a core's cache."""
 _LEAST_CLASSES = 512
 """Classes of a block, however large the batch."""
 
@@ -88,7 +88,7 @@ class LogitSummary(NamedTuple):
     Attributes:
         log_sum_exp: [B]; without the class of `target` if that was asked for.
         target: Logits of some classes, [B, k]; of distributions [B, C] the weighted sum, [B, 1].
-        total: Sum of all logits, [B].
+        total: Sum of all logits, [B], or 0.
         largest: Largest logit, [B], of the same classes as `log_sum_exp`; not differentiable.
     """
 
@@ -108,6 +108,7 @@ class _Job:
         gains: Row scales, [C], or None.
         target: Class numbers int64 [B, k], or distributions [B, C].
         exclude: Whether `log_sum_exp` leaves out the target's class; k is 1.
+        needs_total: Whether the sum of all logits is wanted; it is 0 otherwise.
     """
 
     product: CodeProduct
@@ -115,13 +116,18 @@ class _Job:
     gains: Tensor | None
     target: Tensor
     exclude: bool
+    needs_total: bool
 
-    def logits(self, scores: Tensor, bias: Tensor | None, block: CodeBlock) -> Tensor:
-        """Compute the logits of a block, in float32 at least; never in place."""
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    def logits(self, scores: Tensor, bias: Tensor | None, block: CodeBlock, z: Tensor) -> Tensor:
+        """Compute the logits of a block, in float32 at least, in the memory of its scores if these are no part of z."""
+        logits = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+        if logits.untyped_storage().data_ptr() == z.untyped_storage().data_ptr():  # identity heads multiply nothing
+            logits = logits.clone()
         if self.gains is not None:
-            scores = scores * self.gains[block.classes]
-        return scores if bias is None else scores + bias[block.classes]
+            logits *= self.gains[block.classes]
+        if bias is not None:
+            logits += bias[block.classes]
+        return logits
 
     def places(self) -> Iterator[tuple[CodeBlock, Tensor, Tensor]]:
         """Yield each block, and for target classes [B, k]: is it in the block, and at which column (0 if not)?"""
@@ -158,18 +164,19 @@ class _Summarise(torch.autograd.Function):
         exponentials, total = torch.zeros_like(largest), torch.zeros_like(largest)
         picked = largest.new_zeros(len(z), 1 if soft else job.target.shape[1])
         for block, inside, place in job.places():
-            logits = job.logits(job.product.block_product(z, block), bias, block)
-            total += logits.sum(dim=1)
+            logits = job.logits(job.product.block_product(z, block), bias, block, z)
+            if job.needs_total:
+                total += logits.sum(dim=1)
             if soft:
                 picked += (logits * job.target[:, block.classes]).sum(dim=1, keepdim=True)
             else:
                 picked += torch.where(inside, logits.gather(1, place), 0.0)
             if job.exclude:
-                logits = _without_target(logits, inside, place)
+                logits.scatter_(1, place, torch.where(inside, -torch.inf, logits.gather(1, place)))
             larger = torch.maximum(largest, logits.amax(dim=1))
             shift = larger.clamp_min(smallest)  # with a single class that is left out, all are -inf
             exponentials *= (largest - shift).exp()
-            exponentials += (logits - shift[:, None]).exp_().sum(dim=1)
+            exponentials += logits.sub_(shift[:, None]).exp_().sum(dim=1)
             largest = larger
         log_sum_exp = largest + exponentials.log()
         if job.exclude:
@@ -184,7 +191,6 @@ class _Summarise(torch.autograd.Function):
         (z, bias, log_sum_exp), job = ctx.saved_tensors, ctx.job
         of_lse, of_picked, of_total, _ = grads
         soft, kind = job.target.is_floating_point(), z.device.type
-        use_total = bool(of_total.any())
         z_grad = torch.zeros_like(z, dtype=log_sum_exp.dtype) if ctx.needs_input_grad[0] else None
         bias_grad = torch.zeros_like(bias) if ctx.needs_input_grad[1] else None
         shift = log_sum_exp[:, None].clamp_min(torch.finfo(log_sum_exp.dtype).min)
@@ -194,15 +200,15 @@ class _Summarise(torch.autograd.Function):
             for block, inside, place in job.places():
                 with torch.enable_grad():
                     scores = job.product.block_product(z, block)
-                grad = (job.logits(scores.detach(), bias, block) - shift).exp_()
+                grad = job.logits(scores, bias, block, z).sub_(shift).exp_()
                 if job.exclude:
-                    grad = grad.scatter(1, place, torch.where(inside, 0.0, grad.gather(1, place)))
+                    grad.scatter_(1, place, torch.where(inside, 0.0, grad.gather(1, place)))
                 grad *= of_lse[:, None]
                 if soft:
                     grad += of_picked * job.target[:, block.classes]
                 else:
                     grad.scatter_add_(1, place, torch.where(inside, of_picked, 0.0))
-                if use_total:
+                if job.needs_total:
                     grad += of_total[:, None]
                 if bias_grad is not None:
                     bias_grad[block.classes] = grad.sum(dim=0).to(bias_grad.dtype)
@@ -213,10 +219,6 @@ class _Summarise(torch.autograd.Function):
         return None if z_grad is None else z_grad.to(z.dtype), bias_grad, None
 
 
-def _without_target(logits: Tensor, inside: Tensor, place: Tensor) -> Tensor:
-    return logits.scatter(1, place, torch.where(inside, -torch.inf, logits.gather(1, place)))
-
-
 def summarise(
     product: CodeProduct,
     z: Tensor,
@@ -225,6 +227,7 @@ def summarise(
     bias: Tensor | None = None,
     gains: Tensor | None = None,
     exclude: bool = False,
+    needs_total: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> LogitSummary:
     """Summarise the logits `product(z) * gains + bias` of a batch, block by block; differentiable in z and bias.
@@ -236,6 +239,7 @@ def summarise(
         bias: [C].
         gains: Row scales, [C].
         exclude: Leave the target's class (k = 1) out of the log-sum-exp.
+        needs_total: Compute the sum of all logits.
         group: Processes that share the classes. Each computes those of its own blocks for the samples of all, so that
             features [B, N] and three numbers per sample travel. All have the same B, and k = 1. The gradients are those
             of the sum of what the processes compute; that of the bias is 0 outside the own classes.
@@ -244,10 +248,10 @@ def summarise(
     # A product under autocast computes gradients in half precision; their sum must not.
     blocks = product.blocks(max(_LEAST_CLASSES, BLOCK_LOGITS // max(1, len(z) * _size(group))))
     if group is None or _size(group) == 1:
-        return LogitSummary(*_Summarise.apply(z, bias, _Job(product, blocks, gains, target, exclude)))
+        return LogitSummary(*_Summarise.apply(z, bias, _Job(product, blocks, gains, target, exclude, needs_total)))
     own = blocks[dist.get_rank(group) :: _size(group)]
     everyone = _gather(target, group).flatten(0, 1)
-    job = _Job(product, own, gains, everyone, exclude)
+    job = _Job(product, own, gains, everyone, exclude, needs_total)
     z = _Gather.apply(z, group)
     if own:
         log_sum_exp, picked, total, largest = _Summarise.apply(z, bias, job)
@@ -295,7 +299,16 @@ def cross_entropy(
     classes, weights = _parts_of(target, size, c)
     if (margin is not None or _size(group) > 1) and weights is not None:
         raise HeadSpecError("Margins, and classes that are shared by processes, need labels, not distributions.")
-    found = summarise(product, z, classes, bias=bias, gains=gains, exclude=margin is not None, group=group)
+    found = summarise(
+        product,
+        z,
+        classes,
+        bias=bias,
+        gains=gains,
+        exclude=margin is not None,
+        needs_total=label_smoothing > 0,
+        group=group,
+    )
     log_sum_exp, picked, total = found.log_sum_exp, found.target, found.total
     if margin is not None:
         of_target, scale = picked[:, 0], margin[1].to(picked.dtype)
