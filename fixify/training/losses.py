@@ -109,7 +109,7 @@ def training_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None
 
 # Very many classes.
 
-BLOCKED_FROM = 16_384
+BLOCKED_FROM = 32_768
 """Number of classes from which the loss is computed block by block (`fixify.heads.loss`): from there on it is faster.
 See tests/benchmarks/README.md."""
 
