@@ -53,7 +53,9 @@ def _heads(model: nn.Module) -> dict[str, FixedClassifier]:
 def test_a_trained_network_keeps_much_without_training_and_says_how_much(glyphs: Path, tmp_path: Path) -> None:
     """Of 500 classes, chance being 0.2 %, which is also what matched codes alone keep."""
     plain = fixify.convert(SHIPPED, tmp_path / "plain.fixed.safetensors")
-    done = fixify.convert(SHIPPED, tmp_path / "calibrated.fixed.safetensors", calibrate=glyphs, device="cpu")
+    done = fixify.convert(
+        SHIPPED, tmp_path / "calibrated.fixed.safetensors", calibrate=glyphs, device="cpu", wide_search=True
+    )
     assert plain.calibration is None and done.calibration is not None
     assert (done.calibration.num_images, done.calibration.held_out) == (384, 128)
     assert done.calibration.agreement > 25

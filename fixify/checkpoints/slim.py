@@ -175,6 +175,7 @@ def read_info(path: Path | str) -> SlimInfo:
     return read_contents(path, header_only=True).info
 
 
+@torch.inference_mode(False)  # tensors made in that mode never tell whether they changed, so heads prepare nothing
 def load(path: Path | str, *, device: str | torch.device = "cpu", check: bool = False) -> nn.Module:
     """Load a slim checkpoint as a model that is ready for inference.
 

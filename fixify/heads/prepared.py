@@ -55,10 +55,12 @@ def is_traced(x: Tensor) -> bool:
     """Check whether operations on a tensor are recorded or transformed, so that none may be prepared beforehand.
 
     That is the case under `torch.jit.trace`, dispatch modes (fake tensors, `make_fx`), the transforms of `torch.func`,
-    forward-mode differentiation, and for subclasses such as DTensor. Ask `torch.compiler.is_compiling` before.
+    forward-mode differentiation, and for meta tensors and subclasses such as DTensor. Ask
+    `torch.compiler.is_compiling` before.
     """
     return (
-        (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
+        x.is_meta
+        or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.is_functorch_wrapped_tensor(x)
         or _LEVELS._current_level >= 0

@@ -58,9 +58,9 @@ def attempt(name: str, seconds: int, to: str) -> dict[str, object]:
     def too_long(*_: object) -> None:
         raise TimeoutError
 
-    signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(seconds)
-    started = time.perf_counter()
+    signal.signal(signal.SIGPROF, too_long)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    started = time.process_time()
     row: dict[str, object] = {"architecture": name}
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -74,12 +74,12 @@ def attempt(name: str, seconds: int, to: str) -> dict[str, object]:
     except FixifyError as error:
         row |= {"ok": False, "why": f"{type(error).__name__}: {error.message}"[:300]}
     except TimeoutError:
-        row |= {"ok": False, "why": f"not done after {seconds} s"}
+        row |= {"ok": False, "why": f"not done after {seconds} s of processor time"}
     except Exception as error:  # a sweep reports whatever happens
         row |= {"ok": False, "why": f"{type(error).__name__} (not explained): {str(error)[:200]}"}
     finally:
-        signal.alarm(0)
-    return {**row, "seconds": round(time.perf_counter() - started, 1)}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    return {**row, "seconds": round(time.process_time() - started, 1)}
 
 
 def table(rows: list[dict[str, object]]) -> None:
@@ -94,7 +94,7 @@ def table(rows: list[dict[str, object]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--log", type=Path, required=True)
-    parser.add_argument("--seconds", type=int, default=300, help="Limit for one architecture.")
+    parser.add_argument("--seconds", type=int, default=300, help="Limit of processor time for one architecture.")
     parser.add_argument("--to", default="onnx")
     parser.add_argument("--only", nargs="*", help="Families, for example timm/resnet.")
     parser.add_argument("--table", action="store_true")
