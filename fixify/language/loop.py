@@ -255,9 +255,13 @@ class Position:
         if unknown:
             raise ValueError(f"position has an unknown entry {unknown[0]!r}")
         try:
-            return TypeAdapter(cls).validate_json(json.dumps(stored), strict=True)  # JSON keeps every bit of a float
+            # JSON keeps every bit of a float.
+            position: Position = TypeAdapter(cls).validate_json(json.dumps(stored), strict=True)
         except ValidationError as error:
             raise ValueError(f"position.{first_problem(error)}") from None
+        if len(position.history) != position.epoch:
+            raise ValueError(f"position.history has {len(position.history)} records after {position.epoch} epochs")
+        return position
 
     def best(self) -> LanguageRecord | None:
         """Return the epoch with the lowest validation loss; of equal ones the first."""
