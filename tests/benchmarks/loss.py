@@ -113,7 +113,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes[1].set_title("peak memory above the interpreter")
     axes[1].legend()
     figure.suptitle(
-        f"Cross-entropy, N = {results['features']}, batch {results['batch']}, threads: {results['threads']}", fontsize=11
+        f"Cross-entropy, N = {results['features']}, batch {results['batch']}, threads: {results['threads']}",
+        fontsize=11,
     )
     figure.savefig(path, dpi=110)
 
