@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fixify.benchmarks.child import Failure, PeakMemory, run_in_child
-from fixify.benchmarks.heads import Size
 from fixify.benchmarks.machine import Machine, cores, this_machine
+from fixify.benchmarks.samples import Size
 from fixify.errors import UsageError
 from fixify.heads import KINDS as KINDS_OF_HEADS
 from fixify.heads import HeadSpec, replacement

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fixify._files import require_regular
 from fixify._values import parse_json
-from fixify.benchmarks.heads import KINDS, Size, check_kinds, sample_head
 from fixify.benchmarks.machine import Machine, this_machine, thread_counts, threads
+from fixify.benchmarks.samples import KINDS, Size, check_kinds, sample_head
 from fixify.benchmarks.timing import seconds_in_turns
 from fixify.errors import UsageError
 
@@ -117,7 +117,7 @@ def benchmark_head(
 
     Args:
         sizes: Sizes of the classifier.
-        kinds: Kinds of heads; see `fixify.benchmarks.heads.check_kinds`.
+        kinds: Kinds of heads; see `fixify.benchmarks.samples.check_kinds`.
         batches: Samples per batch.
         num_threads: Threads of torch; default: one, and all cores.
         backward: Time forward and backward pass in training mode, down to the gradient of the features.

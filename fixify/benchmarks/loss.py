@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fixify.benchmarks.child import Failure, PeakMemory, run_in_child
-from fixify.benchmarks.heads import Size, check_kinds, sample_head
 from fixify.benchmarks.machine import Machine, cores, this_machine
+from fixify.benchmarks.samples import Size, check_kinds, sample_head
 from fixify.errors import HeadSpecError, UsageError
 
 CLASSES = (1_000, 10_000, 100_000, 1_000_000)
@@ -137,7 +137,7 @@ def benchmark_loss(
 
     Args:
         classes: Numbers of classes.
-        kind: Kind of the fixed head; see `fixify.benchmarks.heads.check_kinds`.
+        kind: Kind of the fixed head; see `fixify.benchmarks.samples.check_kinds`.
         num_features: N.
         batch: Samples per batch.
         num_threads: Threads of torch; default: all cores.

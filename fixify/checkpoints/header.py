@@ -31,6 +31,7 @@ from fixify.errors import ArchitectureError, FormatError
 # Metadata keys of the files that fixify writes.
 SLIM_KEY = "fixify"
 LANGUAGE_KEY = "fixify.language"
+VERSION_KEY = "fixify.version"
 DIGEST_KEY = "fixify.tensors"  # files of older versions lack it
 
 ONNX_SUFFIX = ".onnx"
@@ -228,7 +229,7 @@ def parse_metadata(path: Path | str, metadata: Mapping[str, str]) -> Header:
         raise FormatError(
             f"{path} is not a slim checkpoint: fixify did not write it.", hint=f"Make one: fixify convert {path}"
         )
-    version = metadata.get("fixify.version")
+    version = metadata.get(VERSION_KEY)
     if version != FORMAT_VERSION:
         raise FormatError(
             f"{path} has format version {str(version)[:20]}; this fixify reads version {FORMAT_VERSION}.",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fixify._files import require_regular
 from fixify._packages import require_onnx
 from fixify._values import Count, Number, Text, parse_json
-from fixify.checkpoints.header import FORMAT_VERSION, SLIM_KEY, SlimInfo, info_of_text
+from fixify.checkpoints.header import FORMAT_VERSION, SLIM_KEY, VERSION_KEY, SlimInfo, info_of_text
 from fixify.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 ONNX_KEY = "fixify.onnx"
 """Key of the metadata under which `OnnxInfo` is stored as JSON; `SlimInfo` is under the key of slim checkpoints."""
-VERSION_KEY = "fixify.version"
 _QUIET = 3  # ONNX Runtime prints errors only
 
 

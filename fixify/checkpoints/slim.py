@@ -31,6 +31,7 @@ from fixify.checkpoints.header import (
     DTYPE_NAMES,
     FORMAT_VERSION,
     SLIM_KEY,
+    VERSION_KEY,
     SlimInfo,
     has_metadata,
     info_as_text,
@@ -478,7 +479,7 @@ def write_slim(path: Path, tensors: Mapping[str, torch.Tensor], info: SlimInfo, 
         raise UsageError(f"{path} would not be readable: {error}.") from error
     metadata = {
         "format": "pt",  # Hugging Face's loaders insist on it
-        "fixify.version": FORMAT_VERSION,
+        VERSION_KEY: FORMAT_VERSION,
         SLIM_KEY: text,
         DIGEST_KEY: digest_of(tensors),
     }

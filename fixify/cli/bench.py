@@ -11,7 +11,10 @@ from fixify.cli.options import Force, Json
 from fixify.cli.output import Output
 
 if TYPE_CHECKING:
-    from fixify.benchmarks.heads import Size
+    from fixify.benchmarks.convert import ConvertBenchmark
+    from fixify.benchmarks.head import HeadBenchmark
+    from fixify.benchmarks.loss import LossBenchmark
+    from fixify.benchmarks.samples import Size
 
 app = typer.Typer(
     no_args_is_help=True, help="Measure fixed heads beside learned ones on this machine: head, loss, convert, step."
@@ -67,8 +70,8 @@ def head(
     The figures are ratios: the time of nn.Linear divided by that of the head. Above 1 the head is faster.
     """
     from fixify.benchmarks.head import BATCHES, SIZES, benchmark_head, compare_ratios, read_reference
-    from fixify.benchmarks.heads import KINDS
     from fixify.benchmarks.machine import thread_counts
+    from fixify.benchmarks.samples import KINDS
     from fixify.errors import CheckFailed
     from fixify.reporting.benchmark_tables import comparison_table, head_table
 
@@ -91,11 +94,7 @@ def head(
     said = {} if comparison is None else {"against": comparison.to_dict()}
     worse = [] if comparison is None or not comparison.regressions else [comparison_table(comparison)]
     output.result(found.to_dict() | said, head_table(found), *worse)
-    if plot is not None:
-        from fixify.reporting.benchmark_plots import plot_head
-
-        plot_head(found, plot, force=force)
-        output.say(f"plot: {plot}")
+    _draw(found, plot, force, output)
     if comparison is not None:
         if comparison.regressions:
             raise CheckFailed(
@@ -146,11 +145,7 @@ def loss(
             on_row=lambda row: advance(note=f"{row.num_classes:,} classes"),
         )
     output.result(found.to_dict(), loss_table(found))
-    if plot is not None:
-        from fixify.reporting.benchmark_plots import plot_loss
-
-        plot_loss(found, plot, force=force)
-        output.say(f"plot: {plot}")
+    _draw(found, plot, force, output)
 
 
 @app.command("convert")
@@ -186,11 +181,7 @@ def convert(
             on_row=lambda row: advance(note=f"{row.size}, {row.kind}"),
         )
     output.result(found.to_dict(), convert_table(found))
-    if plot is not None:
-        from fixify.reporting.benchmark_plots import plot_convert
-
-        plot_convert(found, plot, force=force)
-        output.say(f"plot: {plot}")
+    _draw(found, plot, force, output)
 
 
 @app.command("step")
@@ -230,7 +221,7 @@ def step(
 
 
 def _sizes(texts: list[str] | None) -> list[Size]:
-    from fixify.benchmarks.heads import Size
+    from fixify.benchmarks.samples import Size
 
     return [Size.parse(text) for text in texts or []]
 
@@ -240,3 +231,13 @@ def _check(plot: Path | None, force: bool) -> None:
         from fixify.reporting.benchmark_plots import check_plot
 
         check_plot(plot, force=force)
+
+
+def _draw(
+    found: HeadBenchmark | LossBenchmark | ConvertBenchmark, plot: Path | None, force: bool, output: Output
+) -> None:
+    if plot is not None:
+        from fixify.reporting.benchmark_plots import draw
+
+        draw(found, plot, force=force)
+        output.say(f"plot: {plot}")

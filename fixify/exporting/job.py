@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fixify.checkpoints.header import FORMAT_VERSION, SlimInfo, info_as_text
-from fixify.checkpoints.onnx_file import ONNX_KEY, VERSION_KEY, OnnxInfo
+from fixify.checkpoints.header import FORMAT_VERSION, SLIM_KEY, VERSION_KEY, SlimInfo, info_as_text
+from fixify.checkpoints.onnx_file import ONNX_KEY, OnnxInfo
 from fixify.checkpoints.open import OpenModel
 from fixify.checkpoints.slim import DTYPES
 from fixify.exporting.check import Agreement
@@ -100,4 +100,4 @@ def stored_dtype(job: Job) -> torch.dtype:
 def metadata_of(info: SlimInfo, about: OnnxInfo) -> dict[str, str]:
     """Write the metadata of an ONNX file."""
     text = json.dumps(about.model_dump(), allow_nan=False, separators=(",", ":"), sort_keys=True)
-    return {VERSION_KEY: FORMAT_VERSION, "fixify": info_as_text(info), ONNX_KEY: text}
+    return {VERSION_KEY: FORMAT_VERSION, SLIM_KEY: info_as_text(info), ONNX_KEY: text}

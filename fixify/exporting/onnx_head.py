@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from fixify.exporting.parts import NORM_EPSILON, First, HeadParts, Picked, Signs, Table, Transform, smallest
+from fixify.exporting.parts import First, HeadParts, Picked, Signs, Table, Transform, smallest
+from fixify.heads.normalisation import NORM_EPSILON
 
 MICROSOFT = "com.microsoft"
 BLOCK = 128

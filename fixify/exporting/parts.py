@@ -19,9 +19,6 @@ from fixify.heads.matrices import block_bits
 from fixify.heads.product import factor_tables
 from fixify.heads.statistics import floor_std
 
-NORM_EPSILON = 1e-6
-"""Smallest norm that is divided by, as in `FixedClassifier`."""
-
 
 @dataclass(frozen=True)
 class Transform:

@@ -17,8 +17,9 @@ from fixify.checkpoints.header import FORMAT_VERSION, info_as_text
 from fixify.errors import ExportError
 from fixify.exporting.check import EXACT, agreement, recorded
 from fixify.exporting.job import Exported, Job, stored_dtype
-from fixify.exporting.parts import NORM_EPSILON, First, HeadParts, Picked, Signs, Table, Transform
+from fixify.exporting.parts import First, HeadParts, Picked, Signs, Table, Transform
 from fixify.heads import unpack_signs
+from fixify.heads.normalisation import NORM_EPSILON
 from fixify.surgery import replace_module
 
 METADATA = "fixify.json"

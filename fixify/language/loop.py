@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -25,7 +23,7 @@ from fixify.language.options import LanguageOptions
 from fixify.metrics import eval_mode
 from fixify.training.events import Warned
 from fixify.training.interrupt import StopRequest
-from fixify.training.run_records import first_problem
+from fixify.training.run_records import from_plain
 
 # The events that a run sends to its listener.
 
@@ -251,14 +249,7 @@ class Position:
         Raises:
             ValueError: a value has another type, is out of range, or is unknown; the message names it.
         """
-        unknown = sorted(str(name) for name in stored.keys() - {each.name for each in fields(cls)})
-        if unknown:
-            raise ValueError(f"position has an unknown entry {unknown[0]!r}")
-        try:
-            # JSON keeps every bit of a float.
-            position: Position = TypeAdapter(cls).validate_json(json.dumps(stored), strict=True)
-        except ValidationError as error:
-            raise ValueError(f"position.{first_problem(error)}") from None
+        position = from_plain(cls, stored, "position")
         if len(position.history) != position.epoch:
             raise ValueError(f"position.history has {len(position.history)} records after {position.epoch} epochs")
         return position

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -12,9 +13,9 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from fixify._files import atomic_path, refuse_existing
 from fixify.benchmarks.convert import ConvertBenchmark
 from fixify.benchmarks.head import HeadBenchmark
-from fixify.benchmarks.heads import Size
 from fixify.benchmarks.loss import WAYS, LossBenchmark
 from fixify.benchmarks.machine import Machine
+from fixify.benchmarks.samples import Size
 from fixify.errors import UsageError
 
 FORMATS = ("png", "pdf", "svg")
@@ -38,6 +39,20 @@ def check_plot(path: Path, *, force: bool = False) -> None:
     refuse_existing(path, force=force)
 
 
+def draw(found: HeadBenchmark | LossBenchmark | ConvertBenchmark, path: Path, *, force: bool = False) -> None:
+    """Draw a benchmark as its kind is drawn.
+
+    Raises:
+        OutputExistsError, OutputError: the file exists, or cannot be written.
+    """
+    if isinstance(found, HeadBenchmark):
+        plot_head(found, path, force=force)
+    elif isinstance(found, LossBenchmark):
+        plot_loss(found, path, force=force)
+    else:
+        plot_convert(found, path, force=force)
+
+
 def plot_head(found: HeadBenchmark, path: Path, *, force: bool = False) -> None:
     """Draw the ratios: one panel per number of threads and batch, one line per kind, over the sizes.
 
@@ -58,15 +73,7 @@ def plot_head(found: HeadBenchmark, path: Path, *, force: bool = False) -> None:
                     for place, size in enumerate(sizes)
                     if size in rows and kind in rows[size].ratios
                 ]
-                axes.plot(
-                    [ratio for ratio, _ in points],
-                    [place for _, place in points],
-                    _MARKERS[number % len(_MARKERS)],
-                    color=_COLOURS[number % len(_COLOURS)],
-                    markersize=5,
-                    alpha=0.85,
-                    label=kind,
-                )
+                _dots(axes, points, number, kind)
             axes.axvline(1.0, color="#111827", linewidth=1)
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
@@ -135,15 +142,7 @@ def plot_convert(found: ConvertBenchmark, path: Path, *, force: bool = False) ->
                 for row in found.rows
                 if row.kind == kind and (value := getattr(row, field)) is not None
             ]
-            axes.plot(
-                [value for value, _ in points],
-                [place for _, place in points],
-                _MARKERS[number % len(_MARKERS)],
-                color=_COLOURS[number % len(_COLOURS)],
-                markersize=6,
-                alpha=0.85,
-                label=kind,
-            )
+            _dots(axes, points, number, kind)
         if field == "seconds":
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -187,3 +186,16 @@ def _finish(
     figure.supxlabel(f"{label}\n{below}" if label else below, fontsize=8)
     with atomic_path(path, force=force) as temporary:
         figure.savefig(temporary, format=path.suffix.lower().removeprefix("."))
+
+
+def _dots(axes: Axes, points: Sequence[tuple[float, int]], number: int, label: str) -> None:
+    """Draw the values of the kind with this number, one dot per size."""
+    axes.plot(
+        [value for value, _ in points],
+        [place for _, place in points],
+        _MARKERS[number % len(_MARKERS)],
+        color=_COLOURS[number % len(_COLOURS)],
+        markersize=5,
+        alpha=0.85,
+        label=label,
+    )

@@ -12,7 +12,6 @@ can resume after any update and with any number of loader processes.
 from __future__ import annotations
 
 import io
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, TypeAdapter, ValidationError
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from fixify._values import Count, counted
@@ -44,7 +43,7 @@ from fixify.training.run_folder import (
     write_sealed,
     write_unreadable,
 )
-from fixify.training.run_records import first_problem
+from fixify.training.run_records import from_plain
 
 # Any run: find the state, check that it belongs to the run, write a new one.
 
@@ -303,13 +302,7 @@ class Progress:
         Raises:
             ValueError: a value has another type, is out of range, or is unknown; the message names it.
         """
-        unknown = sorted(str(name) for name in stored.keys() - {each.name for each in fields(cls)})
-        if unknown:
-            raise ValueError(f"progress has an unknown entry {unknown[0]!r}")
-        try:
-            return TypeAdapter(cls).validate_json(json.dumps(stored), strict=True)  # JSON keeps every bit of a float
-        except ValidationError as error:
-            raise ValueError(f"progress.{first_problem(error)}") from None
+        return from_plain(cls, stored, "progress")
 
     def best(self) -> EpochRecord | None:
         """Return the validation with the highest top-1; of equal ones that with the lowest loss, then the first."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -152,6 +155,26 @@ def _parsed(path: Path, adapter: TypeAdapter[T], text: bytes, where: str, hint: 
         raise FormatError(
             f"The run in {path.parent} is damaged: {path.name}{where}: {first_problem(error)}.", hint=hint
         ) from None
+
+
+def from_plain(cls: type[T], stored: Mapping[str, Any], name: str) -> T:
+    """Read what `dataclasses.asdict` made of a dataclass.
+
+    Args:
+        cls: The dataclass.
+        stored: Its values by name.
+        name: What it is called in messages.
+
+    Raises:
+        ValueError: a value has another type, is out of range, or is unknown; the message names it.
+    """
+    unknown = sorted(str(key) for key in stored.keys() - {each.name for each in fields(cls)})  # type: ignore[arg-type]
+    if unknown:
+        raise ValueError(f"{name} has an unknown entry {unknown[0]!r}")
+    try:
+        return TypeAdapter(cls).validate_json(json.dumps(stored), strict=True)  # JSON keeps every bit of a float
+    except ValidationError as error:
+        raise ValueError(f"{name}.{first_problem(error)}") from None
 
 
 def first_problem(error: ValidationError) -> str:

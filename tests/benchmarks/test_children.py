@@ -13,8 +13,8 @@ import torch
 from fixify.benchmarks import child, convert, loss, step
 from fixify.benchmarks.child import Failure, PeakMemory, run_in_child
 from fixify.benchmarks.convert import ConvertRow, benchmark_convert, conversion_spec, correlated_classes
-from fixify.benchmarks.heads import Size
 from fixify.benchmarks.loss import Cost, LossRow, benchmark_loss, measure_loss
+from fixify.benchmarks.samples import Size
 from fixify.benchmarks.step import Phases, benchmark_step, measure_steps
 from fixify.errors import ArchitectureError, HeadSpecError, ResourceError, UsageError
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fixify.benchmarks.head import HeadBenchmark, HeadRow, benchmark_head, compare_ratios, read_reference
-from fixify.benchmarks.heads import Size, check_kinds, sample_head
 from fixify.benchmarks.machine import this_machine
+from fixify.benchmarks.samples import Size, check_kinds, sample_head
 from fixify.errors import UsageError
 
 RESULTS = Path(__file__).parent / "results"

@@ -8,7 +8,7 @@ import pickletools
 import random
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,16 +127,21 @@ def _slim_bytes(seeds: Seeds) -> Callable[[random.Random, Path], None]:
     return make
 
 
-def _read_slim_bytes(folder: Path) -> None:
-    path = folder / "a.fixed.safetensors"
+def _read_all(path: Path, readers: Iterable[Callable[[Path], object]]) -> None:
+    """Try every reader; one that refuses keeps none of the others from being tried."""
     first: Exception | None = None
-    for read in (load, open_model, open_source, verify):  # one that refuses keeps none of the others from being tried
+    for read in readers:
         try:
             read(path)
         except fixify.errors.FixifyError as error:
             first = first or error
     if first is not None:
         raise first
+
+
+def _read_slim_bytes(folder: Path) -> None:
+    path = folder / "a.fixed.safetensors"
+    _read_all(path, (load, open_model, open_source, verify))
 
 
 # Ordinary checkpoints.
@@ -368,14 +373,7 @@ def _classes(seeds: Seeds) -> Callable[[random.Random, Path], None]:
 
 def _read_classes(folder: Path) -> None:
     (path,) = folder.glob("map.*")
-    first: Exception | None = None
-    for read in (read_class_map, read_class_indices):
-        try:
-            read(path)
-        except fixify.errors.FixifyError as error:
-            first = first or error
-    if first is not None:
-        raise first
+    _read_all(path, (read_class_map, read_class_indices))
 
 
 def _recipe(seeds: Seeds) -> Callable[[random.Random, Path], None]:
