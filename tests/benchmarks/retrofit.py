@@ -34,7 +34,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from fixify.data import open_train_val
-from fixify.heads import FixedClassifier, HeadSpec, replacement
+from fixify.heads import FixedClassifier, HeadSpec, replacement, wide_blocks
 from fixify.training import FinetuneOptions
 from fixify.training.optimisers import parameter_groups
 
@@ -186,7 +186,8 @@ def in_order(old: Old, *, kind: str = "hadamard", calibrated: bool = False) -> n
 
 
 def matched(old: Old, *, calibrated: bool) -> nn.Module:
-    spec = HeadSpec("hadamard", old.weight.shape[1], old.weight.shape[0], standardize=calibrated)
+    c, n = old.weight.shape
+    spec = HeadSpec("hadamard", n, c, standardize=calibrated, matched=True, blocks=wide_blocks(n, c))
     return replacement(spec, old.weight, old.bias, features=old.features if calibrated else None).head
 
 
