@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import runpy
 from functools import partial
 
 import numpy as np
@@ -297,12 +298,14 @@ def one_process(rank, size, folder, names):
 @pytest.mark.parametrize("size", [2, 4])
 def test_processes_that_share_the_classes_equal_one(tmp_path, size, _block_size):
     names = [("blocks", None), ("matched", None), ("binary", None), ("no bias", CosFace(0.3)), ("one block", None)]
-    start = partial(multiprocessing.get_context("spawn").Process, target=one_process)
-    processes = [start(args=(rank, size, tmp_path, names)) for rank in range(size)]
+    start = partial(multiprocessing.get_context("spawn").Process, target=runpy.run_path)
+    given = [{"GIVEN": (rank, size, tmp_path, names)} for rank in range(size)]
+    processes = [start(args=(__file__, each, "__main__")) for each in given]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
+        assert process.exitcode == 0
     parts = [pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in range(size)]
     for name, margin in names:
         head = make(name)
@@ -315,3 +318,7 @@ def test_processes_that_share_the_classes_equal_one(tmp_path, size, _block_size)
         torch.testing.assert_close(torch.cat(of_x), wanted[0], **EXACT)
         for found, expected in zip(others, wanted[1:], strict=True):
             torch.testing.assert_close(torch.stack(found).sum(dim=0), expected, **EXACT)
+
+
+if __name__ == "__main__":  # a process of `test_processes_that_share_the_classes_equal_one`
+    one_process(*globals()["GIVEN"])
