@@ -34,7 +34,8 @@ from fixify.errors import (
 from fixify.models.architectures import Architecture, Preprocessing, build, parse_architecture, preprocessing
 from fixify.models.build import is_counter, load_weights
 from fixify.models.classifiers import ClassifierSite, find_classifiers, refuse_projection
-from fixify.models.identify import HAND_MADE_HEAD, Candidate, explain, fit, identify, refuse_headless
+from fixify.models.identify import HAND_MADE_HEAD, Candidate, explain, fit, identify, refuse_headless, what_to_type
+from fixify.models.openmmlab import patches_first
 from fixify.models.signature import shapes_of
 from fixify.savings import under
 from fixify.surgery import HeadRecord, apply_heads_
@@ -262,9 +263,10 @@ def _does_not_fit(source: Source, architecture: Architecture, *, named_by_file: 
 def _identify(source: Source) -> tuple[Candidate, str]:
     found = identify(source.shapes)
     if len(found.candidates) > 1:
+        notes = "".join(f" {note}" for note in found.candidates[0].notes)
         raise AmbiguousArchitectureError(
-            f"{source.name} fits several architectures:\n{found.describe()}",
-            hint=f"Choose one: --arch {found.candidates[0].architecture.spelled}",
+            f"{source.name} fits several architectures.{notes}\n{found.describe()}",
+            hint=what_to_type(found.choices),
             choices=found.choices,
         )
     candidate = found.candidates[0]
@@ -342,12 +344,12 @@ def _rename(tensors: Mapping[str, torch.Tensor], candidate: Candidate) -> dict[s
     if candidate.key_map is None:
         return dict(tensors)
     renamed = {candidate.key_map[key]: tensor for key, tensor in tensors.items() if key in candidate.key_map}
-    return {
-        key: tensor
-        if candidate.shapes.get(key, tensor.shape) == tensor.shape
-        else tensor.reshape(candidate.shapes[key])
-        for key, tensor in renamed.items()
-    }
+    for key, tensor in renamed.items():
+        if candidate.shapes.get(key, tensor.shape) != tensor.shape:
+            renamed[key] = tensor.reshape(candidate.shapes[key])
+        if key in candidate.unfolded:
+            renamed[key] = patches_first(renamed[key])
+    return renamed
 
 
 def _with_reference_code_head(
