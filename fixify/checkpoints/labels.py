@@ -65,7 +65,8 @@ def read_class_map(path: Path) -> list[str]:
     - one name per line;
     - "name index" or "index name" per line, separated by spaces, a tab, a comma or a colon;
     - a list of names, in JSON or YAML (.yaml, .yml);
-    - a JSON or YAML object: index -> name, index -> [..., name] (as Keras writes it), or name -> index.
+    - a JSON or YAML object: index -> name, index -> [..., name] (as Keras writes it), or name -> index;
+    - a config.json that holds one of these as id2label, label_names, class_to_idx, ...
 
     Returns:
         The names in the order of their indices.
@@ -77,6 +78,8 @@ def read_class_map(path: Path) -> list[str]:
     if isinstance(value, list):
         return _indexed(value, _LAST_NUMBER) or _indexed(value, _FIRST_NUMBER) or value
     labels = _by_index(value)
+    if labels is None and (lists := find_label_lists(value)[0]):  # a config.json with id2label or label_names
+        return next(iter(lists.values()))
     if labels is None:
         raise _no_names(path)
     return labels
@@ -103,6 +106,8 @@ def read_class_indices(path: Path) -> dict[str, int]:
         found = [(str(name), index) for name, index in value.items()]
     elif all(map(_is_index, value)) and all(isinstance(name, str) for name in value.values()):
         found = [(name, int(index)) for index, name in value.items()]
+    elif lists := find_label_lists(value)[0]:
+        found = [(name, index) for index, name in enumerate(next(iter(lists.values())))]
     else:
         raise _no_names(path)
     indices = dict(found)
