@@ -9,7 +9,8 @@ architecture, the classes and the preprocessing with the keys of timm's config.j
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,8 @@ def read_original(ref: str | Path, *, arch: str | None = None, ema: bool = False
         NoClassifierError: the model has no classifier, or is the image tower of a CLIP model.
     """
     source = open_source(ref, ema=ema, meta=meta)
-    candidate, note = _recognise(source, arch)
+    with explaining_parts(source):
+        candidate, note = _recognise(source, arch)
     candidate = _with_stated_pooling(source, candidate)
     learned = _rename(source.learned, candidate)
     architecture, num_classes = candidate.architecture, candidate.num_classes
@@ -166,6 +168,27 @@ def read_original(ref: str | Path, *, arch: str | None = None, ema: bool = False
         notes=(*notes, *remarks_on(source, num_classes)),
         reference_code_heads=heads,
     )
+
+
+@contextmanager
+def explaining_parts(source: Source) -> Iterator[None]:
+    """Name the two parts of a file in the error of a block, if no architecture is what they make together.
+
+    Raises:
+        ArchitectureError, NoClassifierError: the block raised it.
+    """
+    try:
+        yield
+    except (ArchitectureError, NoClassifierError) as error:
+        if source.joined is None or isinstance(error, AmbiguousArchitectureError):
+            raise
+        network, head = source.joined
+        raise type(error)(
+            f"{source.name} holds two state dicts, {network} and {head}, and together they are no network that fixify "
+            f"knows. {error.message}",
+            hint="Save one state dict, with the classifier under the name that the network gives it (fc, head, ...): "
+            f"torch.save({{**c[{network!r}], **{{'fc.' + k: v for k, v in c[{head!r}].items()}}}}, 'model.pth')",
+        ) from error
 
 
 def stated(source: Source) -> Candidate | None:
