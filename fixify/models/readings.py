@@ -129,7 +129,8 @@ def describe_head(tensors: Mapping[str, Sequence[int]]) -> str:
     norms = sorted({key.rpartition(".")[0] for key in tensors} - {path for path, _ in linear}, key=_natural)
     widths = " -> ".join(str(width) for width in [*(shape[1] for _, shape in linear), *(linear[-1][1][:1])])
     count = {1: "one Linear", 2: "two Linears", 3: "three Linears"}.get(len(linear), f"{len(linear)} Linears")
-    further = f" and further layers ({', '.join(norms)})" if norms else ""
+    kinds = [f"{path}, {'a batch norm' if f'{path}.running_mean' in tensors else 'a norm'}" for path in norms]
+    further = f" and further layers ({'; '.join(kinds)})" if norms else ""
     return f"{', '.join(path for path, _ in linear)}: a hand-made head of {count} ({widths}){further}"
 
 

@@ -316,7 +316,9 @@ MLPS = {
         {},
         r"fc\.0, fc\.3: a hand-made head of two Linears \(96 -> 64 -> 5\)",
     ),
-    "norm": ({"fc.1": (5, 96)}, {"fc.0": 96}, r"fc\.1: a hand-made head of one Linear .*fc\.0"),
+    "norm": ({"fc.1": (5, 96)}, {"fc.0": 96}, r"fc\.1: a hand-made head of one Linear .*fc\.0, a batch norm"),
+    "batch norm without weights": ({"fc.1": (5, 96)}, {"fc.0": 0}, r"fc\.1: .* one Linear .*fc\.0, a batch norm"),
+    "layer norm": ({"fc.1": (5, 96)}, {"fc.0": -96}, r"fc\.1: a hand-made head of one Linear .*fc\.0, a norm"),
     "named": ({"fc.hidden": (64, 96), "fc.out": (5, 64)}, {}, r"fc\.hidden, fc\.out: .* two Linears"),
 }
 
@@ -328,8 +330,9 @@ def test_hand_made_heads_are_named(tmp_path: Path, name: str, container: str) ->
     state = {k: v for k, v in timm.create_model("test_resnet").state_dict().items() if not k.startswith("fc.")}
     for path, shape in linear.items():
         state |= {f"{path}.weight": torch.ones(shape), f"{path}.bias": torch.ones(shape[0])}
-    for path, width in norms.items():
-        state |= {f"{path}.{part}": torch.ones(width) for part in ("weight", "bias", "running_mean", "running_var")}
+    for path, width in norms.items():  # negative: without statistics; zero: without weights
+        parts = (*(("weight", "bias") if width else ()), *(("running_mean", "running_var") if width >= 0 else ()))
+        state |= {f"{path}.{part}": torch.ones(abs(width) or 96) for part in parts}
     path = saved(tmp_path, state, container)
     for arch in (None, "test_resnet"):
         with pytest.raises((ArchitectureError, NoClassifierError), match=said) as error:
