@@ -332,16 +332,17 @@ def _arranged(shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry]) -> 
         if entry.signature.num_tensors == len(theirs.ordered):
             groups.setdefault((entry.signature.ordered, entry.signature.keys), []).append(entry)
     found: list[tuple[_Match, NameMatch]] = []
-    for first, *others in groups.values():
-        own = shapes_of(build(first.architecture, num_classes=_SOME_CLASSES, meta=True))
-        for choices in _choices(theirs, first, own):
-            names = match_names(shapes, _with_choices(own, first, choices))
-            if names is None:
-                continue
-            matches = [_Match(entry, choices) for entry in (first, *others)]
-            found += [
-                (match, names) for match in matches if not match.extra or _confirmed(match, theirs, names=names.key_map)
-            ]
+    for group in groups.values():
+        own = shapes_of(build(group[0].architecture, num_classes=_SOME_CLASSES, meta=True))
+        matched: dict[tuple[tuple[int, ...], ...], NameMatch | None] = {}
+        for entry in group:  # they may differ in how a size of images becomes one of tensors
+            for choices in _choices(theirs, entry, own):
+                chosen = _with_choices(own, entry, choices)
+                key = tuple(chosen.values())
+                names = matched[key] = matched[key] if key in matched else match_names(shapes, chosen)
+                match = _Match(entry, choices)
+                if names is not None and (not match.extra or _confirmed(match, theirs, names=names.key_map)):
+                    found.append((match, names))
     return found
 
 
