@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fixify._memory import STATUS, peak_bytes, resident_bytes
 from fixify.errors import FixifyError, ResourceError, resource_problem
 
-_STATUS = Path("/proc/self/status")
 _ANSWER = "fixify-answer:"
 
 
@@ -142,7 +142,7 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         """Note the memory so far."""
-        if _STATUS.exists():
+        if STATUS.exists():
             with contextlib.suppress(OSError):  # not allowed here: the peak counts from the start of the process
                 Path("/proc/self/clear_refs").write_text("5")
         self._before = resident_bytes()
@@ -150,27 +150,4 @@ class PeakMemory:
 
     def __exit__(self, *_: object) -> None:
         """Take the peak."""
-        self.bytes = max(_peak_bytes() - self._before, 0)
-
-
-def resident_bytes() -> int:
-    """Return the resident memory of this process; where it is not known, the peak so far."""
-    return _from_status("VmRSS") or _peak_bytes()
-
-
-def _peak_bytes() -> int:
-    found = _from_status("VmHWM")
-    if found is not None:
-        return found
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _from_status(key: str) -> int | None:
-    try:
-        lines = _STATUS.read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), None)
+        self.bytes = max(peak_bytes() - self._before, 0)

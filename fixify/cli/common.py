@@ -129,6 +129,7 @@ def report_run(output: Output, result: FinetuneResult, options: FinetuneOptions,
     Raises:
         CheckFailed: `options.max_drop` was not met.
     """
+    from fixify.reporting.layout import human_bytes
     from fixify.reporting.tables import finetune_table
 
     output.result(
@@ -139,10 +140,13 @@ def report_run(output: Output, result: FinetuneResult, options: FinetuneOptions,
             "after": result.after.to_dict(),
             "original_top1": result.original_top1,
             "reached": result.reached,
+            "peak_memory_bytes": result.peak_memory or None,
             "history": [record.to_dict() for record in result.history],
         },
         finetune_table(result),
     )
+    if result.peak_memory:
+        output.say(f"peak memory of this process: {human_bytes(result.peak_memory)}")
     if options.max_drop is not None:
         goal = f"within {options.max_drop:g} points of the original's {result.original_top1:.2f} %"
         if not result.reached:

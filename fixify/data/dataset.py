@@ -81,6 +81,8 @@ class OpenedData:
             the others are ways of sorting the names of class folders.
         assumed: True if `order` is a default that nobody asked for.
         asides: Files that were not read, in words; the description has them too.
+        numbered: True if the class names are only the labels as text. Nothing records them then: a checkpoint of a
+            million classes would hold more names than weights.
     """
 
     images: ImageSource
@@ -93,11 +95,17 @@ class OpenedData:
     order: ClassOrder | Literal["own", "map"] = "own"
     assumed: bool = False
     asides: tuple[str, ...] = ()
+    numbered: bool = False
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
+
+    @property
+    def recorded_names(self) -> list[str] | None:
+        """The class names as runs and checkpoints record them; None if they are only the labels."""
+        return None if self.numbered else list(self.class_names)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -30,6 +30,7 @@ from fixify.data.folder import (
     scan,
 )
 from fixify.data.hugging_face import HuggingFaceImages, open_hugging_face
+from fixify.data.identities import open_identities
 from fixify.data.idx import FASHION_CLASSES, has_idx_files, open_fashion_mnist, open_idx
 from fixify.data.seeding import Stream, permutation
 from fixify.data.webdataset import WebdatasetImages, open_webdataset
@@ -57,7 +58,8 @@ def open_data(name: str, *, split: Split, download: bool = False, options: DataO
 
     Args:
         name: A folder with train/ and val/, or one with MNIST's four files, in the current folder or in $FIXIFY_DATA;
-            one of `DATA_NAMES`; `hfds/NAME`, a Hugging Face data set; or `wds/FOLDER`, webdataset shards.
+            one of `DATA_NAMES`; `hfds/NAME`, a Hugging Face data set; `wds/FOLDER`, webdataset shards; or
+            `identities/CLASSES`, see `fixify.data.identities`.
         split: "train", "val" (the folder's val/, valid/, validation/, eval/ or test/) or "test".
         download: Whether `torch/...` names may be downloaded. (`hfds/...` names always are, as in timm.)
         options: How to read the labels.
@@ -228,6 +230,8 @@ def _open_by_name(name: str, split: Split, download: bool, options: DataOptions)
                 f"{prefix}/ names are not read: they are streams, which cannot be resumed exactly.",
                 hint="Use the same data as hfds/..., as wds/... shards, or as a folder.",
             )
+        if prefix == "identities":
+            return open_identities(rest, split)
         if prefix in _READERS:
             return _READERS[prefix](rest, data_roots(), split, options)
     bare = name.removeprefix("torch/").lower()
@@ -260,7 +264,8 @@ def _unknown_name(name: str) -> DataError:
     nearest = f" Did you mean {near[0]!r}?" if near else ""
     return DataError(
         f"There is no folder {name!r} and no data set of that name.{nearest}",
-        hint=f"Give a folder with train/ and val/, or one of: {', '.join(DATA_NAMES)}, hfds/NAME, wds/FOLDER",
+        hint=f"Give a folder with train/ and val/, or one of: {', '.join(DATA_NAMES)}, hfds/NAME, wds/FOLDER, "
+        "identities/CLASSES",
     )
 
 

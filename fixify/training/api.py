@@ -94,7 +94,7 @@ def finetune(
         train, val = _open_matching(info, inputs, options, download=download)
         model, info = _load_slim(source, info, val, options)
         # `info.labels` stay the checkpoint's own names; the facts name the classes as the data does, where it can.
-        class_names = list(val.class_names) if val.labelled else _class_names(info)
+        class_names = val.recorded_names if val.labelled else _class_names(info)
         teacher, original = _open_references(inputs, val, options, on_event)
         if original is None and options.max_drop is not None and options.original_top1 is None:
             original = teacher
@@ -153,7 +153,7 @@ def _load_slim(source: Path, info: SlimInfo, val: OpenedData, options: FinetuneO
         check_input_size(model, config["input_size"])
     labels = info.labels
     if labels is None:
-        labels = list(val.class_names) if val.labelled else _class_names(info)
+        labels = val.recorded_names if val.labelled else _class_names(info)
     info = info.model_copy(update={"labels": labels, "preprocessing": config})
     model.fixify_info = info  # type: ignore[assignment]
     return model, info
@@ -265,8 +265,7 @@ def train_from_scratch(
         # Validation images may lack some classes; numeric labels alone would then seem to be fewer classes.
         matched = match_classes(val, train.num_classes, train.class_names, subset=True).data
         val = replace(matched, description=val.description)
-        class_names = list(train.class_names)
-        network = new_network(options, class_names)
+        network = new_network(options, list(train.class_names), numbered=train.numbered)
         teacher, original = _open_references(inputs, val, options, on_event)
         opened = OpenedInputs(train, val, network.preprocessing, original, teacher, inputs)
         facts = replace(
@@ -274,7 +273,7 @@ def train_from_scratch(
             architecture=network.architecture.spelled,
             class_map=None if class_map is None else NamedFile.of(class_map),
         )
-        save_model = _saver(network, class_names)
+        save_model = _saver(network, train.recorded_names)
         output = RunOutput(out, save_model, network.suffix, resume=resume or restarted, force=force, command=command)
         return train_model(network.model, opened, options, output, facts=facts, on_event=on_event)
 
@@ -306,12 +305,13 @@ class NewNetwork:
         return LEARNED_SUFFIX if self.info is None else FIXED_SUFFIX
 
 
-def new_network(options: TrainOptions, class_names: list[str]) -> NewNetwork:
+def new_network(options: TrainOptions, class_names: list[str], *, numbered: bool = False) -> NewNetwork:
     """Build a network with random weights, which depend on the seed but not on the kind of head.
 
     Args:
         options: Architecture, head, image size and seed.
         class_names: Class names in label order.
+        numbered: Whether the names are only the labels, and not recorded.
 
     Raises:
         ArchitectureError: there is no such architecture, or its arguments are wrong.
@@ -337,7 +337,8 @@ def new_network(options: TrainOptions, class_names: list[str]) -> NewNetwork:
     if options.std is not None:
         config["std"] = list(options.std)
     check_input_size(model, config["input_size"])
-    info = None if options.head == "learned" else _fix_(model, architecture, config, options, class_names)
+    labels = None if numbered else class_names
+    info = None if options.head == "learned" else _fix_(model, architecture, config, options, labels)
     return NewNetwork(model, architecture, config, num_classes, info)
 
 
@@ -372,7 +373,7 @@ def _size_argument(architecture: Architecture) -> str | None:
 
 
 def _fix_(
-    model: nn.Module, architecture: Architecture, config: Preprocessing, options: TrainOptions, class_names: list[str]
+    model: nn.Module, architecture: Architecture, config: Preprocessing, options: TrainOptions, labels: list[str] | None
 ) -> SlimInfo:
     """Give a new network the fixed head that the options say, with codes in class order."""
     head = HeadConfig.create(
@@ -385,11 +386,11 @@ def _fix_(
         standardize=options.head_standardize,
     )
     fix_classifier_(model, head, arch=architecture)
-    model.fixify_origin = Origin(architecture, config, class_names, {}, "float32")  # type: ignore[assignment]
+    model.fixify_origin = Origin(architecture, config, labels, {}, "float32")  # type: ignore[assignment]
     return describe(model)
 
 
-def _saver(network: NewNetwork, class_names: list[str]) -> SaveModel:
+def _saver(network: NewNetwork, labels: list[str] | None) -> SaveModel:
     def save_fixed(model: nn.Module, path: Path, record: dict[str, Any]) -> None:
         model.fixify_info = network.info  # type: ignore[assignment]  # a moving average is another object
         save(model, path, force=True, training=record)
@@ -401,7 +402,7 @@ def _saver(network: NewNetwork, class_names: list[str]) -> SaveModel:
             network.architecture,
             num_classes=network.num_classes,
             preprocessing=network.preprocessing,
-            labels=class_names,
+            labels=labels,
             training=record,
             force=True,
         )

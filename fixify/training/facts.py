@@ -270,7 +270,7 @@ class RunFacts:
         )
         return cls(
             data=opened.train.name,
-            class_names=tuple(opened.train.class_names),
+            class_names=None if opened.train.numbered else tuple(opened.train.class_names),
             train_images=len(opened.train),
             val_images=len(opened.val),
             train_listing=listing_digest(opened.train),

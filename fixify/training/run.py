@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from fixify._leftovers import FolderLock
+from fixify._memory import peak_bytes
 from fixify.errors import LoaderError, ResourceError, TrainingError
 from fixify.metrics import Metrics
 from fixify.training import distributed
@@ -47,6 +48,8 @@ class FinetuneResult:
         history: Every validation.
         original_top1: The original's top-1 on the validation data, percent; None if it was neither given nor measured.
         reached: Whether the run met `max_drop`; None without one.
+        peak_memory: Largest resident memory of this process in its life so far, bytes; 0 where it is not known. Loader
+            processes and the memory of a GPU are not in it.
     """
 
     best_path: Path
@@ -56,6 +59,7 @@ class FinetuneResult:
     history: tuple[EpochRecord, ...]
     original_top1: float | None = None
     reached: bool | None = None
+    peak_memory: int = 0
 
 
 def train_model(
@@ -240,6 +244,7 @@ class _Run:
             history=tuple(progress.history),
             original_top1=self.keeper.original_top1(),
             reached=None if self.options.max_drop is None else self.keeper.has_reached_goal(),
+            peak_memory=peak_bytes(),
         )
 
     def interruption(self) -> TrainingError:
