@@ -19,7 +19,7 @@ from fixify.errors import TrainingError, UsageError
 from fixify.heads import FixedClassifier
 from fixify.training import distributed
 from fixify.training.facts import OpenedInputs
-from fixify.training.losses import LossPlan, check_cosine_heads, plan_loss
+from fixify.training.losses import HeadMargin, LossPlan, check_cosine_heads, make_margin, plan_loss
 from fixify.training.optimisers import Frozen, freeze_, make_optimiser, make_schedule
 from fixify.training.options import FinetuneOptions
 from fixify.training.parallel import (
@@ -50,6 +50,7 @@ class Engine:
         unsharded: On rank 0 a whole copy of a sharded model, on the CPU, to write checkpoints of.
         parallel: The model wrapped for several processes, while they train.
         loss_plan: Whether the loss is computed without logits.
+        margin: Of the right class in the loss; None without `options.margin`.
     """
 
     model: nn.Module
@@ -65,6 +66,7 @@ class Engine:
     unsharded: nn.Module | None = None
     parallel: ReplicatedModel | ShardedModel | None = None
     loss_plan: LossPlan = field(default_factory=LossPlan)
+    margin: HeadMargin | None = None
 
     @property
     def evaluated(self) -> nn.Module:
@@ -147,6 +149,8 @@ def make_engine(model: nn.Module, opened: OpenedInputs, options: FinetuneOptions
         unsharded = shard_(model, device)
     else:
         model = model.to(device)
+    input_size = opened.preprocessing["input_size"]
+    margin = make_margin(model, options, input_size=input_size, device=device)
     loader = make_loader(
         opened.train,
         opened.preprocessing,
@@ -163,7 +167,7 @@ def make_engine(model: nn.Module, opened: OpenedInputs, options: FinetuneOptions
     loss_plan = plan_loss(
         model,
         options,
-        input_size=opened.preprocessing["input_size"],
+        input_size=input_size,
         device=device,
         has_teacher=opened.teacher is not None,
     )
@@ -179,6 +183,7 @@ def make_engine(model: nn.Module, opened: OpenedInputs, options: FinetuneOptions
         frozen=frozen,
         unsharded=unsharded,
         loss_plan=loss_plan,
+        margin=margin,
     )
 
 

@@ -121,7 +121,8 @@ class Preparation:
                 batch = features.batch(order[step * size : (step + 1) * size].tolist(), device)
                 seed = derive_seed(own.seed, epoch, Stream.LAST_BLOCK_DROPOUT, step)
                 with seeded_torch(seed, device), autocast(device, own.amp):
-                    loss = training_loss(split.tail(batch.inputs), batch.targets, batch.teacher_logits, options)
+                    logits = split.tail(batch.inputs)
+                    loss = training_loss(logits, batch.targets, batch.teacher_logits, options, engine.margin)
                 optimiser.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
                 if own.clip_grad is not None:

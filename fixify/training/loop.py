@@ -177,10 +177,10 @@ class _Epoch:
                 if self.deferred is not None:
                     with deferring(self.deferred):
                         features = forward(images)
-                    loss, right = blocked_loss(self.deferred, features, targets, options)
+                    loss, right = blocked_loss(self.deferred, features, targets, options, engine.margin)
                 else:
                     logits, auxiliary = _split_outputs(forward(images))
-                    loss = training_loss(logits, targets, teacher_logits, options)
+                    loss = training_loss(logits, targets, teacher_logits, options, engine.margin)
                     for other in auxiliary:
                         loss = loss + _AUXILIARY_WEIGHT * training_loss(other, targets, teacher_logits, options)
                     labels = targets if targets.ndim == 1 else targets.argmax(dim=-1)

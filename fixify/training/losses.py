@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fixify.errors import UsageError
-from fixify.heads import FixedClassifier
+from fixify.heads import ArcFace, CosFace, FixedClassifier, Margin
 from fixify.many_classes import ends_in_its_head, only_head
-from fixify.training.options import FinetuneOptions
+from fixify.training.options import FinetuneOptions, read_margin
 
 
 def cosine_loss(cosines: Tensor, targets: Tensor) -> Tensor:
@@ -67,6 +67,75 @@ def check_cosine_heads(model: nn.Module) -> None:
             )
 
 
+@dataclass(frozen=True)
+class HeadMargin:
+    """A margin, and the head whose logits it changes.
+
+    Attributes:
+        margin: The margin.
+        head: The head.
+    """
+
+    margin: Margin
+    head: FixedClassifier
+
+    def apply(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Replace the logit of the right class; `fixify.heads.loss.cross_entropy` does the same without logits.
+
+        Args:
+            logits: Of the head, float32 [B, C].
+            targets: int64 [B].
+        """
+        place, scale = targets[:, None], self.head.scale.float()
+        bias = self.head.bias
+        offset = torch.zeros_like(scale) if bias is None else bias[place].float()
+        cosine = (logits.gather(1, place) - offset) / scale
+        return logits.scatter(1, place, self.margin.apply(cosine) * scale + offset)
+
+
+def make_margin(
+    model: nn.Module, options: FinetuneOptions, *, input_size: Sequence[int], device: torch.device
+) -> HeadMargin | None:
+    """Return the margin that the options ask for, or None.
+
+    Args:
+        model: The model, on `device`; it runs once if there is a margin.
+        options: Options of the run.
+        input_size: (channels, height, width) of the images.
+        device: Where the model is.
+
+    Raises:
+        UsageError: the model has no fixed head or several, or its logits are not cosines times a scale, plus a bias.
+    """
+    if options.margin is None:
+        return None
+    name, number = read_margin(options.margin)
+    heads = {path: module for path, module in model.named_modules() if isinstance(module, FixedClassifier)}
+    if not heads:
+        raise UsageError(
+            f"A margin ({options.margin}) needs a fixed classifier; this model has a learned one.",
+            hint="Leave out --margin, or convert the model first: fixify convert SOURCE",
+        )
+    path, head = next(iter(heads.items()))
+    wrong = [
+        text
+        for text, found in (
+            ("several heads", len(heads) > 1),
+            ("no norm of the features", not head.spec.normalize),
+            ("codes of several lengths", head.spec.gains),
+        )
+        if found
+    ]
+    if not wrong and not ends_in_its_head(model, input_size, device):
+        wrong = ["logits that are not the model's output"]
+    if wrong:
+        raise UsageError(
+            f"A margin ({options.margin}) needs logits that are cosines; {path or 'the head'} has {', '.join(wrong)}.",
+            hint="Leave out --margin, or convert again: fixify convert SOURCE --head hadamard",
+        )
+    return HeadMargin(CosFace(number) if name == "cosface" else ArcFace(number), head)
+
+
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Compute T^2 KL(teacher || student) of the softmaxes at temperature T; batch mean, in nats.
 
@@ -83,7 +152,13 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
     return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
-def training_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, options: FinetuneOptions) -> Tensor:
+def training_loss(
+    logits: Tensor,
+    targets: Tensor,
+    teacher_logits: Tensor | None,
+    options: FinetuneOptions,
+    margin: HeadMargin | None = None,
+) -> Tensor:
     """Compute the loss that is minimised: cross-entropy or the cosine loss, mixed with the distillation loss.
 
     Args:
@@ -91,6 +166,7 @@ def training_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None
         targets: Labels int64 [B], or distributions [B, C].
         teacher_logits: Float32 [B, C]; None without a teacher.
         options: Which loss, the teacher's weight and temperature, and label smoothing.
+        margin: Of the right class in the cross-entropy.
     """
     logits = logits.float()
     if teacher_logits is not None and options.unlabelled:
@@ -100,7 +176,8 @@ def training_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None
     else:
         # Targets that are distributions are smoothed already.
         smoothing = options.smoothing if targets.ndim == 1 else 0.0
-        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        moved = logits if margin is None else margin.apply(logits, targets)
+        loss = F.cross_entropy(moved, targets, label_smoothing=smoothing)
     if teacher_logits is None:
         return loss
     weight = options.distill_weight
@@ -164,7 +241,11 @@ def plan_loss(
 
 
 def blocked_loss(
-    head: FixedClassifier, features: Tensor, targets: Tensor, options: FinetuneOptions
+    head: FixedClassifier,
+    features: Tensor,
+    targets: Tensor,
+    options: FinetuneOptions,
+    margin: HeadMargin | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute what `training_loss` does, from the features that a deferred head returned.
 
@@ -173,10 +254,13 @@ def blocked_loss(
         features: [B, N].
         targets: Labels int64 [B], or distributions [B, C].
         options: Label smoothing.
+        margin: Of the right class.
 
     Returns:
         The mean loss, and bool [B]: has the label, or the heaviest of a distribution, the largest logit?
     """
     smoothing = options.smoothing if targets.ndim == 1 else 0.0  # distributions are smoothed already
-    losses, right = head.losses_of_scaled(features, targets, label_smoothing=smoothing)
+    losses, right = head.losses_of_scaled(
+        features, targets, label_smoothing=smoothing, margin=None if margin is None else margin.margin
+    )
     return losses.mean(), right

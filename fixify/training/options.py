@@ -6,6 +6,7 @@ Importing this module needs neither torch nor timm, because the command line bui
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -21,6 +22,32 @@ if TYPE_CHECKING:
 
 PATIENCE = ("nan_skip", "max_unreadable")
 """Options that say what a run tolerates; a run may be resumed with other values of them."""
+
+
+MARGINS = {"cosface": (0.35, 1.0), "arcface": (0.5, math.pi)}
+"""Default and limit of each margin; see `fixify.heads.loss`."""
+
+
+def read_margin(text: str) -> tuple[str, float]:
+    """Read `cosface:0.35` or `arcface:0.5`; without a number the default of its paper.
+
+    Raises:
+        ValueError: it is neither, or the number is out of range.
+
+    >>> read_margin("arcface")
+    ('arcface', 0.5)
+    """
+    name, colon, number = text.partition(":")
+    if name not in MARGINS:
+        raise ValueError(f"must be cosface:0.35 or arcface:0.5 (or another number), not {text!r}")
+    default, limit = MARGINS[name]
+    try:
+        margin = float(number) if colon else default
+    except ValueError:
+        margin = math.nan
+    if not 0 < margin < limit:
+        raise ValueError(f"{name} takes a number above 0 and below {limit:.3g}, not {number!r}")
+    return name, margin
 
 
 class FinetuneOptions(CheckedOptions):
@@ -48,6 +75,10 @@ class FinetuneOptions(CheckedOptions):
     decay_alpha: bool = option(False, "Decay the head's scale too, as the paper does.")
     # The validation loss is always cross-entropy. "cosine" needs a head with a scale of 1 that is held, and no bias.
     loss: Literal["cross-entropy", "cosine"] = option("cross-entropy", "Training loss; cosine is the paper's (2.2).")
+    # Of the right class, in the cosine (CosFace, CVPR 2018) or in radians (ArcFace, CVPR 2019).
+    margin: str | None = option(
+        None, "Margin that the right class has to keep: cosface:0.35 or arcface:0.5.", metavar="NAME:MARGIN"
+    )
     sched: Literal["cosine", "linear", "step", "multistep", "constant"] = option(
         "cosine", "Schedule of the learning rate after the warmup."
     )
@@ -187,6 +218,11 @@ class FinetuneOptions(CheckedOptions):
             raise ValueError(f"{opt!r} is not an optimiser of timm{nearest}")
         return opt.lower()
 
+    @field_validator("margin")
+    @classmethod
+    def _known_margin(cls, margin: str | None) -> str | None:
+        return margin if margin is None else "{}:{:g}".format(*read_margin(margin))
+
     @field_validator("scale", "ratio")
     @classmethod
     def _is_range(cls, value: tuple[float, float]) -> tuple[float, float]:
@@ -229,6 +265,17 @@ class FinetuneOptions(CheckedOptions):
             )
         if self.loss == "cosine" and self.smoothing > 0:
             yield Conflict(("loss", "smoothing"), "smoothing applies to the cross-entropy only, not to the cosine loss")
+        if self.margin is not None:
+            reasons = {
+                "loss": (self.loss == "cosine", "the cosine loss has a margin of its own"),
+                "mixup": (self.mixup > 0, "an image mixed by mixup has two right classes"),
+                "cutmix": (self.cutmix > 0, "an image mixed by cutmix has two right classes"),
+                "unlabelled": (self.unlabelled, "a teacher alone says no right class"),
+                "shard": (self.shard, "a sharded model cannot be checked for it"),
+            }
+            for name, (applies, why) in reasons.items():
+                if applies:
+                    yield Conflict(("margin", name), f"margin {self.margin} cannot be combined with {name}: {why}")
         if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
             yield Conflict(
                 ("batch_size", "mixup", "cutmix"),
