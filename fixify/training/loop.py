@@ -177,7 +177,9 @@ class _Epoch:
                 if self.deferred is not None:
                     with deferring(self.deferred):
                         features = forward(images)
-                    loss, right = blocked_loss(self.deferred, features, targets, options, engine.margin)
+                    loss, right = blocked_loss(
+                        self.deferred, features, targets, options, engine.margin, shared=engine.loss_plan.shared
+                    )
                 else:
                     logits, auxiliary = _split_outputs(forward(images))
                     loss = training_loss(logits, targets, teacher_logits, options, engine.margin)

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fixify.errors import UsageError
 from fixify.heads import ArcFace, CosFace, FixedClassifier, Margin
 from fixify.many_classes import ends_in_its_head, only_head
+from fixify.training import distributed
 from fixify.training.options import FinetuneOptions, read_margin
 
 
@@ -197,10 +199,12 @@ class LossPlan:
 
     Attributes:
         blocked: Block by block, without logits.
+        shared: Whether each process computes the logits of its own classes, for the images of all.
         note: A sentence that says so, or why not; None with few classes or a learned classifier.
     """
 
     blocked: bool = False
+    shared: bool = False
     note: str | None = None
 
 
@@ -212,7 +216,7 @@ def plan_loss(
     device: torch.device,
     has_teacher: bool,
 ) -> LossPlan:
-    """Decide how the loss is computed. Below `BLOCKED_FROM` logits the model does not run.
+    """Decide how the loss is computed. Below `BLOCKED_FROM` logits the model does not run, unless classes are shared.
 
     Args:
         model: The model, on `device`.
@@ -220,10 +224,19 @@ def plan_loss(
         input_size: (channels, height, width) of the images.
         device: Where the model is.
         has_teacher: Whether the logits of a teacher are learned.
+
+    Raises:
+        UsageError: `share_classes` in a single process, or where the loss needs all logits.
     """
     heads = [module for module in model.modules() if isinstance(module, FixedClassifier)]
     classes = max((head.out_features for head in heads), default=0)
-    if options.batch_size * classes < BLOCKED_FROM:
+    shared, processes = options.share_classes, distributed.world_size()
+    if shared and processes == 1:
+        raise UsageError(
+            "--share-classes needs several processes, and this is one.",
+            hint="Add --nproc-per-node N, or leave out --share-classes.",
+        )
+    if options.batch_size * classes < BLOCKED_FROM and not shared:
         return LossPlan()
     reasons = {
         "the cosine loss needs all cosines": options.loss != "cross-entropy",
@@ -233,11 +246,17 @@ def plan_loss(
         "the last blocks are trained alone first (--last-block-epochs)": options.last_block_epochs > 0,
     }
     reason = next((text for text, applies in reasons.items() if applies), None)
+    if not heads:
+        reason = "a learned classifier has a gradient for each class"
     if reason is None and not (only_head(model) and ends_in_its_head(model, input_size, device)):
         reason = "the model does more with the logits than to return them"
     if reason is None:
-        return LossPlan(True, f"loss of {classes:,} classes: exact, computed block by block without logits in memory")
-    return LossPlan(False, f"loss of {classes:,} classes: with all logits in memory, because {reason}")
+        where = f", each of {processes} processes its share" if shared else ""
+        note = f"loss of {classes:,} classes: exact, computed block by block without logits in memory{where}"
+        return LossPlan(True, shared, note)
+    if shared:
+        raise UsageError(f"--share-classes is not possible: {reason}.", hint="Leave out --share-classes.")
+    return LossPlan(note=f"loss of {classes:,} classes: with all logits in memory, because {reason}")
 
 
 def blocked_loss(
@@ -246,6 +265,8 @@ def blocked_loss(
     targets: Tensor,
     options: FinetuneOptions,
     margin: HeadMargin | None = None,
+    *,
+    shared: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute what `training_loss` does, from the features that a deferred head returned.
 
@@ -255,12 +276,17 @@ def blocked_loss(
         targets: Labels int64 [B], or distributions [B, C].
         options: Label smoothing.
         margin: Of the right class.
+        shared: Whether the processes share the classes; all have as many images.
 
     Returns:
         The mean loss, and bool [B]: has the label, or the heaviest of a distribution, the largest logit?
     """
     smoothing = options.smoothing if targets.ndim == 1 else 0.0  # distributions are smoothed already
     losses, right = head.losses_of_scaled(
-        features, targets, label_smoothing=smoothing, margin=None if margin is None else margin.margin
+        features,
+        targets,
+        label_smoothing=smoothing,
+        margin=None if margin is None else margin.margin,
+        group=dist.group.WORLD if shared else None,
     )
     return losses.mean(), right

@@ -164,6 +164,12 @@ class FinetuneOptions(CheckedOptions):
     shard: bool = option(
         False, "Shard weights, gradients and optimiser state over the processes (FSDP2).", panel="machine"
     )
+    # Each process then multiplies with its own codes only, and features and a few numbers per image travel.
+    share_classes: bool = option(
+        False,
+        "Share the classes of a fixed head: each process computes the logits of its own, for the images of all.",
+        panel="machine",
+    )
     img_size: int | None = option(None, "Side of the images in pixels. Default: the checkpoint's.", ge=1)
     crop_pct: float | None = option(
         None, "Share kept by the center crop in validation. Default: the checkpoint's.", gt=0, le=1
@@ -276,6 +282,12 @@ class FinetuneOptions(CheckedOptions):
             for name, (applies, why) in reasons.items():
                 if applies:
                     yield Conflict(("margin", name), f"margin {self.margin} cannot be combined with {name}: {why}")
+        for name in ("mixup", "cutmix"):
+            if self.share_classes and getattr(self, name) > 0:
+                yield Conflict(
+                    ("share_classes", name),
+                    f"share_classes cannot be combined with {name}: distributions over all classes are not shared",
+                )
         if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
             yield Conflict(
                 ("batch_size", "mixup", "cutmix"),

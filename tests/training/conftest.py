@@ -79,12 +79,12 @@ class Small(nn.Module):
         return logits
 
 
-def make_model(*, fixed: bool = True, standardize: bool = True, **given: Any) -> nn.Module:
+def make_model(*, fixed: bool = True, standardize: bool = True, kind: str = "hadamard", **given: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Small(**given)
     if fixed:
-        fix_classifier_(model, HeadSpec("hadamard", 32, NUM_CLASSES, standardize=standardize))
+        fix_classifier_(model, HeadSpec(kind, 32, NUM_CLASSES, standardize=standardize))
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from fixify.errors import UsageError
 from fixify.many_classes import ends_in_its_head
-from fixify.training import FinetuneOptions, losses
+from fixify.training import FinetuneOptions, distributed, losses
 
 
 def options(**given: Any) -> FinetuneOptions:
@@ -108,10 +110,53 @@ def test_a_model_that_computes_with_its_logits_keeps_them(new_model: Any, monkey
     assert "because" in str(plan.note)
 
 
-def test_two_processes_without_logits_equal_two_with_them(processes: Any, tmp_path: Path) -> None:
+def test_two_processes_equal_one(processes: Any, run: Any, new_model: Any, tmp_path: Path) -> None:
+    """With all logits, block by block, and with classes that the processes share; on one process all is plain."""
     given = {"epochs": 2, "batch_size": 4, "lr": 0.05, "no_aug": True, "smoothing": 0.1}
-    told = processes.together(tmp_path, {"plain": given, "blocked": {**given, "blocked_from": 1}})
-    for plain, blocked in zip(told["plain"], told["blocked"], strict=True):
-        assert blocked["result"] == plain["result"] == "done"
-        for name, weights in plain["state"].items():
-            torch.testing.assert_close(blocked["state"][name], weights, rtol=1e-3, atol=1e-4)
+    plain = {"batch_norm": False, "dropout": 0.0, "kind": "orthogonal"}
+    shared = {"share_classes": True, "block_classes": 1}  # four blocks of one class, two for each process
+    margin = {"margin": "cosface:0.2", "model": plain}
+    runs = {
+        "plain": {**given, "model": plain},
+        "blocked": {**given, "model": plain, "blocked_from": 1},
+        "shared": {**given, "model": plain, **shared},
+        "margin": {**given, **margin},
+        "shared margin": {**given, **margin, **shared},
+        "one block": {**given, "model": {**plain, "kind": "hadamard"}, "share_classes": True},  # of one process
+    }
+    told = processes.together(tmp_path, runs)
+    assert all(each["result"] == "done" for every in told.values() for each in every)
+    network = new_model(**plain)
+    run(tmp_path / "one", options(**{**given, "batch_size": 8}), network)
+    for name, weights in network.state_dict().items():
+        for kind in ("plain", "blocked", "shared"):
+            for each in told[kind]:
+                torch.testing.assert_close(each["state"][name], weights, rtol=1e-3, atol=1e-4)
+        ours, theirs = (told[kind][1]["state"][name] for kind in ("shared margin", "margin"))
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    for kind in ("shared", "one block"):
+        first, second = (each["state"] for each in told[kind])
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    curves = [
+        [json.loads(line)["val_top1"] for line in (tmp_path / kind / "metrics.jsonl").read_text().splitlines()]
+        for kind in ("plain", "shared", "one")
+    ]
+    assert curves[0] == curves[1] == curves[2]
+
+
+def test_classes_are_shared_by_several_processes_only(new_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = options(share_classes=True)
+    with pytest.raises(UsageError, match="several processes"):
+        plan_of(new_model(), given)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    plan = plan_of(new_model(), given)
+    assert plan.blocked and plan.shared and "2 processes" in str(plan.note)
+    for model, has_teacher, why in (
+        (new_model(fixed=False), False, "learned"),
+        (new_model(), True, "teacher"),
+        (Halved(new_model()), False, "logits"),
+    ):
+        with pytest.raises(UsageError, match=f"share-classes .*{why}"):
+            plan_of(model, given, has_teacher=has_teacher)
+    with pytest.raises(UsageError, match=r"share_classes .*mixup"):
+        options(share_classes=True, mixup=0.2)

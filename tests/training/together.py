@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fixify.errors import FixifyError
+from fixify.heads import loss
 from fixify.training import FinetuneOptions, distributed, losses
 
 
@@ -22,10 +23,13 @@ def one_run(
     val_images: int = 20,
     output: dict[str, Any] | None = None,
     blocked_from: int = losses.BLOCKED_FROM,
+    block_classes: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Do a run of the tiny network in the process group."""
     losses.BLOCKED_FROM = blocked_from
+    if block_classes is not None:
+        loss._LEAST_CLASSES, loss.BLOCK_LOGITS = block_classes, 1
     events: list[str] = []
     result: Any = "done"
     chosen = FinetuneOptions.create(**{"workers": 0, "device": "cpu", **options}).for_this_process()
