@@ -116,7 +116,7 @@ def make_margin(
     if not heads:
         raise UsageError(
             f"A margin ({options.margin}) needs a fixed classifier; this model has a learned one.",
-            hint="Leave out --margin, or convert the model first: fixify convert SOURCE",
+            hint="Leave out the margin, or train a fixed classifier: fixify convert SOURCE; in a recipe, head: auto.",
         )
     path, head = next(iter(heads.items()))
     wrong = [

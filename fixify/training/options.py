@@ -62,7 +62,7 @@ class FinetuneOptions(CheckedOptions):
     """
 
     section: ClassVar[str] = "finetune"
-    machine: ClassVar[tuple[str, ...]] = ("workers", "device", "save_minutes")
+    machine: ClassVar[tuple[str, ...]] = ("workers", "device", "save_minutes", "share_classes")
 
     epochs: int = option(5, "Passes over the training images; 0 trains only the last blocks.", ge=0)
     batch_size: int = option(64, "Images per step of each process.", flags=("-b", "--batch-size"), ge=1)
