@@ -34,6 +34,7 @@ def test_finetune_then_eval(run: Run, stripes: Path, tmp_path: Path) -> None:
     said = json.loads(out)
     assert said["best"] == "net-finetuned/best.fixed.safetensors"
     assert [record["epoch"] for record in said["history"]] == [0, 1]
+    assert said["peak_memory_bytes"] > 50 << 20 and "peak memory of this process: " in err
     assert "epoch 2/2: loss " in err
     assert f"next: fixify eval {said['best']} --data {data}" in err
     assert "20 images of 4 classes" in err
