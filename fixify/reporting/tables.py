@@ -222,7 +222,8 @@ def finetune_table(result: FinetuneResult) -> Table:
     after = result.after
     best = (after.val_top1, after.val_top5, after.val_loss, after.val_ece)
     epochs = round(after.epochs, 2)
-    made.add_row(f"after {epochs:g} epoch{'' if epochs == 1 else 's'}", *_formatted(*best))
+    when = "best: the start" if result.best_is_start else f"after {epochs:g} epoch{'' if epochs == 1 else 's'}"
+    made.add_row(when, *_formatted(*best))
     sent = next((record for record in reversed(result.history) if record.gradient_bytes is not None), None)
     if sent is not None:
         made.caption = (
@@ -241,7 +242,7 @@ def runs_table(report: Report) -> Table:
         numbers = (
             ("", "", "") if best is None else (f"{best.val_top1:.2f}", f"{best.val_top5:.2f}", f"{best.val_loss:.4f}")
         )
-        before = "" if run.before is None else f"{run.before.top1:.2f}"
+        before = "" if run.start_top1 is None else f"{run.start_top1:.2f}"
         made.add_row(run.label, run.head, *numbers, before, f"{run.epochs_done:g}/{run.epochs}")
     made.caption = "\n".join(report.verdict)
     made.caption_justify = "left"

@@ -35,6 +35,8 @@ class FinetuneOptions(CheckedOptions):
     """
 
     section: ClassVar[str] = "finetune"
+    from_scratch: ClassVar[bool] = False
+    """Whether a run starts from random weights; else its start is a candidate for the best checkpoint."""
     machine: ClassVar[tuple[str, ...]] = ("workers", "device", "save_minutes")
 
     epochs: int = option(5, "Passes over the training images; 0 trains only the last blocks.", ge=0)
@@ -283,6 +285,7 @@ class TrainOptions(FinetuneOptions):
     """
 
     section: ClassVar[str] = "train"
+    from_scratch: ClassVar[bool] = True
 
     model: str = option(..., "Architecture of timm or torchvision: resnet18, torchvision/resnet18.", min_length=1)
     model_args: dict[str, Any] = Field(default_factory=dict, description="Arguments of its builder.")
