@@ -284,6 +284,8 @@ class TrainingDisplay(RunDisplay):
         self.output.say(f"validation data: {event.val}")
         if event.loss_note is not None:
             self.output.say(event.loss_note)
+        if event.teacher_note is not None:
+            self.output.say(event.teacher_note)
         if event.frozen:
             self.output.say(
                 f"training {event.trainable:,} of {event.parameters:,} parameters; frozen: {'; '.join(event.frozen)}"

@@ -40,6 +40,7 @@ class RunStarted:
         resumed: Whether it resumes from a state.
         config: What determines the result: data, model and options, JSON-safe.
         loss_note: How the loss of very many classes is computed, for a person; None with few.
+        teacher_note: What the run learns from by default, for a person; None if a person chose it.
     """
 
     epochs: int
@@ -58,6 +59,7 @@ class RunStarted:
     resumed: bool
     config: dict[str, Any]
     loss_note: str | None = None
+    teacher_note: str | None = None
 
 
 @dataclass(frozen=True)

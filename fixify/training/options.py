@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
     from fixify.data import Augmentation
 
+USUAL_RATE, GENTLE_RATE = 0.05, 0.001
+"""Peak learning rates of finetuning: of most heads, and of those that start near the original.
+
+See `fixify.training.starting_point`.
+"""
+
 PATIENCE = ("nan_skip", "max_unreadable")
 """Options that say what a run tolerates; a run may be resumed with other values of them."""
 
@@ -41,7 +47,13 @@ class FinetuneOptions(CheckedOptions):
 
     epochs: int = option(5, "Passes over the training images; 0 trains only the last blocks.", ge=0)
     batch_size: int = option(64, "Images per step of each process.", flags=("-b", "--batch-size"), ge=1)
-    lr: float = option(0.05, "Peak learning rate.", gt=0, allow_inf_nan=False)
+    # See `fixify.training.starting_point`.
+    lr: float | None = option(
+        None,
+        f"Peak learning rate. Default: {USUAL_RATE:g}; {GENTLE_RATE:g} for heads with one bit per weight or more.",
+        gt=0,
+        allow_inf_nan=False,
+    )
     opt: str = option("sgd", "Optimiser, by timm's name; sgd has Nesterov momentum.")
     momentum: float = option(0.9, "Momentum, for optimisers that have one.", ge=0, lt=1)
     # Biases, normalisation layers, and a fixed head's bias are never decayed, nor is its scale without `decay_alpha`.
@@ -207,7 +219,7 @@ class FinetuneOptions(CheckedOptions):
                 ("warmup_epochs", "epochs"),
                 f"warmup_epochs ({self.warmup_epochs:g}) must be less than epochs ({self.epochs})",
             )
-        if self.min_lr > self.lr:
+        if self.lr is not None and self.min_lr > self.lr:
             yield Conflict(("min_lr", "lr"), f"min_lr ({self.min_lr:g}) must not be above lr ({self.lr:g})")
         if self.sched == "multistep" and not self.decay_milestones:
             yield Conflict(

@@ -33,6 +33,7 @@ from fixify.training.last_block import Preparation
 from fixify.training.loop import train_epoch
 from fixify.training.options import FinetuneOptions, TrainOptions
 from fixify.training.run_folder import begins_anew, claim_folder, write_recipe, write_run
+from fixify.training.starting_point import resolved_options
 from fixify.training.teacher import Teacher
 from fixify.training.validation import Validation, warn_of_unreadable
 
@@ -87,7 +88,7 @@ def train_model(
         model: Any classifier, images to logits; it is trained in place. A fixed head that standardises and has no
             statistics yet is calibrated first.
         opened: The images, and the reference models.
-        options: How to train.
+        options: How to train; without `lr` it follows from the head, or with `resume` it is that of the run.
         output: Where the run goes. The folder gets the checkpoints, state.pt, run.json, recipe.yaml, metrics.jsonl,
             summary.csv, steps.jsonl and confusions.json.
         facts: What identifies the run; None: what `opened` says.
@@ -104,6 +105,7 @@ def train_model(
         DataError: too many images cannot be read.
     """
     opened.check(options)
+    options = resolved_options(options, model, output.folder, resume=output.resume)
     with stop_on_signals() as stop:
         run = _Run(model, opened, options, output, RunFacts.of(opened) if facts is None else facts, on_event, stop)
         try:
@@ -366,6 +368,7 @@ class _Run:
                 trainable=sum(count for count, learns in parameters if learns),
                 frozen=self.engine.frozen.stages,
                 loss_note=self.engine.loss_plan.note,
+                teacher_note=self.opened.teacher_note,
                 folder=self.output.folder,
                 first_step=self.keeper.progress.updates,
                 resumed=resumed,

@@ -127,6 +127,44 @@ def test_a_folder_of_unlabelled_images_is_enough_with_a_teacher(run: Run, stripe
     assert code == 2 and "--distill-weight" in err and "--distill ORIGINAL" in err
 
 
+def test_a_head_that_starts_near_the_original_learns_from_it_unless_told_not_to(
+    run: Run, stripes: Path, tmp_path: Path
+) -> None:
+    original, slim = tmp_path / "learned.pth", tmp_path / "signs.fixed.safetensors"
+    original.write_bytes((stripes / "learned.pth").read_bytes())
+    assert run("convert", original, "--head", "binary", "-o", slim)[0] == 0
+    given = (slim, "--data", stripes / "data", "--epochs", 1, *QUICK)
+
+    def facts(out: str) -> dict[str, object]:
+        return json.loads((tmp_path / out / "run.json").read_text())
+
+    code, _, err = run("finetune", *given, "-o", "taught")
+    assert code == 0 and "learning from the original too: learned.pth (--no-distill" in err
+    assert facts("taught")["teacher"]["name"] == "learned.pth"  # type: ignore[index]
+    assert f"distill: {original}" in (tmp_path / "taught" / "recipe.yaml").read_text()
+    code, _, err = run("finetune", *given, "-o", "taught", "--resume")
+    assert code == 0, err
+    code, _, err = run("train", "taught/recipe.yaml", "-o", "repeated", "--workers", 0, "--device", "cpu")
+    assert code == 0, err
+    assert facts("repeated")["teacher"] == facts("taught")["teacher"]
+
+    code, _, err = run("finetune", *given, "-o", "alone", "--no-distill")
+    assert code == 0 and "learning from" not in err and "teacher" not in facts("alone")
+    # Neither resuming such a run nor repeating it adds a teacher.
+    code, _, err = run("finetune", slim, "--data", stripes / "data", "-o", "alone", "--resume")
+    assert code == 0, err
+    code, _, err = run("train", "alone/recipe.yaml", "-o", "again", "--workers", 0, "--device", "cpu")
+    assert code == 0 and "teacher" not in facts("again"), err
+    code, _, err = run("finetune", *given, "-o", "third", "--recipe", "alone/recipe.yaml")
+    assert code == 0 and "teacher" not in facts("third"), err
+    code, _, err = run("finetune", *given, "-o", "fourth", "--no-distill", "--distill", original)
+    assert code == 2 and "--no-distill" in err
+
+    original.unlink()
+    code, _, err = run("finetune", *given, "-o", "fifth")
+    assert code == 0 and "teacher" not in facts("fifth"), err
+
+
 def test_a_teacher_of_other_classes_is_refused(run: Run, stripes: Path) -> None:
     given = (stripes / "net.fixed.safetensors", "--data", stripes / "data", *QUICK)
     model = timm.create_model("test_efficientnet", in_chans=1, num_classes=5)

@@ -1,0 +1,95 @@
+"""What follows from where a run starts: the learning rate, and the original as teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import fixify
+from fixify.checkpoints.slim import read_info
+from fixify.heads import HeadSpec
+from fixify.training import FinetuneOptions, FinetuneResult
+from fixify.training.options import GENTLE_RATE, USUAL_RATE, TrainOptions
+from fixify.training.starting_point import default_teacher, recorded_original, resolved_options, starts_near
+
+Run = Callable[..., FinetuneResult]
+OPTIONS = FinetuneOptions.create(epochs=1, batch_size=8, no_aug=True, workers=0, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with learned.pth and what it was converted to: signs, few signs, Hadamard codes."""
+    folder = tmp_path_factory.mktemp("converted")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("test_efficientnet", in_chans=1, num_classes=4)
+    torch.save({"arch": "test_efficientnet", "state_dict": model.state_dict()}, folder / "learned.pth")
+    for name, options in (
+        ("signs", {"head": "binary"}),
+        ("few", {"head": "binary", "bits_per_class": 64}),
+        ("rows", {}),
+    ):
+        fixify.convert(folder / "learned.pth", folder / f"{name}.fixed.safetensors", **options)
+    return folder
+
+
+def test_a_head_is_near_if_it_stores_a_sign_per_weight() -> None:
+    near, few = HeadSpec("binary", 256, 500), HeadSpec("binary", 256, 500, bits_per_class=255)
+    assert starts_near([]) and starts_near([near, near])
+    assert not starts_near([few]) and not starts_near([near, HeadSpec("hadamard", 256, 500, matched=True)])
+
+
+def test_the_learning_rate_follows_from_the_head_unless_it_is_given(new_model: Any, tmp_path: Path) -> None:
+    learned, hadamard = new_model(fixed=False), new_model()
+    assert OPTIONS.lr is None and GENTLE_RATE < USUAL_RATE
+    for model, rate in ((learned, GENTLE_RATE), (hadamard, USUAL_RATE)):
+        assert resolved_options(OPTIONS, model, tmp_path, resume=False) == OPTIONS.replace(lr=rate)
+        assert resolved_options(OPTIONS.replace(lr=0.3), model, tmp_path, resume=False).lr == 0.3
+    assert TrainOptions.create(model="resnet18").lr == 0.1
+
+
+def test_a_run_records_its_rate_and_resumes_with_it(run: Run, new_model: Any, tmp_path: Path) -> None:
+    run(tmp_path, OPTIONS, new_model(fixed=False))
+    stored = json.loads((tmp_path / "run.json").read_text())
+    assert stored["options"]["lr"] == GENTLE_RATE
+    assert f"lr: {GENTLE_RATE}" in (tmp_path / "recipe.yaml").read_text()
+    # A run of an older version, whose default was another one.
+    old = tmp_path / "old"
+    run(old, OPTIONS.replace(lr=USUAL_RATE), new_model(fixed=False))
+    assert run(old, OPTIONS, new_model(fixed=False), resume=True).history
+
+
+def test_the_original_is_the_file_of_the_recorded_name_and_hash_beside_the_checkpoint(
+    converted: Path, tmp_path: Path
+) -> None:
+    slim, original = tmp_path / "signs.fixed.safetensors", tmp_path / "learned.pth"
+    slim.write_bytes((converted / slim.name).read_bytes())
+    info = read_info(slim)
+    assert recorded_original(slim, info) is None  # it is not there
+    content = (converted / "learned.pth").read_bytes()
+    original.write_bytes(content)
+    assert recorded_original(slim, info) == original
+    original.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert recorded_original(slim, info) is None  # another file of the same name and size
+    original.write_bytes(content)
+    for changed in ({"name": "../learned.pth"}, {"name": None}, {"ema": True}, {"sha256": None}, {"bytes": 3}):
+        assert recorded_original(slim, info.model_copy(update={"source": {**info.source, **changed}})) is None
+
+
+def test_who_has_a_teacher_by_default(converted: Path) -> None:
+    original = converted / "learned.pth"
+
+    def chosen(name: str, against: str | None = None, **options: Any) -> Path | str | None:
+        slim = converted / f"{name}.fixed.safetensors"
+        return default_teacher(slim, read_info(slim), against, OPTIONS.replace(**options))
+
+    assert chosen("signs") == original and chosen("signs", "other.pth") == "other.pth"
+    assert chosen("few") is chosen("rows") is chosen("rows", "other.pth") is None
+    assert chosen("signs", unlabelled=True) is chosen("signs", loss="cosine") is None
+    assert chosen("signs", batch_size=1 << 22) is None  # the logits of all classes would not fit
