@@ -63,7 +63,7 @@ def finetune(
         data_name: See `fixify.data.open_data`.
         out_dir: Folder of the run; None: see `finetune_folder`.
         options: How to train; None takes the defaults, or with `resume` those that the run was started with. The
-            default of `lr` depends on the head.
+            defaults of `lr` and `distill_weight` depend on the head.
         against: The original, a checkpoint or a model name. It is evaluated once on the validation data before
             training, and `options.max_drop` is measured from it. None takes the teacher if `max_drop` has no number.
         distill: The teacher, a checkpoint or a model name, usually the original; `options.distill_weight` is its
@@ -209,7 +209,7 @@ def _with_default_teacher(
             if on_event is not None:
                 on_event(Warned(f"{Path(chosen).name} was converted, but cannot teach: {error.message}"))
             return inputs, None
-    note = f"learning from the original too: {Path(chosen).name} (--no-distill: from the labels alone)"
+    note = f"learning from the original's answers: {Path(chosen).name} (--no-distill: from the labels)"
     return replace(inputs, distill=chosen), note
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fixify.errors import UsageError
 from fixify.heads import FixedClassifier
 from fixify.many_classes import ends_in_its_head, only_head
-from fixify.training.options import FinetuneOptions
+from fixify.training.options import USUAL_TEACHING, FinetuneOptions
 
 
 def cosine_loss(cosines: Tensor, targets: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def training_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
     if teacher_logits is None:
         return loss
-    weight = options.distill_weight
+    weight = USUAL_TEACHING if options.distill_weight is None else options.distill_weight
     return (1 - weight) * loss + weight * distillation_loss(logits, teacher_logits, options.distill_temperature)
 
 

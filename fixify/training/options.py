@@ -24,6 +24,8 @@ USUAL_RATE, GENTLE_RATE = 0.05, 0.001
 
 See `fixify.training.starting_point`.
 """
+USUAL_TEACHING, GENTLE_TEACHING = 0.5, 1.0
+"""The teacher's weight in the loss, for the same heads."""
 
 PATIENCE = ("nan_skip", "max_unreadable")
 """Options that say what a run tolerates; a run may be resumed with other values of them."""
@@ -109,8 +111,13 @@ class FinetuneOptions(CheckedOptions):
     last_block_epochs: int = option(
         0, "First train only the last blocks for N epochs, on features computed once.", ge=0
     )
-    distill_weight: float = option(
-        0.5, "The teacher's weight in the loss; the labels have the rest.", panel="distillation", gt=0, le=1
+    distill_weight: float | None = option(
+        None,
+        f"The teacher's weight in the loss; the labels have the rest. Default: {USUAL_TEACHING:g}; {GENTLE_TEACHING:g} "
+        "for heads with one bit per weight or more.",
+        panel="distillation",
+        gt=0,
+        le=1,
     )
     distill_temperature: float = option(
         4.0, "Temperature of the softmaxes that are compared.", panel="distillation", gt=0, allow_inf_nan=False
@@ -248,6 +255,13 @@ class FinetuneOptions(CheckedOptions):
                 ("batch_size", "mixup", "cutmix"),
                 f"batch_size must be even with mixup or cutmix, not {self.batch_size}",
             )
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Return `recipe()` of the defaults; where they depend on the head, those of most heads."""
+        found = super().defaults()
+        usual = {"lr": USUAL_RATE, "distill_weight": USUAL_TEACHING}
+        return found | {name: value for name, value in usual.items() if found[name] is None}
 
     def augmentation(self) -> Augmentation:
         """Return the options that concern training images."""

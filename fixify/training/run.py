@@ -88,7 +88,7 @@ def train_model(
         model: Any classifier, images to logits; it is trained in place. A fixed head that standardises and has no
             statistics yet is calibrated first.
         opened: The images, and the reference models.
-        options: How to train; without `lr` it follows from the head, or with `resume` it is that of the run.
+        options: How to train; see `fixify.training.starting_point.resolved_options` for those that are None.
         output: Where the run goes. The folder gets the checkpoints, state.pt, run.json, recipe.yaml, metrics.jsonl,
             summary.csv, steps.jsonl and confusions.json.
         facts: What identifies the run; None: what `opened` says.

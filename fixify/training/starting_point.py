@@ -18,7 +18,13 @@ from fixify.checkpoints.header import SlimInfo
 from fixify.heads import FixedClassifier, HeadSpec, kind_of
 from fixify.training import distributed
 from fixify.training.losses import BLOCKED_FROM
-from fixify.training.options import GENTLE_RATE, USUAL_RATE, FinetuneOptions
+from fixify.training.options import (
+    GENTLE_RATE,
+    GENTLE_TEACHING,
+    USUAL_RATE,
+    USUAL_TEACHING,
+    FinetuneOptions,
+)
 from fixify.training.run_folder import begins_anew, stored_options
 from fixify.training.run_records import StartedRun, read_run_file
 
@@ -29,25 +35,31 @@ def starts_near(specs: Iterable[HeadSpec]) -> bool:
 
 
 def resolved_options(options: FinetuneOptions, model: nn.Module, folder: Path, *, resume: bool) -> FinetuneOptions:
-    """Return the options with a learning rate.
+    """Return the options with those that follow from the head: `lr` and `distill_weight`.
 
     Args:
-        options: `lr` may be None.
+        options: Where these are None, they follow from the head.
         model: The model that is trained.
         folder: Folder of the run.
-        resume: Whether the run in the folder goes on, with its rate.
+        resume: Whether the run in the folder goes on, with its own.
 
     Raises:
-        UsageError: the rate and another option exclude each other.
+        UsageError: the learning rate and another option exclude each other.
         TrainingError, FormatError: the run in the folder cannot be read.
     """
-    if options.lr is not None:
+    missing = [name for name in ("lr", "distill_weight") if getattr(options, name) is None]
+    if not missing:
         return options
     stored = distributed.on_rank_zero(lambda: stored_options(folder, type(options))) if resume else None
-    if stored is not None and stored.lr is not None:
-        return options.replace(lr=stored.lr)
     heads = (module.spec for module in model.modules() if isinstance(module, FixedClassifier))
-    return options.replace(lr=GENTLE_RATE if starts_near(heads) else USUAL_RATE)
+    # A run of an older version may lack an option, which then had the usual value.
+    near = stored is None and not options.from_scratch and starts_near(heads)
+    usual = {
+        "lr": GENTLE_RATE if near else USUAL_RATE,
+        "distill_weight": GENTLE_TEACHING if near else USUAL_TEACHING,
+    }
+    was = {} if stored is None else {name: getattr(stored, name) for name in missing}
+    return options.replace(**{name: usual[name] if was.get(name) is None else was[name] for name in missing})
 
 
 def default_teacher(

@@ -139,7 +139,7 @@ def test_a_head_that_starts_near_the_original_learns_from_it_unless_told_not_to(
         return json.loads((tmp_path / out / "run.json").read_text())
 
     code, _, err = run("finetune", *given, "-o", "taught")
-    assert code == 0 and "learning from the original too: learned.pth (--no-distill" in err
+    assert code == 0 and "learning from the original's answers: learned.pth (--no-distill" in err
     assert facts("taught")["teacher"]["name"] == "learned.pth"  # type: ignore[index]
     assert f"distill: {original}" in (tmp_path / "taught" / "recipe.yaml").read_text()
     code, _, err = run("finetune", *given, "-o", "taught", "--resume")

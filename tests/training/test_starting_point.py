@@ -15,7 +15,8 @@ import fixify
 from fixify.checkpoints.slim import read_info
 from fixify.heads import HeadSpec
 from fixify.training import FinetuneOptions, FinetuneResult
-from fixify.training.options import GENTLE_RATE, USUAL_RATE, TrainOptions
+from fixify.training.options import GENTLE_RATE, GENTLE_TEACHING, USUAL_RATE, USUAL_TEACHING, TrainOptions
+from fixify.training.run_folder import write_sealed
 from fixify.training.starting_point import default_teacher, recorded_original, resolved_options, starts_near
 
 Run = Callable[..., FinetuneResult]
@@ -45,13 +46,16 @@ def test_a_head_is_near_if_it_stores_a_sign_per_weight() -> None:
     assert not starts_near([few]) and not starts_near([near, HeadSpec("hadamard", 256, 500, matched=True)])
 
 
-def test_the_learning_rate_follows_from_the_head_unless_it_is_given(new_model: Any, tmp_path: Path) -> None:
+def test_rate_and_teaching_follow_from_the_head_unless_they_are_given(new_model: Any, tmp_path: Path) -> None:
     learned, hadamard = new_model(fixed=False), new_model()
-    assert OPTIONS.lr is None and GENTLE_RATE < USUAL_RATE
-    for model, rate in ((learned, GENTLE_RATE), (hadamard, USUAL_RATE)):
-        assert resolved_options(OPTIONS, model, tmp_path, resume=False) == OPTIONS.replace(lr=rate)
-        assert resolved_options(OPTIONS.replace(lr=0.3), model, tmp_path, resume=False).lr == 0.3
-    assert TrainOptions.create(model="resnet18").lr == 0.1
+    assert OPTIONS.lr is OPTIONS.distill_weight is None and GENTLE_RATE < USUAL_RATE
+    for model, rate, weight in ((learned, GENTLE_RATE, GENTLE_TEACHING), (hadamard, USUAL_RATE, USUAL_TEACHING)):
+        resolved = resolved_options(OPTIONS, model, tmp_path, resume=False)
+        assert resolved == OPTIONS.replace(lr=rate, distill_weight=weight)
+        resolved = resolved_options(OPTIONS.replace(lr=0.3, distill_weight=0.7), model, tmp_path, resume=False)
+        assert (resolved.lr, resolved.distill_weight) == (0.3, 0.7)
+    from_scratch = resolved_options(TrainOptions.create(model="resnet18"), learned, tmp_path, resume=False)
+    assert (from_scratch.lr, from_scratch.distill_weight) == (0.1, USUAL_TEACHING)
 
 
 def test_a_run_records_its_rate_and_resumes_with_it(run: Run, new_model: Any, tmp_path: Path) -> None:
@@ -59,9 +63,13 @@ def test_a_run_records_its_rate_and_resumes_with_it(run: Run, new_model: Any, tm
     stored = json.loads((tmp_path / "run.json").read_text())
     assert stored["options"]["lr"] == GENTLE_RATE
     assert f"lr: {GENTLE_RATE}" in (tmp_path / "recipe.yaml").read_text()
-    # A run of an older version, whose default was another one.
+    # A run of an older version, whose defaults were others and which had no distillation.
     old = tmp_path / "old"
-    run(old, OPTIONS.replace(lr=USUAL_RATE), new_model(fixed=False))
+    run(old, OPTIONS.replace(lr=USUAL_RATE, distill_weight=USUAL_TEACHING), new_model(fixed=False))
+    state, stored = torch.load(old / "state.pt", weights_only=True), json.loads((old / "run.json").read_text())
+    del state["recipe"]["distill_weight"], stored["options"]["distill_weight"]
+    write_sealed(old, state)
+    (old / "run.json").write_text(json.dumps(stored))
     assert run(old, OPTIONS, new_model(fixed=False), resume=True).history
 
 
