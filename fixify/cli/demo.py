@@ -29,8 +29,9 @@ def demo(
 ) -> None:
     """Convert, fine-tune and evaluate on real images: offline, on the CPU, in about two minutes.
 
-    A small network that reads 500 characters comes with fixify. The images are drawn with the typefaces of matplotlib,
-    and every accuracy is measured on typefaces that are not used in training.
+    A small network that reads 500 characters comes with fixify. Its letters and digits are the common case, fewer
+    classes than features; all of them show what more classes than features cost. The images are drawn with the
+    typefaces of matplotlib, and every accuracy is measured on typefaces that are not used in training.
     """
     from fixify.cli.progress import TrainingDisplay
     from fixify.demo.run import EPOCHS, run_demo

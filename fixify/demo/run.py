@@ -1,4 +1,4 @@
-"""Run the demo: draw the data, convert the shipped checkpoint, fine-tune it, and measure it on held-out typefaces.
+"""Run the demo: draw the data, convert a checkpoint, fine-tune it, and measure it on held-out typefaces.
 
 It does what a user would type, `fixify convert`, `fixify finetune` and `fixify eval`, through the same functions, and
 plots the accuracy per epoch and the scale alpha per step.
@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,21 +24,36 @@ from fixify._files import atomic_path, write_atomic
 from fixify.checkpoints.open import OpenModel, open_model
 from fixify.conversion import convert
 from fixify.data import OpenedData, make_loader, open_train_val
-from fixify.demo.glyphs import FACES, Faces, GlyphData, write_dataset
+from fixify.demo.glyphs import FACES, Faces, GlyphData, letter_labels, write_dataset
 from fixify.errors import OutputError, OutputExistsError
 from fixify.metrics import Metrics, evaluate
 from fixify.savings import Savings
-from fixify.training import EpochRecord, Event, FinetuneOptions, OpenedInputs, RunOutput, Step, finetune, train_model
+from fixify.training import (
+    EpochRecord,
+    Event,
+    FinetuneOptions,
+    FinetuneResult,
+    OpenedInputs,
+    RunOutput,
+    Step,
+    finetune,
+    train_model,
+)
+from fixify.training.teacher import open_reference
 
 SHIPPED = Path(__file__).with_name("glyphs500.pth")
 DEFAULT_FOLDER = Path("fixify-demo")
+LETTERS = "letters224"
+"""Name of the checkpoint that reads letters and digits: C = 224 classes, N = 256 features."""
 EPOCHS = 5
+MANY_EPOCHS = 2
+"""Epochs of the run with more classes than features: about as many steps as the others have in `EPOCHS`."""
 RESULTS = "demo.json"
 _CALIBRATION_IMAGES = 1024
 _MARK = "fixify.demo"
 _FIXED, _LEARNED, _QUIET = "#0b6e99", "#c2571a", "#6b7280"  # colours of the plot
 
-Stage = Literal["draw", "convert", "original", "one-shot", "finetune", "control", "reload"]
+Stage = Literal["draw", "convert", "original", "one-shot", "finetune", "control", "reload", "many"]
 
 
 @dataclass(frozen=True)
@@ -63,13 +77,32 @@ DemoListener = Callable[[DemoEvent], object]
 
 
 @dataclass(frozen=True)
+class ManyClasses:
+    """What more classes than features cost: the whole network that comes with fixify, converted and fine-tuned.
+
+    Attributes:
+        num_classes: Number of classes, about twice the number of features.
+        original_top1: Top-1 of the network with its learned classifier, percent.
+        top1: Top-1 with matched Hadamard codes after fine-tuning, percent.
+        steps: Updates of the fine-tuning.
+    """
+
+    num_classes: int
+    original_top1: float
+    top1: float
+    steps: int
+
+
+@dataclass(frozen=True)
 class DemoResult:
     """What the demo measured, all of it in this run.
 
+    Everything but `many` is about the letters and digits, which are fewer classes than the network has features.
+
     Attributes:
         folder: The folder that holds all files below.
-        original: The checkpoint with the learned classifier, a copy of the one that comes with fixify.
-        converted: The slim checkpoint right after conversion: a matched Hadamard head, calibrated without labels.
+        original: The checkpoint with the learned classifier: the letters and digits of the one that comes with fixify.
+        converted: The slim checkpoint right after conversion: a matched Hadamard head.
         one_shot: A slim checkpoint that is never trained: a binary head, calibrated without labels.
         finetuned: The slim checkpoint after fine-tuning, which is the one to use.
         data: The images.
@@ -81,8 +114,10 @@ class DemoResult:
         finetuned_metrics: Metrics of the file `finetuned`, read back from disk.
         history: Fine-tuning, epoch by epoch.
         control_history: Fine-tuning of the original with its learned classifier, on the same images, with the same
-            number of steps and learning rates. Empty if the control was left out.
+            number of steps and the same teacher, at the learning rate that `finetune` has for a learned head. Empty if
+            the control was left out.
         scales: (step, alpha) after each step of fine-tuning.
+        many: The same with more classes than features; None if it was left out.
         seconds: Duration of the whole demo.
     """
 
@@ -101,6 +136,7 @@ class DemoResult:
     history: tuple[EpochRecord, ...]
     control_history: tuple[EpochRecord, ...]
     scales: tuple[tuple[int, float], ...]
+    many: ManyClasses | None
     seconds: float
 
     @property
@@ -116,6 +152,7 @@ class DemoResult:
                 plain[name] = str(value)
             elif isinstance(value, (Metrics, Savings)):
                 plain[name] = value.to_dict()
+        plain["many"] = None if self.many is None else asdict(self.many)
         plain["data"] = {**asdict(self.data), "folder": str(self.data.folder)}
         for name in ("history", "control_history"):
             plain[name] = [record.to_dict() for record in plain[name]]
@@ -125,13 +162,13 @@ class DemoResult:
 def demo_options(epochs: int = EPOCHS, *, seed: int = 0) -> FinetuneOptions:
     """Return the options with which the demo fine-tunes.
 
-    A mirrored letter is another letter, so images are not flipped, and they are cropped only a little.
+    A mirrored letter is another letter, so images are not flipped, and they are cropped only a little. The learning
+    rate is the default of the head.
     """
     return FinetuneOptions.create(
         epochs=epochs,
         seed=seed,
         batch_size=64,
-        lr=0.1,
         warmup_epochs=0.25,
         scale=(0.8, 1.0),
         ratio=(0.9, 1.1),
@@ -148,6 +185,7 @@ def run_demo(
     *,
     epochs: int = EPOCHS,
     control: bool = True,
+    many: bool = True,
     faces: Faces = FACES,
     force: bool = False,
     on_event: DemoListener | None = None,
@@ -158,6 +196,7 @@ def run_demo(
         folder: Where all files go; it is made if it is missing. Images that an earlier demo drew there are used again.
         epochs: Epochs of fine-tuning.
         control: Also fine-tune the original with its learned classifier, to show what training alone gains.
+        many: Also show what more classes than features cost.
         faces: The typefaces of each split.
         force: Replace the results of an earlier demo in the folder.
         on_event: Called with each event; during training these are the events of `fixify.training.finetune`.
@@ -168,7 +207,7 @@ def run_demo(
         TrainingInterrupted: SIGINT or SIGTERM arrived.
     """
     with _one_thread():
-        return _run(folder, epochs, control, faces, force, on_event if on_event is not None else lambda _event: None)
+        return _Demo(folder, epochs, faces, on_event).run(control=control, many=many, force=force)
 
 
 @contextmanager
@@ -186,91 +225,157 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run(folder: Path, epochs: int, control: bool, faces: Faces, force: bool, tell: DemoListener) -> DemoResult:
-    started = time.perf_counter()
-    _claim(folder, force=force)
-    options = demo_options(epochs)
+class _Demo:
+    """The stages of the demo."""
 
-    tell(StageStarted("draw", "Drawing the glyphs"))
-    data = write_dataset(folder / "glyphs", faces=faces, on_progress=lambda done, total: tell(Counted(done, total)))
+    def __init__(self, folder: Path, epochs: int, faces: Faces, on_event: DemoListener | None) -> None:
+        self.folder, self.epochs, self.faces = folder, epochs, faces
+        self.tell: DemoListener = on_event if on_event is not None else lambda _event: None
+        self.scales: list[tuple[int, float]] = []
 
-    tell(StageStarted("convert", "Converting the checkpoint twice, calibrated on images without labels"))
-    original = folder / SHIPPED.name
-    with atomic_path(original) as temporary:
-        shutil.copyfile(SHIPPED, temporary)
-    calibrated = partial(
-        convert,
-        original,
-        calibrate=data.folder / "train",
-        calibrate_images=_CALIBRATION_IMAGES,
-        device="cpu",
-        force=True,
-    )
-    conversion = calibrated(folder / f"{SHIPPED.stem}.fixed.safetensors")
-    signs = calibrated(folder / f"{SHIPPED.stem}-signs.fixed.safetensors", head="binary")
+    def run(self, *, control: bool, many: bool, force: bool) -> DemoResult:
+        started = time.perf_counter()
+        folder, tell = self.folder, self.tell
+        _claim(folder, force=force)
+        tell(StageStarted("draw", "Drawing letters and digits"))
+        data = self._draw("letters", letter_labels())
 
-    tell(StageStarted("original", "Evaluating the original"))
-    opened = open_model(original)
-    train, val = open_train_val(str(data.folder))
-    original_metrics = _evaluate(opened, val, tell)
+        tell(StageStarted("convert", "Converting the checkpoint to Hadamard codes, and to one sign per weight"))
+        original = folder / f"{LETTERS}.pth"
+        write_letters(original)
+        conversion = convert(original, folder / f"{LETTERS}.fixed.safetensors", force=True)
+        signs = convert(
+            original,
+            folder / f"{LETTERS}-signs.fixed.safetensors",
+            head="binary",
+            calibrate=data.folder / "train",
+            calibrate_images=_CALIBRATION_IMAGES,
+            device="cpu",
+            force=True,
+        )
 
-    tell(StageStarted("one-shot", "Evaluating 1-bit signs, without any training"))
-    one_shot_metrics = _evaluate(open_model(signs.path), val, tell)
+        tell(StageStarted("original", "Evaluating the original"))
+        opened = open_model(original)
+        train, val = open_train_val(str(data.folder))
+        original_metrics = _evaluate(opened, val, tell)
 
-    tell(StageStarted("finetune", "Fine-tuning the fixed head"))
-    scales: list[tuple[int, float]] = []
+        tell(StageStarted("one-shot", "Evaluating 1-bit signs, without any training"))
+        one_shot_metrics = _evaluate(open_model(signs.path), val, tell)
 
-    def listen(event: Event) -> None:
-        if isinstance(event, Step) and event.scale is not None:
-            scales.append((event.step, event.scale))
-        tell(event)
+        tell(StageStarted("finetune", "Fine-tuning the Hadamard codes; the original teaches"))
+        tuned = self._finetune(conversion.path, data, original, self.epochs, "finetuned")
+        controlled: tuple[EpochRecord, ...] = ()
+        if control:
+            tell(StageStarted("control", "Fine-tuning the original in the same way, as a control"))
+            controlled = self._control(opened, train, val, original)
 
-    tuned = finetune(conversion.path, str(data.folder), folder / "finetuned", options, force=True, on_event=listen)
-    controlled: tuple[EpochRecord, ...] = ()
-    if control:
-        tell(StageStarted("control", "Fine-tuning the original in the same way, as a control"))
-        # The control is only measured, so nothing is saved.
-        controlled = train_model(
+        tell(StageStarted("reload", "Reading the slim checkpoint back and evaluating it"))
+        reloaded = _evaluate(open_model(tuned.best_path), val, tell)
+        costs = self._many() if many else None
+        plot = folder / "plot.png"
+        write_plot(
+            Curves(
+                original=original_metrics.top1,
+                fixed=[tuned.before.top1, *(record.val_top1 for record in tuned.history)],
+                control=[original_metrics.top1, *(record.val_top1 for record in controlled)] if controlled else [],
+                scales=self.scales,
+                num_images=original_metrics.num_images,
+            ),
+            plot,
+        )
+        result = DemoResult(
+            folder=folder,
+            original=original,
+            converted=conversion.path,
+            one_shot=signs.path,
+            finetuned=tuned.best_path,
+            data=data,
+            plot=plot,
+            savings=conversion.savings,
+            original_metrics=original_metrics,
+            converted_metrics=tuned.before,
+            one_shot_metrics=one_shot_metrics,
+            finetuned_metrics=reloaded,
+            history=tuned.history,
+            control_history=controlled,
+            scales=tuple(self.scales),
+            many=costs,
+            seconds=time.perf_counter() - started,
+        )
+        write_atomic(folder / RESULTS, json.dumps({_MARK: 1, **result.to_dict()}, indent=2) + "\n")
+        return result
+
+    def _draw(self, name: str, labels: Sequence[int] | None) -> GlyphData:
+        return write_dataset(
+            self.folder / name,
+            faces=self.faces,
+            labels=labels,
+            on_progress=lambda done, total: self.tell(Counted(done, total)),
+        )
+
+    def _finetune(self, slim: Path, data: GlyphData, teacher: Path, epochs: int, name: str) -> FinetuneResult:
+        def listen(event: Event) -> None:
+            if name == "finetuned" and isinstance(event, Step) and event.scale is not None:
+                self.scales.append((event.step, event.scale))
+            self.tell(event)
+
+        return finetune(
+            slim,
+            str(data.folder),
+            self.folder / name,
+            demo_options(epochs),
+            distill=teacher,
+            force=True,
+            on_event=listen,
+        )
+
+    def _control(
+        self, opened: OpenModel, train: OpenedData, val: OpenedData, original: Path
+    ) -> tuple[EpochRecord, ...]:
+        """Fine-tune the learned classifier; it is only measured, so nothing is saved."""
+        options = demo_options(self.epochs)
+        return train_model(
             opened.model,
-            OpenedInputs(train, val, opened.preprocessing),
+            OpenedInputs(train, val, opened.preprocessing, teacher=open_reference(original, val, options)),
             options,
-            RunOutput(folder / "control", save=lambda _model, _path, _record: None, force=True),
-            on_event=tell,
+            RunOutput(self.folder / "control", save=lambda _model, _path, _record: None, force=True),
+            on_event=self.tell,
         ).history
 
-    tell(StageStarted("reload", "Reading the slim checkpoint back and evaluating it"))
-    reloaded = _evaluate(open_model(tuned.best_path), val, tell)
-    plot = folder / "plot.png"
-    write_plot(
-        Curves(
-            original=original_metrics.top1,
-            fixed=[tuned.before.top1, *(record.val_top1 for record in tuned.history)],
-            control=[original_metrics.top1, *(record.val_top1 for record in controlled)] if controlled else [],
-            scales=scales,
-            num_images=original_metrics.num_images,
-        ),
-        plot,
-    )
-    result = DemoResult(
-        folder=folder,
-        original=original,
-        converted=conversion.path,
-        one_shot=signs.path,
-        finetuned=tuned.best_path,
-        data=data,
-        plot=plot,
-        savings=conversion.savings,
-        original_metrics=original_metrics,
-        converted_metrics=tuned.before,
-        one_shot_metrics=one_shot_metrics,
-        finetuned_metrics=reloaded,
-        history=tuned.history,
-        control_history=controlled,
-        scales=tuple(scales),
-        seconds=time.perf_counter() - started,
-    )
-    write_atomic(folder / RESULTS, json.dumps({_MARK: 1, **result.to_dict()}, indent=2) + "\n")
-    return result
+    def _many(self) -> ManyClasses:
+        """Convert and fine-tune the whole network, which has about twice as many classes as features."""
+        self.tell(StageStarted("many", "More classes than features: all characters, with as many steps"))
+        data = self._draw("glyphs", None)
+        original = self.folder / SHIPPED.name
+        with atomic_path(original) as temporary:
+            shutil.copyfile(SHIPPED, temporary)
+        conversion = convert(
+            original,
+            self.folder / f"{SHIPPED.stem}.fixed.safetensors",
+            calibrate=data.folder / "train",
+            calibrate_images=_CALIBRATION_IMAGES,
+            device="cpu",
+            force=True,
+        )
+        opened = open_model(original)
+        metrics = _evaluate(opened, open_train_val(str(data.folder))[1], self.tell)
+        epochs = min(MANY_EPOCHS, self.epochs)
+        tuned = self._finetune(conversion.path, data, original, epochs, "many")
+        return ManyClasses(data.num_classes, metrics.top1, tuned.after.val_top1, tuned.history[-1].step)
+
+
+def write_letters(path: Path) -> None:
+    """Write the letters and digits of the shipped network as a checkpoint of its own.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    content = torch.load(SHIPPED, weights_only=True)
+    kept, weights = list(letter_labels()), content["state_dict"]
+    chosen = {name: weights[name][kept].clone() for name in ("classifier.weight", "classifier.bias")}
+    args = {**content["args"], "num_classes": len(kept)}
+    with atomic_path(path) as temporary:
+        torch.save({"arch": content["arch"], "state_dict": {**weights, **chosen}, "args": args}, temporary)
 
 
 def _evaluate(opened: OpenModel, val: OpenedData, tell: DemoListener) -> Metrics:

@@ -71,7 +71,9 @@ def test_what_is_logged(watched: tuple[Path, FinetuneResult, Recorder]) -> None:
         assert values["train/loss"] == pytest.approx(record["loss"], rel=1e-9)
         assert values["train/scale"] == record["scale"]
     validations = [(step, values["val/top1"]) for step, values in recorder.values if "val/top1" in values]
-    assert validations == [(0, result.before.top1), *((r.step, r.val_top1) for r in result.history)]
+    assert result.start is not None  # measured again, because the head was calibrated
+    expected = [(0, result.before.top1), *((r.step, r.val_top1) for r in (result.start, *result.history))]
+    assert validations == expected
     assert recorder.finished == 1
 
 
