@@ -25,7 +25,7 @@ from fixify.training.options import (
     USUAL_TEACHING,
     FinetuneOptions,
 )
-from fixify.training.run_folder import begins_anew, stored_options
+from fixify.training.run_folder import RUN_FILE, begins_anew, stored_options
 from fixify.training.run_records import StartedRun, read_run_file
 
 
@@ -50,7 +50,11 @@ def resolved_options(options: FinetuneOptions, model: nn.Module, folder: Path, *
     missing = [name for name in ("lr", "distill_weight") if getattr(options, name) is None]
     if not missing:
         return options
-    stored = distributed.on_rank_zero(lambda: stored_options(folder, type(options))) if resume else None
+
+    def read() -> FinetuneOptions | None:
+        return stored_options(folder, type(options)) if (folder / RUN_FILE).exists() else None
+
+    stored = distributed.on_rank_zero(read) if resume else None
     heads = (module.spec for module in model.modules() if isinstance(module, FixedClassifier))
     # A run of an older version may lack an option, which then had the usual value.
     near = stored is None and not options.from_scratch and starts_near(heads)
