@@ -1,98 +1,116 @@
-"""Measure whether `finetune` harms a head that starts near the original, for several learning rates.
+"""Measure whether `finetune` harms a head that starts near the original, and whether the original as teacher helps.
 
-    python tests/benchmarks/gentle.py --out gentle.jsonl --lr 0.001 0.005 0.05 --distill
+    python tests/benchmarks/gentle.py --out gentle.jsonl --lr 0.001 0.005 --distill 0 1
     python tests/benchmarks/gentle.py --table gentle.jsonl
 
 Each trial is one `fixify.training.train_model` with the defaults of `finetune`, except for what the command line names.
-Letters are not mirrored and cropped less (`--hflip 0 --scale 0.8 1`). The data: the demo's glyphs with its network, and
-kanji-200 and Fashion-MNIST with the networks of retrofit.py (6,000 training images of Fashion-MNIST). Heads: the learned
-classifier itself (control); binary, one sign per weight; and matched Hadamard codes. The last two are calibrated on 1,024
-training images without labels. Top-1 is that of the last epoch, on every third held-out image (`tuned_on`, to choose) and
-on the others (`top1`, to report). Each trial is added to --out, and a trial that is there already is not repeated.
+Letters are not mirrored, and cropped less (`--hflip 0 --scale 0.8 1`). The data: the demo's 500 glyphs and its 224
+letters with their network; kanji-200 and Fashion-MNIST with the networks of retrofit.py, made by
+`retrofit.py --data NAME --seeds 0 --one-shot` with the same --cache. At most 4,500 training images. Heads: the learned
+classifier itself (control); binary, one sign per weight; and matched Hadamard codes. The last two are calibrated on
+1,024 training images without labels.
+
+Top-1 is that of the last epoch, on every third held-out image (`tuned_on`, to choose) and on the others (`top1`, to
+report). Each trial is added to --out, and a trial that is there already is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from retrofit import Old, binary, new_model, read_task
-from torch import nn
+from torch import Tensor, nn
 
 from fixify.checkpoints.open import open_model
 from fixify.data import OpenedData, make_loader, open_train_val
 from fixify.data.idx import ArrayImages
 from fixify.demo.glyphs import write_dataset
-from fixify.demo.run import SHIPPED
+from fixify.demo.run import SHIPPED, letter_labels, write_letters
 from fixify.heads import HeadSpec, replacement
 from fixify.metrics import evaluate
 from fixify.training import FinetuneOptions, OpenedInputs, ReferenceModel, RunOutput, train_model
 
-CPU = torch.device("cpu")
-CALIBRATION_IMAGES = 1024
-FASHION_IMAGES = 6000
+DATA = ("glyphs", "letters", "kanji-200", "fashion-mnist")
 HEADS = ("learned", "binary", "hadamard")
+CPU = torch.device("cpu")
+CALIBRATION_IMAGES, TRAIN_IMAGES = 1024, 4500
 LETTERS = {"hflip": 0.0, "scale": (0.8, 1.0)}
+KEYS = ("data", "head", "epochs", "lr", "distill", "seed")
+PLAIN = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "interpolation": "bilinear", "crop_pct": 1.0}
 
 
 @dataclass(frozen=True)
 class Task:
-    """Images and the trained network of one data set."""
+    """Images of one data set, and what its network's classifier and features are; `network` is made anew each time."""
 
     name: str
     train: OpenedData
     tune: OpenedData
     val: OpenedData
     preprocessing: dict
-    old: Old
     cache: Path
-    seed: int
 
     def network(self) -> nn.Module:
         """Return the trained network with its learned classifier."""
         if self.name == "glyphs":
             return open_model(SHIPPED).model
-        task = read_task(self.name, self.cache)
-        model = new_model(task, 256, 0)
+        if self.name == "letters":
+            path = self.cache / "letters224.pth"
+            write_letters(path)
+            return open_model(path).model
+        model = new_model(read_task(self.name, self.cache), 256, 0)
         model.load_state_dict(torch.load(self.cache / f"{self.name}-256-0.pth"))
         return model.eval()
 
+    @torch.no_grad()
+    def old(self) -> Old:
+        """Return the classifier that is replaced, and features of training images."""
+        model = self.network()
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(2000))[:CALIBRATION_IMAGES]
+        images = self.train.images
+        some = replace(self.train, images=ArrayImages(images.pixels[order.numpy()], images.labels[order.numpy()]))
+        found: list[Tensor] = []
+        layer = model.get_classifier()
+        hook = layer.register_forward_pre_hook(lambda _module, inputs: found.append(inputs[0].clone()))
+        for batch, _ in make_loader(some, self.preprocessing, training=False, batch_size=256, workers=0):
+            model(batch)
+        hook.remove()
+        return Old(layer.weight.detach().float(), layer.bias.detach().float(), torch.cat(found))
+
 
 def read(name: str, cache: Path) -> Task:
-    """Read a data set and its network."""
-    if name == "glyphs":
-        write_dataset(cache / "glyphs")
-        opened = open_model(SHIPPED)
-        train, val = open_train_val(str(cache / "glyphs"))
-        pixels, labels = zip(*(_arrays(data) for data in (train, val)), strict=True)
-        train, *held_out = _split(name, train.class_names, pixels, labels)
-        model, preprocessing = opened.model, opened.preprocessing
+    """Read a data set."""
+    preprocessing = PLAIN
+    if name in ("glyphs", "letters"):
+        labels = None if name == "glyphs" else letter_labels()
+        write_dataset(cache / name, labels=labels)
+        preprocessing = dict(open_model(SHIPPED).preprocessing)
+        splits = open_train_val(str(cache / name))
+        names = splits[0].class_names
+        (train, train_labels), (held_out, val_labels) = map(_arrays, splits)
+        kept = np.arange(0, len(train), -(-len(train) // TRAIN_IMAGES))
     else:
         task = read_task(name, cache)
-        images = torch.cat([task.tune, task.val]).numpy(), torch.cat([task.tune_labels, task.val_labels]).numpy()
-        count = FASHION_IMAGES if name == "fashion-mnist" else len(task.train)
         names = tuple(str(label) for label in range(task.num_classes))
-        train = _opened(name, names, task.train[:count].numpy(), task.train_labels[:count].numpy(), "train")
-        cut = len(task.tune)
-        held_out = [
-            _opened(name, names, images[0][part], images[1][part], "val") for part in (slice(0, cut), slice(cut, None))
-        ]
-        model = new_model(task, 256, 0)
-        model.load_state_dict(torch.load(cache / f"{name}-256-0.pth"))
-        preprocessing = {
-            "input_size": (1, 32, 32),
-            "mean": (0.5,),
-            "std": (0.5,),
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-        }
-    return Task(name, train, *held_out, preprocessing, _old(model, train, preprocessing), cache, 0)
+        train, train_labels = task.train.numpy(), task.train_labels.numpy()
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+        kept = order[:TRAIN_IMAGES].numpy()
+        held_out, val_labels = None, None
+    opened = [_opened(name, names, train[kept], train_labels[kept], "train")]
+    if held_out is None:
+        parts = [(task.tune.numpy(), task.tune_labels.numpy()), (task.val.numpy(), task.val_labels.numpy())]
+    else:
+        third = np.arange(len(held_out)) % 3 == 0
+        parts = [(held_out[part], val_labels[part]) for part in (third, ~third)]
+    opened += [_opened(name, names, *part, "val") for part in parts]
+    return Task(name, *opened, preprocessing, cache)
 
 
 def _arrays(data: OpenedData) -> tuple[np.ndarray, np.ndarray]:
@@ -100,39 +118,17 @@ def _arrays(data: OpenedData) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([np.asarray(image) for image, _ in loaded]), np.array([label for _, label in loaded])
 
 
-def _split(name: str, names: tuple[str, ...], pixels: tuple, labels: tuple) -> Iterator[OpenedData]:
-    yield _opened(name, names, pixels[0], labels[0], "train")
-    third = np.arange(len(labels[1])) % 3 == 0
-    for part in (third, ~third):
-        yield _opened(name, names, pixels[1][part], labels[1][part], "val")
-
-
 def _opened(name: str, names: tuple[str, ...], pixels: np.ndarray, labels: np.ndarray, split: str) -> OpenedData:
     images = ArrayImages(np.ascontiguousarray(pixels), labels.astype(np.int64))
     return OpenedData(images, names, name, f"{len(labels)} images", name, split)
 
 
-@torch.no_grad()
-def _old(model: nn.Module, train: OpenedData, preprocessing: dict) -> Old:
-    model.eval()
-    layer = model.get_classifier()
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(2000))[:CALIBRATION_IMAGES].numpy()
-    some = replace(train, images=ArrayImages(train.images.pixels[order], train.images.labels[order]))
-    loader = make_loader(some, preprocessing, training=False, batch_size=256, workers=0)
-    features: list[torch.Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _module, inputs: features.append(inputs[0].detach().clone()))
-    for images, _ in loader:
-        model(images)
-    hook.remove()
-    return Old(layer.weight.detach().float(), layer.bias.detach().float(), torch.cat(features))
-
-
 def with_head(model: nn.Module, head: str, old: Old) -> nn.Module:
     """Put a head on the network."""
+    classes, features = old.weight.shape
     if head == "binary":
-        model.classifier = binary(old, old.weight.shape[1])
+        model.classifier = binary(old, features)
     elif head == "hadamard":
-        classes, features = old.weight.shape
         spec = HeadSpec("hadamard", features, classes, standardize=True, matched=True, blocks=-(-classes // features))
         model.classifier = replacement(spec, old.weight, old.bias, features=old.features).head
     return model
@@ -140,84 +136,78 @@ def with_head(model: nn.Module, head: str, old: Old) -> nn.Module:
 
 def top1(model: nn.Module, data: OpenedData, preprocessing: dict) -> float:
     """Measure a model, percent."""
-    return evaluate(model, make_loader(data, preprocessing, training=False, batch_size=250, workers=0), device=CPU).top1
+    loader = make_loader(data, preprocessing, training=False, batch_size=250, workers=0)
+    return evaluate(model, loader, device=CPU).top1
 
 
-def trial(task: Task, head: str, options: FinetuneOptions, distill: bool) -> dict:
-    """Fine-tune one head and measure it before and after."""
-    model = with_head(task.network(), head, task.old)
-    found = {"tuned_before": top1(model, task.tune, task.preprocessing)}
-    found["before"] = top1(model, task.val, task.preprocessing)
-    teacher = ReferenceModel("original", "0" * 64, task.network(), task.preprocessing) if distill else None
+def trial(task: Task, old: Old, head: str, options: FinetuneOptions, *, taught: bool) -> dict:
+    """Fine-tune one head, and measure it before and after."""
+    model = with_head(task.network(), head, old)
+    before = [top1(model, data, task.preprocessing) for data in (task.tune, task.val)]
+    teacher = ReferenceModel("original", "0" * 64, task.network(), task.preprocessing) if taught else None
     with tempfile.TemporaryDirectory() as folder:
         opened = OpenedInputs(task.train, task.tune, task.preprocessing, teacher=teacher)
         output = RunOutput(Path(folder), save=lambda _model, _path, _record: None, force=True)
-        result = train_model(model, opened, options, output)
-    found["tuned_on"] = result.history[-1].val_top1
-    found["epochs_tuned_on"] = [record.val_top1 for record in result.history]
-    found["top1"] = top1(model, task.val, task.preprocessing)
-    return found
+        history = train_model(model, opened, options, output).history
+    return {
+        "tuned_before": before[0],
+        "before": before[1],
+        "tuned_on": history[-1].val_top1,
+        "epochs_tuned_on": [record.val_top1 for record in history],
+        "top1": top1(model, task.val, task.preprocessing),
+    }
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the trials that are not in the file yet."""
     torch.set_num_threads(1)
-    known = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
-    done = {_key(entry) for entry in known}
+    done = {tuple(entry[key] for key in KEYS) for entry in entries(arguments.out)}
     for name in arguments.data:
         task = read(name, arguments.cache)
-        for epochs in arguments.epochs:
-            for head in arguments.heads:
-                for lr in arguments.lr:
-                    for distill in (False, True) if arguments.distill else (False,):
-                        for seed in arguments.seeds:
-                            entry = {"data": name, "head": head, "epochs": epochs, "lr": lr, "distill": distill}
-                            entry["seed"] = seed
-                            if _key(entry) in done:
-                                continue
-                            options = FinetuneOptions.create(
-                                epochs=epochs,
-                                seed=seed,
-                                workers=0,
-                                device="cpu",
-                                channels_last=True,
-                                **({} if lr is None else {"lr": lr}),
-                                **({} if name == "fashion-mnist" else LETTERS),
-                            )
-                            entry |= trial(task, head, options, distill)
-                            with arguments.out.open("a") as file:
-                                file.write(json.dumps(entry) + "\n")
-                            print(json.dumps(entry), flush=True)
+        old = task.old()
+        wanted = itertools.product(arguments.heads, arguments.epochs, arguments.lr, arguments.distill, arguments.seeds)
+        for head, epochs, lr, weight, seed in wanted:
+            if (name, head, epochs, lr, weight, seed) in done:
+                continue
+            given = {"lr": lr, "distill_weight": weight or None}
+            given |= {} if name == "fashion-mnist" else LETTERS
+            options = FinetuneOptions.create(
+                epochs=epochs, seed=seed, workers=0, device="cpu", channels_last=True, **given
+            )
+            found = dict(zip(KEYS, (name, head, epochs, lr, weight, seed), strict=True))
+            found |= trial(task, old, head, options, taught=weight > 0)
+            with arguments.out.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+            print(json.dumps(found), flush=True)
 
 
-def _key(entry: dict) -> tuple:
-    return tuple(entry[name] for name in ("data", "head", "epochs", "lr", "distill", "seed"))
+def entries(path: Path) -> list[dict]:
+    """Read the trials of a file; none if it is missing."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def print_table(path: Path) -> None:
     """Print one row per trial."""
-    print("| data | head | distilled | learning rate | epochs | seed | before | after | change |\n|" + "---|" * 9)
-    for line in path.read_text().splitlines():
-        e = json.loads(line)
+    print(
+        "| data | head | epochs | learning rate | teacher's weight | before | after | change | change on the other third |"
+        "\n|" + "---|" * 9
+    )
+    for e in sorted(entries(path), key=lambda e: [DATA.index(e["data"]), HEADS.index(e["head"]), e["epochs"]]):
+        what = f"{e['data']} | {e['head']} | {e['epochs']} | {e['lr'] or 'default'} | {e['distill']:g}"
         print(
-            f"| {e['data']} | {e['head']} | {'yes' if e['distill'] else 'no'} | {e['lr'] or 'default'} | {e['epochs']} "
-            f"| {e['seed']} | {e['before']:.2f} | {e['top1']:.2f} | {e['top1'] - e['before']:+.2f} |"
+            f"| {what} | {e['before']:.2f} | {e['top1']:.2f} | {e['top1'] - e['before']:+.2f} | {e['tuned_on'] - e['tuned_before']:+.2f} |"
         )
-
-
-def _rate(text: str) -> float | None:
-    return None if text == "default" else float(text)
 
 
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", default=["glyphs", "kanji-200", "fashion-mnist"])
-    parser.add_argument("--heads", nargs="+", default=["learned", "binary"], choices=HEADS)
-    parser.add_argument("--lr", nargs="+", type=_rate, default=[None])
+    parser.add_argument("--data", nargs="+", default=DATA, choices=DATA)
+    parser.add_argument("--heads", nargs="+", default=HEADS[:2], choices=HEADS)
+    parser.add_argument("--lr", nargs="+", type=lambda text: None if text == "default" else float(text), default=[None])
     parser.add_argument("--epochs", nargs="+", type=int, default=[5])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--distill", action="store_true", help="also with the original as teacher")
+    parser.add_argument("--distill", nargs="+", type=float, default=[0.0], help="weights of the teacher; 0: none")
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmark"), help="folder of images and networks")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark/gentle.jsonl"))
     parser.add_argument("--table", type=Path, metavar="RESULTS", help="print the table of these results")
