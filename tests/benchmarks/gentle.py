@@ -188,15 +188,12 @@ def entries(path: Path) -> list[dict]:
 
 def print_table(path: Path) -> None:
     """Print one row per trial."""
-    print(
-        "| data | head | epochs | learning rate | teacher's weight | before | after | change | change on the other third |"
-        "\n|" + "---|" * 9
-    )
+    columns = ("data", "head", "epochs", "learning rate", "teacher's weight", "before", "after", "change")
+    print(f"| {' | '.join(columns)} | change on the other third |\n|" + "---|" * 9)
     for e in sorted(entries(path), key=lambda e: [DATA.index(e["data"]), HEADS.index(e["head"]), e["epochs"]]):
         what = f"{e['data']} | {e['head']} | {e['epochs']} | {e['lr'] or 'default'} | {e['distill']:g}"
-        print(
-            f"| {what} | {e['before']:.2f} | {e['top1']:.2f} | {e['top1'] - e['before']:+.2f} | {e['tuned_on'] - e['tuned_before']:+.2f} |"
-        )
+        changes = f"{e['top1'] - e['before']:+.2f} | {e['tuned_on'] - e['tuned_before']:+.2f}"
+        print(f"| {what} | {e['before']:.2f} | {e['top1']:.2f} | {changes} |")
 
 
 def main() -> None:
