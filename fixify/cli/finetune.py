@@ -54,8 +54,8 @@ def finetune(
         bool,
         typer.Option(
             "--no-distill",
-            help="No teacher. Default: the original, if the head stores one bit per weight or more and it is known "
-            "(--against, or beside SLIM under its recorded name and hash).",
+            help="No teacher. Default: the original, if it is known (--against, or beside SLIM under its recorded name "
+            "and hash) and the codes are matched to it or have one bit per weight or more.",
             rich_help_panel=PANELS["distillation"],
         ),
     ] = False,

@@ -222,7 +222,9 @@ def finetune_table(result: FinetuneResult) -> Table:
     after = result.after
     best = (after.val_top1, after.val_top5, after.val_loss, after.val_ece)
     epochs = round(after.epochs, 2)
-    when = "best: the start" if result.best_is_start else f"after {epochs:g} epoch{'' if epochs == 1 else 's'}"
+    when = f"after {epochs:g} epoch{'' if epochs == 1 else 's'}"
+    if result.best_is_start:
+        when = "best: the start" + (", calibrated" if after.val_loss != result.before.loss else "")
     made.add_row(when, *_formatted(*best))
     sent = next((record for record in reversed(result.history) if record.gradient_bytes is not None), None)
     if sent is not None:

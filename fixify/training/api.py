@@ -68,8 +68,8 @@ def finetune(
             training, and `options.max_drop` is measured from it. None takes the teacher if `max_drop` has no number.
         distill: The teacher, a checkpoint or a model name, usually the original; `options.distill_weight` is its
             weight. With `options.unlabelled` the data may be any images; see `fixify.data.open_unlabelled`. None takes
-            the original for heads that start near it (see `fixify.training.starting_point.default_teacher`): `against`,
-            or the file that the checkpoint was made from if it lies beside it unchanged. False takes none.
+            the original for most heads that were converted from it (`fixify.training.starting_point.default_teacher`):
+            `against`, or the file that the checkpoint was made from if it lies beside it unchanged. False takes none.
         resume: Continue the run in `out_dir`.
         force: Replace the run in `out_dir`.
         download: Allow downloading `torch/...` data.

@@ -334,6 +334,13 @@ class TrainOptions(FinetuneOptions):
     epochs: int = option(90, "Passes over the training images.", ge=0)
     batch_size: int = option(256, "Images per step of each process.", flags=("-b", "--batch-size"), ge=1)
     lr: float = option(0.1, "Peak learning rate.", gt=0, allow_inf_nan=False)
+    distill_weight: float = option(
+        USUAL_TEACHING,
+        "The teacher's weight in the loss; the labels have the rest.",
+        panel="distillation",
+        gt=0,
+        le=1,
+    )
     scale: tuple[float, float] = option((0.08, 1.0), "Area of the random crop, from and to.", panel="augmentation")
     color_jitter: float = option(0.4, "Strength of the colour jitter.", panel="augmentation", ge=0)
 

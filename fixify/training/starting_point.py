@@ -1,8 +1,8 @@
 """What follows from where a run starts: defaults of its options, and the teacher that it has if nobody names one.
 
 A learned classifier, and a head that stores at least one sign per weight of it, start near the original. The rates that
-other heads need would first destroy what such a head knows. So it trains gently, and learns from the original's answers
-where the original is at hand. tests/benchmarks/gentle.py measured both.
+other heads need would first destroy what such a head knows, so it trains gently. Where the original is at hand, these
+heads and those with matched codes learn from its answers. tests/benchmarks/gentle.py measured both.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def resolved_options(options: FinetuneOptions, model: nn.Module, folder: Path, *
     stored = distributed.on_rank_zero(read) if resume else None
     heads = (module.spec for module in model.modules() if isinstance(module, FixedClassifier))
     # A run of an older version may lack an option, which then had the usual value.
-    near = stored is None and not options.from_scratch and starts_near(heads)
+    near = stored is None and starts_near(heads)
     usual = {
         "lr": GENTLE_RATE if near else USUAL_RATE,
         "distill_weight": GENTLE_TEACHING if near else USUAL_TEACHING,
@@ -69,7 +69,9 @@ def resolved_options(options: FinetuneOptions, model: nn.Module, folder: Path, *
 def default_teacher(
     slim: Path, info: SlimInfo, against: Path | str | None, options: FinetuneOptions
 ) -> Path | str | None:
-    """Return the original of a head that starts near it; None for other heads, and where a teacher does not fit.
+    """Return the original of a head that knows its classes; None for other heads, and where a teacher does not fit.
+
+    These heads start near the original, or their codes were matched to its class vectors.
 
     Args:
         slim: The slim checkpoint.
@@ -77,7 +79,8 @@ def default_teacher(
         against: The original, if it was named.
         options: A teacher needs labels, the cross-entropy, and memory for the logits of all classes.
     """
-    if options.unlabelled or options.loss != "cross-entropy" or not starts_near(head.spec for head in info.heads):
+    knows_classes = all(head.spec.matched or starts_near([head.spec]) for head in info.heads)
+    if options.unlabelled or options.loss != "cross-entropy" or not knows_classes:
         return None
     if options.batch_size * info.num_classes >= BLOCKED_FROM:
         return None

@@ -35,13 +35,14 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("signs", {"head": "binary"}),
         ("few", {"head": "binary", "bits_per_class": 64}),
         ("rows", {}),
+        ("in-order", {"match": False}),
     ):
         fixify.convert(folder / "learned.pth", folder / f"{name}.fixed.safetensors", **options)
     return folder
 
 
 def test_a_head_is_near_if_it_stores_a_sign_per_weight() -> None:
-    near, few = HeadSpec("binary", 256, 500), HeadSpec("binary", 256, 500, bits_per_class=255)
+    near, few = (HeadSpec("binary", 256, 500, bits_per_class=bits) for bits in (256, 255))
     assert starts_near([]) and starts_near([near, near])
     assert not starts_near([few]) and not starts_near([near, HeadSpec("hadamard", 256, 500, matched=True)])
 
@@ -98,6 +99,7 @@ def test_who_has_a_teacher_by_default(converted: Path) -> None:
         return default_teacher(slim, read_info(slim), against, OPTIONS.replace(**options))
 
     assert chosen("signs") == original and chosen("signs", "other.pth") == "other.pth"
-    assert chosen("few") is chosen("rows") is chosen("rows", "other.pth") is None
+    assert chosen("rows") == original  # matched codes
+    assert chosen("few") is chosen("in-order") is chosen("in-order", "other.pth") is None
     assert chosen("signs", unlabelled=True) is chosen("signs", loss="cosine") is None
     assert chosen("signs", batch_size=1 << 22) is None  # the logits of all classes would not fit
