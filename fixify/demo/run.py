@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from fixify._files import atomic_path, write_atomic
 from fixify.checkpoints.open import OpenModel, open_model
-from fixify.conversion import convert
+from fixify.conversion import Conversion, convert
 from fixify.data import OpenedData, make_loader, open_train_val
 from fixify.demo.glyphs import FACES, Faces, GlyphData, letter_labels, write_dataset
 from fixify.errors import OutputError, OutputExistsError
@@ -102,7 +102,7 @@ class DemoResult:
     Attributes:
         folder: The folder that holds all files below.
         original: The checkpoint with the learned classifier: the letters and digits of the one that comes with fixify.
-        converted: The slim checkpoint right after conversion: a matched Hadamard head.
+        converted: The slim checkpoint right after conversion: a matched Hadamard head, calibrated without labels.
         one_shot: A slim checkpoint that is never trained: a binary head, calibrated without labels.
         finetuned: The slim checkpoint after fine-tuning, which is the one to use.
         data: The images.
@@ -240,19 +240,11 @@ class _Demo:
         tell(StageStarted("draw", "Drawing letters and digits"))
         data = self._draw("letters", letter_labels())
 
-        tell(StageStarted("convert", "Converting the checkpoint to Hadamard codes, and to one sign per weight"))
+        tell(StageStarted("convert", "Converting the checkpoint twice, calibrated on images without labels"))
         original = folder / f"{LETTERS}.pth"
         write_letters(original)
-        conversion = convert(original, folder / f"{LETTERS}.fixed.safetensors", force=True)
-        signs = convert(
-            original,
-            folder / f"{LETTERS}-signs.fixed.safetensors",
-            head="binary",
-            calibrate=data.folder / "train",
-            calibrate_images=_CALIBRATION_IMAGES,
-            device="cpu",
-            force=True,
-        )
+        conversion = _convert(original, folder / f"{LETTERS}.fixed.safetensors", data)
+        signs = _convert(original, folder / f"{LETTERS}-signs.fixed.safetensors", data, head="binary")
 
         tell(StageStarted("original", "Evaluating the original"))
         opened = open_model(original)
@@ -349,19 +341,19 @@ class _Demo:
         original = self.folder / SHIPPED.name
         with atomic_path(original) as temporary:
             shutil.copyfile(SHIPPED, temporary)
-        conversion = convert(
-            original,
-            self.folder / f"{SHIPPED.stem}.fixed.safetensors",
-            calibrate=data.folder / "train",
-            calibrate_images=_CALIBRATION_IMAGES,
-            device="cpu",
-            force=True,
-        )
+        conversion = _convert(original, self.folder / f"{SHIPPED.stem}.fixed.safetensors", data)
         opened = open_model(original)
         metrics = _evaluate(opened, open_train_val(str(data.folder))[1], self.tell)
         epochs = min(MANY_EPOCHS, self.epochs)
         tuned = self._finetune(conversion.path, data, original, epochs, "many")
         return ManyClasses(data.num_classes, metrics.top1, tuned.after.val_top1, tuned.history[-1].step)
+
+
+def _convert(source: Path, out: Path, data: GlyphData, **options: Any) -> Conversion:
+    images = data.folder / "train"
+    return convert(
+        source, out, calibrate=images, calibrate_images=_CALIBRATION_IMAGES, device="cpu", force=True, **options
+    )
 
 
 def write_letters(path: Path) -> None:
