@@ -291,7 +291,7 @@ def demo_table(result: DemoResult) -> Table:
         "accuracy", ">epochs", ">top-1", ">top-5", title=f"{images:,} images of {result.data.num_classes:,} characters"
     )
     tuned, first, last = result.finetuned_metrics, result.original_metrics, result.converted_metrics
-    epochs = str(len(result.history))
+    epochs = f"{result.history[-1].epochs:g}"
     made.add_row("original, learned classifier", "0", _percent(first.top1), _percent(first.top5))
     signs = result.one_shot_metrics
     made.add_row("one sign per weight (--head binary)", "0", _percent(signs.top1), _percent(signs.top5))
