@@ -45,10 +45,12 @@ SHIPPED = Path(__file__).with_name("glyphs500.pth")
 DEFAULT_FOLDER = Path("fixify-demo")
 LETTERS = "letters224"
 """Name of the checkpoint that reads letters and digits: C = 224 classes, N = 256 features."""
-EPOCHS, LAST_BLOCK_EPOCHS, RATE = 3, 20, 0.02
-"""Epochs of fine-tuning; of the last blocks alone before them, which cost little; and the rate of fixed heads."""
-MANY_EPOCHS = 1
-"""Epochs of the run with more classes than features, which has twice as many images."""
+LAST_BLOCK_EPOCHS, LAST_BLOCK_RATE = 30, 0.1
+"""Epochs of the last blocks alone, which cost little because features are computed once; and their learning rate."""
+EPOCHS, RATE = 2, 0.005
+"""Epochs of the whole network after that; and their learning rate."""
+MANY_LAST_BLOCK_EPOCHS = 15
+"""Epochs of the last blocks with more classes than features and twice as many images."""
 RESULTS = "demo.json"
 _CALIBRATION_IMAGES = 1024
 _MARK = "fixify.demo"
@@ -84,14 +86,14 @@ class ManyClasses:
     Attributes:
         num_classes: Number of classes, about twice the number of features.
         original_top1: Top-1 of the network with its learned classifier, percent.
-        top1: Top-1 with matched Hadamard codes after fine-tuning, percent.
-        steps: Updates of the fine-tuning.
+        top1: Top-1 with matched Hadamard codes after fine-tuning of the last blocks, percent.
+        epochs: Epochs of this fine-tuning.
     """
 
     num_classes: int
     original_top1: float
     top1: float
-    steps: int
+    epochs: int
 
 
 @dataclass(frozen=True)
@@ -163,16 +165,16 @@ class DemoResult:
 def demo_options(epochs: int = EPOCHS, *, seed: int = 0) -> FinetuneOptions:
     """Return the options with which the demo fine-tunes.
 
-    A mirrored letter is another letter, so images are not flipped, and they are cropped only a little. Most of the way
-    is done by the last blocks alone; therefore the learning rate is below the default.
+    A mirrored letter is another letter, so images are not flipped, and they are cropped only a little. With 0 epochs
+    only the last blocks are trained.
     """
     return FinetuneOptions.create(
         epochs=epochs,
         seed=seed,
         batch_size=64,
-        lr=RATE,
+        lr=RATE if epochs else LAST_BLOCK_RATE,
         warmup_epochs=0.25,
-        last_block_epochs=LAST_BLOCK_EPOCHS,
+        last_block_epochs=0 if epochs else LAST_BLOCK_EPOCHS,
         scale=(0.8, 1.0),
         ratio=(0.9, 1.1),
         hflip=0.0,
@@ -258,7 +260,8 @@ class _Demo:
         one_shot_metrics = _evaluate(open_model(signs.path), val, tell)
 
         tell(StageStarted("finetune", "Fine-tuning the Hadamard codes; the original teaches"))
-        tuned = self._finetune(conversion.path, data, original, self.epochs, "finetuned")
+        first, tuned = self._finetune(conversion.path, data, original)
+        history = (*first.history, *tuned.history)
         controlled: tuple[EpochRecord, ...] = ()
         if control:
             tell(StageStarted("control", "Fine-tuning the original in the same way, as a control"))
@@ -271,7 +274,7 @@ class _Demo:
         write_plot(
             Curves(
                 original=original_metrics.top1,
-                fixed=[tuned.before.top1, *(record.val_top1 for record in tuned.history)],
+                fixed=[first.before.top1, *(record.val_top1 for record in history)],
                 control=[original_metrics.top1, *(record.val_top1 for record in controlled)] if controlled else [],
                 scales=self.scales,
                 num_images=original_metrics.num_images,
@@ -288,10 +291,10 @@ class _Demo:
             plot=plot,
             savings=conversion.savings,
             original_metrics=original_metrics,
-            converted_metrics=tuned.before,
+            converted_metrics=first.before,
             one_shot_metrics=one_shot_metrics,
             finetuned_metrics=reloaded,
-            history=tuned.history,
+            history=history,
             control_history=controlled,
             scales=tuple(self.scales),
             many=costs,
@@ -308,27 +311,24 @@ class _Demo:
             on_progress=lambda done, total: self.tell(Counted(done, total)),
         )
 
-    def _finetune(self, slim: Path, data: GlyphData, teacher: Path, epochs: int, name: str) -> FinetuneResult:
+    def _finetune(self, slim: Path, data: GlyphData, teacher: Path) -> tuple[FinetuneResult, FinetuneResult]:
+        """Train the last blocks, then the whole network gently, which leaves the first result if it is better."""
+
         def listen(event: Event) -> None:
-            if name == "finetuned" and isinstance(event, Step) and event.scale is not None:
+            if isinstance(event, Step) and event.scale is not None:
                 self.scales.append((event.step, event.scale))
             self.tell(event)
 
-        return finetune(
-            slim,
-            str(data.folder),
-            self.folder / name,
-            demo_options(epochs),
-            distill=teacher,
-            force=True,
-            on_event=listen,
-        )
+        given: dict[str, Any] = {"distill": teacher, "force": True, "on_event": listen}
+        name = str(data.folder)
+        first = finetune(slim, name, self.folder / "last-blocks", demo_options(0), **given)
+        return first, finetune(first.best_path, name, self.folder / "finetuned", demo_options(self.epochs), **given)
 
     def _control(
         self, opened: OpenModel, train: OpenedData, val: OpenedData, original: Path
     ) -> tuple[EpochRecord, ...]:
         """Fine-tune the learned classifier; it is only measured, so nothing is saved."""
-        options = demo_options(self.epochs).replace(lr=None)
+        options = demo_options(self.epochs).replace(lr=None, last_block_epochs=LAST_BLOCK_EPOCHS)
         return train_model(
             opened.model,
             OpenedInputs(train, val, opened.preprocessing, teacher=open_reference(original, val, options)),
@@ -339,7 +339,7 @@ class _Demo:
 
     def _many(self) -> ManyClasses:
         """Convert and fine-tune the whole network, which has about twice as many classes as features."""
-        self.tell(StageStarted("many", "More classes than features: all characters, with as many steps"))
+        self.tell(StageStarted("many", "More classes than features: all 500 characters"))
         data = self._draw("glyphs", None)
         original = self.folder / SHIPPED.name
         with atomic_path(original) as temporary:
@@ -347,9 +347,17 @@ class _Demo:
         conversion = _convert(original, self.folder / f"{SHIPPED.stem}.fixed.safetensors", data)
         opened = open_model(original)
         metrics = _evaluate(opened, open_train_val(str(data.folder))[1], self.tell)
-        epochs = min(MANY_EPOCHS, self.epochs)
-        tuned = self._finetune(conversion.path, data, original, epochs, "many")
-        return ManyClasses(data.num_classes, metrics.top1, tuned.after.val_top1, tuned.history[-1].step)
+        options = demo_options(0).replace(last_block_epochs=MANY_LAST_BLOCK_EPOCHS)
+        tuned = finetune(
+            conversion.path,
+            str(data.folder),
+            self.folder / "many",
+            options,
+            distill=original,
+            force=True,
+            on_event=self.tell,
+        )
+        return ManyClasses(data.num_classes, metrics.top1, tuned.after.val_top1, MANY_LAST_BLOCK_EPOCHS)
 
 
 def _convert(source: Path, out: Path, data: GlyphData, **options: Any) -> Conversion:

@@ -300,12 +300,13 @@ def demo_table(result: DemoResult) -> Table:
     if result.control is not None:
         control = result.control
         made.add_row("control: original, trained too", epochs, _percent(control.val_top1), _percent(control.val_top5))
-    notes = ["held-out typefaces; best epoch of each" + ("" if result.control else "; no control was run")]
+    notes = ["held-out typefaces; best epoch of each, after the last blocks alone"]
+    notes += [] if result.control else ["no control was run"]
     if result.many is not None:
         many = result.many
         notes.append(
             f"{many.num_classes} characters on the same features (C = 2 N): {_percent(many.top1)} of "
-            f"{_percent(many.original_top1)} after {many.steps} steps"
+            f"{_percent(many.original_top1)} after {many.epochs} epochs of the last blocks"
         )
     made.caption = "\n".join(notes)
     made.caption_justify = "left"
