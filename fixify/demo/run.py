@@ -45,11 +45,11 @@ SHIPPED = Path(__file__).with_name("glyphs500.pth")
 DEFAULT_FOLDER = Path("fixify-demo")
 LETTERS = "letters224"
 """Name of the checkpoint that reads letters and digits: C = 224 classes, N = 256 features."""
-LAST_BLOCK_EPOCHS, LAST_BLOCK_RATE = 30, 0.1
+LAST_BLOCK_EPOCHS, LAST_BLOCK_RATE = 30, 0.2
 """Epochs of the last blocks alone, which cost little because features are computed once; and their learning rate."""
-EPOCHS, RATE = 2, 0.005
+EPOCHS, RATE = 1, 0.005
 """Epochs of the whole network after that; and their learning rate."""
-MANY_LAST_BLOCK_EPOCHS = 15
+MANY_LAST_BLOCK_EPOCHS = 10
 """Epochs of the last blocks with more classes than features and twice as many images."""
 RESULTS = "demo.json"
 _CALIBRATION_IMAGES = 1024
