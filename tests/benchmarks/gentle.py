@@ -42,7 +42,7 @@ HEADS = ("learned", "binary", "hadamard")
 CPU = torch.device("cpu")
 CALIBRATION_IMAGES, TRAIN_IMAGES = 1024, 4500
 LETTERS = {"hflip": 0.0, "scale": (0.8, 1.0)}
-KEYS = ("data", "head", "epochs", "lr", "distill", "seed")
+KEYS = ("data", "head", "epochs", "lr", "distill", "seed", "set")
 PLAIN = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "interpolation": "bilinear", "crop_pct": 1.0}
 
 
@@ -161,24 +161,33 @@ def trial(task: Task, old: Old, head: str, options: FinetuneOptions, *, taught: 
 def run(arguments: argparse.Namespace) -> None:
     """Run the trials that are not in the file yet."""
     torch.set_num_threads(1)
-    done = {tuple(entry[key] for key in KEYS) for entry in entries(arguments.out)}
+    done = [{key: entry[key] for key in KEYS} for entry in entries(arguments.out)]
+    others = {name: json.loads(value) for name, value in (each.split("=") for each in arguments.set)}
     for name in arguments.data:
         task = read(name, arguments.cache)
         old = task.old()
-        wanted = itertools.product(arguments.heads, arguments.epochs, arguments.lr, arguments.distill, arguments.seeds)
-        for head, epochs, lr, weight, seed in wanted:
-            if (name, head, epochs, lr, weight, seed) in done:
+        for values in itertools.product(
+            [name], arguments.heads, arguments.epochs, arguments.lr, arguments.distill, arguments.seeds, [others]
+        ):
+            entry = dict(zip(KEYS, values, strict=True))
+            if entry in done:
                 continue
-            given = {"lr": lr, "distill_weight": weight or None}
-            given |= {} if name == "fashion-mnist" else LETTERS
+            given = {} if name == "fashion-mnist" else LETTERS
             options = FinetuneOptions.create(
-                epochs=epochs, seed=seed, workers=0, device="cpu", channels_last=True, **given
+                epochs=entry["epochs"],
+                seed=entry["seed"],
+                lr=entry["lr"],
+                distill_weight=entry["distill"] or None,
+                workers=0,
+                device="cpu",
+                channels_last=True,
+                **given,
+                **others,
             )
-            found = dict(zip(KEYS, (name, head, epochs, lr, weight, seed), strict=True))
-            found |= trial(task, old, head, options, taught=weight > 0)
+            entry |= trial(task, old, entry["head"], options, taught=entry["distill"] > 0)
             with arguments.out.open("a") as file:
-                file.write(json.dumps(found) + "\n")
-            print(json.dumps(found), flush=True)
+                file.write(json.dumps(entry) + "\n")
+            print(json.dumps(entry), flush=True)
 
 
 def entries(path: Path) -> list[dict]:
@@ -188,10 +197,11 @@ def entries(path: Path) -> list[dict]:
 
 def print_table(path: Path) -> None:
     """Print one row per trial."""
-    columns = ("data", "head", "epochs", "learning rate", "teacher's weight", "before", "after", "change")
-    print(f"| {' | '.join(columns)} | change on the other third |\n|" + "---|" * 9)
+    columns = ("data", "head", "epochs", "learning rate", "teacher's weight", "others", "before", "after", "change")
+    print(f"| {' | '.join(columns)} | change on the other third |\n|" + "---|" * 10)
     for e in sorted(entries(path), key=lambda e: [DATA.index(e["data"]), HEADS.index(e["head"]), e["epochs"]]):
-        what = f"{e['data']} | {e['head']} | {e['epochs']} | {e['lr'] or 'default'} | {e['distill']:g}"
+        others = ", ".join(f"{name} {value}" for name, value in e["set"].items())
+        what = f"{e['data']} | {e['head']} | {e['epochs']} | {e['lr'] or 'default'} | {e['distill']:g} | {others}"
         changes = f"{e['top1'] - e['before']:+.2f} | {e['tuned_on'] - e['tuned_before']:+.2f}"
         print(f"| {what} | {e['before']:.2f} | {e['top1']:.2f} | {changes} |")
 
@@ -205,6 +215,7 @@ def main() -> None:
     parser.add_argument("--epochs", nargs="+", type=int, default=[5])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--distill", nargs="+", type=float, default=[0.0], help="weights of the teacher; 0: none")
+    parser.add_argument("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="other options of finetune")
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmark"), help="folder of images and networks")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark/gentle.jsonl"))
     parser.add_argument("--table", type=Path, metavar="RESULTS", help="print the table of these results")
