@@ -19,7 +19,7 @@ def demo(
     folder: Annotated[Path, typer.Argument(help="Where everything is written.")] = Path("fixify-demo"),
     epochs: Annotated[
         int | None,
-        typer.Option(min=1, help="Epochs of fine-tuning. Default: as many as fit two minutes.", show_default=False),
+        typer.Option(min=0, help="Epochs of the whole network after the last blocks. Default: 0.", show_default=False),
     ] = None,
     control: Annotated[
         bool, typer.Option("--control/--no-control", help="Train the learned classifier in the same way, to compare.")

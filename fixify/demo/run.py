@@ -1,7 +1,7 @@
 """Run the demo: draw the data, convert a checkpoint, fine-tune it, and measure it on held-out typefaces.
 
 It does what a user would type, `fixify convert`, `fixify finetune` and `fixify eval`, through the same functions, and
-plots the accuracy per epoch and the scale alpha per step.
+plots the accuracy and the bytes per class.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from typing import Any, Literal
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter
 
 from fixify._files import atomic_path, write_atomic
 from fixify.checkpoints.open import OpenModel, open_model
+from fixify.checkpoints.slim import load
 from fixify.conversion import Conversion, convert
 from fixify.data import OpenedData, make_loader, open_train_val
 from fixify.demo.glyphs import FACES, Faces, GlyphData, letter_labels, write_dataset
 from fixify.errors import OutputError, OutputExistsError
+from fixify.heads import FixedClassifier, kind_of
 from fixify.metrics import Metrics, evaluate
 from fixify.savings import Savings
 from fixify.training import (
@@ -45,11 +47,11 @@ SHIPPED = Path(__file__).with_name("glyphs500.pth")
 DEFAULT_FOLDER = Path("fixify-demo")
 LETTERS = "letters224"
 """Name of the checkpoint that reads letters and digits: C = 224 classes, N = 256 features."""
-LAST_BLOCK_EPOCHS, LAST_BLOCK_RATE = 30, 0.2
+LAST_BLOCK_EPOCHS, LAST_BLOCK_RATE = 60, 0.2
 """Epochs of the last blocks alone, which cost little because features are computed once; and their learning rate."""
-EPOCHS, RATE = 1, 0.005
-"""Epochs of the whole network after that; and their learning rate."""
-MANY_LAST_BLOCK_EPOCHS = 10
+EPOCHS, RATE = 0, 0.005
+"""Epochs of the whole network after that, which does not gain from them; and their learning rate."""
+MANY_LAST_BLOCK_EPOCHS = 20
 """Epochs of the last blocks with more classes than features and twice as many images."""
 RESULTS = "demo.json"
 _CALIBRATION_IMAGES = 1024
@@ -109,7 +111,7 @@ class DemoResult:
         one_shot: A slim checkpoint that is never trained: a binary head, calibrated without labels.
         finetuned: The slim checkpoint after fine-tuning, which is the one to use.
         data: The images.
-        plot: The plot of accuracy and alpha.
+        plot: The plot of accuracy and bytes per class.
         savings: Parameters and bytes before and after.
         original_metrics: Metrics of the original on the held-out typefaces.
         converted_metrics: Metrics of the converted checkpoint before training.
@@ -119,7 +121,7 @@ class DemoResult:
         control_history: Fine-tuning of the original with its learned classifier, on the same images, with the same
             number of steps and the same teacher, at the learning rate that `finetune` has for a learned head. Empty if
             the control was left out.
-        scales: (step, alpha) after each step of fine-tuning.
+        scales: (step, alpha) after each step of the whole network.
         many: The same with more classes than features; None if it was left out.
         seconds: Duration of the whole demo.
     """
@@ -199,7 +201,7 @@ def run_demo(
 
     Args:
         folder: Where all files go; it is made if it is missing. Images that an earlier demo drew there are used again.
-        epochs: Epochs of fine-tuning, after the last blocks were trained alone.
+        epochs: Epochs of the whole network, after the last blocks were trained alone.
         control: Also fine-tune the original with its learned classifier, to show what training alone gains.
         many: Also show what more classes than features cost.
         faces: The typefaces of each split.
@@ -260,8 +262,11 @@ class _Demo:
         one_shot_metrics = _evaluate(open_model(signs.path), val, tell)
 
         tell(StageStarted("finetune", "Fine-tuning the Hadamard codes; the original teaches"))
-        first, tuned = self._finetune(conversion.path, data, original)
-        history = (*first.history, *tuned.history)
+        first = tuned = self._finetune(conversion.path, data, original, demo_options(0), "finetuned")
+        history = first.history
+        if self.epochs > 0:
+            tuned = self._finetune(first.best_path, data, original, demo_options(self.epochs), "whole-network")
+            history += tuned.history
         controlled: tuple[EpochRecord, ...] = ()
         if control:
             tell(StageStarted("control", "Fine-tuning the original in the same way, as a control"))
@@ -276,7 +281,11 @@ class _Demo:
                 original=original_metrics.top1,
                 fixed=[first.before.top1, *(record.val_top1 for record in history)],
                 control=[original_metrics.top1, *(record.val_top1 for record in controlled)] if controlled else [],
-                scales=self.scales,
+                sizes=[
+                    ("original", _bytes_per_class(opened.model), original_metrics.top1),
+                    ("1 bit per weight, untrained", _bytes_per_class(load(signs.path)), one_shot_metrics.top1),
+                    ("Hadamard codes, fine-tuned", _bytes_per_class(load(tuned.best_path)), reloaded.top1),
+                ],
                 num_images=original_metrics.num_images,
             ),
             plot,
@@ -311,18 +320,17 @@ class _Demo:
             on_progress=lambda done, total: self.tell(Counted(done, total)),
         )
 
-    def _finetune(self, slim: Path, data: GlyphData, teacher: Path) -> tuple[FinetuneResult, FinetuneResult]:
-        """Train the last blocks, then the whole network gently, which leaves the first result if it is better."""
-
+    def _finetune(
+        self, slim: Path, data: GlyphData, teacher: Path, options: FinetuneOptions, name: str
+    ) -> FinetuneResult:
         def listen(event: Event) -> None:
             if isinstance(event, Step) and event.scale is not None:
                 self.scales.append((event.step, event.scale))
             self.tell(event)
 
-        given: dict[str, Any] = {"distill": teacher, "force": True, "on_event": listen}
-        name = str(data.folder)
-        first = finetune(slim, name, self.folder / "last-blocks", demo_options(0), **given)
-        return first, finetune(first.best_path, name, self.folder / "finetuned", demo_options(self.epochs), **given)
+        return finetune(
+            slim, str(data.folder), self.folder / name, options, distill=teacher, force=True, on_event=listen
+        )
 
     def _control(
         self, opened: OpenModel, train: OpenedData, val: OpenedData, original: Path
@@ -348,15 +356,7 @@ class _Demo:
         opened = open_model(original)
         metrics = _evaluate(opened, open_train_val(str(data.folder))[1], self.tell)
         options = demo_options(0).replace(last_block_epochs=MANY_LAST_BLOCK_EPOCHS)
-        tuned = finetune(
-            conversion.path,
-            str(data.folder),
-            self.folder / "many",
-            options,
-            distill=original,
-            force=True,
-            on_event=self.tell,
-        )
+        tuned = self._finetune(conversion.path, data, original, options, "many")
         return ManyClasses(data.num_classes, metrics.top1, tuned.after.val_top1, MANY_LAST_BLOCK_EPOCHS)
 
 
@@ -365,6 +365,17 @@ def _convert(source: Path, out: Path, data: GlyphData, **options: Any) -> Conver
     return convert(
         source, out, calibrate=images, calibrate_images=_CALIBRATION_IMAGES, device="cpu", force=True, **options
     )
+
+
+def _bytes_per_class(model: torch.nn.Module) -> float:
+    """Count what a classifier stores for each class, without its bias; learned weights are in half precision."""
+    for module in model.modules():
+        if isinstance(module, FixedClassifier):
+            return kind_of(module.spec).bytes_per_class(module.spec)
+    learned = model.get_submodule("classifier")
+    if not isinstance(learned, torch.nn.Linear):
+        raise TypeError(f"The demo's network has a {type(learned).__name__} as its classifier.")
+    return 2.0 * learned.in_features
 
 
 def write_letters(path: Path) -> None:
@@ -429,14 +440,14 @@ class Curves:
         original: Top-1 of the original in percent.
         fixed: Top-1 with the fixed head before training, after that of the last blocks, and after each epoch.
         control: The same for the learned classifier trained in the same way; empty if it was left out.
-        scales: (step, alpha).
+        sizes: (name, bytes per class, top-1) of each classifier, the original first.
         num_images: Number of held-out images behind each accuracy.
     """
 
     original: float
     fixed: Sequence[float]
     control: Sequence[float]
-    scales: Sequence[tuple[int, float]]
+    sizes: Sequence[tuple[str, float, float]]
     num_images: int
 
 
@@ -468,13 +479,20 @@ def write_plot(curves: Curves, path: Path) -> None:
     left.set_xlabel("epochs of fine-tuning")
     left.set_title(f"top-1 on typefaces held out ({curves.num_images:,} images), %", loc="left", fontsize=10)
 
-    steps, scales = zip(*curves.scales, strict=True) if curves.scales else ((), ())
-    right.plot(steps, scales, color=_FIXED, linewidth=2)
-    right.set_xscale("log")
-    right.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:g}"))
-    right.xaxis.set_minor_formatter(NullFormatter())
-    right.set_xlabel("steps of fine-tuning")
-    right.set_title("scale α, the head's one learned multiplier", loc="left", fontsize=10)
+    for place, (name, size, top1) in enumerate(curves.sizes):
+        colour = _FIXED if place else _LEARNED
+        right.plot([size], [top1], marker="o", markersize=7, color=colour, linestyle="none")
+        side = ("right", -9) if place == 0 else ("left", 9)
+        right.annotate(
+            f"{name}: {top1:.1f}", (size, top1), (side[1], -14), textcoords="offset points", ha=side[0], fontsize=9
+        )
+    right.set_xscale("log", base=2)
+    right.set_xlim(0.5, 1024)
+    right.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
+    lowest = min((top1 for _, _, top1 in curves.sizes), default=0.0)
+    right.set_ylim(lowest - 2, 100.2)
+    right.set_xlabel("bytes per class")
+    right.set_title("the same top-1 against stored bytes, %", loc="left", fontsize=10)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e5e7eb", linewidth=0.8)

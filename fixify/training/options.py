@@ -226,8 +226,9 @@ class FinetuneOptions(CheckedOptions):
                 ("warmup_epochs", "epochs"),
                 f"warmup_epochs ({self.warmup_epochs:g}) must be less than epochs ({self.epochs})",
             )
-        if self.lr is not None and self.min_lr > self.lr:
-            yield Conflict(("min_lr", "lr"), f"min_lr ({self.min_lr:g}) must not be above lr ({self.lr:g})")
+        lr = USUAL_RATE if self.lr is None else self.lr
+        if self.min_lr > lr:
+            yield Conflict(("min_lr", "lr"), f"min_lr ({self.min_lr:g}) must not be above lr ({lr:g})")
         if self.sched == "multistep" and not self.decay_milestones:
             yield Conflict(
                 ("sched", "decay_milestones"),

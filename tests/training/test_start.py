@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fixify.data import OpenedData
 from fixify.data.idx import ArrayImages
@@ -37,6 +38,11 @@ def load(path: Path) -> dict[str, Any]:
     return torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
 
 
+def trainable(teacher: ReferenceModel) -> nn.Module:
+    """A copy of the trained network; tests of teachers freeze the one of the session."""
+    return copy.deepcopy(teacher.model).requires_grad_(True)
+
+
 @pytest.fixture(scope="module")
 def misleading(stripes: tuple[OpenedData, OpenedData]) -> OpenedData:
     """Training images with wrong labels, which make any trained model worse."""
@@ -52,7 +58,7 @@ def harmed(
     """A run that only makes a trained model worse: its folder, result and events."""
     events: list[Event] = []
     out = tmp_path_factory.mktemp("harmed")
-    model = copy.deepcopy(teacher.model)
+    model = trainable(teacher)
     return out, run(out, OPTIONS, model, train=misleading, on_event=events.append), events
 
 
@@ -90,7 +96,7 @@ def test_a_first_epoch_far_below_the_start_warns_unless_it_is_the_last_one(
     assert f"{harmed[1].history[0].val_top1:.2f} %" in warned and "--lr 0.03" in warned
     events: list[Event] = []
     one = OPTIONS.replace(epochs=1)
-    result = run(tmp_path, one, copy.deepcopy(teacher.model), train=misleading, on_event=events.append)
+    result = run(tmp_path, one, trainable(teacher), train=misleading, on_event=events.append)
     assert result.best_is_start and not any(isinstance(event, Warned) for event in events)
 
 
@@ -103,9 +109,9 @@ def test_a_resumed_run_knows_its_start(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(crash_at.error):
-        run(tmp_path, OPTIONS, copy.deepcopy(teacher.model), train=misleading, on_event=crash_at(0, 3))
+        run(tmp_path, OPTIONS, trainable(teacher), train=misleading, on_event=crash_at(0, 3))
     assert (tmp_path / "best.fixed.safetensors").exists()  # the start, as soon as it was measured
-    result = run(tmp_path, OPTIONS, copy.deepcopy(teacher.model), train=misleading, resume=True)
+    result = run(tmp_path, OPTIONS, trainable(teacher), train=misleading, resume=True)
     assert result.best_is_start and result.advice == harmed[1].advice
     ours, theirs = load(result.best_path)["weights"], load(harmed[1].best_path)["weights"]
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -115,11 +121,11 @@ def test_a_run_of_an_older_version_resumes_without_a_start(
     run: Run, crash_at: Any, teacher: ReferenceModel, misleading: OpenedData, tmp_path: Path
 ) -> None:
     with pytest.raises(crash_at.error):
-        run(tmp_path, OPTIONS, copy.deepcopy(teacher.model), train=misleading, on_event=crash_at(1, 2))
+        run(tmp_path, OPTIONS, trainable(teacher), train=misleading, on_event=crash_at(1, 2))
     state = load(tmp_path / "state.pt")
     assert state["progress"].pop("start") is not None
     write_sealed(tmp_path, state)
-    result = run(tmp_path, OPTIONS, copy.deepcopy(teacher.model), train=misleading, resume=True)
+    result = run(tmp_path, OPTIONS, trainable(teacher), train=misleading, resume=True)
     assert result.start is None and result.advice is None and not result.best_is_start
     assert result.after in result.history
 
