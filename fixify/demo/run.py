@@ -51,7 +51,7 @@ LAST_BLOCK_EPOCHS, LAST_BLOCK_RATE = 60, 0.2
 """Epochs of the last blocks alone, which cost little because features are computed once; and their learning rate."""
 EPOCHS, RATE = 0, 0.005
 """Epochs of the whole network after that, which does not gain from them; and their learning rate."""
-MANY_LAST_BLOCK_EPOCHS = 20
+MANY_LAST_BLOCK_EPOCHS = 10
 """Epochs of the last blocks with more classes than features and twice as many images."""
 RESULTS = "demo.json"
 _CALIBRATION_IMAGES = 1024
