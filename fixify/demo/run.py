@@ -47,7 +47,7 @@ SHIPPED = Path(__file__).with_name("glyphs500.pth")
 DEFAULT_FOLDER = Path("fixify-demo")
 LETTERS = "letters224"
 """Name of the checkpoint that reads letters and digits: C = 224 classes, N = 256 features."""
-LAST_BLOCK_EPOCHS, LAST_BLOCK_RATE = 60, 0.2
+LAST_BLOCK_EPOCHS, LAST_BLOCK_RATE = 30, 0.2
 """Epochs of the last blocks alone, which cost little because features are computed once; and their learning rate."""
 EPOCHS, RATE = 0, 0.005
 """Epochs of the whole network after that, which does not gain from them; and their learning rate."""

@@ -25,6 +25,8 @@ FEW = {"train": ("DejaVuSerif-Bold",), "val": ("DejaVuSerif-BoldItalic",)}
 def result(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoResult]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(glyphs, "VARIANTS", {"train": 1, "val": 1})
+        patch.setattr(run, "LAST_BLOCK_EPOCHS", 3)
+        patch.setattr(run, "MANY_LAST_BLOCK_EPOCHS", 1)
         yield run_demo(tmp_path_factory.mktemp("demo") / "here", epochs=1, faces=FEW)
 
 
