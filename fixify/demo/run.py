@@ -482,12 +482,11 @@ def write_plot(curves: Curves, path: Path) -> None:
     for place, (name, size, top1) in enumerate(curves.sizes):
         colour = _FIXED if place else _LEARNED
         right.plot([size], [top1], marker="o", markersize=7, color=colour, linestyle="none")
-        side = ("right", -9) if place == 0 else ("left", 9)
-        right.annotate(
-            f"{name}: {top1:.1f}", (size, top1), (side[1], -14), textcoords="offset points", ha=side[0], fontsize=9
-        )
+        side, above = ("right", 10) if place == 0 else ("center", -18)
+        label = f"{name}: {top1:.1f}"
+        right.annotate(label, (size, top1), (0, above), textcoords="offset points", ha=side, fontsize=9)
     right.set_xscale("log", base=2)
-    right.set_xlim(0.5, 1024)
+    right.set_xlim(0.1, 1024)
     right.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
     lowest = min((top1 for _, _, top1 in curves.sizes), default=0.0)
     right.set_ylim(lowest - 2, 100.2)
