@@ -10,11 +10,11 @@ from torch import nn
 from fixify._files import unchanged
 from fixify.checkpoints.header import is_onnx
 from fixify.checkpoints.learned import Original, read_original
+from fixify.checkpoints.locate import find_slim, short_name
 from fixify.checkpoints.onnx_file import open_onnx
 from fixify.checkpoints.slim import (
     Origin,
     SlimInfo,
-    is_slim,
     load,
     main_dtype,
     source_record,
@@ -53,7 +53,7 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
     """Open a slim checkpoint, an ordinary checkpoint, an ONNX file of `fixify.export`, or a model by its name.
 
     Args:
-        ref: A file, a folder, or a model name.
+        ref: A file, a folder, a repository of the Hugging Face hub (`hf-hub:organisation/name`), or a model name.
         arch: The architecture of an ordinary checkpoint, if the file does not show it.
         ema: Read the moving average of the weights of a training checkpoint.
 
@@ -64,10 +64,11 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
             or see `fixify.checkpoints.learned.read_original`.
         ArchitectureError, NoClassifierError: see `fixify.checkpoints.learned.read_original`.
     """
-    if is_slim(ref):
-        model = load(ref, check=True)
+    slim = find_slim(ref)
+    if slim is not None:
+        model = load(slim, check=True)
         check_finite(model.state_dict())
-        return _opened(Path(ref).name, model, model.fixify_info)  # type: ignore[arg-type]
+        return _opened(short_name(ref), model, model.fixify_info)  # type: ignore[arg-type]
     if is_onnx(ref):
         with unchanged(Path(ref), FormatError):
             info, model = open_onnx(ref)
