@@ -61,8 +61,10 @@ def scripts() -> Path:
     for folder in filter(None, [os.environ.get("TIMM_SCRIPTS"), Path(__file__).parents[2] / "pytorch-image-models"]):
         if (Path(folder) / "validate.py").exists() and (Path(folder) / "inference.py").exists():
             return Path(folder)
-    pytest.skip("timm's validate.py and inference.py are not here: git clone https://github.com/huggingface/"
-                "pytorch-image-models, and set TIMM_SCRIPTS to that folder")
+    pytest.skip(
+        "timm's validate.py and inference.py are not here: git clone https://github.com/huggingface/"
+        "pytorch-image-models, and set TIMM_SCRIPTS to that folder"
+    )
 
 
 # The script as it is, after `import fixify`. Its own folder is not put on the path: it holds another timm.

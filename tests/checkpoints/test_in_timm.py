@@ -161,7 +161,11 @@ def test_torchvision(tmp_path: Path) -> None:
     [
         {"model_args": {}},
         {"model_args": {"slim": {}}},
-        {"model_args": {"slim": {"architecture": {"library": "os", "name": "system", "tag": None, "kwargs": {}}, "heads": []}}},
+        {
+            "model_args": {
+                "slim": {"architecture": {"library": "os", "name": "system", "tag": None, "kwargs": {}}, "heads": []}
+            }
+        },
         {"model_args": {"slim": 3}},
     ],
 )
