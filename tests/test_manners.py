@@ -205,7 +205,6 @@ def small(head: str = "hadamard") -> Any:
         torch.manual_seed(0)
         made: Any = timm.create_model("test_vit", num_classes=100, img_size=32, patch_size=8)
     fixify.fix_classifier_(made, head)
-    made.get_classifier().synchronized = True
     return made.train()
 
 
@@ -237,6 +236,7 @@ def one_process(rank: int, size: int, folder: Path, how: str) -> None:
     found = {}
     for head in HEADS:
         whole = small(head)
+        whole.get_classifier().synchronized = True  # so that the running statistics are those of one process
         if how == "ddp":
             outputs = train(DistributedDataParallel(whole), whole, part)
             state = whole.state_dict()
