@@ -60,7 +60,7 @@ class _Watch:
         """Let the other finders find `timm.models`, and have its loader call `_register` afterwards."""
         if fullname != _WATCHED:
             return None
-        others = [finder for finder in sys.meta_path if finder is not self]
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
         specs = (finder.find_spec(fullname, path, target) for finder in others)
         spec = next((spec for spec in specs if spec is not None), None)
         if spec is None or spec.loader is None:

@@ -14,6 +14,7 @@ import timm
 import torch
 
 import fixify
+from fixify.checkpoints.in_timm import ARCHITECTURE
 
 CHECKS = """
 import sys
@@ -51,7 +52,7 @@ def test_either_order_of_imports(first: str, imported: bool, second: str) -> Non
 def test_it_is_no_architecture_of_fixify() -> None:
     from fixify.models import list_architectures
 
-    assert "fixify_slim" in timm.list_models()
+    assert ARCHITECTURE in timm.list_models()
     assert not [name for name in list_architectures() if "fixify_slim" in name]
     with pytest.raises(fixify.FixifyError):
         timm.create_model("fixify_slim")

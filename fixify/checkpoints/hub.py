@@ -26,7 +26,6 @@ from huggingface_hub.errors import (
 
 from fixify.checkpoints.files import CONFIG, WEIGHTS, open_with_config, shards_of
 from fixify.checkpoints.header import SLIM_KEY, has_metadata
-from fixify.checkpoints.locate import SLIM_WEIGHTS
 from fixify.checkpoints.source import Source
 from fixify.errors import SourceError
 
@@ -80,7 +79,7 @@ def slim_in_repository(repo: str) -> Path | None:
         SourceError: the repository does not exist or needs permission, or the hub cannot be reached.
     """
     repo_id, _, revision = repo.partition("@")
-    path = _get(repo_id, revision or None, SLIM_WEIGHTS)
+    path = _get(repo_id, revision or None, WEIGHTS[0])
     return path if path is not None and has_metadata(path, SLIM_KEY) else None
 
 

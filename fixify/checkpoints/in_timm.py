@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from fixify._timm import fixify_slim
 from fixify.checkpoints.files import CONFIG
 from fixify.checkpoints.header import FORMAT_VERSION, SLIM_KEY, read_header, read_metadata
 from fixify.checkpoints.hub import download
@@ -32,7 +31,9 @@ from fixify.models.build import bounded, is_counter, load_weights
 from fixify.models.classifiers import find_heads
 from fixify.surgery import apply_heads_
 
-ARCHITECTURE = fixify_slim.__name__
+ARCHITECTURE = "fixify_slim"
+"""Under which `fixify._timm` registers slim checkpoints with timm."""
+
 _MOST_HEADS = 16
 _COPIED = ("first_conv", "classifier", "fixed_input_size", "pool_size")
 # What `timm.create_model` decides for a registered architecture, and an architecture of timm decides for itself.
