@@ -145,7 +145,7 @@ def test_torchvision(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 64, 64)
     theirs = timm.create_model(name, pretrained=True, in_chans=3)  # timm's scripts always give the channels
     assert torch.equal(answers(theirs, x), answers(fixify.load(name), x))
-    assert theirs.num_classes == 20 and theirs.pretrained_cfg["input_size"] == (3, 224, 224)
+    assert theirs.num_classes == 20 and list(theirs.pretrained_cfg["input_size"]) == [3, 224, 224]
     other = timm.create_model(name, pretrained=True, num_classes=5)
     assert answers(other, x).shape == (2, 5)
     for key, value in other.state_dict().items():
