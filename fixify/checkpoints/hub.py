@@ -70,7 +70,9 @@ def open_repository(
 
 
 def slim_in_repository(repo: str) -> Path | None:
-    """Return the slim checkpoint of a repository, after downloading it if needed; None if it holds none.
+    """Return the slim checkpoint of a repository in its newest version; None if it holds none.
+
+    The cached file is used if the hub is out of reach.
 
     Args:
         repo: See `open_repository`.
@@ -79,7 +81,10 @@ def slim_in_repository(repo: str) -> Path | None:
         SourceError: the repository does not exist or needs permission, or the hub cannot be reached.
     """
     repo_id, _, revision = repo.partition("@")
-    path = _get(repo_id, revision or None, WEIGHTS[0])
+    if why_unreachable() is None:
+        path = _newest(repo_id, revision or None, WEIGHTS[0])
+    else:
+        path = _get(repo_id, revision or None, WEIGHTS[0])
     return path if path is not None and has_metadata(path, SLIM_KEY) else None
 
 
@@ -95,17 +100,25 @@ def download(repo: str, file: str, *, cache_dir: str | Path | None = None) -> Pa
         SourceError: see `slim_in_repository`; or there is no such file.
     """
     repo_id, _, revision = repo.partition("@")
-    with explained(repo_id, revision or None):
+    found = _newest(repo_id, revision or None, file, cache_dir)
+    if found is None:
+        raise SourceError(f"The repository {repo_id} has no file {file}.")
+    return found
+
+
+def _newest(repo_id: str, revision: str | None, file: str, cache_dir: str | Path | None = None) -> Path | None:
+    """Return the path of a file in the cache, after asking the hub for a newer one; None if the repository lacks it."""
+    with explained(repo_id, revision):
         try:
             return Path(
                 huggingface_hub.hf_hub_download(
-                    repo_id, file, revision=revision or None, cache_dir=cache_dir, library_name="fixify"
+                    repo_id, file, revision=revision, cache_dir=cache_dir, library_name="fixify"
                 )
             )
         except EntryNotFoundError as error:
             if isinstance(error, LocalEntryNotFoundError):
                 raise
-            raise SourceError(f"The repository {repo_id} has no file {file}.") from error
+            return None
 
 
 def _first_cached(repo_id: str, revision: str | None) -> Path | None:

@@ -22,8 +22,8 @@ def find_slim(ref: str | os.PathLike[str]) -> Path | None:
 
     Args:
         ref: A file, a folder (`model.safetensors` in it), `local-dir:FOLDER`, or `hf-hub:organisation/name`, with
-            `@revision` for a revision other than the main branch. A file of the hub is downloaded, unless it is in the
-            cache.
+            `@revision` for a revision other than the main branch. The newest file of the hub is downloaded, unless it
+            is in the cache.
 
     Raises:
         SourceError: the repository does not exist, needs permission, or the hub cannot be reached.

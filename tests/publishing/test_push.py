@@ -53,10 +53,13 @@ def test_what_was_pushed_can_be_loaded(hub: StandInHub, slim: Path, images: torc
     assert fixify.verify(done.name).passed
 
 
-def test_timm_gets_the_newest_version(hub: StandInHub, slim: Path, images: torch.Tensor, tmp_path: Path) -> None:
+def test_the_newest_version_is_loaded(
+    hub: StandInHub, slim: Path, images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fixify.push("someone/birds", slim)
     cache = {"cache_dir": constants.HF_HUB_CACHE}
     before = logits(timm.create_model("hf-hub:someone/birds", pretrained=True, **cache), images)
+    assert torch.equal(logits(fixify.load("hf-hub:someone/birds"), images), before)
     changed = fixify.load(slim)
     with torch.no_grad():
         changed.get_classifier().bias.add_(1.0)
@@ -64,6 +67,9 @@ def test_timm_gets_the_newest_version(hub: StandInHub, slim: Path, images: torch
     fixify.push("someone/birds", tmp_path / "new.safetensors", force=True)
     after = logits(timm.create_model("hf-hub:someone/birds", pretrained=True, **cache), images)
     torch.testing.assert_close(after, before + 1.0)
+    assert torch.equal(logits(fixify.load("hf-hub:someone/birds"), images), after)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert torch.equal(logits(fixify.load("hf-hub:someone/birds"), images), after)  # from the cache
 
 
 def test_private_and_branches(hub: StandInHub, slim: Path, images: torch.Tensor) -> None:
