@@ -36,7 +36,7 @@ ARCHITECTURE = "fixify_slim"
 
 _MOST_HEADS = 16
 _COPIED = ("first_conv", "classifier", "fixed_input_size", "pool_size")
-# What `timm.create_model` decides for a registered architecture, and an architecture of timm decides for itself.
+# The place of the weights and what belongs to other weights; the network is built with those that were read already.
 _OF_SOURCE = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "label_offset", "label_names")
 
 
@@ -270,12 +270,13 @@ def _build_of_torchvision(
     model = build(arch, num_classes=num_classes, blank=tensors is not None and bool(heads))
     apply_heads_(model, heads)
     if tensors is not None:
-        own = model.state_dict()
-        classifiers = tuple(f"{site.path}." for site in find_heads(model, arch)) if not heads else ()
-        kept = {key: value for key, value in own.items() if key.startswith(classifiers)} if classifiers else {}
-        backbone = {key: value for key, value in tensors.items() if not (classifiers and key.startswith(classifiers))}
+        state = dict(tensors)
+        if not heads:  # the learned classifier keeps its random weights
+            paths = tuple(f"{site.path}." for site in find_heads(model, arch))
+            state = {key: value for key, value in tensors.items() if not key.startswith(paths)}
+            state |= {key: value for key, value in model.state_dict().items() if key.startswith(paths)}
         try:
-            load_weights(model, {**backbone, **kept})
+            load_weights(model, state)
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise FormatError(f"The weights are not those of {arch.ref}: {reason}") from error
