@@ -160,7 +160,9 @@ def test_compiled(model: Any) -> None:
 
 
 @pytest.mark.filterwarnings(
-    "ignore:.*torch.ao.quantization.*:DeprecationWarning", "ignore:.*reduce_range.*:UserWarning"
+    "ignore:.*torch.ao.quantization.*:DeprecationWarning",
+    "ignore:.*quant:UserWarning",
+    "ignore:.*reduce_range:UserWarning",
 )
 def test_a_quantised_backbone() -> None:
     from torch.ao.quantization import quantize_dynamic
