@@ -9,17 +9,21 @@ The method is Hoffer, Hubara & Soudry, "Fix your classifier" (ICLR 2018).
     fixify.evaluate("model.fixed.safetensors", "data")     # top-1, top-5, loss, calibration error
     fixify.export("model.fixed.safetensors", to="onnx")    # a file that ONNX Runtime runs without fixify
     model = fixify.load("model.fixed.safetensors")         # an ordinary nn.Module in eval mode
+    fixify.push("organisation/name", "model.fixed.safetensors")  # then: fixify.load("hf-hub:organisation/name")
     fixify.fix_classifier_(timm_model, "hadamard")         # surgery in place, to train as you like
     fixify.report("resnet50").removable                    # 2_048_000 weights that a fixed head makes superfluous
 
 Every command of the command line is a function of its name here (`fixify eval` is `fixify.evaluate`). The names are
 imported when they are first used, so `import fixify` needs neither torch nor timm. timm knows the paper's own networks
 (`timm.create_model("resnet56_cifar")`) once `fixify.models` is imported, by yourself or by any use of an architecture.
+Slim checkpoints in a folder or on the hub (`fixify push`) it knows at once, whether timm was imported before or after:
+`timm.create_model("hf-hub:organisation/name", pretrained=True)`.
 """
 
 from typing import TYPE_CHECKING
 
 from fixify._lazy import lazy
+from fixify._timm import register_with_timm
 from fixify._version import __version__
 
 _EXPORTS = {
@@ -38,6 +42,7 @@ _EXPORTS = {
     "load": "fixify.checkpoints.slim",
     "plan": "fixify.reporting.costs",
     "predict": "fixify.prediction",
+    "push": "fixify.publishing.push",
     "report": "fixify.reporting.costs",
     "save": "fixify.checkpoints.slim",
     "train": "fixify.recipes.running",
@@ -46,6 +51,7 @@ _EXPORTS = {
 
 __all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604, RUF100
 __getattr__, __dir__ = lazy(__name__, _EXPORTS)
+register_with_timm()
 
 if TYPE_CHECKING:
     from fixify.checkpoints.slim import load as load
@@ -61,6 +67,7 @@ if TYPE_CHECKING:
     from fixify.identification import identify as identify
     from fixify.inspection import inspect as inspect
     from fixify.prediction import predict as predict
+    from fixify.publishing.push import push as push
     from fixify.recipes.running import train as train
     from fixify.reporting.costs import plan as plan
     from fixify.reporting.costs import report as report

@@ -118,7 +118,7 @@ class Tracking:
         """Log an event."""
         if isinstance(event, RunStarted):
             self._start(event)
-        elif isinstance(event, Evaluated):
+        elif isinstance(event, Evaluated) and not event.calibrated:  # a step has one value
             self._log(0, _values_of_metrics(event.metrics))
         elif isinstance(event, Step):
             self._step(event)

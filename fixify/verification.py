@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fixify.checkpoints.locate import short_name
 from fixify.checkpoints.verify import Check
 from fixify.checkpoints.verify import verify as verify_slim
 from fixify.errors import UsageError
@@ -43,7 +44,7 @@ def verify(file: str | Path, *, source: str | Path | None = None) -> Verificatio
     """Rebuild the codebook of a slim checkpoint or a language model, reload the weights, run the model.
 
     Args:
-        file: The file.
+        file: The file; for a slim checkpoint also what `fixify.load` takes.
         source: The original; the backbone of a slim checkpoint is compared with it bit for bit.
 
     Raises:
@@ -57,4 +58,4 @@ def verify(file: str | Path, *, source: str | Path | None = None) -> Verificatio
         checks = verify_language(file)
     else:
         raise UsageError(f"{file} is a language model; it was not made from another file.", hint="Drop --source.")
-    return Verification(Path(file).name, tuple(checks))
+    return Verification(short_name(file), tuple(checks))

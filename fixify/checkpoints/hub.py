@@ -25,11 +25,12 @@ from huggingface_hub.errors import (
 )
 
 from fixify.checkpoints.files import CONFIG, WEIGHTS, open_with_config, shards_of
+from fixify.checkpoints.header import SLIM_KEY, has_metadata
 from fixify.checkpoints.source import Source
 from fixify.errors import SourceError
 
 # The errors of the HTTP library that the client uses: requests before its version 1, httpx since.
-_TRANSPORT_ERRORS: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, OSError)
+TRANSPORT_ERRORS: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, OSError)
 
 
 def open_repository(
@@ -68,15 +69,67 @@ def open_repository(
     return open_with_config(weights, ema=ema, meta=meta, name=name or repo)
 
 
+def slim_in_repository(repo: str) -> Path | None:
+    """Return the slim checkpoint of a repository in its newest version; None if it holds none.
+
+    The cached file is used if the hub is out of reach.
+
+    Args:
+        repo: See `open_repository`.
+
+    Raises:
+        SourceError: the repository does not exist or needs permission, or the hub cannot be reached.
+    """
+    repo_id, _, revision = repo.partition("@")
+    if why_unreachable() is None:
+        path = _newest(repo_id, revision or None, WEIGHTS[0])
+    else:
+        path = _get(repo_id, revision or None, WEIGHTS[0])
+    return path if path is not None and has_metadata(path, SLIM_KEY) else None
+
+
+def download(repo: str, file: str, *, cache_dir: str | Path | None = None) -> Path:
+    """Return the newest version of a file of a repository, as timm gets it; the cached one if the hub is out of reach.
+
+    Args:
+        repo: See `open_repository`.
+        file: Its name.
+        cache_dir: Where to keep it; None for the hub's cache.
+
+    Raises:
+        SourceError: see `slim_in_repository`; or there is no such file.
+    """
+    repo_id, _, revision = repo.partition("@")
+    found = _newest(repo_id, revision or None, file, cache_dir)
+    if found is None:
+        raise SourceError(f"The repository {repo_id} has no file {file}.")
+    return found
+
+
+def _newest(repo_id: str, revision: str | None, file: str, cache_dir: str | Path | None = None) -> Path | None:
+    """Return the path of a file in the cache, after asking the hub for a newer one; None if the repository lacks it."""
+    with explained(repo_id, revision):
+        try:
+            return Path(
+                huggingface_hub.hf_hub_download(
+                    repo_id, file, revision=revision, cache_dir=cache_dir, library_name="fixify"
+                )
+            )
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):
+                raise
+            return None
+
+
 def _first_cached(repo_id: str, revision: str | None) -> Path | None:
-    with _explained(repo_id, revision):
+    with explained(repo_id, revision):
         found = (huggingface_hub.try_to_load_from_cache(repo_id, file, revision=revision) for file in WEIGHTS)
         return next((Path(path) for path in found if isinstance(path, str)), None)
 
 
 def _get(repo_id: str, revision: str | None, file: str) -> Path | None:
     """Return the path of a file in the cache, after downloading it if needed; None if the repository lacks it."""
-    with _explained(repo_id, revision):
+    with explained(repo_id, revision):
         cached = huggingface_hub.try_to_load_from_cache(repo_id, file, revision=revision)
         if isinstance(cached, str):
             return Path(cached)
@@ -92,7 +145,7 @@ def _get(repo_id: str, revision: str | None, file: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
+def explained(repo_id: str, revision: str | None) -> Iterator[None]:
     """Turn the errors of the hub's client into one sentence with advice."""
     try:
         yield
@@ -113,21 +166,29 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
             f"The Hugging Face hub has no repository {repo_id}, or it is private.",
             hint="Check the name. For a private repository, log in: hf auth login",
         ) from error
-    except _TRANSPORT_ERRORS as error:
-        raise _unreachable(repo_id, revision, _first_line(error.__cause__ or error)) from error
+    except TRANSPORT_ERRORS as error:
+        raise _unreachable(repo_id, revision, first_line(error.__cause__ or error)) from error
 
 
 def _refuse_unreachable(repo_id: str, revision: str | None) -> None:
     """Fail at once if there is no network. The hub's own client retries for 23 seconds."""
+    reason = why_unreachable()
+    if reason is not None:
+        raise _unreachable(repo_id, revision, reason)
+
+
+def why_unreachable() -> str | None:
+    """Say why the hub cannot be reached; None if that is not known before trying."""
     if constants.HF_HUB_OFFLINE:
-        raise _unreachable(repo_id, revision, "HF_HUB_OFFLINE is set")
+        return "HF_HUB_OFFLINE is set"
     if urllib.request.getproxies():
-        return  # the proxy resolves host names
+        return None  # the proxy resolves host names
     host = urlsplit(constants.ENDPOINT).hostname or ""
     try:
         socket.getaddrinfo(host, None)
     except OSError as error:
-        raise _unreachable(repo_id, revision, f"{host}: {error.strerror or error}") from error
+        return f"{host}: {error.strerror or error}"
+    return None
 
 
 def _unreachable(repo_id: str, revision: str | None, reason: str) -> SourceError:
@@ -143,6 +204,7 @@ def _unreachable(repo_id: str, revision: str | None, reason: str) -> SourceError
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

@@ -11,11 +11,11 @@ from fixify._files import unchanged
 from fixify.checkpoints.beside import class_lists_beside, remark_on_class_lists
 from fixify.checkpoints.header import is_onnx
 from fixify.checkpoints.learned import Original, read_original
+from fixify.checkpoints.locate import find_slim, short_name
 from fixify.checkpoints.onnx_file import open_onnx
 from fixify.checkpoints.slim import (
     Origin,
     SlimInfo,
-    is_slim,
     load,
     main_dtype,
     source_record,
@@ -54,7 +54,7 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
     """Open a slim checkpoint, an ordinary checkpoint, an ONNX file of `fixify.export`, or a model by its name.
 
     Args:
-        ref: A file, a folder, or a model name.
+        ref: A file, a folder, a repository of the Hugging Face hub (`hf-hub:organisation/name`), or a model name.
         arch: The architecture of an ordinary checkpoint, if the file does not show it.
         ema: Read the moving average of the weights of a training checkpoint.
 
@@ -65,14 +65,15 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
             or see `fixify.checkpoints.learned.read_original`.
         ArchitectureError, NoClassifierError: see `fixify.checkpoints.learned.read_original`.
     """
-    if is_slim(ref):
-        model = load(ref, check=True)
+    slim = find_slim(ref)
+    if slim is not None:
+        model = load(slim, check=True)
         check_finite(model.state_dict())
-        return _opened(Path(ref), model, model.fixify_info)  # type: ignore[arg-type]
+        return _opened(short_name(ref), slim, model, model.fixify_info)  # type: ignore[arg-type]
     if is_onnx(ref):
         with unchanged(Path(ref), FormatError):
             info, model = open_onnx(ref)
-        return _opened(Path(ref), model, info)
+        return _opened(Path(ref).name, Path(ref), model, info)
     original: Original = read_original(ref, arch=arch, ema=ema)
     check_finite(original.tensors)
     _refuse_one_logit(original.source.name, original.num_classes)
@@ -96,13 +97,13 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
     )
 
 
-def _opened(path: Path, model: nn.Module, info: SlimInfo) -> OpenModel:
-    _refuse_one_logit(path.name, info.num_classes)
+def _opened(name: str, path: Path, model: nn.Module, info: SlimInfo) -> OpenModel:
+    _refuse_one_logit(name, info.num_classes)
     remark = None
     if info.labels is None:
         remark = remark_on_class_lists(class_lists_beside(path), info.num_classes)
     return OpenModel(
-        name=path.name,
+        name=name,
         model=model,
         architecture=info.architecture,
         num_classes=info.num_classes,

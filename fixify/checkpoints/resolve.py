@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fixify.checkpoints.beside import class_lists_beside
 from fixify.checkpoints.files import CONFIG, SUFFIXES, WEIGHTS, config_facts, open_file, open_folder, open_with_config
+from fixify.checkpoints.locate import HUB_SCHEMES, LOCAL_SCHEME
 from fixify.checkpoints.source import Facts, Source
 from fixify.errors import ArchitectureError, SourceError
 
@@ -18,9 +19,8 @@ from fixify.errors import ArchitectureError, SourceError
 if TYPE_CHECKING:
     from fixify.models.architectures import Architecture
 
-_HUB = ("hf-hub", "hf_hub")
 _ADDRESSES = ("http", "https", "ftp", "s3", "gs")
-_SCHEMES = (*_HUB, *_ADDRESSES, "local-dir")
+_SCHEMES = (*HUB_SCHEMES, *_ADDRESSES, LOCAL_SCHEME)
 
 
 def open_source(ref: str | os.PathLike[str], *, ema: bool = False, meta: bool = False) -> Source:
@@ -45,11 +45,11 @@ def open_source(ref: str | os.PathLike[str], *, ema: bool = False, meta: bool = 
     if os.path.exists(path):  # noqa: PTH110
         return _open_path(path, ema=ema, meta=meta)
     scheme, colon, rest = text.partition(":")
-    if colon and scheme in _HUB:
+    if colon and scheme in HUB_SCHEMES:
         from fixify.checkpoints.hub import open_repository
 
         return open_repository(rest, ema=ema, meta=meta)
-    if colon and scheme == "local-dir":
+    if colon and scheme == LOCAL_SCHEME:
         return _open_local(rest, ema=ema, meta=meta)
     if scheme in _ADDRESSES:
         raise SourceError(f"{text} is a URL, not a file.", hint=f"Download it first: curl -LO {text}")

@@ -38,6 +38,7 @@ from fixify.checkpoints.header import (
     info_of_text,
     parse_metadata,
 )
+from fixify.checkpoints.locate import locate_slim
 from fixify.checkpoints.source import Source
 from fixify.errors import ArchitectureError, FormatError, HeadSpecError, OutputError, UsageError
 from fixify.heads import FixedClassifier
@@ -185,7 +186,8 @@ def load(path: Path | str, *, device: str | torch.device = "cpu", check: bool = 
     become float32.
 
     Args:
-        path: A slim checkpoint.
+        path: A slim checkpoint: a file, a folder with model.safetensors, or a repository of the Hugging Face hub as
+            "hf-hub:organisation/name", with "@revision" for a revision other than the main branch.
         device: The device of the model.
         check: Compare the tensors with the digest in the file, which notices a single changed bit. It is not the
             default, because it about doubles the time; `fixify.verify` and the commands always do it. Files of older
@@ -195,10 +197,12 @@ def load(path: Path | str, *, device: str | torch.device = "cpu", check: bool = 
         The model in eval mode. Its `SlimInfo` is `model.fixify_info`.
 
     Raises:
-        FormatError: The file is damaged, changes while it is read, or its tensors do not fit its architecture.
+        FormatError: The file is damaged, changes while it is read, or its tensors do not fit its architecture; or the
+            folder or repository holds no slim checkpoint.
         CodebookMismatchError: The codebook rebuilt here is not the one that the file was written with.
+        SourceError: The repository does not exist or needs permission, or the hub cannot be reached.
     """
-    path = Path(path)
+    path = locate_slim(path)
     with unchanged(path, FormatError):
         contents = read_contents(path, header_only=True)
         model = _build(contents)

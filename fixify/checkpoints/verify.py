@@ -14,6 +14,7 @@ from fixify._files import sha256_of, unchanged
 from fixify._values import counted
 from fixify.checkpoints.digests import compare_digests, digest_of
 from fixify.checkpoints.learned import read_original
+from fixify.checkpoints.locate import locate_slim
 from fixify.checkpoints.slim import SlimInfo, load_contents, read_contents
 from fixify.checkpoints.source import check_finite
 from fixify.errors import CodebookMismatchError, FixifyError, FormatError, SourceError
@@ -42,14 +43,14 @@ def verify(path: str | Path, *, source: str | Path | None = None) -> list[Check]
     """Check a slim checkpoint.
 
     Args:
-        path: The slim checkpoint.
+        path: The slim checkpoint; see `fixify.load`.
         source: The original checkpoint; if given, the backbones are compared bit for bit.
 
     Raises:
         FormatError: the file is not a slim checkpoint, or is too damaged to be checked.
-        SourceError: `source` cannot be read.
+        SourceError: `source` cannot be read, or a repository of the Hugging Face hub.
     """
-    path = Path(path)
+    path = locate_slim(path)
     with unchanged(path, FormatError):
         return _checks(path, source)
 

@@ -141,12 +141,17 @@ def report_run(output: Output, result: FinetuneResult, options: FinetuneOptions,
             "original_top1": result.original_top1,
             "reached": result.reached,
             "peak_memory_bytes": result.peak_memory or None,
+            "start": None if result.start is None else result.start.to_dict(),
+            "best_is_start": result.best_is_start,
+            "advice": result.advice,
             "history": [record.to_dict() for record in result.history],
         },
         finetune_table(result),
     )
     if result.peak_memory:
         output.say(f"peak memory of this process: {human_bytes(result.peak_memory)}")
+    if result.advice is not None:
+        output.warn(result.advice)
     if options.max_drop is not None:
         goal = f"within {options.max_drop:g} points of the original's {result.original_top1:.2f} %"
         if not result.reached:

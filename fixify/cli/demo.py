@@ -19,7 +19,7 @@ def demo(
     folder: Annotated[Path, typer.Argument(help="Where everything is written.")] = Path("fixify-demo"),
     epochs: Annotated[
         int | None,
-        typer.Option(min=1, help="Epochs of fine-tuning. Default: as many as fit two minutes.", show_default=False),
+        typer.Option(min=0, help="Epochs of the whole network after the last blocks. Default: 0.", show_default=False),
     ] = None,
     control: Annotated[
         bool, typer.Option("--control/--no-control", help="Train the learned classifier in the same way, to compare.")
@@ -29,8 +29,9 @@ def demo(
 ) -> None:
     """Convert, fine-tune and evaluate on real images: offline, on the CPU, in about two minutes.
 
-    A small network that reads 500 characters comes with fixify. The images are drawn with the typefaces of matplotlib,
-    and every accuracy is measured on typefaces that are not used in training.
+    A small network that reads 500 characters comes with fixify. Its letters and digits are the common case, fewer
+    classes than features; all of them show what more classes than features cost. The images are drawn with the
+    typefaces of matplotlib, and every accuracy is measured on typefaces that are not used in training.
     """
     from fixify.cli.progress import TrainingDisplay
     from fixify.demo.run import EPOCHS, run_demo

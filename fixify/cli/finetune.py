@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -50,6 +50,15 @@ def finetune(
             show_default=False,
         ),
     ] = None,
+    no_distill: Annotated[
+        bool,
+        typer.Option(
+            "--no-distill",
+            help="No teacher. Default: the original, if it is known (--against, or beside SLIM under its recorded name "
+            "and hash) and the codes are matched to it or have one bit per weight or more.",
+            rich_help_panel=PANELS["distillation"],
+        ),
+    ] = False,
     resume: Resume = False,
     download: Download = False,
     nproc_per_node: NprocPerNode = None,
@@ -66,6 +75,8 @@ def finetune(
     the state from which --resume continues.
 
     The data must have the checkpoint's classes. Labels are matched by class name if the checkpoint has names.
+
+    If no validation is better than the start, best.fixed.safetensors is the start.
 
     A recipe may name data, checkpoint, against, distill and class_map; options of the command line take precedence.
 
@@ -91,6 +102,11 @@ def finetune(
             f"No training data given: --data is missing, and {where}.",
             hint="Add --data DATA: a folder with train/ and val/, or a name; or a line `data: DATA` to a recipe.",
         )
+    if no_distill and distill is not None:
+        raise UsageError(f"--no-distill and --distill {distill} exclude each other.", hint="Drop one of them.")
+    # A recipe names all that a run learns from.
+    alone = no_distill or (recipe is not None and about["distill"] is None)
+    teacher: str | Literal[False] | None = False if alone else about["distill"]
     source = Path(about["checkpoint"] or the_slim_file_here("finetune"))
     folder = finetune_folder(source) if out is None else out
     for name in ("distill_weight", "distill_temperature"):
@@ -111,7 +127,7 @@ def finetune(
             folder,
             run,
             against=about["against"],
-            distill=about["distill"],
+            distill=teacher,
             resume=resume,
             force=force,
             download=download,

@@ -137,7 +137,7 @@ class Output:
             disable=not self.err.is_terminal,
         )
         self._bar = bar
-        with bar:
+        with contextlib.nullcontext() if bar.disable else bar:  # older versions of rich end a bar with an empty line
             task = bar.add_task(description, total=total, note="")
 
             def advance(steps: float = 1, *, note: str | None = None, total: float | None = None) -> None:

@@ -263,8 +263,8 @@ class TrainingDisplay(RunDisplay):
         elif isinstance(event, training.OriginalEvaluated):
             self.output.say(f"original: {event.name}, top-1 {event.metrics.top1:.2f} %, loss {event.metrics.loss:.4f}")
         elif isinstance(event, training.Evaluated):
-            metrics = event.metrics
-            self.output.say(f"before training: top-1 {metrics.top1:.2f} %, loss {metrics.loss:.4f}")
+            when = "after calibration" if event.calibrated else "before training"
+            self.output.say(f"{when}: top-1 {event.metrics.top1:.2f} %, loss {event.metrics.loss:.4f}")
         elif isinstance(event, training.Calibrated):
             self.output.say(f"feature statistics taken from {_images(event.images, 'training image')}")
         elif isinstance(event, training.LastBlockEpoch):
@@ -284,6 +284,8 @@ class TrainingDisplay(RunDisplay):
         self.output.say(f"validation data: {event.val}")
         if event.loss_note is not None:
             self.output.say(event.loss_note)
+        if event.teacher_note is not None:
+            self.output.say(event.teacher_note)
         if event.frozen:
             self.output.say(
                 f"training {event.trainable:,} of {event.parameters:,} parameters; frozen: {'; '.join(event.frozen)}"

@@ -109,6 +109,18 @@ def glyph_classes() -> tuple[GlyphClass, ...]:
     return tuple(GlyphClass(name, int(code_point, 16)) for code_point, name in (line.split() for line in lines))
 
 
+_SCRIPTS = ("armenian", "cyrillic", "digit", "georgian", "greek", "latin")
+
+
+def letter_labels() -> tuple[int, ...]:
+    """List the labels of the letters and digits: fewer classes than the shipped network has features (256).
+
+    >>> len(letter_labels())
+    224
+    """
+    return tuple(label for label, entry in enumerate(glyph_classes()) if entry.name.partition("_")[0] in _SCRIPTS)
+
+
 @dataclass(frozen=True)
 class GlyphData:
     """A data set on disk.
@@ -129,7 +141,11 @@ class GlyphData:
 
 
 def write_dataset(
-    folder: Path, *, faces: Faces = FACES, on_progress: Callable[[int, int], object] | None = None
+    folder: Path,
+    *,
+    faces: Faces = FACES,
+    labels: Sequence[int] | None = None,
+    on_progress: Callable[[int, int], object] | None = None,
 ) -> GlyphData:
     """Write train/ and val/ with one folder per class below `folder`, unless they are there already.
 
@@ -139,13 +155,15 @@ def write_dataset(
     Args:
         folder: Where to write; its parent must exist.
         faces: The typefaces of each split.
+        labels: The classes to write, rising; their images are the same as among all. None: all.
         on_progress: Called with the number of images written and the number of all images.
 
     Raises:
         OutputExistsError: `folder` is something else, or was written by another version of fixify.
         OutputError: the disk is full, or the folder cannot be written.
     """
-    classes = glyph_classes()
+    kept = list(range(len(glyph_classes())) if labels is None else labels)
+    classes = [glyph_classes()[label] for label in kept]
     counts = {split: len(faces[split]) * VARIANTS[split] * len(classes) for split in VARIANTS}
     manifest = {
         "fixify.glyphs": VERSION,
@@ -153,6 +171,7 @@ def write_dataset(
         "num_classes": len(classes),
         "images": counts,
         "faces": {split: list(faces[split]) for split in VARIANTS},
+        **({} if labels is None else {"labels": kept}),
     }
     data = GlyphData(folder, len(classes), counts["train"], counts["val"], reused=folder.exists())
     if data.reused:
@@ -170,7 +189,7 @@ def write_dataset(
                 class_folder.mkdir(parents=True)
             for face in faces[split]:
                 for variant, images in enumerate(face_images(split, face)):
-                    for class_folder, image in zip(folders, images, strict=True):
+                    for class_folder, image in zip(folders, images[kept], strict=True):
                         Image.fromarray(image).save(class_folder / f"{face}-{variant}.png", compress_level=1)
                     done += len(classes)
                     if on_progress is not None:

@@ -1,7 +1,7 @@
-"""Run the demo: draw the data, convert the shipped checkpoint, fine-tune it, and measure it on held-out typefaces.
+"""Run the demo: draw the data, convert a checkpoint, fine-tune it, and measure it on held-out typefaces.
 
 It does what a user would type, `fixify convert`, `fixify finetune` and `fixify eval`, through the same functions, and
-plots the accuracy per epoch and the scale alpha per step.
+plots the accuracy and the bytes per class.
 """
 
 from __future__ import annotations
@@ -12,34 +12,53 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter
 
 from fixify._files import atomic_path, write_atomic
 from fixify.checkpoints.open import OpenModel, open_model
-from fixify.conversion import convert
+from fixify.checkpoints.slim import load
+from fixify.conversion import Conversion, convert
 from fixify.data import OpenedData, make_loader, open_train_val
-from fixify.demo.glyphs import FACES, Faces, GlyphData, write_dataset
+from fixify.demo.glyphs import FACES, Faces, GlyphData, letter_labels, write_dataset
 from fixify.errors import OutputError, OutputExistsError
+from fixify.heads import FixedClassifier, kind_of
 from fixify.metrics import Metrics, evaluate
 from fixify.savings import Savings
-from fixify.training import EpochRecord, Event, FinetuneOptions, OpenedInputs, RunOutput, Step, finetune, train_model
+from fixify.training import (
+    EpochRecord,
+    Event,
+    FinetuneOptions,
+    FinetuneResult,
+    OpenedInputs,
+    RunOutput,
+    Step,
+    finetune,
+    train_model,
+)
+from fixify.training.teacher import open_reference
 
 SHIPPED = Path(__file__).with_name("glyphs500.pth")
 DEFAULT_FOLDER = Path("fixify-demo")
-EPOCHS = 5
+LETTERS = "letters224"
+"""Name of the checkpoint that reads letters and digits: C = 224 classes, N = 256 features."""
+LAST_BLOCK_EPOCHS, LAST_BLOCK_RATE = 30, 0.2
+"""Epochs of the last blocks alone, which cost little because features are computed once; and their learning rate."""
+EPOCHS, RATE = 0, 0.005
+"""Epochs of the whole network after that, which does not gain from them; and their learning rate."""
+MANY_LAST_BLOCK_EPOCHS = 10
+"""Epochs of the last blocks with more classes than features and twice as many images."""
 RESULTS = "demo.json"
 _CALIBRATION_IMAGES = 1024
 _MARK = "fixify.demo"
 _FIXED, _LEARNED, _QUIET = "#0b6e99", "#c2571a", "#6b7280"  # colours of the plot
 
-Stage = Literal["draw", "convert", "original", "one-shot", "finetune", "control", "reload"]
+Stage = Literal["draw", "convert", "original", "one-shot", "finetune", "control", "reload", "many"]
 
 
 @dataclass(frozen=True)
@@ -63,17 +82,36 @@ DemoListener = Callable[[DemoEvent], object]
 
 
 @dataclass(frozen=True)
+class ManyClasses:
+    """What more classes than features cost: the whole network that comes with fixify, converted and fine-tuned.
+
+    Attributes:
+        num_classes: Number of classes, about twice the number of features.
+        original_top1: Top-1 of the network with its learned classifier, percent.
+        top1: Top-1 with matched Hadamard codes after fine-tuning of the last blocks, percent.
+        epochs: Epochs of this fine-tuning.
+    """
+
+    num_classes: int
+    original_top1: float
+    top1: float
+    epochs: int
+
+
+@dataclass(frozen=True)
 class DemoResult:
     """What the demo measured, all of it in this run.
 
+    Everything but `many` is about the letters and digits, which are fewer classes than the network has features.
+
     Attributes:
         folder: The folder that holds all files below.
-        original: The checkpoint with the learned classifier, a copy of the one that comes with fixify.
+        original: The checkpoint with the learned classifier: the letters and digits of the one that comes with fixify.
         converted: The slim checkpoint right after conversion: a matched Hadamard head, calibrated without labels.
         one_shot: A slim checkpoint that is never trained: a binary head, calibrated without labels.
         finetuned: The slim checkpoint after fine-tuning, which is the one to use.
         data: The images.
-        plot: The plot of accuracy and alpha.
+        plot: The plot of accuracy and bytes per class.
         savings: Parameters and bytes before and after.
         original_metrics: Metrics of the original on the held-out typefaces.
         converted_metrics: Metrics of the converted checkpoint before training.
@@ -81,8 +119,10 @@ class DemoResult:
         finetuned_metrics: Metrics of the file `finetuned`, read back from disk.
         history: Fine-tuning, epoch by epoch.
         control_history: Fine-tuning of the original with its learned classifier, on the same images, with the same
-            number of steps and learning rates. Empty if the control was left out.
-        scales: (step, alpha) after each step of fine-tuning.
+            number of steps and the same teacher, at the learning rate that `finetune` has for a learned head. Empty if
+            the control was left out.
+        scales: (step, alpha) after each step of the whole network.
+        many: The same with more classes than features; None if it was left out.
         seconds: Duration of the whole demo.
     """
 
@@ -101,6 +141,7 @@ class DemoResult:
     history: tuple[EpochRecord, ...]
     control_history: tuple[EpochRecord, ...]
     scales: tuple[tuple[int, float], ...]
+    many: ManyClasses | None
     seconds: float
 
     @property
@@ -116,6 +157,7 @@ class DemoResult:
                 plain[name] = str(value)
             elif isinstance(value, (Metrics, Savings)):
                 plain[name] = value.to_dict()
+        plain["many"] = None if self.many is None else asdict(self.many)
         plain["data"] = {**asdict(self.data), "folder": str(self.data.folder)}
         for name in ("history", "control_history"):
             plain[name] = [record.to_dict() for record in plain[name]]
@@ -125,14 +167,16 @@ class DemoResult:
 def demo_options(epochs: int = EPOCHS, *, seed: int = 0) -> FinetuneOptions:
     """Return the options with which the demo fine-tunes.
 
-    A mirrored letter is another letter, so images are not flipped, and they are cropped only a little.
+    A mirrored letter is another letter, so images are not flipped, and they are cropped only a little. With 0 epochs
+    only the last blocks are trained.
     """
     return FinetuneOptions.create(
         epochs=epochs,
         seed=seed,
         batch_size=64,
-        lr=0.1,
+        lr=RATE if epochs else LAST_BLOCK_RATE,
         warmup_epochs=0.25,
+        last_block_epochs=0 if epochs else LAST_BLOCK_EPOCHS,
         scale=(0.8, 1.0),
         ratio=(0.9, 1.1),
         hflip=0.0,
@@ -148,6 +192,7 @@ def run_demo(
     *,
     epochs: int = EPOCHS,
     control: bool = True,
+    many: bool = True,
     faces: Faces = FACES,
     force: bool = False,
     on_event: DemoListener | None = None,
@@ -156,8 +201,9 @@ def run_demo(
 
     Args:
         folder: Where all files go; it is made if it is missing. Images that an earlier demo drew there are used again.
-        epochs: Epochs of fine-tuning.
+        epochs: Epochs of the whole network, after the last blocks were trained alone.
         control: Also fine-tune the original with its learned classifier, to show what training alone gains.
+        many: Also show what more classes than features cost.
         faces: The typefaces of each split.
         force: Replace the results of an earlier demo in the folder.
         on_event: Called with each event; during training these are the events of `fixify.training.finetune`.
@@ -168,7 +214,7 @@ def run_demo(
         TrainingInterrupted: SIGINT or SIGTERM arrived.
     """
     with _one_thread():
-        return _run(folder, epochs, control, faces, force, on_event if on_event is not None else lambda _event: None)
+        return _Demo(folder, epochs, faces, on_event).run(control=control, many=many, force=force)
 
 
 @contextmanager
@@ -186,91 +232,164 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run(folder: Path, epochs: int, control: bool, faces: Faces, force: bool, tell: DemoListener) -> DemoResult:
-    started = time.perf_counter()
-    _claim(folder, force=force)
-    options = demo_options(epochs)
+class _Demo:
+    """The stages of the demo."""
 
-    tell(StageStarted("draw", "Drawing the glyphs"))
-    data = write_dataset(folder / "glyphs", faces=faces, on_progress=lambda done, total: tell(Counted(done, total)))
+    def __init__(self, folder: Path, epochs: int, faces: Faces, on_event: DemoListener | None) -> None:
+        self.folder, self.epochs, self.faces = folder, epochs, faces
+        self.tell: DemoListener = on_event if on_event is not None else lambda _event: None
+        self.scales: list[tuple[int, float]] = []
 
-    tell(StageStarted("convert", "Converting the checkpoint twice, calibrated on images without labels"))
-    original = folder / SHIPPED.name
-    with atomic_path(original) as temporary:
-        shutil.copyfile(SHIPPED, temporary)
-    calibrated = partial(
-        convert,
-        original,
-        calibrate=data.folder / "train",
-        calibrate_images=_CALIBRATION_IMAGES,
-        device="cpu",
-        force=True,
-    )
-    conversion = calibrated(folder / f"{SHIPPED.stem}.fixed.safetensors")
-    signs = calibrated(folder / f"{SHIPPED.stem}-signs.fixed.safetensors", head="binary")
+    def run(self, *, control: bool, many: bool, force: bool) -> DemoResult:
+        started = time.perf_counter()
+        folder, tell = self.folder, self.tell
+        _claim(folder, force=force)
+        tell(StageStarted("draw", "Drawing letters and digits"))
+        data = self._draw("letters", letter_labels())
 
-    tell(StageStarted("original", "Evaluating the original"))
-    opened = open_model(original)
-    train, val = open_train_val(str(data.folder))
-    original_metrics = _evaluate(opened, val, tell)
+        tell(StageStarted("convert", "Converting the checkpoint twice, calibrated on images without labels"))
+        original = folder / f"{LETTERS}.pth"
+        write_letters(original)
+        conversion = _convert(original, folder / f"{LETTERS}.fixed.safetensors", data)
+        signs = _convert(original, folder / f"{LETTERS}-signs.fixed.safetensors", data, head="binary")
 
-    tell(StageStarted("one-shot", "Evaluating 1-bit signs, without any training"))
-    one_shot_metrics = _evaluate(open_model(signs.path), val, tell)
+        tell(StageStarted("original", "Evaluating the original"))
+        opened = open_model(original)
+        train, val = open_train_val(str(data.folder))
+        original_metrics = _evaluate(opened, val, tell)
 
-    tell(StageStarted("finetune", "Fine-tuning the fixed head"))
-    scales: list[tuple[int, float]] = []
+        tell(StageStarted("one-shot", "Evaluating 1-bit signs, without any training"))
+        one_shot_metrics = _evaluate(open_model(signs.path), val, tell)
 
-    def listen(event: Event) -> None:
-        if isinstance(event, Step) and event.scale is not None:
-            scales.append((event.step, event.scale))
-        tell(event)
+        tell(StageStarted("finetune", "Fine-tuning the Hadamard codes; the original teaches"))
+        first = tuned = self._finetune(conversion.path, data, original, demo_options(0), "finetuned")
+        history = first.history
+        if self.epochs > 0:
+            tuned = self._finetune(first.best_path, data, original, demo_options(self.epochs), "whole-network")
+            history += tuned.history
+        controlled: tuple[EpochRecord, ...] = ()
+        if control:
+            tell(StageStarted("control", "Fine-tuning the original in the same way, as a control"))
+            controlled = self._control(opened, train, val, original)
 
-    tuned = finetune(conversion.path, str(data.folder), folder / "finetuned", options, force=True, on_event=listen)
-    controlled: tuple[EpochRecord, ...] = ()
-    if control:
-        tell(StageStarted("control", "Fine-tuning the original in the same way, as a control"))
-        # The control is only measured, so nothing is saved.
-        controlled = train_model(
+        tell(StageStarted("reload", "Reading the slim checkpoint back and evaluating it"))
+        reloaded = _evaluate(open_model(tuned.best_path), val, tell)
+        costs = self._many() if many else None
+        plot = folder / "plot.png"
+        write_plot(
+            Curves(
+                original=original_metrics.top1,
+                fixed=[first.before.top1, *(record.val_top1 for record in history)],
+                control=[original_metrics.top1, *(record.val_top1 for record in controlled)] if controlled else [],
+                sizes=[
+                    ("original", _bytes_per_class(opened.model), original_metrics.top1),
+                    ("1 bit per weight, untrained", _bytes_per_class(load(signs.path)), one_shot_metrics.top1),
+                    ("Hadamard codes, fine-tuned", _bytes_per_class(load(tuned.best_path)), reloaded.top1),
+                ],
+                num_images=original_metrics.num_images,
+            ),
+            plot,
+        )
+        result = DemoResult(
+            folder=folder,
+            original=original,
+            converted=conversion.path,
+            one_shot=signs.path,
+            finetuned=tuned.best_path,
+            data=data,
+            plot=plot,
+            savings=conversion.savings,
+            original_metrics=original_metrics,
+            converted_metrics=first.before,
+            one_shot_metrics=one_shot_metrics,
+            finetuned_metrics=reloaded,
+            history=history,
+            control_history=controlled,
+            scales=tuple(self.scales),
+            many=costs,
+            seconds=time.perf_counter() - started,
+        )
+        write_atomic(folder / RESULTS, json.dumps({_MARK: 1, **result.to_dict()}, indent=2) + "\n")
+        return result
+
+    def _draw(self, name: str, labels: Sequence[int] | None) -> GlyphData:
+        return write_dataset(
+            self.folder / name,
+            faces=self.faces,
+            labels=labels,
+            on_progress=lambda done, total: self.tell(Counted(done, total)),
+        )
+
+    def _finetune(
+        self, slim: Path, data: GlyphData, teacher: Path, options: FinetuneOptions, name: str
+    ) -> FinetuneResult:
+        def listen(event: Event) -> None:
+            if isinstance(event, Step) and event.scale is not None:
+                self.scales.append((event.step, event.scale))
+            self.tell(event)
+
+        return finetune(
+            slim, str(data.folder), self.folder / name, options, distill=teacher, force=True, on_event=listen
+        )
+
+    def _control(
+        self, opened: OpenModel, train: OpenedData, val: OpenedData, original: Path
+    ) -> tuple[EpochRecord, ...]:
+        """Fine-tune the learned classifier; it is only measured, so nothing is saved."""
+        options = demo_options(self.epochs).replace(lr=None, last_block_epochs=LAST_BLOCK_EPOCHS)
+        return train_model(
             opened.model,
-            OpenedInputs(train, val, opened.preprocessing),
+            OpenedInputs(train, val, opened.preprocessing, teacher=open_reference(original, val, options)),
             options,
-            RunOutput(folder / "control", save=lambda _model, _path, _record: None, force=True),
-            on_event=tell,
+            RunOutput(self.folder / "control", save=lambda _model, _path, _record: None, force=True),
+            on_event=self.tell,
         ).history
 
-    tell(StageStarted("reload", "Reading the slim checkpoint back and evaluating it"))
-    reloaded = _evaluate(open_model(tuned.best_path), val, tell)
-    plot = folder / "plot.png"
-    write_plot(
-        Curves(
-            original=original_metrics.top1,
-            fixed=[tuned.before.top1, *(record.val_top1 for record in tuned.history)],
-            control=[original_metrics.top1, *(record.val_top1 for record in controlled)] if controlled else [],
-            scales=scales,
-            num_images=original_metrics.num_images,
-        ),
-        plot,
+    def _many(self) -> ManyClasses:
+        """Convert and fine-tune the whole network, which has about twice as many classes as features."""
+        self.tell(StageStarted("many", "More classes than features: all 500 characters"))
+        data = self._draw("glyphs", None)
+        original = self.folder / SHIPPED.name
+        with atomic_path(original) as temporary:
+            shutil.copyfile(SHIPPED, temporary)
+        conversion = _convert(original, self.folder / f"{SHIPPED.stem}.fixed.safetensors", data)
+        opened = open_model(original)
+        metrics = _evaluate(opened, open_train_val(str(data.folder))[1], self.tell)
+        options = demo_options(0).replace(last_block_epochs=MANY_LAST_BLOCK_EPOCHS)
+        tuned = self._finetune(conversion.path, data, original, options, "many")
+        return ManyClasses(data.num_classes, metrics.top1, tuned.after.val_top1, MANY_LAST_BLOCK_EPOCHS)
+
+
+def _convert(source: Path, out: Path, data: GlyphData, **options: Any) -> Conversion:
+    images = data.folder / "train"
+    return convert(
+        source, out, calibrate=images, calibrate_images=_CALIBRATION_IMAGES, device="cpu", force=True, **options
     )
-    result = DemoResult(
-        folder=folder,
-        original=original,
-        converted=conversion.path,
-        one_shot=signs.path,
-        finetuned=tuned.best_path,
-        data=data,
-        plot=plot,
-        savings=conversion.savings,
-        original_metrics=original_metrics,
-        converted_metrics=tuned.before,
-        one_shot_metrics=one_shot_metrics,
-        finetuned_metrics=reloaded,
-        history=tuned.history,
-        control_history=controlled,
-        scales=tuple(scales),
-        seconds=time.perf_counter() - started,
-    )
-    write_atomic(folder / RESULTS, json.dumps({_MARK: 1, **result.to_dict()}, indent=2) + "\n")
-    return result
+
+
+def _bytes_per_class(model: torch.nn.Module) -> float:
+    """Count what a classifier stores for each class, without its bias; learned weights are in half precision."""
+    for module in model.modules():
+        if isinstance(module, FixedClassifier):
+            return kind_of(module.spec).bytes_per_class(module.spec)
+    learned = model.get_submodule("classifier")
+    if not isinstance(learned, torch.nn.Linear):
+        raise TypeError(f"The demo's network has a {type(learned).__name__} as its classifier.")
+    return 2.0 * learned.in_features
+
+
+def write_letters(path: Path) -> None:
+    """Write the letters and digits of the shipped network as a checkpoint of its own.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    content = torch.load(SHIPPED, weights_only=True)
+    kept, weights = list(letter_labels()), content["state_dict"]
+    chosen = {name: weights[name][kept].clone() for name in ("classifier.weight", "classifier.bias")}
+    args = {**content["args"], "num_classes": len(kept)}
+    with atomic_path(path) as temporary:
+        torch.save({"arch": content["arch"], "state_dict": {**weights, **chosen}, "args": args}, temporary)
 
 
 def _evaluate(opened: OpenModel, val: OpenedData, tell: DemoListener) -> Metrics:
@@ -319,16 +438,16 @@ class Curves:
 
     Attributes:
         original: Top-1 of the original in percent.
-        fixed: Top-1 with the fixed head before training and after each epoch.
+        fixed: Top-1 with the fixed head before training, after that of the last blocks, and after each epoch.
         control: The same for the learned classifier trained in the same way; empty if it was left out.
-        scales: (step, alpha).
+        sizes: (name, bytes per class, top-1) of each classifier, the original first.
         num_images: Number of held-out images behind each accuracy.
     """
 
     original: float
     fixed: Sequence[float]
     control: Sequence[float]
-    scales: Sequence[tuple[int, float]]
+    sizes: Sequence[tuple[str, float, float]]
     num_images: int
 
 
@@ -343,6 +462,7 @@ def write_plot(curves: Curves, path: Path) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
 
     epochs = range(len(curves.fixed))
+    names = ["start", "last blocks", *(str(epoch) for epoch in epochs[1:])][: len(epochs)]
     original = f"original {curves.original:.1f}"
     left.axhline(curves.original, color=_QUIET, linewidth=1, linestyle=(0, (5, 3)), zorder=1, label=original)
     if curves.control:
@@ -353,19 +473,25 @@ def write_plot(curves: Curves, path: Path) -> None:
     fixed = f"fixed {curves.fixed[-1]:.1f}"
     left.plot(epochs, curves.fixed, color=_FIXED, marker="o", linewidth=2, markersize=5, zorder=3, label=fixed)
     left.legend(loc="lower right", frameon=False, fontsize=9, labelcolor="linecolor")
-    left.set_xticks(list(epochs))
+    left.set_xticks(list(epochs), names)
     left.set_ylim(-3, 109)
     left.set_xlim(-0.15, len(curves.fixed) - 0.85)
     left.set_xlabel("epochs of fine-tuning")
     left.set_title(f"top-1 on typefaces held out ({curves.num_images:,} images), %", loc="left", fontsize=10)
 
-    steps, scales = zip(*curves.scales, strict=True) if curves.scales else ((), ())
-    right.plot(steps, scales, color=_FIXED, linewidth=2)
-    right.set_xscale("log")
-    right.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:g}"))
-    right.xaxis.set_minor_formatter(NullFormatter())
-    right.set_xlabel("steps of fine-tuning")
-    right.set_title("scale α, the head's one learned multiplier", loc="left", fontsize=10)
+    for place, (name, size, top1) in enumerate(curves.sizes):
+        colour = _FIXED if place else _LEARNED
+        right.plot([size], [top1], marker="o", markersize=7, color=colour, linestyle="none")
+        side, above = ("right", 10) if place == 0 else ("center", -18)
+        label = f"{name}: {top1:.1f}"
+        right.annotate(label, (size, top1), (0, above), textcoords="offset points", ha=side, fontsize=9)
+    right.set_xscale("log", base=2)
+    right.set_xlim(0.1, 1024)
+    right.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
+    lowest = min((top1 for _, _, top1 in curves.sizes), default=0.0)
+    right.set_ylim(lowest - 2, 100.2)
+    right.set_xlabel("bytes per class")
+    right.set_title("the same top-1 against stored bytes, %", loc="left", fontsize=10)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e5e7eb", linewidth=0.8)

@@ -63,6 +63,9 @@ class FixedClassifier(nn.Module):
     statistics of its own share of the images, unless `synchronized` is set: then they sum those of their batches,
     2N + 1 numbers, before each product, and all have those of one process with the whole batch.
 
+    `torch.distributed.fsdp.fully_shard` splits parameters along their first dimension, which a scalar lacks: call
+    `shardable_` first.
+
     Learned: `scale` [] (unless `spec.fixed_scale`) and `bias` [C] (if `spec.bias`). Saved buffers: `center` [N], the
     running mean, and `num_batches_tracked` [] (if `spec.standardize`), `spread` [N], the running std (unless that is
     "center"), `codes` (code indices [C] if `spec.matched`, packed signs uint8 [C, ceil(d / 8)] if binary), and `gains`
@@ -187,6 +190,24 @@ class FixedClassifier(nn.Module):
                 self.codes.copy_(torch.from_numpy(self.product.stored.astype(str(self.codes.dtype).split(".")[1])))
         self.reset_statistics()
 
+    def shardable_(self) -> FixedClassifier:
+        """Give the scale one dimension, [1] instead of [], so that `torch.distributed.fsdp.fully_shard` accepts it.
+
+        Call this before the optimiser is made. State dicts with either shape load. What depends on the scale is then
+        computed anew in each forward pass.
+
+        Returns:
+            The head itself.
+
+        Raises:
+            HeadSpecError: The head is one of the paper's published code, where that shape has another meaning.
+        """
+        if self.spec.is_reference:
+            raise HeadSpecError("A head of the paper's published code cannot be sharded: its scale [1] is another one.")
+        if isinstance(self.scale, nn.Parameter) and self.scale.ndim == 0:
+            self.scale = nn.Parameter(self.scale.detach().reshape(1), requires_grad=self.scale.requires_grad)
+        return self
+
     def reset_statistics(self) -> None:
         """Reset the running statistics to mean 0 and std 1."""
         if self.center is not None and self.num_batches_tracked is not None:
@@ -289,6 +310,10 @@ class FixedClassifier(nn.Module):
             logits = logits + self.bias.to(logits.dtype)
         return logits.movedim(-1, 1) if self.channel_dim == 1 else logits
 
+    def _scalar(self) -> Tensor:
+        """Return the scale, []; see `shardable_`."""
+        return self.scale if self.scale.ndim == 0 else self.scale.squeeze(0)
+
     def _scaled(self, x: Tensor, *, update: bool = False) -> Tensor:
         """Standardise, normalise and scale features [..., N] for the product; update the statistics first if asked."""
         z = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of half-precision features overflow
@@ -297,7 +322,7 @@ class FixedClassifier(nn.Module):
                 self.center, self.spread, self.num_batches_tracked, z.detach(), synchronized=self.synchronized
             )
         std = None if self.spread is None else floor_std(self.spread)
-        scale = self.scale * self.product.prescale
+        scale = self._scalar() * self.product.prescale
         constants = not any(part is not None and part.requires_grad for part in (self.center, std))
         if (
             self.spec.normalize
@@ -456,7 +481,7 @@ class FixedClassifier(nn.Module):
             bias=self.bias,
             gains=gains,
             label_smoothing=label_smoothing,
-            margin=None if margin is None else (margin, self.scale),
+            margin=None if margin is None else (margin, self._scalar()),
             group=group,
         )
 
@@ -477,6 +502,9 @@ class FixedClassifier(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        scale = destination.get(prefix + "scale")
+        if scale is not None and scale.ndim == 1 and type(scale) in (Tensor, nn.Parameter):  # a shard stays one
+            destination[prefix + "scale"] = scale.squeeze(0)
         tensor = self.spec.stored_codes
         if tensor is not None and tensor.memory_dtype is not None:
             destination[prefix + "codes"] = destination[prefix + "codes"].to(getattr(torch, tensor.dtype or ""))
@@ -488,6 +516,9 @@ class FixedClassifier(nn.Module):
             return
         if self.spec.is_reference:
             state_dict = self._from_reference_code(state_dict, prefix)
+        scale = state_dict.get(prefix + "scale")
+        if scale is not None and scale.ndim < self.scale.ndim:
+            state_dict = {**state_dict, prefix + "scale": scale.reshape(1)}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.scale.is_meta:
             return

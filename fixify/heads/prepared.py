@@ -103,9 +103,9 @@ def prepare(head: Head, x: Tensor) -> PreparedHead | None:
     """Prepare a head for inputs like `x`; None if its tensors or those inputs do not allow it.
 
     Tensors made in inference mode do not, because they do not count their changes; nor do the copies of
-    `nn.DataParallel`, which last for one call.
+    `nn.DataParallel`, which last for one call, and those that FSDP gathers (`FixedClassifier.shardable_`).
     """
-    if not all(name in head._parameters or name in head._buffers for name in _SOURCES):
+    if head.scale.ndim or not all(name in head._parameters or name in head._buffers for name in _SOURCES):
         return None
     device, dtype = x.device, x.dtype
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:

@@ -195,7 +195,7 @@ def default_num_classes(arch: Architecture) -> int:
     """Return the number of classes that the library builds by default; 0 for an encoder without a classifier."""
     if arch.library == "torchvision":
         return len(_torchvision_weights(arch).meta["categories"])
-    cfg = get_pretrained_cfg(_timm_name(arch), allow_unregistered=True)
+    cfg = get_pretrained_cfg(timm_name(arch), allow_unregistered=True)
     return 1000 if cfg is None else int(cfg.num_classes)
 
 
@@ -248,8 +248,8 @@ def library_versions() -> dict[str, str]:
 def _names(library: str) -> tuple[str, ...]:
     if library == "fixify":
         return NETWORKS
-    if library == "timm":  # fixify's own networks are registered there too
-        return tuple(name for name in timm.list_models() if name not in NETWORKS)
+    if library == "timm":  # fixify's own networks are registered there too, and slim checkpoints (`fixify._timm`)
+        return tuple(name for name in timm.list_models(exclude_filters="fixify_*") if name not in NETWORKS)
     return tuple(torchvision.models.list_models(module=torchvision.models))
 
 
@@ -338,7 +338,8 @@ def _known_tag(arch: Architecture) -> str | None:
     return arch.tag if arch.tag and arch.tag in _tags(arch.library, arch.name) else None
 
 
-def _timm_name(arch: Architecture) -> str:
+def timm_name(arch: Architecture) -> str:
+    """Return timm's name of an architecture; a tag that the installed version does not know is left out."""
     tag = _known_tag(arch)
     return f"{arch.name}.{tag}" if tag else arch.name
 
@@ -347,11 +348,11 @@ def _timm_constructor(arch: Architecture, num_classes: int | None, pretrained: b
     kwargs = {key: tuple(value) if isinstance(value, list) else value for key, value in arch.kwargs.items()}
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-    return lambda: timm.create_model(_timm_name(arch), pretrained=pretrained, **kwargs)
+    return lambda: timm.create_model(timm_name(arch), pretrained=pretrained, **kwargs)
 
 
 def _timm_preprocessing(arch: Architecture) -> dict[str, Any]:
-    cfg = get_pretrained_cfg(_timm_name(arch), allow_unregistered=True)
+    cfg = get_pretrained_cfg(timm_name(arch), allow_unregistered=True)
     return dict(resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg else {"input_size": (3, 224, 224)}))
 
 

@@ -84,6 +84,8 @@ def train(
             f"The recipe {chosen.name} names no checkpoint to finetune.",
             hint=f"Name one: fixify finetune SLIM --data {name} --recipe {chosen.name}",
         )
+    # A recipe names all that a run learns from.
+    given["distill"] = chosen.distill or False
     return finetune(chosen.checkpoint, name, folder, options, **given)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fixify.checkpoints import named_model
 from fixify.checkpoints.learned import Original, read_original
-from fixify.checkpoints.slim import is_slim, read_info
+from fixify.checkpoints.locate import find_slim, short_name
+from fixify.checkpoints.slim import read_info
 from fixify.errors import FormatError, HeadSpecError
 from fixify.heads import KINDS, Coherence, HeadSpec, coherence
 from fixify.models.architectures import build, default_num_classes
@@ -74,11 +75,12 @@ def report(model: nn.Module | str | Path, *, arch: str | None = None) -> ModelRe
     """
     if isinstance(model, nn.Module):
         return _of_module(model)
-    if is_slim(model):
-        info = read_info(model)
+    slim = find_slim(model)
+    if slim is not None:
+        info = read_info(slim)
         spec = info.heads[0].spec
         return ModelReport(
-            name=Path(model).name,
+            name=short_name(model),
             architecture=info.architecture.ref,
             fixed=True,
             num_features=spec.num_features,

@@ -70,12 +70,13 @@ def _accuracy(runs: Sequence[RunReport]) -> Chart | None:
     highest = max((record.val_top1 for run in runs for record in run.history), default=0.0)
     for number, run in enumerate(runs):
         points = [(record.epochs, record.val_top1) for record in run.history]
-        if run.before is not None and points:
+        start = run.start_top1
+        if start is not None and points:
             # A start at chance level would flatten the rest of the chart.
-            if run.before.top1 >= lowest - 2 * max(highest - lowest, 5.0):
-                points.insert(0, (0.0, run.before.top1))
+            if start >= lowest - 2 * max(highest - lowest, 5.0):
+                points.insert(0, (0.0, start))
             else:
-                notes.append(f"{run.label} started at {run.before.top1:.2f} %, below this chart.")
+                notes.append(f"{run.label} started at {start:.2f} %, below this chart.")
         series.append(Series(run.label, points, number))
     originals = {run.original_top1 for run in runs if run.original_top1 is not None}
     original = next(iter(originals)) if len(originals) == 1 else None

@@ -10,7 +10,7 @@ from fixify._values import finite_or_none
 from fixify.metrics import Confusions, Metrics
 from fixify.reporting.runs import Run
 from fixify.savings import Savings
-from fixify.training.events import EpochRecord
+from fixify.training.events import EpochRecord, gentler
 from fixify.training.run_folder import StepRecord
 
 
@@ -91,8 +91,9 @@ class RunReport:
         val_images: Number of validation images.
         epochs_done: Epochs that are done.
         epochs: Epochs in all.
-        best: The validation with the highest top-1; None before the first.
+        best: The validation with the highest top-1, the start included; None before the first.
         before: Metrics of the model before training.
+        start: The validation before training, after calibration, if it was a candidate for the best.
         original: Metrics of the original.
         original_top1: The original's top-1, percent, measured or given.
         agreement: Whether top-1 is agreement with the teacher, because there were no labels.
@@ -117,6 +118,7 @@ class RunReport:
     epochs: int
     best: EpochRecord | None
     before: Metrics | None
+    start: EpochRecord | None
     original: Metrics | None
     original_top1: float | None
     agreement: bool
@@ -133,6 +135,18 @@ class RunReport:
     def is_learned(self) -> bool:
         """Whether the classifier is learned."""
         return self.head == "learned"
+
+    @property
+    def start_top1(self) -> float | None:
+        """Top-1 before training, percent: after calibration if it was measured then."""
+        if self.start is not None:
+            return self.start.val_top1
+        return None if self.before is None else self.before.top1
+
+    @property
+    def best_is_start(self) -> bool:
+        """Whether no validation was better than the start."""
+        return self.start is not None and self.best is self.start
 
 
 @dataclass(frozen=True)
@@ -176,6 +190,7 @@ def _report(run: Run, number: int, runs: Sequence[Run]) -> RunReport:
         epochs=int(run.options.get("epochs", 0)),
         best=run.best,
         before=run.before,
+        start=run.start,
         original=run.original,
         original_top1=run.original_top1,
         agreement=facts.val_labels is not None,
@@ -279,10 +294,11 @@ def _verdict(reports: Sequence[RunReport]) -> list[str]:
             continue
         top1 = report.best.val_top1
         what = "agreement with the teacher" if report.agreement else "validation top-1"
+        start = " before training; no validation was better" if report.best_is_start and report.history else ""
         if report.is_learned:
-            said.append(f"{report.label} (learned classifier): {what} {top1:.2f} %.")
+            said.append(f"{report.label} (learned classifier): {what} {top1:.2f} %{start}.")
             continue
-        sentence = f"{report.label} ({report.head} head): {what} {top1:.2f} %"
+        sentence = f"{report.label} ({report.head} head): {what} {top1:.2f} %{start}"
         if learned is not None and learned.best is not None:
             sentence += f", {_gap(top1 - learned.best.val_top1)} the learned classifier of {learned.label}"
         elif report.original_top1 is not None:
@@ -291,6 +307,9 @@ def _verdict(reports: Sequence[RunReport]) -> list[str]:
             before, after = report.savings.classifier_bytes_before, report.savings.classifier_bytes_after
             sentence += f"; its classifier takes {100 * after / before:.1f} % of the bytes that the original's took"
         said.append(f"{sentence}.")
+        if start:
+            lr = report.options.get("lr")
+            said.append(gentler(lr if isinstance(lr, float) else None, taught="teacher" in report.facts))
     return said
 
 

@@ -15,7 +15,7 @@ from fixify.checkpoints.files import holds_one_checkpoint
 from fixify.errors import FormatError, UsageError
 from fixify.metrics import WORST, Confusions, Metrics, WorstClass
 from fixify.savings import Savings
-from fixify.training.events import EpochRecord
+from fixify.training.events import EpochRecord, best_of
 from fixify.training.run_folder import CONFUSIONS_FILE, METRICS_FILE, RUN_FILE, STEPS_FILE, StepRecord
 from fixify.training.run_records import StartedRun, read_record, read_records, read_run_file
 
@@ -67,6 +67,7 @@ class ImageRun(StartedRun):
         val_labels: What stands for labels that the validation images lack.
         original, teacher: The reference models.
         before, original_metrics: Metrics of the model before training, and of the original.
+        start: The validation before training, after calibration, if it was a candidate for the best.
         model: Facts of the model.
     """
 
@@ -81,6 +82,7 @@ class ImageRun(StartedRun):
     original: NamedModel | None = None
     teacher: NamedModel | None = None
     before: Metrics | None = None
+    start: EpochRecord | None = None
     original_metrics: Metrics | None = None
     model: ModelFacts = ModelFacts()
 
@@ -114,7 +116,8 @@ class Run:
         folder: The folder.
         label: A short name, different from those of the other runs.
         facts: What run.json says.
-        history: Every validation.
+        start: The validation before training, if it was a candidate for the best.
+        history: Every validation after it.
         steps: The logged steps.
         confusions: The mistakes of the last validation; None if they were not recorded.
         before: Metrics of the model before training, if measured.
@@ -124,6 +127,7 @@ class Run:
     folder: Path
     label: str
     facts: ImageRun
+    start: EpochRecord | None
     history: tuple[EpochRecord, ...]
     steps: tuple[StepRecord, ...]
     confusions: Confusions | None
@@ -153,8 +157,8 @@ class Run:
 
     @property
     def best(self) -> EpochRecord | None:
-        """The validation with the highest top-1; of equal ones, that with the lowest loss."""
-        return max(self.history, key=lambda record: (record.val_top1, -record.val_loss), default=None)
+        """The best validation, the start included (`fixify.training.events.best_of`); None before the first."""
+        return best_of(self.start, self.history)
 
     @property
     def class_names(self) -> list[str]:
@@ -235,6 +239,7 @@ def _read(folder: Path, label: str) -> Run:
         folder=folder,
         label=label,
         facts=facts,
+        start=facts.start,
         history=read_records(folder / METRICS_FILE, EpochRecord),
         steps=read_records(folder / STEPS_FILE, StepRecord) if (folder / STEPS_FILE).exists() else (),
         confusions=confusions,

@@ -224,7 +224,10 @@ def finetune_table(result: FinetuneResult) -> Table:
     after = result.after
     best = (after.val_top1, after.val_top5, after.val_loss, after.val_ece)
     epochs = round(after.epochs, 2)
-    made.add_row(f"after {epochs:g} epoch{'' if epochs == 1 else 's'}", *_formatted(*best))
+    when = f"after {epochs:g} epoch{'' if epochs == 1 else 's'}"
+    if result.best_is_start:
+        when = "best: the start" + (", calibrated" if after.val_loss != result.before.loss else "")
+    made.add_row(when, *_formatted(*best))
     sent = next((record for record in reversed(result.history) if record.gradient_bytes is not None), None)
     if sent is not None:
         made.caption = (
@@ -243,7 +246,7 @@ def runs_table(report: Report) -> Table:
         numbers = (
             ("", "", "") if best is None else (f"{best.val_top1:.2f}", f"{best.val_top5:.2f}", f"{best.val_loss:.4f}")
         )
-        before = "" if run.before is None else f"{run.before.top1:.2f}"
+        before = "" if run.start_top1 is None else f"{run.start_top1:.2f}"
         made.add_row(run.label, run.head, *numbers, before, f"{run.epochs_done:g}/{run.epochs}")
     made.caption = "\n".join(report.verdict)
     made.caption_justify = "left"
@@ -290,7 +293,7 @@ def demo_table(result: DemoResult) -> Table:
         "accuracy", ">epochs", ">top-1", ">top-5", title=f"{images:,} images of {result.data.num_classes:,} characters"
     )
     tuned, first, last = result.finetuned_metrics, result.original_metrics, result.converted_metrics
-    epochs = str(len(result.history))
+    epochs = f"{result.history[-1].epochs:g}"
     made.add_row("original, learned classifier", "0", _percent(first.top1), _percent(first.top5))
     signs = result.one_shot_metrics
     made.add_row("one sign per weight (--head binary)", "0", _percent(signs.top1), _percent(signs.top5))
@@ -299,7 +302,15 @@ def demo_table(result: DemoResult) -> Table:
     if result.control is not None:
         control = result.control
         made.add_row("control: original, trained too", epochs, _percent(control.val_top1), _percent(control.val_top5))
-    made.caption = "held-out typefaces; best epoch of each" + ("" if result.control else "; no control was run")
+    notes = ["held-out typefaces; best epoch of each, after the last blocks alone"]
+    notes += [] if result.control else ["no control was run"]
+    if result.many is not None:
+        many = result.many
+        notes.append(
+            f"{many.num_classes} characters on the same features (C = 2 N): {_percent(many.top1)} of "
+            f"{_percent(many.original_top1)} after {many.epochs} epochs of the last blocks"
+        )
+    made.caption = "\n".join(notes)
     made.caption_justify = "left"
     return made
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.models import get_pretrained_cfg
@@ -21,7 +21,7 @@ from fixify.checkpoints.slim import Origin, SlimInfo, describe, load, read_info,
 from fixify.data import DataOptions, OpenedData, match_classes, open_train_val, open_unlabelled, override
 from fixify.data.preprocessing import channels_of
 from fixify.data.seeding import Stream, derive_seed, seeded_globals
-from fixify.errors import DataError, FormatError, UsageError
+from fixify.errors import DataError, FixifyError, FormatError, UsageError
 from fixify.metrics import check_input_size
 from fixify.models.architectures import Architecture, Preprocessing, build, parse_architecture, preprocessing
 from fixify.surgery import HeadConfig, fix_classifier_
@@ -32,6 +32,7 @@ from fixify.training.options import FinetuneOptions, TrainOptions
 from fixify.training.run import FinetuneResult, train_model
 from fixify.training.run_folder import BEST_FILE, LAST_FILE, stored_options
 from fixify.training.run_records import StartedRun, read_run_file
+from fixify.training.starting_point import default_teacher, may_have_teacher
 from fixify.training.teacher import ReferenceModel, open_reference
 
 
@@ -42,7 +43,7 @@ def finetune(
     options: FinetuneOptions | None = None,
     *,
     against: Path | str | None = None,
-    distill: Path | str | None = None,
+    distill: Path | str | Literal[False] | None = None,
     resume: bool = False,
     force: bool = False,
     download: bool = False,
@@ -54,17 +55,21 @@ def finetune(
     """Finetune a slim checkpoint; under torchrun in all of its processes.
 
     The data must have the checkpoint's classes. Labels are matched by class name if the checkpoint has names (see
-    `fixify.data.match_classes`). The checkpoint is validated first, then trained and validated after each epoch.
+    `fixify.data.match_classes`). The checkpoint is validated first, then trained and validated after each epoch. If no
+    validation is better than the first, the best checkpoint is the one that training started from.
 
     Args:
         slim_path: The checkpoint; it is not changed.
         data_name: See `fixify.data.open_data`.
         out_dir: Folder of the run; None: see `finetune_folder`.
-        options: How to train; None takes the defaults, or with `resume` those that the run was started with.
+        options: How to train; None takes the defaults, or with `resume` those that the run was started with. The
+            defaults of `lr` and `distill_weight` depend on the head.
         against: The original, a checkpoint or a model name. It is evaluated once on the validation data before
             training, and `options.max_drop` is measured from it. None takes the teacher if `max_drop` has no number.
         distill: The teacher, a checkpoint or a model name, usually the original; `options.distill_weight` is its
-            weight. With `options.unlabelled` the data may be any images; see `fixify.data.open_unlabelled`.
+            weight. With `options.unlabelled` the data may be any images; see `fixify.data.open_unlabelled`. None takes
+            the original for most heads that were converted from it (`fixify.training.starting_point.default_teacher`):
+            `against`, or the file that the checkpoint was made from if it lies beside it unchanged. False takes none.
         resume: Continue the run in `out_dir`.
         force: Replace the run in `out_dir`.
         download: Allow downloading `torch/...` data.
@@ -88,17 +93,20 @@ def finetune(
     if options is None:
         options = (stored_options(out, FinetuneOptions) if resume else None) or FinetuneOptions()
     options = options.for_this_process()
-    inputs = Inputs(data_name, source, against, distill, class_map, Recorded.from_dict(recorded))
+    inputs = Inputs(data_name, source, against, distill or None, class_map, Recorded.from_dict(recorded))
     with connected_processes(options, out, on_event) as restarted:
         info = read_info(source)
         train, val = _open_matching(info, inputs, options, download=download)
         model, info = _load_slim(source, info, val, options)
         # `info.labels` stay the checkpoint's own names; the facts name the classes as the data does, where it can.
         class_names = val.recorded_names if val.labelled else _class_names(info)
+        note = None
+        if distill is None:
+            inputs, note = _with_default_teacher(inputs, info, val, options, out, on_event, resume=resume or restarted)
         teacher, original = _open_references(inputs, val, options, on_event)
         if original is None and options.max_drop is not None and options.original_top1 is None:
             original = teacher
-        opened = OpenedInputs(train, val, info.data_config, original, teacher, inputs)
+        opened = OpenedInputs(train, val, info.data_config, original, teacher, inputs, note)
         facts = replace(
             RunFacts.of(opened),
             checkpoint=NamedFile(source.name, sha256_of(source)),
@@ -171,6 +179,38 @@ def _open_references(
         if on_event is not None:
             on_event(Warned(note))
     return teacher, original
+
+
+def _with_default_teacher(
+    inputs: Inputs,
+    info: SlimInfo,
+    val: OpenedData,
+    options: FinetuneOptions,
+    out: Path,
+    on_event: Listener | None,
+    *,
+    resume: bool,
+) -> tuple[Inputs, str | None]:
+    """Choose the teacher of a run for which nobody named one; return the inputs with it, and a sentence about it."""
+    slim = Path(inputs.checkpoint or "")
+
+    def choose() -> Path | str | None:
+        if not may_have_teacher(out, resume=resume):
+            return None
+        return default_teacher(slim, info, inputs.against, options)
+
+    chosen = distributed.on_rank_zero(choose)
+    if chosen is None:
+        return inputs, None
+    if chosen != inputs.against:
+        try:
+            open_reference(chosen, val, options)
+        except FixifyError as error:
+            if on_event is not None:
+                on_event(Warned(f"{Path(chosen).name} was converted, but cannot teach: {error.message}"))
+            return inputs, None
+    note = f"learning from the original's answers: {Path(chosen).name} (--no-distill: from the labels)"
+    return replace(inputs, distill=chosen), note
 
 
 @contextmanager

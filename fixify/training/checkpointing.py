@@ -28,7 +28,7 @@ from fixify.errors import TrainingError
 from fixify.metrics import Confusions, Metrics
 from fixify.training import distributed
 from fixify.training.engine import Engine, head_scale
-from fixify.training.events import EpochEnded, EpochRecord, Listener, Validated, Warned
+from fixify.training.events import EpochEnded, EpochRecord, Listener, Validated, Warned, best_of
 from fixify.training.facts import Machine, Recorded, RunFacts, RunOutput, this_machine
 from fixify.training.options import PATIENCE, FinetuneOptions
 from fixify.training.parallel import gather_optimiser_state, gather_weights, load_gathered, local_part
@@ -272,7 +272,9 @@ class Progress:
         lr: Learning rate of the last update.
         original: Metrics of the original, if it was evaluated.
         before: Metrics of the model before training.
-        history: One record per validation.
+        start: The validation of the model that training starts from, after calibration. None if it is no candidate for
+            the best one: from scratch, in a run that needs no training, and in a run that an older version started.
+        history: One record per validation since then.
         unreadable: What is wrong with the images that could not be read, of "train" and "val".
         steps: The records of steps.jsonl.
         window_loss, window_images: Sums since the last of these records.
@@ -289,6 +291,7 @@ class Progress:
     lr: float = 0.0
     original: Metrics | None = None
     before: Metrics | None = None
+    start: EpochRecord | None = None
     history: list[EpochRecord] = field(default_factory=list)
     unreadable: Annotated[dict[str, list[str]], AfterValidator(_of_splits)] = field(default_factory=dict)
     steps: list[StepRecord] = field(default_factory=list)
@@ -305,8 +308,8 @@ class Progress:
         return from_plain(cls, stored, "progress")
 
     def best(self) -> EpochRecord | None:
-        """Return the validation with the highest top-1; of equal ones that with the lowest loss, then the first."""
-        return max(self.history, key=lambda record: (record.val_top1, -record.val_loss), default=None)
+        """Return the best validation, the start included; None before the first."""
+        return best_of(self.start, self.history)
 
     def log_step(self, epochs: float, scale: float | None) -> None:
         """Add the last update to the log of steps."""
@@ -542,10 +545,32 @@ class RunKeeper:
         is_best = progress.best() is record
         # The state comes after the checkpoints: after a crash between them, the same steps write the same files again.
         distributed.on_rank_zero(lambda: self._save(to_save, record, is_best=is_best))
+        self._write_files(record, confusions)
+        self.on_event(EpochEnded(record, is_best) if fraction == 1 else Validated(record, is_best))
+
+    def start_from(self, metrics: Metrics) -> None:
+        """Make the model as it is, before any training, a candidate for the best; `write_start` writes it."""
+        self._share_unreadable()
+        self.progress.start = self._epoch_record(metrics, fraction=0.0, seconds=metrics.seconds)
+
+    def write_start(self, record: EpochRecord, confusions: Confusions) -> None:
+        """Write the start as the best checkpoint, the first state, and the logs.
+
+        Raises:
+            TrainingError: some weights are not finite; nothing is written.
+            OutputError: a file cannot be written.
+        """
+        to_save = self.engine.model_to_save()
+        check_weights(self.engine.evaluated, self.progress.updates)
+        distributed.on_rank_zero(
+            lambda: self.output.save(to_save, self.output.best_path, self._training_record(record))
+        )
+        self._write_files(record, confusions)
+
+    def _write_files(self, record: EpochRecord, confusions: Confusions) -> None:
         self.write_state()
         self.write_logs()
         distributed.on_rank_zero(lambda: write_confusions(self.output.folder, record.step, confusions))
-        self.on_event(EpochEnded(record, is_best) if fraction == 1 else Validated(record, is_best))
 
     def _epoch_record(self, metrics: Metrics, *, fraction: float, seconds: float) -> EpochRecord:
         progress, parallel = self.progress, self.engine.parallel

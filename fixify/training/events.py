@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,7 @@ class RunStarted:
         resumed: Whether it resumes from a state.
         config: What determines the result: data, model and options, JSON-safe.
         loss_note: How the loss of very many classes is computed, for a person; None with few.
+        teacher_note: What the run learns from by default, for a person; None if a person chose it.
     """
 
     epochs: int
@@ -58,6 +59,7 @@ class RunStarted:
     resumed: bool
     config: dict[str, Any]
     loss_note: str | None = None
+    teacher_note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,10 @@ class OriginalEvaluated:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The model was evaluated before any training."""
+    """The model was evaluated before any training; a second time if its heads were `calibrated` first."""
 
     metrics: Metrics
+    calibrated: bool = False
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,29 @@ class EpochRecord:
     def to_dict(self) -> dict[str, Any]:
         """Return the record as a line of metrics.jsonl holds it; a number that is not finite becomes None."""
         return {name: finite_or_none(value) for name, value in asdict(self).items()}
+
+
+def best_of(start: EpochRecord | None, history: Sequence[EpochRecord]) -> EpochRecord | None:
+    """Return the validation with the highest top-1; of equal ones that with the lowest loss, then the first.
+
+    Args:
+        start: The validation before training; None if it is no candidate.
+        history: The validations since then.
+    """
+    candidates = history if start is None else [start, *history]
+    return max(candidates, key=lambda record: (record.val_top1, -record.val_loss), default=None)
+
+
+def gentler(lr: float | None, *, taught: bool) -> str:
+    """Say what to try where training makes a model worse.
+
+    Args:
+        lr: The peak learning rate; None if it is unknown.
+        taught: Whether the run has a teacher already.
+    """
+    rate = "" if lr is None else f": --lr {lr / 10:.1g}"
+    teacher = "" if taught else ", or learn from the original too: --distill ORIGINAL"
+    return f"Try a lower learning rate{rate}{teacher}."
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,7 @@ class OpenedInputs:
         teacher: The model to learn from, beside the labels or, with `options.unlabelled`, alone. If `val` has no
             labels, its answers are what validation compares with.
         given: The names that were opened; None for data in memory.
+        teacher_note: A sentence for a person if the teacher was chosen by default.
     """
 
     train: OpenedData
@@ -176,6 +177,7 @@ class OpenedInputs:
     original: ReferenceModel | None = None
     teacher: ReferenceModel | None = None
     given: Inputs | None = None
+    teacher_note: str | None = None
 
     def check(self, options: FinetuneOptions) -> None:
         """Check that the options and the data have the reference models that they need.

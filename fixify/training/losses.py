@@ -14,7 +14,7 @@ from fixify.errors import UsageError
 from fixify.heads import ArcFace, CosFace, FixedClassifier, Margin
 from fixify.many_classes import ends_in_its_head, only_head
 from fixify.training import distributed
-from fixify.training.options import FinetuneOptions, read_margin
+from fixify.training.options import USUAL_TEACHING, FinetuneOptions, read_margin
 
 
 def cosine_loss(cosines: Tensor, targets: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def training_loss(
         loss = F.cross_entropy(moved, targets, label_smoothing=smoothing)
     if teacher_logits is None:
         return loss
-    weight = options.distill_weight
+    weight = USUAL_TEACHING if options.distill_weight is None else options.distill_weight
     return (1 - weight) * loss + weight * distillation_loss(logits, teacher_logits, options.distill_temperature)
 
 

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 
     from fixify.data import Augmentation
 
+USUAL_RATE, GENTLE_RATE = 0.05, 0.001
+"""Peak learning rates of finetuning: of most heads, and of those that start near the original.
+
+See `fixify.training.starting_point`.
+"""
+USUAL_TEACHING, GENTLE_TEACHING = 0.5, 1.0
+"""The teacher's weight in the loss, for the same heads."""
+
 PATIENCE = ("nan_skip", "max_unreadable")
 """Options that say what a run tolerates; a run may be resumed with other values of them."""
 
@@ -62,11 +70,19 @@ class FinetuneOptions(CheckedOptions):
     """
 
     section: ClassVar[str] = "finetune"
+    from_scratch: ClassVar[bool] = False
+    """Whether a run starts from random weights; else its start is a candidate for the best checkpoint."""
     machine: ClassVar[tuple[str, ...]] = ("workers", "device", "save_minutes", "share_classes")
 
     epochs: int = option(5, "Passes over the training images; 0 trains only the last blocks.", ge=0)
     batch_size: int = option(64, "Images per step of each process.", flags=("-b", "--batch-size"), ge=1)
-    lr: float = option(0.05, "Peak learning rate.", gt=0, allow_inf_nan=False)
+    # See `fixify.training.starting_point`.
+    lr: float | None = option(
+        None,
+        f"Peak learning rate. Default: {USUAL_RATE:g}; {GENTLE_RATE:g} for heads with one bit per weight or more.",
+        gt=0,
+        allow_inf_nan=False,
+    )
     opt: str = option("sgd", "Optimiser, by timm's name; sgd has Nesterov momentum.")
     momentum: float = option(0.9, "Momentum, for optimisers that have one.", ge=0, lt=1)
     # Biases, normalisation layers, and a fixed head's bias are never decayed, nor is its scale without `decay_alpha`.
@@ -126,8 +142,13 @@ class FinetuneOptions(CheckedOptions):
     last_block_epochs: int = option(
         0, "First train only the last blocks for N epochs, on features computed once.", ge=0
     )
-    distill_weight: float = option(
-        0.5, "The teacher's weight in the loss; the labels have the rest.", panel="distillation", gt=0, le=1
+    distill_weight: float | None = option(
+        None,
+        f"The teacher's weight in the loss; the labels have the rest. Default: {USUAL_TEACHING:g}; {GENTLE_TEACHING:g} "
+        "for heads with one bit per weight or more.",
+        panel="distillation",
+        gt=0,
+        le=1,
     )
     distill_temperature: float = option(
         4.0, "Temperature of the softmaxes that are compared.", panel="distillation", gt=0, allow_inf_nan=False
@@ -247,8 +268,9 @@ class FinetuneOptions(CheckedOptions):
                 ("warmup_epochs", "epochs"),
                 f"warmup_epochs ({self.warmup_epochs:g}) must be less than epochs ({self.epochs})",
             )
-        if self.min_lr > self.lr:
-            yield Conflict(("min_lr", "lr"), f"min_lr ({self.min_lr:g}) must not be above lr ({self.lr:g})")
+        lr = USUAL_RATE if self.lr is None else self.lr
+        if self.min_lr > lr:
+            yield Conflict(("min_lr", "lr"), f"min_lr ({self.min_lr:g}) must not be above lr ({lr:g})")
         if self.sched == "multistep" and not self.decay_milestones:
             yield Conflict(
                 ("sched", "decay_milestones"),
@@ -293,6 +315,13 @@ class FinetuneOptions(CheckedOptions):
                 ("batch_size", "mixup", "cutmix"),
                 f"batch_size must be even with mixup or cutmix, not {self.batch_size}",
             )
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Return `recipe()` of the defaults; where they depend on the head, those of most heads."""
+        found = super().defaults()
+        usual = {"lr": USUAL_RATE, "distill_weight": USUAL_TEACHING}
+        return found | {name: value for name, value in usual.items() if found[name] is None}
 
     def augmentation(self) -> Augmentation:
         """Return the options that concern training images."""
@@ -342,6 +371,7 @@ class TrainOptions(FinetuneOptions):
     """
 
     section: ClassVar[str] = "train"
+    from_scratch: ClassVar[bool] = True
 
     model: str = option(..., "Architecture of timm or torchvision: resnet18, torchvision/resnet18.", min_length=1)
     model_args: dict[str, Any] = Field(default_factory=dict, description="Arguments of its builder.")
@@ -364,6 +394,13 @@ class TrainOptions(FinetuneOptions):
     epochs: int = option(90, "Passes over the training images.", ge=0)
     batch_size: int = option(256, "Images per step of each process.", flags=("-b", "--batch-size"), ge=1)
     lr: float = option(0.1, "Peak learning rate.", gt=0, allow_inf_nan=False)
+    distill_weight: float = option(
+        USUAL_TEACHING,
+        "The teacher's weight in the loss; the labels have the rest.",
+        panel="distillation",
+        gt=0,
+        le=1,
+    )
     scale: tuple[float, float] = option((0.08, 1.0), "Area of the random crop, from and to.", panel="augmentation")
     color_jitter: float = option(0.4, "Strength of the colour jitter.", panel="augmentation", ge=0)
 

@@ -25,6 +25,7 @@ from fixify.training.events import (
     OriginalEvaluated,
     RunStarted,
     Warned,
+    gentler,
 )
 from fixify.training.facts import OpenedInputs, RunFacts, RunOutput, describe_model
 from fixify.training.failures import Failure, machine_failure
@@ -33,8 +34,12 @@ from fixify.training.last_block import Preparation
 from fixify.training.loop import train_epoch
 from fixify.training.options import FinetuneOptions, TrainOptions
 from fixify.training.run_folder import begins_anew, claim_folder, write_recipe, write_run
+from fixify.training.starting_point import resolved_options
 from fixify.training.teacher import Teacher
 from fixify.training.validation import Validation, warn_of_unreadable
+
+FAR_BELOW = 2.0
+"""Points of top-1 below the start from which the first epoch is warned of."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,15 @@ class FinetuneResult:
     Attributes:
         best_path, last_path: The checkpoints of the best and of the last validation.
         before: Metrics of the model before training.
-        after: The best validation.
-        history: Every validation.
+        after: The best validation; the start, if none was better.
+        history: Every validation after it.
         original_top1: The original's top-1 on the validation data, percent; None if it was neither given nor measured.
         reached: Whether the run met `max_drop`; None without one.
         peak_memory: Largest resident memory of this process in its life so far, bytes; 0 where it is not known. Loader
             processes and the memory of a GPU are not in it.
+        start: The validation before training, after calibration, which is a candidate for the best; None if there was
+            none (from scratch, if `max_drop` was met without training, and in runs of older versions).
+        advice: What to try, in sentences, if the best checkpoint is the start; else None.
     """
 
     best_path: Path
@@ -60,6 +68,13 @@ class FinetuneResult:
     original_top1: float | None = None
     reached: bool | None = None
     peak_memory: int = 0
+    start: EpochRecord | None = None
+    advice: str | None = None
+
+    @property
+    def best_is_start(self) -> bool:
+        """Whether no validation was better than the start."""
+        return self.after is self.start
 
 
 def train_model(
@@ -77,7 +92,7 @@ def train_model(
         model: Any classifier, images to logits; it is trained in place. A fixed head that standardises and has no
             statistics yet is calibrated first.
         opened: The images, and the reference models.
-        options: How to train.
+        options: How to train; see `fixify.training.starting_point.resolved_options` for those that are None.
         output: Where the run goes. The folder gets the checkpoints, state.pt, run.json, recipe.yaml, metrics.jsonl,
             summary.csv, steps.jsonl and confusions.json.
         facts: What identifies the run; None: what `opened` says.
@@ -94,6 +109,7 @@ def train_model(
         DataError: too many images cannot be read.
     """
     opened.check(options)
+    options = resolved_options(options, model, output.folder, resume=output.resume)
     with stop_on_signals() as stop:
         run = _Run(model, opened, options, output, RunFacts.of(opened) if facts is None else facts, on_event, stop)
         try:
@@ -192,12 +208,19 @@ class _Run:
         self._measure_original()
         metrics = keeper.progress.before = self.validation.measure(self.engine.model, "before")
         self.on_event(Evaluated(metrics))
-        if self.preparation.calibrate() and self.options.max_drop is not None:
+        from_scratch = self.options.from_scratch
+        if self.preparation.calibrate() and (not from_scratch or self.options.max_drop is not None):
             metrics = self.validation.measure(self.engine.model, "before")
+            self.on_event(Evaluated(metrics, calibrated=True))
         self.engine.start_average()
+        is_enough = keeper.is_enough(metrics.top1)
+        if not from_scratch and not is_enough:
+            keeper.start_from(metrics)
         distributed.on_rank_zero(self._write_about)  # again, with these metrics
-        if keeper.is_enough(metrics.top1):
+        if is_enough:
             keeper.record(metrics, self.validation.confusions(), fraction=0.0, seconds=metrics.seconds)
+        elif keeper.progress.start is not None:
+            keeper.write_start(keeper.progress.start, self.validation.confusions())
         else:
             keeper.write_state()
 
@@ -214,6 +237,7 @@ class _Run:
                 try:
                     if not train_epoch(self.engine, keeper.progress, self.stop, self.on_event, self._validate, keeper):
                         self._validate()
+                        self._compare_with_start()
                 except Stopped:
                     keeper.write_state()
                     raise
@@ -231,6 +255,19 @@ class _Run:
         )
         return self.keeper.has_reached_goal()
 
+    def _compare_with_start(self) -> None:
+        """Warn after the first of several epochs if it is far below the start."""
+        progress = self.keeper.progress
+        start, now = progress.start, progress.history[-1].val_top1
+        if progress.epoch == 1 < self.options.epochs and start is not None and start.val_top1 - now > FAR_BELOW:
+            self.on_event(
+                Warned(
+                    f"After the first epoch validation top-1 is {now:.2f} %, {start.val_top1 - now:.2f} points below "
+                    f"the start. The start is kept as {self.output.best_path.name} until a validation is better. "
+                    f"{gentler(self.options.lr, taught=self.opened.teacher is not None)}"
+                )
+            )
+
     def _result(self) -> FinetuneResult:
         progress = self.keeper.progress
         best, before = progress.best(), progress.before
@@ -245,6 +282,14 @@ class _Run:
             original_top1=self.keeper.original_top1(),
             reached=None if self.options.max_drop is None else self.keeper.has_reached_goal(),
             peak_memory=peak_bytes(),
+            start=progress.start,
+            advice=self._advice() if best is progress.start else None,
+        )
+
+    def _advice(self) -> str:
+        return (
+            f"No validation was better than the start: {self.output.best_path.name} is the model before training. "
+            f"{gentler(self.options.lr, taught=self.opened.teacher is not None)}"
         )
 
     def interruption(self) -> TrainingError:
@@ -301,7 +346,7 @@ class _Run:
     def _started(self) -> dict[str, Any]:
         """Collect what is known when the run starts and is not compared when it resumes."""
         progress, command = self.keeper.progress, self.output.command
-        measured = {"before": progress.before, "original_metrics": progress.original}
+        measured = {"before": progress.before, "start": progress.start, "original_metrics": progress.original}
         return {
             **distributed.launch_record(),
             **({} if command is None else {"command": command}),
@@ -328,6 +373,7 @@ class _Run:
                 trainable=sum(count for count, learns in parameters if learns),
                 frozen=self.engine.frozen.stages,
                 loss_note=self.engine.loss_plan.note,
+                teacher_note=self.opened.teacher_note,
                 folder=self.output.folder,
                 first_step=self.keeper.progress.updates,
                 resumed=resumed,

@@ -48,7 +48,7 @@ def shard(folder: Path, state: State, *, suffix: str = "safetensors") -> Path:
 def test_what_timm_saves(folder: Path, safe: bool) -> None:
     model = timm.create_model("test_resnet", num_classes=3, in_chans=1)
     config = {"label_names": ["n1", "n2", "n3"], "label_descriptions": {"n1": "cat", "n2": "dog"}}
-    save_for_hf(model, folder, model_config=config, safe_serialization=safe)
+    save_for_hf(model, folder, model_config=config, model_args={"in_chans": 1}, safe_serialization=safe)
     for ref in (str(folder), f"local-dir:{folder}"):
         source = open_source(ref)
         assert source.name == "my-model"

@@ -57,7 +57,7 @@ def test_finetune_then_eval(run: Run, stripes: Path, tmp_path: Path) -> None:
     assert "--force" in run("finetune", slim, "--data", data, *QUICK)[2]
     code, out, err = run("finetune", slim, "--data", data, "--resume")
     assert code == 0, err
-    assert "before training" in out and "after" in out
+    assert "before training" in out and ("best: the start" in out) == said["best_is_start"]
     code, _, err = run("finetune", slim, "--data", data, "--resume", "--lr", 0.7)
     assert code == 1 and "0.05" in err and "0.7" in err
 
@@ -81,11 +81,11 @@ def test_a_drop_that_is_allowed_stops_the_run_and_one_that_is_not_met_is_code_3(
     goal = ("--max-drop", 0, "--original-top1", 100, "--epochs", 1, "--lr", 1e-6, "--val-every", 2)
     code, out, err = run("finetune", *given, "-o", "missed", *goal)
     assert code == 3
-    assert "original" in out and re.search(r"after (0\.5|1) epochs", out) and "step 2: loss " in err
+    assert "original" in out and re.search(r"after (0\.5|1) epoch|best: the start", out) and "step 2: loss " in err
     assert re.search(r"error: .*1 epoch .* 0 points .*100\.00 %", err)
     code, _, err = run("finetune", *given, "-o", "missed", "--resume")  # it is as it was
     assert code == 3 and "step 2" not in err
-    code, _, err = run("finetune", *given, "-o", "third", "--max-drop", 0.5)
+    code, _, err = run("finetune", *given, "-o", "third", "--max-drop", 0.5, "--no-distill")
     assert code == 2 and "--against ORIGINAL" in err
 
 
@@ -126,6 +126,44 @@ def test_a_folder_of_unlabelled_images_is_enough_with_a_teacher(run: Run, stripe
     assert "--distill ORIGINAL" in run("finetune", *given, "-o", "third")[2]
     code, _, err = run("finetune", *given, "-o", "third", "--distill-weight", 0.3)
     assert code == 2 and "--distill-weight" in err and "--distill ORIGINAL" in err
+
+
+def test_a_head_that_starts_near_the_original_learns_from_it_unless_told_not_to(
+    run: Run, stripes: Path, tmp_path: Path
+) -> None:
+    original, slim = tmp_path / "learned.pth", tmp_path / "signs.fixed.safetensors"
+    original.write_bytes((stripes / "learned.pth").read_bytes())
+    assert run("convert", original, "--head", "binary", "-o", slim)[0] == 0
+    given = (slim, "--data", stripes / "data", "--epochs", 1, *QUICK)
+
+    def facts(out: str) -> dict[str, object]:
+        return json.loads((tmp_path / out / "run.json").read_text())
+
+    code, _, err = run("finetune", *given, "-o", "taught")
+    assert code == 0 and "learning from the original's answers: learned.pth (--no-distill" in err
+    assert facts("taught")["teacher"]["name"] == "learned.pth"  # type: ignore[index]
+    assert f"distill: {original}" in (tmp_path / "taught" / "recipe.yaml").read_text()
+    code, _, err = run("finetune", *given, "-o", "taught", "--resume")
+    assert code == 0, err
+    code, _, err = run("train", "taught/recipe.yaml", "-o", "repeated", "--workers", 0, "--device", "cpu")
+    assert code == 0, err
+    assert facts("repeated")["teacher"] == facts("taught")["teacher"]
+
+    code, _, err = run("finetune", *given, "-o", "alone", "--no-distill")
+    assert code == 0 and "learning from" not in err and "teacher" not in facts("alone")
+    # Neither resuming such a run nor repeating it adds a teacher.
+    code, _, err = run("finetune", slim, "--data", stripes / "data", "-o", "alone", "--resume")
+    assert code == 0, err
+    code, _, err = run("train", "alone/recipe.yaml", "-o", "again", "--workers", 0, "--device", "cpu")
+    assert code == 0 and "teacher" not in facts("again"), err
+    code, _, err = run("finetune", *given, "-o", "third", "--recipe", "alone/recipe.yaml")
+    assert code == 0 and "teacher" not in facts("third"), err
+    code, _, err = run("finetune", *given, "-o", "fourth", "--no-distill", "--distill", original)
+    assert code == 2 and "--no-distill" in err
+
+    original.unlink()
+    code, _, err = run("finetune", *given, "-o", "fifth")
+    assert code == 0 and "teacher" not in facts("fifth"), err
 
 
 def test_a_teacher_of_other_classes_is_refused(run: Run, stripes: Path) -> None:

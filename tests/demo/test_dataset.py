@@ -38,6 +38,17 @@ def test_layout_is_what_finetune_reads(folder: Path) -> None:
     assert sorted(path.name for path in folder.parent.iterdir()) == ["glyphs"]  # nothing temporary is left
 
 
+def test_some_classes_have_the_same_images_as_among_all(folder: Path, tmp_path: Path) -> None:
+    some = write_dataset(tmp_path / "some", faces=FEW, labels=[1, 3])
+    assert (some.num_classes, some.train_images, some.val_images) == (2, 4, 4)
+    written = sorted(path.relative_to(some.folder) for path in some.folder.glob("*/*/*.png"))
+    assert {path.parent.name for path in written} == {CLASSES[1].name, CLASSES[3].name} and len(written) == 8
+    assert all((some.folder / path).read_bytes() == (folder / path).read_bytes() for path in written)
+    assert write_dataset(tmp_path / "some", faces=FEW, labels=[1, 3]).reused
+    with pytest.raises(OutputExistsError):
+        write_dataset(tmp_path / "some", faces=FEW, labels=[1, 2])
+
+
 def test_it_is_reused(folder: Path) -> None:
     written = (folder / MANIFEST).stat().st_mtime_ns
     again = write_dataset(folder, faces=FEW)

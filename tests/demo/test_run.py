@@ -25,6 +25,8 @@ FEW = {"train": ("DejaVuSerif-Bold",), "val": ("DejaVuSerif-BoldItalic",)}
 def result(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoResult]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(glyphs, "VARIANTS", {"train": 1, "val": 1})
+        patch.setattr(run, "LAST_BLOCK_EPOCHS", 3)
+        patch.setattr(run, "MANY_LAST_BLOCK_EPOCHS", 1)
         yield run_demo(tmp_path_factory.mktemp("demo") / "here", epochs=1, faces=FEW)
 
 
@@ -40,14 +42,21 @@ def test_shipped_checkpoint_reaches_its_stated_accuracy() -> None:
 
 
 def test_everything_is_measured_and_written(result: DemoResult) -> None:
-    assert result.original_metrics.num_images == 500
+    assert result.original_metrics.num_images == 224
     assert result.original_metrics.top1 > 95
     assert result.converted_metrics.top1 < result.original_metrics.top1
     assert result.one_shot_metrics.top1 > result.original_metrics.top1 - 2
-    assert result.savings.removed == 128_000
-    assert result.finetuned_metrics.top1 == pytest.approx(result.history[0].val_top1, abs=0.5)  # stored in half
+    assert result.savings.removed == 224 * 256
+    best = max(record.val_top1 for record in result.history)
+    assert result.finetuned_metrics.top1 == pytest.approx(best, abs=0.5)  # stored in half
+    assert [record.step for record in result.history] == [0, 3]  # the last blocks alone, then everything
     assert result.control is not None
-    assert [step for step, _ in result.scales] == list(range(1, 8))  # 500 images, 64 per step
+    assert [record.step for record in result.control_history] == [0, 3]
+    assert [step for step, _ in result.scales] == [1, 2, 3]  # 224 images, 64 per step
+    assert result.many is not None and result.many.num_classes == 500
+    assert result.many.original_top1 > 95
+    assert (result.folder / "glyphs500.pth").read_bytes() == SHIPPED.read_bytes()  # what the README goes on with
+    assert (result.folder / "glyphs" / "train").is_dir()
     with Image.open(result.plot) as image:
         assert image.size[0] > 1000
     stored = json.loads((result.folder / "demo.json").read_text())
@@ -56,7 +65,16 @@ def test_everything_is_measured_and_written(result: DemoResult) -> None:
 
 def test_the_slim_checkpoint_is_an_ordinary_one(result: DemoResult) -> None:
     model = fixify.load(result.finetuned)
-    assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 500)
+    assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 224)
+
+
+def test_the_letters_keep_the_weights_of_their_classes(result: DemoResult) -> None:
+    images, labels = torch.rand(3, 1, 32, 32), list(glyphs.letter_labels())
+    with torch.no_grad():
+        every, letters = (open_model(path).model(images) for path in (SHIPPED, result.original))
+    assert torch.equal(letters, every[:, labels])
+    named = [glyphs.glyph_classes()[label].name for label in labels]
+    assert named == sorted(path.name for path in (result.data.folder / "train").iterdir())
 
 
 def test_results_are_replaced_only_with_force(result: DemoResult, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +86,7 @@ def test_results_are_replaced_only_with_force(result: DemoResult, monkeypatch: p
     assert results.read_bytes() == before
 
     # Stubs for what the first run has shown: conversion, evaluation and training.
-    tuned = SimpleNamespace(best_path=result.finetuned, before=result.converted_metrics, history=result.history)
+    tuned = SimpleNamespace(best_path=result.finetuned, before=result.converted_metrics, history=result.history[1:])
     converted = SimpleNamespace(path=result.converted, savings=result.savings)
     monkeypatch.setattr(run, "convert", lambda *_args, **_options: converted)
     monkeypatch.setattr(run, "finetune", lambda *_args, **_options: tuned)
@@ -79,11 +97,12 @@ def test_results_are_replaced_only_with_force(result: DemoResult, monkeypatch: p
         epochs=1,
         faces=FEW,
         control=False,
+        many=False,
         force=True,
         on_event=lambda event: stages.append(event.stage) if isinstance(event, StageStarted) else None,
     )
     assert again.data.reused
-    assert again.control is None
+    assert again.control is None and again.many is None
     assert stages == ["draw", "convert", "original", "one-shot", "finetune", "reload"]
     assert json.loads(results.read_text())["control_history"] == []
 

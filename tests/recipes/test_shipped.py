@@ -33,6 +33,7 @@ from fixify.training import (
     train_model,
 )
 from fixify.training.api import new_network
+from fixify.training.options import USUAL_RATE
 
 NAMES = shipped.recipe_names()
 RETROFITS = [name for name in NAMES if read_recipe(name).convert is not None]
@@ -121,7 +122,9 @@ def test_each_does_a_real_step(name: str, tiny: Path, tmp_path: Path) -> None:
 
     # The run can be repeated from what it left, to the last bit.
     stored = read_recipe(tmp_path / "run" / "recipe.yaml")
-    assert stored.finetune == short.replace(workers=None, device="auto")
+    chosen = {name: getattr(stored.finetune, name) for name in ("lr", "distill_weight")}  # by the head, if not given
+    assert None not in chosen.values()
+    assert stored.finetune == short.replace(workers=None, device="auto", **chosen)
     again = stored.finetune.replace(workers=0, device="cpu")
     finetune(slim, str(tiny / "data"), tmp_path / "again", again)
     repeated = load_file(tmp_path / "again" / LAST_FILE)
@@ -185,7 +188,7 @@ def test_that_of_many_identities_learns_without_logits(tmp_path: Path, monkeypat
 
 
 def test_the_plain_one_spells_the_defaults_out(tiny: Path, tmp_path: Path) -> None:
-    assert read_recipe("retrofit").finetune == FinetuneOptions()
+    assert read_recipe("retrofit").finetune == FinetuneOptions(lr=USUAL_RATE)  # of its kind of head
     fixify.convert(tiny / "learned.pth", tmp_path / "default.fixed.safetensors")
     _convert("retrofit", tiny, tmp_path / "recipe.fixed.safetensors")
     default, recipe = (tmp_path / f"{name}.fixed.safetensors" for name in ("default", "recipe"))

@@ -12,6 +12,7 @@ import torch
 
 from fixify.cli.report import report
 from fixify.errors import FormatError, OutputExistsError, UsageError
+from fixify.reporting.page import write_page
 from fixify.reporting.run_report import report_runs
 from fixify.reporting.runs import read_runs, runs_in
 
@@ -117,6 +118,22 @@ class TestWhatIsSaid:
         found = report_runs(read_runs([tmp_path / "a", tmp_path / "b"]))
         assert "85.00 %" in found.verdict[0] and "1.00 points above" in found.verdict[0]
         assert found.verdict[1].startswith("b ")
+
+    def test_a_start_that_no_validation_beat(self, write_run_folder: Write, tmp_path: Path) -> None:
+        write_run_folder(tmp_path / "a", fixed=True)
+        record = read_runs([tmp_path / "a"])[0].history[0].to_dict()
+        start = {**record, "step": 0, "fraction": 0.0, "train_loss": None, "train_top1": None, "val_top1": 98.25}
+        write_run_folder(tmp_path / "b", fixed=True, start=start)
+        report = report_runs(read_runs([tmp_path / "b"]))
+        (run,) = report.runs
+        assert run.best_is_start and run.start_top1 == 98.25 and len(run.history) == 3
+        assert "98.25 % before training" in report.verdict[0] and "--lr 0.005" in report.verdict[1]
+        assert "98.25" in write_page(report)
+        # A start that was beaten is no more than the first point of the chart.
+        write_run_folder(tmp_path / "c", fixed=True, start={**start, "val_top1": 60.0})
+        report = report_runs(read_runs([tmp_path / "c"]))
+        assert not report.runs[0].best_is_start and report.runs[0].start_top1 == 60.0
+        assert report.verdict[0].startswith("c ") and len(report.verdict) == 1
 
     def test_the_worst_classes(self, two_runs: Path) -> None:
         fixed, learned = report_runs(read_runs(runs_in(two_runs))).runs

@@ -55,6 +55,7 @@ EVERYTHING = FinetuneOptions.create(
     smoothing=0.1,
     auto_augment="rand-m3",
     clip_grad=1.0,
+    distill_weight=0.5,
     workers=0,
     device="cpu",
 )
