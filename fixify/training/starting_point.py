@@ -82,7 +82,7 @@ def default_teacher(
     knows_classes = all(head.spec.matched or starts_near([head.spec]) for head in info.heads)
     if options.unlabelled or options.loss != "cross-entropy" or not knows_classes:
         return None
-    if options.batch_size * info.num_classes >= BLOCKED_FROM:
+    if options.share_classes or options.batch_size * info.num_classes >= BLOCKED_FROM:
         return None
     return recorded_original(slim, info) if against is None else against
 
