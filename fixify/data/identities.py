@@ -125,5 +125,5 @@ def open_identities(name: str, split: Split) -> OpenedData:
 def _refused(name: str) -> DataError:
     return DataError(
         f"identities/{name} is not identities/CLASSES or identities/CLASSES/IMAGES with 2 to {_MOST:,} classes.",
-        hint="For example identities/100000, or identities/1000000/8192 for 8,192 training images.",
+        hint="For example identities/100000, or identities/1000000/6400 for 6,400 training images.",
     )
