@@ -129,6 +129,8 @@ def test_two_processes_equal_one(processes: Any, run: Any, new_model: Any, tmp_p
     network = new_model(**plain)
     run(tmp_path / "one", options(**{**given, "batch_size": 8}), network)
     for name, weights in network.state_dict().items():
+        if not weights.is_floating_point():
+            continue  # the head counts batches, and calibrates with other ones
         for kind in ("plain", "blocked", "shared"):
             for each in told[kind]:
                 torch.testing.assert_close(each["state"][name], weights, rtol=1e-3, atol=1e-4)
