@@ -20,7 +20,9 @@ from fixify.checkpoints.slim import (
     source_record,
 )
 from fixify.checkpoints.source import check_finite
+from fixify.description import BARE_PATH
 from fixify.errors import FormatError, SourceError
+from fixify.heads import FixedClassifier
 from fixify.models.architectures import Architecture, Preprocessing
 
 
@@ -66,6 +68,12 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
     """
     if is_slim(ref):
         model = load(ref, check=True)
+        if isinstance(model, FixedClassifier):
+            raise SourceError(
+                f"{Path(ref).name} is a classifier without a network: it takes features, not images.",
+                hint="Put its matrix onto a network: fixify convert MODEL --classifier FILE. Or use it in Python: "
+                "fixify.load",
+            )
         check_finite(model.state_dict())
         return _opened(Path(ref).name, model, model.fixify_info)  # type: ignore[arg-type]
     if is_onnx(ref):
@@ -93,6 +101,18 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
         slim=None,
         notes=original.notes,
     )
+
+
+def open_bare(path: Path | str) -> OpenModel:
+    """Open a slim classifier without a network. The model is a dictionary of modules with the classifier in it.
+
+    Raises:
+        FormatError, CodebookMismatchError: the file is damaged.
+        SourceError: it holds a NaN or an infinity.
+    """
+    head = load(path, check=True)
+    check_finite(head.state_dict())
+    return _opened(Path(path).name, nn.ModuleDict({BARE_PATH: head}), head.fixify_info)  # type: ignore[arg-type]
 
 
 def _opened(name: str, model: nn.Module, info: SlimInfo) -> OpenModel:
