@@ -57,7 +57,7 @@ def test_a_network_is_no_matrix(tmp_path: Path) -> None:
     save_file(state, tmp_path / "net.safetensors")
     save_file({"conv.weight": torch.ones(3, 3, 3, 3), "fc.weight": torch.ones(2, 3)}, tmp_path / "conv.safetensors")
     assert not is_matrix(tmp_path / "net.safetensors") and not is_matrix(tmp_path / "conv.safetensors")
-    with pytest.raises(UsageError, match="--key|matrices"):
+    with pytest.raises(UsageError, match="2 matrices"):
         read_matrix(tmp_path / "net.safetensors")
     for keys in (["b"], ["b.weight"], ["b.weight", "b.bias"]):
         found = read_matrix(tmp_path / "net.safetensors", MatrixOptions(keys=keys))

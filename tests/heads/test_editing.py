@@ -33,10 +33,7 @@ def make_head() -> Callable[[str], FixedClassifier]:
         spec = HeadSpec(**CASES[name])
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(spec.num_classes, spec.num_features, generator=generator)
-        if spec.matched or spec.needs_classifier:
-            head = replacement(spec, weight).head
-        else:
-            head = FixedClassifier(spec)
+        head = replacement(spec, weight).head if spec.matched or spec.needs_classifier else FixedClassifier(spec)
         with torch.no_grad():
             head.scale.fill_(1.7)
             if head.bias is not None:
