@@ -396,10 +396,10 @@ def _matched(head: FixedClassifier, seen: ClassFeatures, path: str, count: int, 
     if any(not len(each) for each in features):  # an auxiliary classifier, which does not run
         return add_to_head(head, count)
     means = torch.stack([each.mean(dim=0) for each in features])
-    if head.mean is not None:
+    if head.mean is not None and head.num_batches_tracked is not None and int(head.num_batches_tracked):
         center = head.mean
     elif len(means) > 1:
-        center = means[count:].mean(dim=0) if len(means) > count else means.mean(dim=0)
+        center = means.mean(dim=0)
     else:
         raise UsageError(
             f"{name} stores no mean of its features, so one class alone does not show what sets it apart.",
