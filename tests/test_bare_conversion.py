@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import fixify
+from fixify.checkpoints.open import open_model
 from fixify.errors import FormatError, OutputExistsError, SourceError, UsageError
 from fixify.heads import FixedClassifier
 
@@ -69,8 +70,9 @@ def test_linear_head_with_a_bias(tmp_path: Path) -> None:
     assert isinstance(head, FixedClassifier) and head.bias is not None
     assert torch.equal(head.bias, torch.from_numpy(bias))
     x = torch.randn(100, N, generator=torch.Generator().manual_seed(0))
-    same = answers(head, x).argmax(dim=1) == (x @ torch.from_numpy(weight).T + torch.from_numpy(bias)).argmax(dim=1)
-    assert same.float().mean() > 0.5
+    wanted, found = x @ torch.from_numpy(weight).T + torch.from_numpy(bias), answers(head, x)
+    wanted, found = (each - each.mean(dim=1, keepdim=True) for each in (wanted, found))
+    assert float(F.cosine_similarity(wanted.flatten(), found.flatten(), dim=0)) > 0.7
     assert done.savings.removed == C * N and done.savings.bytes_before == 4 * C * (N + 1)
     assert done.info.is_bare and done.info.projection is None
 
@@ -131,7 +133,7 @@ def test_export(slim: Path, tmp_path: Path) -> None:
 
 def test_what_needs_a_network_is_refused(text: Path, slim: Path, tmp_path: Path) -> None:
     for call in (
-        lambda: fixify.evaluate(slim, tmp_path),
+        lambda: open_model(slim),
         lambda: fixify.predict(slim, [tmp_path / "image.png"]),
         lambda: fixify.convert(slim),
         lambda: fixify.convert(text, tmp_path / "x.fixed.safetensors", labels=__file__),

@@ -457,7 +457,9 @@ def architecture_of(
 
 def _describes(info: SlimInfo, model: nn.Module) -> bool:
     """Check that a header that the model carries still holds: the heads may have been replaced since."""
-    heads = {path: head for path, head in model.named_modules() if isinstance(head, FixedClassifier)}
+    if isinstance(model, FixedClassifier) != info.is_bare:
+        return False
+    heads = {path or BARE_PATH: head for path, head in model.named_modules() if isinstance(head, FixedClassifier)}
     return {record.path: record.spec for record in info.heads} == {path: head.spec for path, head in heads.items()}
 
 

@@ -3,6 +3,9 @@
 The classes that stay keep their codes, row scales and biases, so their logits stay the same. That is possible where
 each class has a code of its own: rows of Hadamard matrices (matched or in class order, matched afterwards), stored
 signs, and features. The codes of orthogonal and simplex heads all depend on the number of classes.
+
+The logits are the same bit for bit as long as the product is computed in the same way. A binary head that falls below
+2^19 signs is multiplied as numbers, and the last bit of a logit may differ.
 """
 
 from __future__ import annotations
