@@ -28,6 +28,7 @@ _EXPORTS = {
     "HeadSpec": "fixify.heads",
     "add_classes": "fixify.classes",
     "codebook": "fixify.heads",
+    "compare": "fixify.comparing.compare",
     "convert": "fixify.conversion",
     "evaluate": "fixify.evaluation",
     "export": "fixify.exporting.export",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from fixify.classes import keep_classes as keep_classes
     from fixify.classes import merge_classes as merge_classes
     from fixify.classes import rename_classes as rename_classes
+    from fixify.comparing.compare import compare as compare
     from fixify.conversion import convert as convert
     from fixify.errors import FixifyError as FixifyError
     from fixify.evaluation import evaluate as evaluate

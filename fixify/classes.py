@@ -228,7 +228,7 @@ def add_classes(
             f"There is a class {twice[0]!r} already." if twice else "No new classes are given.",
             hint="Name them: fixify classes add CKPT NAME..., or --labels FILE.",
         )
-    notes = []
+    notes: list[str] = []
     if images is not None:
         heads, said = _by_images(job, new, Path(images), device)
         notes += said

@@ -13,7 +13,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fixify._values import counted
-from fixify.checkpoints.learned import Original, image_statistics, recognise, renamed, with_stated_pooling
+from fixify.checkpoints.learned import (
+    Original,
+    explaining_parts,
+    image_statistics,
+    recognise,
+    renamed,
+    with_stated_pooling,
+)
 from fixify.checkpoints.matrix import Matrix
 from fixify.checkpoints.remarks import remarks_on
 from fixify.checkpoints.resolve import open_source
@@ -80,7 +87,8 @@ def read_encoder(ref: str | Path, *, arch: str | None = None, ema: bool = False,
         raise SourceError(f"{source.name} has a fixed classifier of the paper's published code; it cannot be replaced.")
     found = _without_classifier(source, arch)
     if found is None:
-        candidate, note = recognise(source, arch)
+        with explaining_parts(source):
+            candidate, note = recognise(source, arch)
         candidate = with_stated_pooling(source, candidate)
         tensors = renamed(source.learned, candidate)
         architecture = candidate.architecture

@@ -23,6 +23,7 @@ from fixify._version import __version__
 from fixify.cli import (
     bench,
     classes,
+    compare,
     convert,
     demo,
     eval,
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
     "eval": eval.evaluate,
     "predict": predict.predict,
+    "compare": compare.compare,
     "export": export.export,
     "report": report.report,
     "plan": plan.plan,

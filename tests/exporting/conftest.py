@@ -13,6 +13,14 @@ import torch
 from PIL import Image
 
 import fixify
+from fixify._packages import require_onnx
+from fixify.errors import UsageError
+from fixify.exporting.job import Exported
+
+try:
+    require_onnx("This test")
+except UsageError:
+    collect_ignore = ["test_heads.py", "test_onnx_export.py"]  # test_packages.py says so
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +40,21 @@ def slims(small_pth: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
         return made[name]
 
     return slim
+
+
+@pytest.fixture(scope="session")
+def exported(slims: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
+    """A kind of head and options of export -> the ONNX file of `slims`, to be read only; made once for each."""
+    folder = tmp_path_factory.mktemp("exported")
+    made: dict[str, Exported] = {}
+
+    def export(head: str, **options: Any) -> Exported:
+        name = str((head, sorted(options.items())))
+        if name not in made:
+            made[name] = fixify.export(slims(head=head), folder / f"net{len(made)}.onnx", **options)
+        return made[name]
+
+    return export
 
 
 @pytest.fixture(scope="session")
