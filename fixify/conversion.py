@@ -11,19 +11,36 @@ import torch
 
 from fixify._files import refuse_existing
 from fixify._watch import OnProgress, unwatched
+from fixify.bare_conversion import (
+    classifier_record,
+    convert_bare,
+    heads_of_class_vectors,
+    read_bare,
+    refuse_bare_options,
+)
 from fixify.checkpoints import check_finite, read_labels
+from fixify.checkpoints.encoder import read_encoder, with_classifier
 from fixify.checkpoints.learned import REFERENCE_CODE, Original, read_original
-from fixify.checkpoints.slim import DTYPES, SUFFIX, SlimInfo, is_slim, main_dtype, source_record, write_slim
+from fixify.checkpoints.matrix import is_matrix
+from fixify.checkpoints.slim import (
+    DTYPES,
+    SUFFIX,
+    SlimInfo,
+    is_slim,
+    main_dtype,
+    read_info,
+    source_record,
+    write_slim,
+)
 from fixify.conversion_options import ConvertOptions
 from fixify.errors import SourceError, UsageError
 from fixify.features import Calibration, Observation
 from fixify.heads import FixedClassifier
 from fixify.metrics import resolve_device
-from fixify.models.architectures import build
 from fixify.savings import Savings
 from fixify.surgery import HeadRecord, NewHead, make_heads
 
-_SOURCE_SUFFIXES = (".pth.tar", ".pth", ".pt", ".safetensors", ".bin", ".tar", ".ckpt")
+_SOURCE_SUFFIXES = (".npy", ".npz", ".pth.tar", ".pth", ".pt", ".safetensors", ".bin", ".tar", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,9 @@ def convert(
 ) -> Conversion:
     """Replace the classifier of a checkpoint by a fixed one, and write the rest as a slim checkpoint.
 
+    A file that holds a classifier alone (a matrix of C x N in .npy, .npz or .safetensors) becomes a slim head alone,
+    which `fixify.load` returns as a `FixedClassifier`. The option `classifier` puts such a classifier onto an encoder.
+
     Every backbone tensor is written as it was stored, bit for bit, unless `dtype` is given. A checkpoint that was
     trained with the paper's published code keeps its fixed head, with scale and bias. The option `head` or
     `num_classes` puts a new one in its place; its codes are in class order, since there are no class vectors to match.
@@ -80,10 +100,21 @@ def convert(
     """
     options = (options or ConvertOptions()).replace(**changes)
     if is_slim(source):
-        raise SourceError(f"{source} is a slim checkpoint already.", hint=f"Next: fixify finetune {source} --data DATA")
+        raise SourceError(f"{source} is a slim checkpoint already.", hint=_next_of(source))
     target = Path(out) if out is not None else default_out(source)
     refuse_existing(target, force=force)
-    original = read_original(source, arch=options.arch, ema=options.ema)
+    if options.classifier is None and (is_matrix(source) or options.key):
+        bare = convert_bare(Path(source), options, on_progress)
+        write_slim(target, bare.tensors, bare.info, force=force)
+        return Conversion(target, bare.info, bare.savings, None, bare.notes)
+    matrix = None
+    if options.classifier is not None:
+        encoder = read_encoder(source, arch=options.arch, ema=options.ema)
+        matrix, options = read_bare(Path(options.classifier), options, encoder)
+        original = with_classifier(encoder, matrix)
+    else:
+        refuse_bare_options(source, options)
+        original = read_original(source, arch=options.arch, ema=options.ema)
     check_finite(original.tensors)
     observed = None
     if options.calibrate is not None and not original.reference_code_heads:
@@ -103,24 +134,25 @@ def convert(
         f"{head.record.path}.{key}": tensor for head in heads for key, tensor in head.module.state_dict().items()
     }
     savings = Savings.measure(
-        build(original.architecture, num_classes=original.num_classes, meta=True),
+        original.build(meta=True),
         original.sites,
         learned=original.learned,
         backbone=backbone,
         heads=[head.module for head in heads],
     )
     names = original.labels if options.num_classes is None else None
-    if options.labels is not None:
+    if options.labels is not None and matrix is None:
         names = read_labels(options.labels, options.num_classes or original.num_classes)
     info = SlimInfo(
         architecture=original.architecture,
         heads=tuple(head.record for head in heads),
         preprocessing=dict(original.preprocessing),
         labels=names,
-        source=source_record(original.source),
+        source={**source_record(original.source), **classifier_record(matrix, options)},
         savings=savings.to_dict(),
         dtype=options.dtype or main_dtype(original.tensors),
         calibration=None if calibration is None else calibration.to_dict(),
+        projection=original.projection,
     )
     write_slim(target, {**backbone, **head_tensors}, info, force=force)
     about_images = () if observed is None else tuple(observed.notes)
@@ -142,6 +174,13 @@ def default_out(source: str | Path) -> Path:
     return Path(name + SUFFIX)
 
 
+def _next_of(source: str | Path) -> str:
+    """Say what to type next for a file that is a slim checkpoint already."""
+    if read_info(source).is_bare:
+        return f"It is a classifier without a network. Next: fixify export {source} --head-only"
+    return f"Next: fixify finetune {source} --data DATA"
+
+
 def _heads(
     original: Original,
     options: ConvertOptions,
@@ -150,13 +189,8 @@ def _heads(
 ) -> list[NewHead]:
     """Make the new heads, or keep those of the paper's published code."""
     if not original.reference_code_heads:
-        return make_heads(
-            original.sites,
-            original.tensors,
-            options,
-            features=features,
-            num_classes=options.num_classes,
-            on_progress=on_progress,
+        return heads_of_class_vectors(
+            original.sites, original.tensors, options, features=features, on_progress=on_progress
         )
     keep = options.head == "auto" and options.num_classes is None
     _refuse_for_reference_code(original, options, keep)

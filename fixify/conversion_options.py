@@ -30,7 +30,9 @@ class HeadConfig(CheckedOptions):
     machine: ClassVar[tuple[str, ...]] = ("device",)
 
     head: Literal["auto", "hadamard", "orthogonal", "simplex", "binary", "identity"] = option(
-        "auto", "Kind of the fixed head; auto is hadamard where such a matrix is known, else orthogonal."
+        "auto",
+        "Kind of the fixed head; auto is hadamard where such a matrix is known, else orthogonal; "
+        "binary for a classifier without a network.",
     )
     seed: int = option(0, "Seed of the codebook; the same seed gives the same codes.", ge=0, lt=1 << 64)
     bits_per_class: int | None = option(
@@ -93,6 +95,31 @@ class ConvertOptions(HeadConfig):
     )
     labels: str | None = option(None, "A file of class names, or imagenet. Default: the names that came with SOURCE.")
     ema: bool = option(False, "Take the averaged (EMA) weights of a training checkpoint.")
+    classifier: str | None = option(
+        None,
+        "A classifier without a network, such as text embeddings of class names (.npy, .npz, .safetensors): put it "
+        "onto SOURCE, in the place of its classifier or behind the projection of a CLIP model.",
+        metavar="FILE",
+        panel="bare",
+    )
+    key: tuple[str, ...] = option(
+        (),
+        "Name of the matrix in its file, and of the bias if it has an unusual name; can be repeated. Default: the only "
+        "matrix, and the bias beside it.",
+        metavar="NAME",
+        panel="bare",
+    )
+    rows: Literal["classes", "features"] | None = option(
+        None, "What a row of the matrix is. Default: decided by labels, bias and widths, or asked.", panel="bare"
+    )
+    logit_scale: float | None = option(
+        None,
+        "Logits are this times the cosine of features and class vector, as those of CLIP (100). Default: W x + b.",
+        panel="bare",
+        gt=0,
+        le=1e6,
+        allow_inf_nan=False,
+    )
     calibrate: str | None = option(
         None,
         "A folder of images like those that the model is for (no labels needed), or a data name as for finetune: set "
@@ -106,10 +133,15 @@ class ConvertOptions(HeadConfig):
         None, "Device that calibrates: cpu, cuda, cuda:1, mps. Default: the first accelerator, else cpu."
     )
 
-    @field_validator("calibrate", "labels", mode="before")
+    @field_validator("calibrate", "labels", "classifier", mode="before")
     @classmethod
     def _as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
+
+    @field_validator("key", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod
@@ -139,6 +171,10 @@ class ConvertOptions(HeadConfig):
                 ("calibrate", "num_classes"),
                 "Calibrating fits the head to the original's answers, and a new label set has none",
                 "Drop --calibrate: fixify finetune takes mean and std from its training images.",
+            )
+        if self.classifier is not None and self.num_classes is not None:
+            yield Conflict(
+                ("classifier", "num_classes"), "The classes are those of the classifier", "Drop --num-classes."
             )
         if self.head == "binary" and self.num_classes is not None:
             yield Conflict(

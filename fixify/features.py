@@ -144,7 +144,7 @@ class Observation:
         self._held_out = _part(drawn, self.num_fitted, len(drawn))
         self._model = original.model().to(device)
         channel_dims = {site.path: site.channel_dim for site in original.sites}
-        with record_inputs(self._model, channel_dims, lambda path, x: _samples(x, channel_dims[path])) as seen:
+        with record_inputs(self._model, channel_dims, lambda path, x: samples_of(x, channel_dims[path])) as seen:
             self.num_fitted = sum(len(answers) for answers in self._answers(fitted))
         self.features = {path: torch.cat(parts) for path, parts in seen.items() if parts}
         self._expected = torch.cat(list(self._answers(self._held_out)))
@@ -177,7 +177,7 @@ class Observation:
                     self._on_images(len(images))
 
 
-def _samples(x: Tensor, channel_dim: int) -> Tensor:
+def samples_of(x: Tensor, channel_dim: int) -> Tensor:
     """Reshape a layer's input [B, N], [B, ..., N] or, with channel_dim 1, [B, N, ...] to samples [B * positions, N]."""
     x = x.movedim(channel_dim, -1)
     x = x.reshape(len(x), -1, x.shape[-1])

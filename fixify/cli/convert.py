@@ -29,6 +29,9 @@ def convert(
 
     A few hundred images without labels (--calibrate) recover a part of it at once, and show how much.
 
+    SOURCE may also be a classifier without a network: a matrix of text embeddings, or another framework's last layer
+    (.npy, .npz, .safetensors). It becomes a slim head alone; --classifier puts it onto a network.
+
     A checkpoint that was trained with the paper's published code keeps its own fixed classifier, unless --head names
     another.
     """
@@ -80,7 +83,9 @@ def convert(
     if done.info.calibration is not None:
         output.say(f"Calibrated {calibration_line(done.info.calibration)}.")
     output.say(f"Wrote {done.path}.")
-    if any(record.spec.is_reference for record in done.info.heads):
+    if done.info.is_bare:
+        output.next_step(f"fixify export {done.path} --head-only", "for ONNX Runtime and NumPy; in Python: fixify.load")
+    elif any(record.spec.is_reference for record in done.info.heads):
         output.next_step(f"fixify eval {done.path} --data DATA", "it is trained already")
     elif chosen is not None and recipe is not None and chosen.finetune is not None:
         data = "" if chosen.data is not None else " --data DATA"

@@ -22,7 +22,7 @@ def slim_table(path: Path, info: SlimInfo) -> Table:
     """Show what a slim checkpoint says about itself, one fact per row."""
     made = new_table("", "", title=path.name)
     made.show_header = False
-    made.add_row("architecture", info.architecture.ref)
+    made.add_row("architecture", "none: a classifier without a network" if info.is_bare else info.architecture.ref)
     for record in info.heads:
         spec = record.spec
         made.add_row(
@@ -33,7 +33,10 @@ def slim_table(path: Path, info: SlimInfo) -> Table:
             made.add_row("", spec.description)
         made.add_row("", ", ".join(part for part in (spec.construction, f"seed {spec.seed}") if part))
         made.add_row("", short_digest(spec.digest))
-    made.add_row("preprocessing", ", ".join(f"{key} {plain(value)}" for key, value in info.preprocessing.items()))
+    if info.projection is not None:
+        made.add_row("", f"behind the projection {info.projection}")
+    if not info.is_bare:
+        made.add_row("preprocessing", ", ".join(f"{key} {plain(value)}" for key, value in info.preprocessing.items()))
     if info.labels:
         shown = ", ".join(info.labels[:4])
         made.add_row("labels", f"{shown}, ... ({len(info.labels)})" if len(info.labels) > 4 else shown)
@@ -43,6 +46,9 @@ def slim_table(path: Path, info: SlimInfo) -> Table:
         made.add_row("source", f"{source['name']}{size}" + (", EMA weights" if source.get("ema") else ""))
     if source.get("sha256"):
         made.add_row("", short_digest(f"sha256:{source['sha256']}"))
+    classifier = source.get("classifier")
+    if isinstance(classifier, dict) and not info.is_bare:
+        made.add_row("classifier", str(classifier.get("name")))
     for key, title in (("applied", "applied"), ("left_out", "left out")):
         names = source.get(key)
         if isinstance(names, list) and names:
