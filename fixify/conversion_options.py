@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import field_validator, model_validator
 
 from fixify._options import CheckedOptions, Conflict, option, refuse
+from fixify.heads.levels import RATES
 
 MIN_IMAGES = 8
 """The fewest images that calibrate a head; a quarter of them is held out."""
@@ -36,6 +37,11 @@ class HeadConfig(CheckedOptions):
     bits_per_class: int | None = option(
         None, "Signs per class that a binary head stores. Default: one per feature.", ge=1
     )
+    bits_per_weight: float | None = option(
+        None,
+        f"Bits that a binary head stores for each weight: {', '.join(f'{rate:g}' for rate in RATES)}; above 1 they "
+        "are levels instead of signs. Fewer than 1: --bits-per-class. Default: 1.",
+    )
     match: bool = option(True, "Give each class the code nearest to its old class vector, not the next one.")
     wide_search: bool = option(
         False,
@@ -53,12 +59,33 @@ class HeadConfig(CheckedOptions):
     bias: bool | None = option(True, "Keep one learned bias per class.")
     standardize: bool = option(True, "Standardise each feature by its running mean and std before normalising.")
 
+    @field_validator("bits_per_weight")
+    @classmethod
+    def _known_rate(cls, value: float | None) -> float | None:
+        if value is not None and value not in RATES:
+            allowed = ", ".join(f"{rate:g}" for rate in RATES)
+            hint = "; fewer than one bit per weight are set with bits_per_class" if value < 1 else ""
+            raise ValueError(f"must be one of {allowed}, not {value:g}{hint}")
+        return value
+
     def _conflicts(self) -> Iterator[Conflict]:
         if self.bits_per_class is not None and self.head != "binary":
             yield Conflict(
                 ("bits_per_class", "head"),
                 f"bits_per_class belongs to head binary, not {self.head}",
                 "Add --head binary.",
+            )
+        if self.bits_per_weight is not None and self.head != "binary":
+            yield Conflict(
+                ("bits_per_weight", "head"),
+                f"bits_per_weight belongs to head binary, not {self.head}",
+                "Add --head binary.",
+            )
+        if self.bits_per_weight is not None and self.bits_per_class is not None:
+            yield Conflict(
+                ("bits_per_weight", "bits_per_class"),
+                "bits_per_class counts the signs of a class, and bits_per_weight the bits of each weight",
+                "Drop one of them.",
             )
         if self.wide_search and (not self.match or self.head not in ("auto", "hadamard")):
             yield Conflict(

@@ -495,7 +495,9 @@ def _choose_codes(spec: HeadSpec, class_vectors: Tensor, covariance: Tensor | No
             hint=f"Those of {' and '.join(kind.name for kind in KINDS.values() if kind.can_fit)} can.",
         )
     signs = encode(spec, class_vectors, feature_moment=covariance, on_progress=on_progress)
-    note = f"{spec.bits_per_class} signs per class taken from the old classifier"
+    rate = spec.bits_per_weight
+    what = f"{spec.bits_per_class} signs per class" if rate is None else f"levels of {rate:g} bits per weight"
+    note = f"{what} taken from the old classifier"
     if spec.row_scales:
         return _Chosen(spec, torch.from_numpy(signs.codes), note, torch.from_numpy(signs.gains), signs.scale)
     mean_length = float(signs.gains.mean()) / GAIN_STEPS  # one length for all classes
