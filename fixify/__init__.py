@@ -27,6 +27,7 @@ _EXPORTS = {
     "FixifyError": "fixify.errors",
     "HeadSpec": "fixify.heads",
     "codebook": "fixify.heads",
+    "compare": "fixify.comparing.compare",
     "convert": "fixify.conversion",
     "evaluate": "fixify.evaluation",
     "export": "fixify.exporting.export",
@@ -49,6 +50,7 @@ __getattr__, __dir__ = lazy(__name__, _EXPORTS)
 if TYPE_CHECKING:
     from fixify.checkpoints.slim import load as load
     from fixify.checkpoints.slim import save as save
+    from fixify.comparing.compare import compare as compare
     from fixify.conversion import convert as convert
     from fixify.errors import FixifyError as FixifyError
     from fixify.evaluation import evaluate as evaluate

@@ -78,7 +78,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """A checkpoint on the device, and the data with its labels."""
 
     model: OpenModel
@@ -156,15 +156,15 @@ def evaluate(
     reading = DataOptions(class_order, class_map, input_key, target_key)  # type: ignore[arg-type]
     opened = open_data(str(data), split=split, download=download, options=reading)  # type: ignore[arg-type]
 
-    def prepare(source: str | Path | OpenModel) -> _Prepared:
+    def prepare(source: str | Path | OpenModel) -> Prepared:
         model = source if isinstance(source, OpenModel) else open_model(source, arch=arch, ema=ema)
-        return _prepare(model, opened, where, img_size, crop_pct)
+        return prepare_model(model, opened, where, img_size, crop_pct)
 
     warn = on_warning if on_warning is not None else _say_nothing
     unreadable = UnreadableImages(len(opened), max_unreadable, name_the_first(warn), warn)
     loaders = contextlib.ExitStack()
 
-    def loader(prepared: _Prepared) -> ImageLoader:
+    def loader(prepared: Prepared) -> ImageLoader:
         made = make_loader(
             first.matched.data,
             prepared.preprocessing,
@@ -179,7 +179,7 @@ def evaluate(
     first = prepare(checkpoint)
     other = None if against is None else prepare(against)
     if other is not None:
-        _refuse_other_order(first, other)
+        refuse_other_order(first, other)
     about = (opened.name, split, first.matched.data.description, first.model.name)
     if on_start is not None:
         on_start(first.matched.data)
@@ -207,19 +207,26 @@ def _say_nothing(_text: str) -> None:
     """Do nothing with a warning; the result has them."""
 
 
-def _prepare(
+def prepare_model(
     model: OpenModel, opened: OpenedData, device: torch.device, img_size: int | None, crop_pct: float | None
-) -> _Prepared:
+) -> Prepared:
+    """Give data the labels of a checkpoint, and put the model on the device.
+
+    Raises:
+        DataError: the classes of the data are not those of the checkpoint.
+        UsageError: the model does not take images of that size.
+    """
     training = (model.slim.training if model.slim is not None else None) or {}
     matched = match_classes(opened, model.num_classes, training.get("class_names"), model.labels, subset=True)
     preprocessing = override(model.preprocessing, img_size=img_size, crop_pct=crop_pct)
     if img_size is not None:
         check_input_size(model.model, preprocessing["input_size"])
     model.model.to(device)
-    return _Prepared(model, matched, preprocessing)
+    return Prepared(model, matched, preprocessing)
 
 
-def _refuse_other_order(first: _Prepared, other: _Prepared) -> None:
+def refuse_other_order(first: Prepared, other: Prepared) -> None:
+    """Raise a DataError if two checkpoints order their classes differently."""
     if other.matched.label_of != first.matched.label_of:
         names = [prepared.matched.data.class_names[:3] for prepared in (first, other)]
         raise DataError(

@@ -22,6 +22,7 @@ from typer.core import TyperCommand, TyperGroup
 from fixify._version import __version__
 from fixify.cli import (
     bench,
+    compare,
     convert,
     demo,
     eval,
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
     "eval": eval.evaluate,
     "predict": predict.predict,
+    "compare": compare.compare,
     "export": export.export,
     "report": report.report,
     "plan": plan.plan,

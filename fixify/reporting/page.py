@@ -24,7 +24,7 @@ def write_page(report: Report, *, now: datetime | None = None) -> str:
         now: The date on the page; None takes the current time.
     """
     return (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             report=report,
@@ -142,7 +142,8 @@ def _training_loss(runs: Sequence[RunReport]) -> Chart | None:
 
 
 @functools.cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Return the templates of pages; values in them are escaped."""
     environment = Environment(
         loader=PackageLoader("fixify.reporting"),
         autoescape=True,

@@ -144,6 +144,8 @@ def _commands(folder: Path) -> list[tuple[object, ...]]:
         ("eval", slim, "--data", folder / "data", "--workers", "0"),
         ("eval", slim, "--data", folder / EVIL_FILE),
         ("eval", slim, "--data", folder / "data", "--class-map", folder / f"{EVIL_FILE}.yaml"),
+        ("compare", model, slim, "--data", folder / "data", "--workers", "0", "--arch", "test_efficientnet"),
+        ("compare", slim, model, "--data", folder / "data"),
         ("export", model),
         ("export", slim, "--to", "torch-export", "-o", folder / EVIL_FILE / "no folder.pt2"),
         ("report", slim),

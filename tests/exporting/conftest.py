@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import fixify
+from fixify.exporting.job import Exported
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +33,21 @@ def slims(small_pth: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
         return made[name]
 
     return slim
+
+
+@pytest.fixture(scope="session")
+def exported(slims: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
+    """A kind of head and options of export -> the ONNX file of `slims`, to be read only; made once for each."""
+    folder = tmp_path_factory.mktemp("exported")
+    made: dict[str, Exported] = {}
+
+    def export(head: str, **options: Any) -> Exported:
+        name = str((head, sorted(options.items())))
+        if name not in made:
+            made[name] = fixify.export(slims(head=head), folder / f"net{len(made)}.onnx", **options)
+        return made[name]
+
+    return export
 
 
 @pytest.fixture(scope="session")
