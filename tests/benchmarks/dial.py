@@ -8,6 +8,7 @@
     python tests/benchmarks/dial.py lite0 --out dial.jsonl
     python tests/benchmarks/dial.py ddddocr --out dial.jsonl
     python tests/benchmarks/dial.py --table dial.jsonl
+    python tests/benchmarks/dial.py --speed
 
 `kanji`: the networks of tests/benchmarks/retrofit.py, N = 256, C = 2,965; top-1 on held-out typefaces. `lite0`:
 EfficientNet-Lite0, crops of half of scikit-image's photographs calibrate, agreement is counted on the other half.
@@ -21,13 +22,22 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fixify.benchmarks import baselines
+from fixify.benchmarks.timing import seconds_in_turns
+from fixify.comparing.alternatives import (
+    Moments,
+    round_weights,
+    rounded_bytes,
+    svd_bytes,
+    svd_rank,
+    truncate,
+)
 from fixify.heads import HeadSpec, feature_statistics, replacement
 from fixify.heads.kinds import BINARY
 from fixify.heads.levels import RATES
@@ -88,21 +98,31 @@ def heads(weight: Tensor, bias: Tensor, known: Tensor) -> Iterator[tuple[str, fl
         spec = HeadSpec("binary", n, c, **options)
         return spec.bytes_per_class, replacement(spec, weight, bias, features=features).head
 
+    def linear(changed: Tensor) -> nn.Module:
+        """Make a layer; what the weight loses of the mean is added to the bias."""
+        layer = nn.Linear(n, c)
+        layer.weight.data, layer.bias.data = changed, bias + (weight - changed) @ known.mean(dim=0)
+        return layer
+
     for share in (4, 2):
         yield f"binary, {n // share} signs", *made(known, 1, n // share)
     for bits in RATES:
         yield f"binary, {bits:g} bit{'s' if bits > 1 else ''} per weight", *made(known, bits)
     for bits in RATES:
         yield f"the same, no images, {bits:g}", *made(None, bits)
+    # the covariance that fixify's own heads are fitted with: GPTQ's usual one of 1 % damping does worse on few images
     facts = feature_statistics(known, standardize="center")
-    for bits in (2, 3, 4):
-        for make in (baselines.rounded, baselines.compensated):
-            found = make(weight, bias, facts, bits)
-            yield found.name, found.bytes_per_class, found.layer()
+    for name, moments in (
+        ("rounded", None),
+        ("GPTQ", Moments.of(known)),
+        ("GPTQ, shrunk covariance", Moments(facts.mean.double(), facts.covariance)),
+    ):
+        for bits in (2, 3, 4):
+            yield f"int{bits}, {name}", rounded_bytes(weight, bits) / c, linear(round_weights(weight, bits, moments))
     for bits in (1, 2, 4):
-        rank = baselines.rank_for(n * bits / 8 + 1, c, n)
-        found = baselines.low_rank(weight, bias, facts, rank)
-        yield found.name, found.bytes_per_class, found.layer()
+        rank = svd_rank(weight, c * (n * bits // 8 + 1))
+        made = truncate(weight, rank, Moments(facts.mean.double(), facts.covariance))
+        yield f"SVD, rank {rank}, int8 factors", svd_bytes(weight, rank) / c, linear(made)
 
 
 @torch.no_grad()
@@ -163,6 +183,25 @@ def print_table(path: Path) -> None:
             print(f"| {row} | {of_row[0]['bytes']:.0f} | {' | '.join(cells)} | {seconds:.0f} |")
 
 
+def print_speed() -> None:
+    """Print the time of random heads on one thread, beside that of `nn.Linear`, and the memory of their codes."""
+    names = ["nn.Linear", *(f"{bits:g}" for bits in RATES)]
+    print(f"| classes x features | batch | {' | '.join(names)} |\n|{'---|' * (2 + len(names))}")
+    for c, n in ((1000, 1280), (8210, 1024), (18385, 128)):
+        layers: list[nn.Module] = [nn.Linear(n, c)]
+        weight = torch.randn(c, n, generator=torch.Generator().manual_seed(0))
+        for bits in RATES:
+            options = BINARY.default_options(n, has_features=False, bits_per_weight=bits)
+            layers.append(replacement(HeadSpec("binary", n, c, **options), weight, torch.zeros(c)).head.eval())
+        for batch in (1, 16, 256):
+            x = torch.randn(batch, n)
+            with torch.inference_mode():
+                seconds = seconds_in_turns([partial(layer, x) for layer in layers], limit=8.0)
+            print(f"| {c:,} x {n:,} | {batch} | {' | '.join(f'{1e6 * each:,.0f}' for each in seconds)} |")
+        sizes = [c * n * 4, *(2 * layer.codes.numel() for layer in layers[1:])]
+        print(f"| {c:,} x {n:,} | packed, MB | {' | '.join(f'{size / 1e6:.1f}' for size in sizes)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", choices=SETS)
@@ -170,6 +209,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmark"), help="folder of images and networks")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark/dial.jsonl"))
     parser.add_argument("--table", type=Path, metavar="RESULTS", help="print the table of these results")
+    parser.add_argument("--speed", action="store_true", help="print how long the forward pass takes")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.data is not None:
@@ -177,6 +217,8 @@ def main() -> None:
         run(arguments.data, arguments)
     if arguments.table is not None:
         print_table(arguments.table)
+    if arguments.speed:
+        print_speed()
 
 
 if __name__ == "__main__":
