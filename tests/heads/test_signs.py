@@ -157,11 +157,11 @@ def test_signs_are_levels_of_one_bit():
 
 
 @pytest.mark.parametrize("integers", [True, False])
-@pytest.mark.parametrize("byte_levels", [0, 1 << 22])
+@pytest.mark.parametrize("byte_levels", [0, 1 << 24])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", LEVELS.values(), ids=lambda kind: f"{kind.bits:g} bits")
 def test_products_with_levels_are_exact(kind, dtype, byte_levels, integers, draw, monkeypatch):
-    monkeypatch.setattr(module, "_BYTE_SIGNS", byte_levels)
+    monkeypatch.setattr(module, "_BYTE_LEVELS", byte_levels)
     monkeypatch.setattr(module, "_CACHED_BYTES", 1 << 9)  # several chunks
     if not integers:
         monkeypatch.setattr(module, "has_fast_integers", lambda: False)
