@@ -545,7 +545,7 @@ class Binary(Kind):
         """Describe the signs or levels and their size, as "88 bits per class (12 bytes with its length)"."""
         size = _in_bytes(self.bytes_per_class(spec)) + (" with its length" if spec.gains else "")
         if spec.bits_per_weight is not None:
-            return f"{spec.bits_per_weight:g} bits per weight ({size} per class)"
+            return f"{spec.bits_per_weight:g} bits per weight ({_in_bytes(self.bytes_per_class(spec))} per class with its length)"
         return f"{counted(self._num_signs(spec), 'bit')} per class ({size})"
 
     def default_options(
