@@ -543,10 +543,10 @@ class Binary(Kind):
 
     def description(self, spec: SpecFields) -> str:
         """Describe the signs or levels and their size, as "88 bits per class (12 bytes with its length)"."""
-        size = _in_bytes(self.bytes_per_class(spec)) + (" with its length" if spec.gains else "")
+        size, length = _in_bytes(self.bytes_per_class(spec)), " with its length" if spec.gains else ""
         if spec.bits_per_weight is not None:
-            return f"{spec.bits_per_weight:g} bits per weight ({_in_bytes(self.bytes_per_class(spec))} per class with its length)"
-        return f"{counted(self._num_signs(spec), 'bit')} per class ({size})"
+            return f"{spec.bits_per_weight:g} bits per weight ({size} per class{length})"
+        return f"{counted(self._num_signs(spec), 'bit')} per class ({size}{length})"
 
     def default_options(
         self, num_features: int, *, has_features: bool, bits_per_weight: float | None = None
