@@ -104,12 +104,8 @@ def heads(weight: Tensor, bias: Tensor, known: Tensor) -> Iterator[tuple[str, fl
         layer.weight.data, layer.bias.data = changed, bias + (weight - changed) @ known.mean(dim=0)
         return layer
 
-    for share in (4, 2):
-        yield f"binary, {n // share} signs", *made(known, 1, n // share)
     for bits in RATES:
         yield f"binary, {bits:g} bit{'s' if bits > 1 else ''} per weight", *made(known, bits)
-    for bits in RATES:
-        yield f"the same, no images, {bits:g}", *made(None, bits)
     # the covariance that fixify's own heads are fitted with: GPTQ's usual one of 1 % damping does worse on few images
     facts = feature_statistics(known, standardize="center")
     for name, moments in (
@@ -119,6 +115,10 @@ def heads(weight: Tensor, bias: Tensor, known: Tensor) -> Iterator[tuple[str, fl
     ):
         for bits in (2, 3, 4):
             yield f"int{bits}, {name}", rounded_bytes(weight, bits) / c, linear(round_weights(weight, bits, moments))
+    for bits in RATES:
+        yield f"the same, no images, {bits:g}", *made(None, bits)
+    for share in (4, 2):
+        yield f"binary, {n // share} signs", *made(known, 1, n // share)
     for bits in (1, 2, 4):
         rank = svd_rank(weight, c * (n * bits // 8 + 1))
         made = truncate(weight, rank, Moments(facts.mean.double(), facts.covariance))
