@@ -106,7 +106,7 @@ def heads(weight: Tensor, bias: Tensor, known: Tensor) -> Iterator[tuple[str, fl
 
     for bits in RATES:
         yield f"binary, {bits:g} bit{'s' if bits > 1 else ''} per weight", *made(known, bits)
-    # the covariance that fixify's own heads are fitted with: GPTQ's usual one of 1 % damping does worse on few images
+    # GPTQ with its usual damping of 1 %, and with the covariance that fixify's heads of signs are fitted with
     facts = feature_statistics(known, standardize="center")
     for name, moments in (
         ("rounded", None),
@@ -121,8 +121,8 @@ def heads(weight: Tensor, bias: Tensor, known: Tensor) -> Iterator[tuple[str, fl
         yield f"binary, {n // share} signs", *made(known, 1, n // share)
     for bits in (1, 2, 4):
         rank = svd_rank(weight, c * (n * bits // 8 + 1))
-        made = truncate(weight, rank, Moments(facts.mean.double(), facts.covariance))
-        yield f"SVD, rank {rank}, int8 factors", svd_bytes(weight, rank) / c, linear(made)
+        low = truncate(weight, rank, Moments(facts.mean.double(), facts.covariance))
+        yield f"SVD, rank {rank}, int8 factors", svd_bytes(weight, rank) / c, linear(low)
 
 
 @torch.no_grad()
