@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import platform
 import re
@@ -20,6 +21,8 @@ if sys.platform != "win32":
     import fcntl
 
 _SUFFIX = ".tmp"
+_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
+_LONGEST_HEADER = 16 << 20  # bytes
 _OLD = 3600.0  # seconds, where nothing says whether the writer lives
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -54,7 +57,8 @@ def private_folder(path: Path) -> Iterator[Path]:
 def remove_leftovers(path: Path) -> None:
     """Remove the temporary files of processes that were killed while they wrote an output.
 
-    Nothing is removed while another process writes the same output.
+    Nothing is removed while another process writes the same output. Earlier versions of fixify left files of
+    safetensors' own, `.tmpXXXXXX`, which do not name their output: those in the folder that are surely theirs go too.
 
     Args:
         path: The output. Its temporary files and folders lie beside it and are called `.NAME.xxxxxxxx.tmp`.
@@ -70,6 +74,7 @@ def remove_leftovers(path: Path) -> None:
             if not (_is_old(each) if free is None else free):
                 return
         remove(found)
+    remove(_of_safetensors(path.parent))
 
 
 def leftovers(path: Path) -> list[Path]:
@@ -80,6 +85,31 @@ def leftovers(path: Path) -> list[Path]:
     except OSError:
         return []  # the one who writes there says why
     return [each for each in beside if pattern.fullmatch(each.name)]
+
+
+def _of_safetensors(folder: Path) -> list[Path]:
+    """List the temporary files of safetensors in a folder that hold a slim checkpoint and that nobody writes any more.
+
+    The library writes the header first, so that it is whole even if the process was killed.
+    """
+    try:
+        named = [each for each in sorted(folder.iterdir()) if _SAFETENSORS.fullmatch(each.name)]
+    except OSError:
+        return []
+    return [each for each in named if _is_old(each) and _is_slim(each)]
+
+
+def _is_slim(path: Path) -> bool:
+    try:
+        if path.is_symlink() or not path.is_file():
+            return False
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length <= _LONGEST_HEADER else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return isinstance(metadata, dict) and {"fixify", "fixify.version"} <= metadata.keys()
 
 
 def remove(found: list[Path]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fixify.checkpoints import open_source
-from fixify.checkpoints.learned import stated
+from fixify.checkpoints.learned import explaining_parts, stated
 from fixify.checkpoints.remarks import remarks_on
 from fixify.errors import ArchitectureError
 from fixify.models.identify import Candidate, Identification
@@ -77,7 +77,8 @@ def identify(source: str | Path, *, on_progress: Callable[[int, int], object] | 
     opened = open_source(source, meta=True)
     said, head = stated(opened), opened.reference_code_head
     try:
-        found = identify_shapes(opened.shapes, on_progress=on_progress)
+        with explaining_parts(opened):
+            found = identify_shapes(opened.shapes, on_progress=on_progress)
     except ArchitectureError:
         if said is None:
             raise

@@ -163,3 +163,29 @@ class TestLeftovers:
         (tmp_path / ".net.abcdefgh.tmp").symlink_to(tmp_path / "kept")
         remove_leftovers(tmp_path / "net")
         assert [each.name for each in tmp_path.iterdir()] == ["kept"]
+
+
+class TestFilesOfSafetensors:
+    """`.tmpXXXXXX` of earlier versions, which safetensors left when the process was killed."""
+
+    @staticmethod
+    def left(path: Path, metadata: dict[str, str] | None, *, hours: float = 2) -> Path:
+        save_file({"a": torch.zeros(3)}, path, metadata=metadata)
+        os.utime(path, (path.stat().st_mtime - 3600 * hours,) * 2)
+        return path
+
+    def test_a_slim_checkpoint_is_removed(self, tmp_path: Path) -> None:
+        ours = {"fixify": "{}", "fixify.version": "1"}
+        left = self.left(tmp_path / ".tmpaB3x9Z", ours)
+        kept = [
+            self.left(tmp_path / ".tmpnewone", ours, hours=0.5),  # it may be written now
+            self.left(tmp_path / ".tmpOthers", None),
+            self.left(tmp_path / ".tmpTooLong1", ours),
+            self.left(tmp_path / "model.safetensors", ours),
+        ]
+        (tmp_path / ".tmpBroken").write_bytes(b"\xff" * 40)
+        (tmp_path / ".tmpLinked").symlink_to(kept[3])
+        write_safetensors(tmp_path / "x.fixed.safetensors", {"a": torch.zeros(2)}, {"format": "pt"})
+        assert not left.exists()
+        assert all(path.exists() for path in kept)
+        assert (tmp_path / ".tmpBroken").exists() and (tmp_path / ".tmpLinked").exists()

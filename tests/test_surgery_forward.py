@@ -80,6 +80,7 @@ HEADS = {
     "linear": (lambda m: nn.Linear(96, 10), "fc"),
     "dropout": (lambda m: nn.Sequential(nn.Dropout(0.5), nn.Linear(96, 1000)), "fc.1"),
     "norm": (lambda m: nn.Sequential(nn.BatchNorm1d(96), nn.Linear(96, 10)), "fc.1"),
+    "layer norm": (lambda m: nn.Sequential(nn.LayerNorm(96), nn.Linear(96, 10)), "fc.1"),
     "log-softmax": (lambda m: nn.Sequential(nn.Linear(96, 10), nn.LogSoftmax(1)), "fc.0"),
 }
 
@@ -91,6 +92,23 @@ def test_hand_made_heads_of_timm_models(name: str) -> None:
     model.fc = make(model)
     assert fixed(fixify.fix_classifier_(model)) == [path]
     assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 1000 if name == "dropout" else 10)
+
+
+@pytest.mark.parametrize("make", [nn.BatchNorm1d, nn.LayerNorm, lambda n: nn.BatchNorm1d(n, affine=False, eps=1e-6)])
+@pytest.mark.parametrize("kind", ["hadamard", "binary"])
+def test_a_norm_before_the_classifier_is_kept(make: Callable[[int], nn.Module], kind: str) -> None:
+    torch.manual_seed(0)
+    norm = make(96)
+    for tensor in (*norm.parameters(), *(buffer for buffer in norm.buffers() if buffer.ndim)):
+        nn.init.uniform_(tensor, 0.5, 1.5)
+    model: Any = timm.create_model("test_resnet").eval()
+    images = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(images), pre_logits=True)
+        model.fc = nn.Sequential(norm, nn.Linear(96, 10))
+        fixify.fix_classifier_(model, kind)
+        model.eval()
+        assert torch.equal(model(images), model.fc[1](norm(features)))
 
 
 def test_hand_made_head_of_a_model_that_cannot_be_run() -> None:

@@ -59,7 +59,8 @@ def open_file(path: Path, *, ema: bool = False, meta: bool = False, name: str | 
     with _files.unchanged(path, SourceError):
         tree, facts = read_tree(path, meta=meta)
         num_bytes = path.stat().st_size
-        weights = clean(find_state_dict(tree, path.name, ema=ema), path.name, file_bytes=num_bytes, ema=ema)
+        found = find_state_dict(tree, path.name, ema=ema)
+        weights = clean(found, path.name, file_bytes=num_bytes, ema=ema)
         tensors = _shapes_only(weights.tensors) if meta else weights.tensors
         sha256 = None if meta else _files.sha256_of(path)
     return Source(
@@ -73,6 +74,7 @@ def open_file(path: Path, *, ema: bool = False, meta: bool = False, name: str | 
         dropped=weights.dropped,
         beside=weights.beside,
         extras=weights.extras,
+        joined=found.joined,
     )
 
 

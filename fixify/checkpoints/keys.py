@@ -49,6 +49,7 @@ _LARGEST = 1e30  # a longer number is as wrong as this one
 _LONGEST_NAME = 1_000  # characters; the longest name in timm has 80
 _MOST_WRAPPERS = 16  # around one another
 _FEW = 8  # the tensors of a classifier, at most
+_CLASSIFIERS = ("classifier", "fc", "head", "linear", "cls_head", "classification_head", "last_linear")
 # The dtypes of an image model's weights and counters. Others (float8, packed 4 bit, complex) mean nothing without the
 # scales or the code that belong to them.
 DTYPES = {
@@ -75,6 +76,7 @@ class StateDict:
         has_ema: Whether the file also holds a moving average.
         beside: What else the file holds of tensors, and is not read, in words.
         settings: Tensors of a temperature and an input normalisation that are stored beside the weights.
+        joined: The two keys of the file whose state dicts these are, each name below its key; None for one state dict.
     """
 
     entries: dict[str, object]
@@ -82,6 +84,7 @@ class StateDict:
     has_ema: bool = False
     beside: tuple[str, ...] = ()
     settings: Mapping[str, Tensor] = field(default_factory=dict)
+    joined: tuple[str, str] | None = None
 
 
 def items_of(mapping: object) -> Iterator[tuple[object, object]]:
@@ -131,9 +134,14 @@ def find_state_dict(tree: object, name: str, *, ema: bool = False) -> StateDict:
         beside = [] if average is None else [f"{average} (averaged weights: --ema reads them)"]
     elif any(isinstance(value, Tensor) for value in top.values()):
         return StateDict(top)
+    elif (parts := _two_parts(top)) is not None:
+        found, weights, beside = _join(top, *parts), parts[0], []
     else:
         raise SourceError(f"{name} holds no weights: it is {_describe(tree, top)}.", hint=_where_weights_are(top, name))
-    others = {key: value for key, value in top.items() if key not in (weights, average)}
+    if found.joined is None and weights is not None and not found.has_ema:
+        parts = _with_classifier(top, weights)
+        found = found if parts is None else _join(top, *parts)
+    others = {key: value for key, value in top.items() if key not in (weights, average, *(found.joined or ()))}
     return replace(
         found,
         beside=(*beside, *_beside(others, found.entries, name)),
@@ -280,6 +288,38 @@ def _holds_tensors(value: object) -> bool:
         for key, item in items_of(value)
         if _is_name(key)
     )
+
+
+def _two_parts(top: Mapping[str, object]) -> tuple[str, str] | None:
+    """Return the keys of a network without its classifier and of a classifier, if a file holds just these two."""
+    sizes = {key: len(_tensors_of(value)) for key, value in top.items() if _holds_tensors(value)}
+    parts = sorted(sizes, key=sizes.__getitem__, reverse=True)
+    if len(parts) != 2 or sizes[parts[1]] > _FEW or sizes[parts[0]] <= _FEW:
+        return None
+    return (parts[0], parts[1]) if any(map(_is_matrix, _tensors_of(top[parts[1]]).values())) else None
+
+
+def _with_classifier(top: Mapping[str, object], weights: str) -> tuple[str, str] | None:
+    """Return the keys of the weights and of a classifier beside them, unless the weights have one of that shape."""
+    if weights not in ("model", "net", "network"):
+        return None
+    parts = _two_parts({key: value for key, value in top.items() if key == weights or key in _CLASSIFIERS})
+    if parts is None or parts[0] != weights:
+        return None
+    heads = [tensor.shape for tensor in _tensors_of(top[parts[1]]).values() if _is_matrix(tensor)]
+    last = [tensor.shape for tensor in _tensors_of(top[weights]).values() if _is_matrix(tensor)][-1:]
+    # A second classifier beside a whole network is another thing: which of the two gives the answers is not known.
+    return None if len(heads) == 1 and last and last[0][1:] == heads[0][1:] and len(last[0]) == 2 else parts
+
+
+def _join(top: Mapping[str, object], *parts: str) -> StateDict:
+    """Put two state dicts into one, each name below the key of its part: `backbone.conv1.weight`, `head.weight`."""
+    entries = {f"{part}.{key}": item for part in parts for key, item in _innermost(top[part]).items()}
+    return StateDict(entries, joined=(parts[0], parts[1]))
+
+
+def _tensors_of(value: object) -> dict[str, Tensor]:
+    return {key: item for key, item in _innermost(value).items() if isinstance(item, Tensor)}
 
 
 def _is_swapped(top: Mapping[str, object]) -> bool:

@@ -29,6 +29,10 @@ _INSIDE = (
 _MAX_CLASSES = 1 << 22
 # The safe loader in C is ten times as fast, but does not come with every build of PyYAML.
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_MOST_YAML = 2_000_000  # characters, which PyYAML reads in about two seconds
+# A line of YAML that needs no parser: "7: tench" or "- tench", where the name is no word or number of YAML's own.
+_PLAIN_YAML = re.compile(r"(?:(?P<index>0|[1-9][0-9]{0,6}):|-) +(?P<name>[A-Za-z_][\w .,()/'-]*)", re.ASCII)
+_YAML_WORDS = frozenset({"true", "false", "yes", "no", "on", "off", "null"})
 # Both take time in proportion to the length of a line, whatever is in it.
 _LAST_NUMBER = re.compile(r"[\s,;:](?P<index>[0-9]{1,7})$")
 _FIRST_NUMBER = re.compile(r"^(?P<index>[0-9]{1,7})[\s,;:]+(?=\S)")
@@ -61,7 +65,8 @@ def read_class_map(path: Path) -> list[str]:
     - one name per line;
     - "name index" or "index name" per line, separated by spaces, a tab, a comma or a colon;
     - a list of names, in JSON or YAML (.yaml, .yml);
-    - a JSON or YAML object: index -> name, index -> [..., name] (as Keras writes it), or name -> index.
+    - a JSON or YAML object: index -> name, index -> [..., name] (as Keras writes it), or name -> index;
+    - a config.json that holds one of these as id2label, label_names, class_to_idx, ...
 
     Returns:
         The names in the order of their indices.
@@ -73,6 +78,8 @@ def read_class_map(path: Path) -> list[str]:
     if isinstance(value, list):
         return _indexed(value, _LAST_NUMBER) or _indexed(value, _FIRST_NUMBER) or value
     labels = _by_index(value)
+    if labels is None and (lists := find_label_lists(value)[0]):  # a config.json with id2label or label_names
+        return next(iter(lists.values()))
     if labels is None:
         raise _no_names(path)
     return labels
@@ -99,6 +106,8 @@ def read_class_indices(path: Path) -> dict[str, int]:
         found = [(str(name), index) for name, index in value.items()]
     elif all(map(_is_index, value)) and all(isinstance(name, str) for name in value.values()):
         found = [(name, int(index)) for index, name in value.items()]
+    elif lists := find_label_lists(value)[0]:
+        found = [(name, index) for index, name in enumerate(next(iter(lists.values())))]
     else:
         raise _no_names(path)
     indices = dict(found)
@@ -278,7 +287,30 @@ def _from_json(path: Path, text: str) -> Any:
         raise SourceError(f"The class names in {path} are not valid JSON: {error}.") from error
 
 
+def _plain_yaml(text: str) -> list[str] | dict[int, str] | None:
+    """Read a list of names or index -> name, one per line, several times as fast as PyYAML; None for other YAML."""
+    lines = [line.rstrip(" \r") for line in text.split("\n") if line.strip(" \r")]
+    found = [_PLAIN_YAML.fullmatch(line) for line in lines]
+    matches = [match for match in found if match is not None and match["name"].lower() not in _YAML_WORDS]
+    if len(matches) < len(lines) or not matches:
+        return None
+    indices = [match["index"] for match in matches]
+    names = [match["name"] for match in matches]
+    if not any(indices):
+        return names
+    return None if not all(indices) else dict(zip(map(int, indices), names, strict=True))
+
+
 def _from_yaml(path: Path, text: str) -> Any:
+    plain = _plain_yaml(text)
+    if plain is not None:
+        return plain
+    if len(text) > _MOST_YAML:
+        raise SourceError(
+            f"The YAML in {path} has {len(text):,} characters; at most {_MOST_YAML:,} are read unless each line is "
+            '"0: name" or "- name".',
+            hint="Write the class names as JSON, or one name per line in a .txt file.",
+        )
     try:
         return yaml.load(text, _YAML_LOADER)  # noqa: S506, a safe loader
     # The last three are what PyYAML makes of tags whose value is of another kind: "!!bool x", "!!timestamp x".

@@ -9,7 +9,8 @@ architecture, the classes and the preprocessing with the keys of timm's config.j
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ from fixify.errors import (
 from fixify.models.architectures import Architecture, Preprocessing, build, parse_architecture, preprocessing
 from fixify.models.build import is_counter, load_weights
 from fixify.models.classifiers import ClassifierSite, find_classifiers, refuse_projection
-from fixify.models.identify import HAND_MADE_HEAD, Candidate, explain, fit, identify, refuse_headless
+from fixify.models.identify import HAND_MADE_HEAD, Candidate, explain, fit, identify, refuse_headless, what_to_type
+from fixify.models.openmmlab import patches_first
 from fixify.models.signature import shapes_of
 from fixify.savings import under
 from fixify.surgery import HeadRecord, apply_heads_
@@ -136,7 +138,8 @@ def read_original(ref: str | Path, *, arch: str | None = None, ema: bool = False
         NoClassifierError: the model has no classifier, or is the image tower of a CLIP model.
     """
     source = open_source(ref, ema=ema, meta=meta)
-    candidate, note = _recognise(source, arch)
+    with explaining_parts(source):
+        candidate, note = _recognise(source, arch)
     candidate = _with_stated_pooling(source, candidate)
     learned = _rename(source.learned, candidate)
     architecture, num_classes = candidate.architecture, candidate.num_classes
@@ -165,6 +168,27 @@ def read_original(ref: str | Path, *, arch: str | None = None, ema: bool = False
         notes=(*notes, *remarks_on(source, num_classes)),
         reference_code_heads=heads,
     )
+
+
+@contextmanager
+def explaining_parts(source: Source) -> Iterator[None]:
+    """Name the two parts of a file in the error of a block, if no architecture is what they make together.
+
+    Raises:
+        ArchitectureError, NoClassifierError: the block raised it.
+    """
+    try:
+        yield
+    except (ArchitectureError, NoClassifierError) as error:
+        if source.joined is None or isinstance(error, AmbiguousArchitectureError):
+            raise
+        network, head = source.joined
+        raise type(error)(
+            f"{source.name} holds two state dicts, {network} and {head}, and together they are no network that fixify "
+            f"knows. {error.message}",
+            hint="Save one state dict, with the classifier under the name that the network gives it (fc, head, ...): "
+            f"torch.save({{**c[{network!r}], **{{'fc.' + k: v for k, v in c[{head!r}].items()}}}}, 'model.pth')",
+        ) from error
 
 
 def stated(source: Source) -> Candidate | None:
@@ -262,9 +286,10 @@ def _does_not_fit(source: Source, architecture: Architecture, *, named_by_file: 
 def _identify(source: Source) -> tuple[Candidate, str]:
     found = identify(source.shapes)
     if len(found.candidates) > 1:
+        notes = "".join(f" {note}" for note in found.candidates[0].notes)
         raise AmbiguousArchitectureError(
-            f"{source.name} fits several architectures:\n{found.describe()}",
-            hint=f"Choose one: --arch {found.candidates[0].architecture.spelled}",
+            f"{source.name} fits several architectures.{notes}\n{found.describe()}",
+            hint=what_to_type(found.choices),
             choices=found.choices,
         )
     candidate = found.candidates[0]
@@ -342,12 +367,12 @@ def _rename(tensors: Mapping[str, torch.Tensor], candidate: Candidate) -> dict[s
     if candidate.key_map is None:
         return dict(tensors)
     renamed = {candidate.key_map[key]: tensor for key, tensor in tensors.items() if key in candidate.key_map}
-    return {
-        key: tensor
-        if candidate.shapes.get(key, tensor.shape) == tensor.shape
-        else tensor.reshape(candidate.shapes[key])
-        for key, tensor in renamed.items()
-    }
+    for key, tensor in renamed.items():
+        if candidate.shapes.get(key, tensor.shape) != tensor.shape:
+            renamed[key] = tensor.reshape(candidate.shapes[key])
+        if key in candidate.unfolded:
+            renamed[key] = patches_first(renamed[key])
+    return renamed
 
 
 def _with_reference_code_head(

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from fixify._files import unchanged
+from fixify.checkpoints.beside import class_lists_beside, remark_on_class_lists
 from fixify.checkpoints.header import is_onnx
 from fixify.checkpoints.learned import Original, read_original
 from fixify.checkpoints.onnx_file import open_onnx
@@ -67,11 +68,11 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
     if is_slim(ref):
         model = load(ref, check=True)
         check_finite(model.state_dict())
-        return _opened(Path(ref).name, model, model.fixify_info)  # type: ignore[arg-type]
+        return _opened(Path(ref), model, model.fixify_info)  # type: ignore[arg-type]
     if is_onnx(ref):
         with unchanged(Path(ref), FormatError):
             info, model = open_onnx(ref)
-        return _opened(Path(ref).name, model, info)
+        return _opened(Path(ref), model, info)
     original: Original = read_original(ref, arch=arch, ema=ema)
     check_finite(original.tensors)
     _refuse_one_logit(original.source.name, original.num_classes)
@@ -95,16 +96,20 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
     )
 
 
-def _opened(name: str, model: nn.Module, info: SlimInfo) -> OpenModel:
-    _refuse_one_logit(name, info.num_classes)
+def _opened(path: Path, model: nn.Module, info: SlimInfo) -> OpenModel:
+    _refuse_one_logit(path.name, info.num_classes)
+    remark = None
+    if info.labels is None:
+        remark = remark_on_class_lists(class_lists_beside(path), info.num_classes)
     return OpenModel(
-        name=name,
+        name=path.name,
         model=model,
         architecture=info.architecture,
         num_classes=info.num_classes,
         preprocessing=info.data_config,
         labels=info.labels,
         slim=info,
+        notes=() if remark is None else (remark,),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fixify._values import counted, shorten
+from fixify.checkpoints.beside import remark_on_class_lists
 from fixify.checkpoints.source import Facts, Source
 
 
@@ -19,6 +20,8 @@ def choose_labels(facts: Facts, num_classes: int) -> list[str] | None:
 def remarks_on(source: Source, num_classes: int | None) -> tuple[str, ...]:
     """Say what was read of a checkpoint besides its weights, and what was left out: one line, or none.
 
+    One more line names a list of class names that lies beside a checkpoint without class names.
+
     Args:
         source: The checkpoint.
         num_classes: Width of its logits, or None if that is unknown.
@@ -29,10 +32,15 @@ def remarks_on(source: Source, num_classes: int | None) -> tuple[str, ...]:
     if source.used_ema:
         read.append("averaged weights (EMA)")
     left = [*_labels_left(source.facts, num_classes), *source.beside, *source.dropped]
-    parts = [f"read {', '.join(read)}"] if read else []
+    parts = [f"joined {' and '.join(source.joined)} to one network"] if source.joined else []
+    parts += [f"read {', '.join(read)}"] if read else []
     parts += [f"applied {', '.join(source.extras.applied)}"] if source.extras.applied else []
     parts += [f"left out {shorten(left)}"] if left else []
-    return (f"Besides the weights of {source.name}: {'; '.join(parts)}.",) if parts else ()
+    lines = [f"Besides the weights of {source.name}: {'; '.join(parts)}."] if parts else []
+    if num_classes is not None and choose_labels(source.facts, num_classes) is None:
+        remark = remark_on_class_lists(source.class_lists, num_classes)
+        lines += [] if remark is None else [remark]
+    return tuple(lines)
 
 
 def _labels_read(facts: Facts, num_classes: int | None) -> list[str]:

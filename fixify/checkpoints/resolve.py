@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fixify.checkpoints.beside import class_lists_beside
 from fixify.checkpoints.files import CONFIG, SUFFIXES, WEIGHTS, config_facts, open_file, open_folder, open_with_config
 from fixify.checkpoints.source import Facts, Source
 from fixify.errors import ArchitectureError, SourceError
@@ -78,17 +79,18 @@ def named_model(ref: str | os.PathLike[str]) -> Architecture | None:
 
 
 def _open_path(path: Path, *, ema: bool, meta: bool) -> Source:
+    lists = class_lists_beside(path)
     if path.is_dir():
-        return open_folder(path, ema=ema, meta=meta)
+        return replace(open_folder(path, ema=ema, meta=meta), class_lists=lists)
     if path.name in WEIGHTS:
-        return open_with_config(path, ema=ema, meta=meta)
+        return replace(open_with_config(path, ema=ema, meta=meta), class_lists=lists)
     source = open_file(path, ema=ema, meta=meta)
     facts = source.facts.or_else(_facts_beside(path, source))
     if facts.architecture is None and "-" in path.name:
         from fixify.checkpoints.pretrained import facts_of_download
 
         facts = facts_of_download(path).or_else(facts)
-    return replace(source, facts=facts)
+    return replace(source, facts=facts, class_lists=lists)
 
 
 def _facts_beside(path: Path, source: Source) -> Facts:

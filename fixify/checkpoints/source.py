@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +82,8 @@ class Source:
             do not belong to the model.
         beside: What else the file holds of tensors, and is not read, in words.
         extras: What was applied of the tensors that the network itself does not have.
+        class_lists: Files beside the checkpoint that may hold class names; they are not read without being named.
+        joined: The two keys of the file whose state dicts were put together, or None.
     """
 
     name: str
@@ -93,6 +96,8 @@ class Source:
     dropped: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     extras: Extras = field(default_factory=Extras)
+    class_lists: tuple[Path, ...] = ()
+    joined: tuple[str, str] | None = None
 
     @property
     def reference_code_head(self) -> ReferenceCodeHead | None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fixify.recipes.running import PlannedComparison
 
 
-@takes("fixify.training.options:TrainOptions", "workers", "device", "save_minutes")
+@takes("fixify.training.options:TrainOptions", "max_unreadable", "workers", "device", "save_minutes")
 def train(
     recipe: RecipeName,
     options: dict[str, Any],
@@ -87,6 +87,7 @@ def train(
                 "--class-map": class_map,
                 "--download": download,
                 "--workers": "workers" in options,
+                "--max-unreadable": "max_unreadable" in options,
                 "--track": trackers,
                 "--nproc-per-node": nproc_per_node,
                 "torchrun": is_worker(),

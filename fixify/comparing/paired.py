@@ -53,7 +53,7 @@ def paired(gained: int, lost: int, num_images: int) -> Paired:
 
     >>> found = paired(gained=2, lost=10, num_images=100)
     >>> found.difference, round(found.low, 1), round(found.high, 1), round(found.p_value, 3)
-    (-8.0, -14.7, -1.0, 0.039)
+    (-8.0, -14.9, -0.8, 0.039)
     """
     more, fewer = (gained + 1) / (num_images + 2), (lost + 1) / (num_images + 2)
     middle = more - fewer

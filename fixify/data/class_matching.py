@@ -100,8 +100,13 @@ def match_classes(
         raise DataError(
             f"The checkpoint has {counted(num_classes, 'class', 'classes')} and the data at {opened.location} has "
             f"{len(found)}.",
-            hint="Use the data that the checkpoint was trained on, give a --class-map FILE, "
-            f"or convert again for this label set: fixify convert SOURCE --num-classes {len(found)}",
+            hint="Use the data that the checkpoint was trained on, or give a --class-map FILE."
+            # A classifier of one class is refused: it has nothing to tell apart.
+            + (
+                f" To convert again for this label set: fixify convert SOURCE --num-classes {len(found)}"
+                if len(found) > 1
+                else ""
+            ),
         )
     return _matched(opened, range(num_classes), found, _note_by_order(opened, given))
 

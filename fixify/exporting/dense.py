@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from safetensors.torch import save_file
@@ -28,21 +29,21 @@ from fixify.models.architectures import build
 from fixify.models.classifiers import find_classifiers
 from fixify.surgery import replace_module
 
-WEIGHTS, CONFIG, HEAD, MODULE = "model.safetensors", "config.json", "head.safetensors", "head.py"
+WEIGHTS, CONFIG, HEAD, MODULE = "model.safetensors", "config.json", "head.npz", "head.py"
 
 _SOURCE = """# features = timm.create_model("local-dir:FOLDER", pretrained=True).eval()(images)
-# logits = Head("FOLDER/head.safetensors")(features)
+# logits = Head("FOLDER/head.npz")(features)
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 
 class Head(torch.nn.Module):
     def __init__(self, file):
         super().__init__()
-        for name, tensor in load_file(file).items():
-            self.register_buffer(name, tensor.float())
+        for name, array in np.load(file).items():
+            self.register_buffer(name, torch.from_numpy(array))
 
     def forward(self, x):
         x = F.normalize((x - self.mean) / self.std, dim=-1, eps=1e-6)
@@ -89,7 +90,8 @@ def write_dense(job: Job, target: Path, batches: dict[str, Iterator[Tensor]], *,
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(_config(job, num_classes), indent=2))
         if head_tensors is not None:
-            save_file(head_tensors, folder / HEAD)
+            arrays: dict[str, Any] = {name: tensor.float().numpy() for name, tensor in head_tensors.items()}
+            np.savez(folder / HEAD, **arrays)
             (folder / MODULE).write_text(_SOURCE)
         check = agreement(name, inputs, recorded(expected), _loaded(folder), allowed=EXACT)
         files = sorted(folder.iterdir(), key=lambda path: path.name)

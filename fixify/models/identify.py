@@ -18,6 +18,7 @@ from fixify.errors import AmbiguousArchitectureError, ArchitectureError, NoClass
 from fixify.models.architectures import Architecture, build, list_architectures, preprocessing
 from fixify.models.classifiers import find_classifiers
 from fixify.models.index import Entry, entries_of, load_index, variants
+from fixify.models.openmmlab import is_swin_v2, openmmlab_names
 from fixify.models.readings import Reading, differences, hand_made_head, readings
 from fixify.models.signature import StateShapes, Trait, head_positions, shapes_of, signature_of, traits
 from fixify.models.structure import NameMatch, match_names
@@ -59,6 +60,7 @@ class Candidate:
         differences: Trait -> value, for the traits that set it apart from the other candidates.
         notes: How its names were read, if they are not the architecture's own.
         shapes: Name in the architecture -> shape, for tensors that are stored with other axes of length one.
+        unfolded: See `Reading`.
     """
 
     architecture: Architecture
@@ -68,6 +70,7 @@ class Candidate:
     differences: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    unfolded: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def identify(shapes: Mapping[str, Sequence[int]], *, on_progress: Progress | Non
         ArchitectureError: no architecture fits.
         NoClassifierError: the state dict is an architecture without its classifier.
     """
+    _refuse_windows_of_openmmlab(shapes)
     state = StateShapes(shapes)
     index = load_index()
     installed = set(list_architectures())
@@ -142,6 +146,7 @@ def fit(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> Candidate | 
             not decide which tensor is which.
         AmbiguousArchitectureError: it fits in several ways that no shape tells apart (`fixify.models.index.variants`).
     """
+    _refuse_windows_of_openmmlab(shapes)
     entries = [entry for variant in variants(arch) if (entry := _entry_of(variant)) is not None]
     if not entries:
         build(arch, meta=True)  # raises if its arguments are the reason
@@ -153,7 +158,7 @@ def fit(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> Candidate | 
         return Candidate(match.architecture, match.choices["num_classes"])
     for reading in readings(shapes, entries):
         matches = _read(reading, entries)
-        _refuse_several(matches)
+        _refuse_several(matches, reading.notes)
         for match in matches:
             return _as_read(match, reading)
     arranged = _arranged(shapes, entries)
@@ -320,33 +325,24 @@ def _search_structure(shapes: Mapping[str, Sequence[int]], entries: Sequence[Ent
 
 
 def _arranged(shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry]) -> list[tuple[_Match, NameMatch]]:
-    """Find the entries that have the shapes of a state dict, and how its names are matched to theirs.
-
-    Raises:
-        ArchitectureError: equal shapes mean something else in the program that the names are of.
-    """
+    """Find the entries that have the shapes of a state dict, and how its names are matched to theirs."""
     theirs = StateShapes(shapes)
     groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         if entry.signature.num_tensors == len(theirs.ordered):
             groups.setdefault((entry.signature.ordered, entry.signature.keys), []).append(entry)
     found: list[tuple[_Match, NameMatch]] = []
-    for first, *others in groups.values():
-        own = shapes_of(build(first.architecture, num_classes=_SOME_CLASSES, meta=True))
-        for choices in _choices(theirs, first, own):
-            names = match_names(shapes, _with_choices(own, first, choices))
-            if names is None:
-                continue
-            matches = [_Match(entry, choices) for entry in (first, *others)]
-            found += [
-                (match, names) for match in matches if not match.extra or _confirmed(match, theirs, names=names.key_map)
-            ]
-    if found and any(".w_msa." in key for key in shapes):
-        raise ArchitectureError(
-            f"These are the names of mmpretrain's Swin transformer. It has the shapes of "
-            f"{found[0][0].entry.architecture.ref}, but its downsample layers expect their channels in another order.",
-            hint="Convert the file to the names and the order of timm first.",
-        )
+    for group in groups.values():
+        own = shapes_of(build(group[0].architecture, num_classes=_SOME_CLASSES, meta=True))
+        matched: dict[tuple[tuple[int, ...], ...], NameMatch | None] = {}
+        for entry in group:  # they may differ in how a size of images becomes one of tensors
+            for choices in _choices(theirs, entry, own):
+                chosen = _with_choices(own, entry, choices)
+                key = tuple(chosen.values())
+                names = matched[key] = matched[key] if key in matched else match_names(shapes, chosen)
+                match = _Match(entry, choices)
+                if names is not None and (not match.extra or _confirmed(match, theirs, names=names.key_map)):
+                    found.append((match, names))
     return found
 
 
@@ -396,6 +392,24 @@ def _with_choices(
     return {key: tuple(shape) for key, shape in shapes.items()}
 
 
+def _refuse_windows_of_openmmlab(shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse the attention in windows of OpenMMLab, unless it is the Swin of a classifier.
+
+    Its networks have the shapes of timm's, and their downsample layers expect their channels in another order.
+    """
+    windows = next((key for key in shapes if ".w_msa." in key), None)
+    names = openmmlab_names(shapes)
+    if windows is None or (names is not None and names.family == "Swin"):
+        return
+    what = "Swin V2 of mmpretrain" if is_swin_v2(shapes) else "Swin of OpenMMLab that is no classifier of mmpretrain"
+    raise ArchitectureError(
+        f"This is a {what} ({windows}). Its downsample layers expect their channels in another order than timm's.",
+        hint="Convert it to timm's names and order first (fixify.models.openmmlab.patches_first does it for one "
+        "tensor), or start from timm's weights: fixify convert timm/"
+        + ("swinv2_tiny_window8_256" if is_swin_v2(shapes) else "swin_tiny_patch4_window7_224"),
+    )
+
+
 def _refuse_ties(arranged: Sequence[tuple[_Match, NameMatch]]) -> None:
     for match, names in arranged:
         if names.tie is not None:
@@ -413,7 +427,13 @@ def _search_readings(shapes: Mapping[str, Sequence[int]], entries: Sequence[Entr
         matches = _plainest(_read(reading, entries))
         if matches:
             found = [
-                replace(each, key_map=reading.key_map, notes=reading.notes, shapes=reading.shapes)
+                replace(
+                    each,
+                    key_map=reading.key_map,
+                    notes=reading.notes,
+                    shapes=reading.shapes,
+                    unfolded=reading.unfolded,
+                )
                 for each in _candidates([(match, None) for match in matches])
             ]
             return Identification(tuple(found), "reading")
@@ -445,6 +465,7 @@ def _as_read(match: _Match, reading: Reading) -> Candidate:
         reading.key_map,
         notes=reading.notes,
         shapes=reading.shapes,
+        unfolded=reading.unfolded,
     )
 
 
@@ -452,13 +473,31 @@ def _with(arch: Architecture, kwargs: Mapping[str, object]) -> Architecture:
     return replace(arch, kwargs={**arch.kwargs, **kwargs})
 
 
-def _refuse_several(matches: Sequence[_Match]) -> None:
+def what_to_type(choices: Mapping[str, str]) -> str:
+    """Say how to choose between architectures: which one is right, where that is known, else an example.
+
+    Args:
+        choices: Each architecture as it is typed -> what sets it apart, in words.
+
+    >>> what_to_type({"timm/a": "padding even", "timm/b": "padding odd"})
+    'Choose one: --arch timm/a'
+    """
+    if set(choices.values()) == {"transform_input False", "transform_input True"}:
+        scratch, further = sorted(choices, key=choices.__getitem__)
+        return (
+            f"If its training started from torchvision's own weights: --arch {further}\n"
+            f"If it was trained from scratch: --arch {scratch}"
+        )
+    return f"Choose one: --arch {next(iter(choices))}"
+
+
+def _refuse_several(matches: Sequence[_Match], notes: Sequence[str] = ()) -> None:
     if len(matches) > 1:
         apart = set_apart([Behaviour.of(match.architecture, match.entry.traits) for match in matches])
         choices = {match.architecture.spelled: in_words(facts) for match, facts in zip(matches, apart, strict=True)}
         raise AmbiguousArchitectureError(
-            f"The checkpoint does not show which of these it is: {' or '.join(choices)}.",
-            hint=f"Give the full name: --arch {matches[0].architecture.spelled}",
+            " ".join([f"The checkpoint does not show which of these it is: {' or '.join(choices)}.", *notes]),
+            hint=what_to_type(choices),
             choices=choices,
         )
 

@@ -23,6 +23,7 @@ from fixify.models.architectures import Architecture, build
 from fixify.models.build import is_counter
 from fixify.models.classifiers import find_heads, is_auxiliary
 from fixify.models.index import Entry
+from fixify.models.openmmlab import openmmlab_names
 from fixify.models.signature import StateShapes, head_positions, shapes_of
 
 Shape = tuple[int, ...]
@@ -53,12 +54,14 @@ class Reading:
         shapes: Shapes under the new names. A shape can differ from the stored one in axes of length one.
         kwargs: Arguments of the architecture that the names show.
         notes: What was read, for the user.
+        unfolded: Names in the architecture, for tensors that `fixify.models.openmmlab.patches_first` reorders.
     """
 
     key_map: Mapping[str, str]
     shapes: Mapping[str, Shape]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    unfolded: frozenset[str] = frozenset()
 
     @classmethod
     def renamed(cls, shapes: Mapping[str, Shape], names: Mapping[str, str], *notes: str) -> Reading:
@@ -68,7 +71,9 @@ class Reading:
     def then(self, other: Reading) -> Reading:
         """Apply another reading to the names of this one."""
         key_map = {old: other.key_map[new] for old, new in self.key_map.items() if new in other.key_map}
-        return Reading(key_map, other.shapes, {**self.kwargs, **other.kwargs}, (*self.notes, *other.notes))
+        unfolded = {other.key_map[key] for key in self.unfolded if key in other.key_map} | other.unfolded
+        kwargs, notes = {**self.kwargs, **other.kwargs}, (*self.notes, *other.notes)
+        return Reading(key_map, other.shapes, kwargs, notes, frozenset(unfolded))
 
 
 def readings(shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry]) -> Iterator[Reading]:
@@ -80,7 +85,8 @@ def readings(shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry]) -> I
             without a network among them of which only the classifier has another name, few readings are left.
     """
     plain = Reading.renamed({key: tuple(shape) for key, shape in shapes.items()}, {key: key for key in shapes})
-    for base in (plain, *_old_names(plain.shapes), *_without_wrapper(plain.shapes), *_filtered(plain.shapes, entries)):
+    others = (*_of_openmmlab(plain.shapes), *_old_names(plain.shapes), *_without_wrapper(plain.shapes))
+    for base in (plain, *others, *_filtered(plain.shapes, entries)):
         if base is not plain:
             yield base
         for more in (*_without_auxiliary(base.shapes), *_pooled(base.shapes), *_other_heads(base.shapes, entries)):
@@ -123,7 +129,8 @@ def describe_head(tensors: Mapping[str, Sequence[int]]) -> str:
     norms = sorted({key.rpartition(".")[0] for key in tensors} - {path for path, _ in linear}, key=_natural)
     widths = " -> ".join(str(width) for width in [*(shape[1] for _, shape in linear), *(linear[-1][1][:1])])
     count = {1: "one Linear", 2: "two Linears", 3: "three Linears"}.get(len(linear), f"{len(linear)} Linears")
-    further = f" and further layers ({', '.join(norms)})" if norms else ""
+    kinds = [f"{path}, {'a batch norm' if f'{path}.running_mean' in tensors else 'a norm'}" for path in norms]
+    further = f" and further layers ({'; '.join(kinds)})" if norms else ""
     return f"{', '.join(path for path, _ in linear)}: a hand-made head of {count} ({widths}){further}"
 
 
@@ -155,6 +162,15 @@ def differences(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> list
         for what, found in (("missing", missing), ("extra", extra), ("of another shape", other))
         if found
     ]
+
+
+def _of_openmmlab(shapes: Mapping[str, Shape]) -> Iterator[Reading]:
+    """Rename the networks of mmpretrain for which there is a rule."""
+    names = openmmlab_names(shapes)
+    if names is not None:
+        note = f"Read with the names of mmpretrain's {names.family}"
+        note += ", whose downsample layers have their channels in another order." if names.unfolded else "."
+        yield replace(Reading.renamed(shapes, names.key_map, note), unfolded=names.unfolded)
 
 
 def _old_names(shapes: Mapping[str, Shape]) -> Iterator[Reading]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,12 +46,12 @@ def savings_table(savings: Savings) -> Table:
         ("parameters", savings.parameters_before, savings.parameters_after),
         ("  classifier", savings.classifier_parameters, classifier_after),
     ):
-        made.add_row(name, f"{before:,}", f"{after:,}", _saved(before, after, f"{before - after:,}"))
+        made.add_row(name, f"{before:,}", f"{after:,}", _saved(before, after, "{:,}".format))
     for name, before, after in (
         ("weights", savings.bytes_before, savings.bytes_after),
         ("  classifier", savings.classifier_bytes_before, savings.classifier_bytes_after),
     ):
-        made.add_row(name, human_bytes(before), human_bytes(after), _saved(before, after, human_bytes(before - after)))
+        made.add_row(name, human_bytes(before), human_bytes(after), _saved(before, after, human_bytes))
     return made
 
 
@@ -94,7 +94,9 @@ def kinds_table(kinds: Sequence[KindPlan]) -> Table:
     """Show one row per kind of head: what it saves, and how far apart its codes are, beside the bounds."""
     made = new_table("head", ">stored", ">saved", ">cosine", ">Rankin", ">|cosine|", ">Welch", ">rms")
     for kind in kinds:
-        sizes = ["no" if size is None else human_bytes(size) for size in (kind.stored, kind.saved)]
+        stored = "no" if kind.stored is None else human_bytes(kind.stored)
+        saved = "no" if kind.saved is None else f"{human_bytes(-kind.saved)} more" if kind.saved < 0 else None
+        sizes = [stored, saved or human_bytes(kind.saved or 0)]
         facts = kind.coherence
         numbers = (
             () if facts is None else (facts.max_cosine, facts.rankin, facts.max_abs, facts.welch, facts.rms_cosine)
@@ -318,8 +320,12 @@ def demo_table(result: DemoResult) -> Table:
     return made
 
 
-def _saved(before: float, after: float, difference: str) -> str:
-    return f"{difference} ({100 * (before - after) / before:.1f} %)" if before else difference
+def _saved(before: float, after: float, write: Callable[[float], str]) -> str:
+    """Say how much less there is: "12 (4.0 %)", "nothing", or "3 more" where a head is larger than the classifier."""
+    if after >= before:
+        return f"{write(after - before)} more" if after > before else "nothing"
+    share = 100 * (before - after) / before
+    return f"{write(before - after)} ({f'{share:.1f}' if share >= 0.05 else 'less than 0.1'} %)"
 
 
 def _numbers(metrics: Metrics) -> tuple[str, ...]:

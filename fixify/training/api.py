@@ -21,7 +21,7 @@ from fixify.checkpoints.slim import Origin, SlimInfo, describe, load, read_info,
 from fixify.data import DataOptions, OpenedData, match_classes, open_train_val, open_unlabelled, override
 from fixify.data.preprocessing import channels_of
 from fixify.data.seeding import Stream, derive_seed, seeded_globals
-from fixify.errors import FormatError, UsageError
+from fixify.errors import DataError, FormatError, UsageError
 from fixify.metrics import check_input_size
 from fixify.models.architectures import Architecture, Preprocessing, build, parse_architecture, preprocessing
 from fixify.surgery import HeadConfig, fix_classifier_
@@ -317,8 +317,14 @@ def new_network(options: TrainOptions, class_names: list[str]) -> NewNetwork:
         ArchitectureError: there is no such architecture, or its arguments are wrong.
         HeadSpecError: there is no such codebook for its number of features and classes.
         UsageError: the network does not take images of this size or number of channels.
+        DataError: there is only one class.
     """
     num_classes = len(class_names)
+    if num_classes < 2:
+        raise DataError(
+            f"The training data has one class, {class_names[0]!r}: a classifier has nothing to tell apart.",
+            hint="Give a folder whose train/ has a subfolder for each of several classes: --data FOLDER",
+        )
     architecture = _architecture(options)
     with seeded_globals(derive_seed(options.seed, 0, Stream.INIT), torch.device("cpu")):
         model = build(architecture, num_classes=num_classes)

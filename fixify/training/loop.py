@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fixify.data.seeding import Stream, derive_seed, seeded_torch
-from fixify.errors import TrainingError
+from fixify.errors import TrainingError, UsageError
 from fixify.many_classes import deferring, only_head
 from fixify.metrics import autocast
 from fixify.training import distributed
@@ -67,11 +67,30 @@ def train_epoch(
 
     Raises:
         TrainingError: a loss is not finite, and `options.nan_skip` steps were skipped before.
+        UsageError: the network has batch norms that cannot be trained with batches of one image.
         Stopped: a signal asked to stop; `progress` and the weights belong together.
         DataError: too many images cannot be read.
         OutputError: the state cannot be written.
     """
     return _Epoch(engine, progress, on_event).train(stop, validate, state_writer)
+
+
+@contextlib.contextmanager
+def _explaining_single_images(num_images: int) -> Iterator[None]:
+    """Explain why torch refuses to train a batch norm in a forward pass: a batch of one image has no spread.
+
+    Raises:
+        UsageError: that is the case.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if num_images > 1 or "more than 1 value per channel" not in str(error):
+            raise
+        raise UsageError(
+            "A batch norm of this network has one value per channel in a batch of one image, and cannot be trained.",
+            hint="Take larger batches: --batch-size 8 (finetune), --set train.batch_size=8 (train).",
+        ) from error
 
 
 class _Epoch:
@@ -154,7 +173,7 @@ class _Epoch:
         seed = derive_seed(options.seed, progress.epoch, Stream.DROPOUT, progress.batch, distributed.rank())
         forward = engine.model if engine.parallel is None else engine.parallel
         with seeded_torch(seed, engine.device):
-            with autocast(engine.device, options.amp):
+            with autocast(engine.device, options.amp), _explaining_single_images(len(images)):
                 if self.deferred is not None:
                     with deferring(self.deferred):
                         features = forward(images)

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
-from fixify.checkpoints import imagenet_labels, read_class_map
+from fixify.checkpoints import imagenet_labels, labels, read_class_map
 from fixify.errors import SourceError
 
 
@@ -95,3 +96,50 @@ def test_json_round_trip_of_odd_names(tmp_path: Path) -> None:
     path = tmp_path / "classes.json"
     path.write_text(json.dumps(names))
     assert read_class_map(path) == names
+
+
+PLAIN_YAML = (
+    *(
+        "0: tench\n1: great white shark, (a) shark\n",
+        "- cat\n- dog's\n",
+        "- yes\n- No\n",
+        "0: null\n1: b\n",
+        "0: a\n0: b\n",
+    ),
+    *(
+        "00: a\n1: b\n",
+        "0: a\n- b\n",
+        "0: a\n  b\n",
+        "0: a # b\n",
+        "0: a\r\n1: b\r\n",
+        "0: a: b\n",
+        "- a\x0b- b\n",
+        "0: 1e3\n",
+    ),
+)
+
+
+@pytest.mark.parametrize("text", PLAIN_YAML)
+def test_the_quick_way_through_yaml_reads_what_the_parser_reads(text: str) -> None:
+    quick = labels._plain_yaml(text)
+    try:
+        slow = yaml.safe_load(text)
+    except yaml.YAMLError:
+        slow = None
+    assert quick is None or quick == slow
+    assert quick is not None or text not in PLAIN_YAML[:2]
+
+
+def test_a_long_class_map_is_read_without_a_parser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labels.yaml, "load", None)
+    names = [f"class of number {index}" for index in range(200_000)]
+    path = tmp_path / "names.yaml"
+    path.write_text("".join(f"{index}: {name}\n" for index, name in enumerate(names)))
+    assert read_class_map(path) == names
+
+
+def test_other_yaml_is_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "names.yaml"
+    path.write_text("".join(f"{index}: 'name {index}'\n" for index in range(140_000)))
+    with pytest.raises(SourceError, match="as JSON"):
+        read_class_map(path)

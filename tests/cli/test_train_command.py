@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +63,19 @@ def test_learned_against_fixed(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert code == 0, err
     assert "difference" in out and max(map(len, out.splitlines())) <= 80
     assert "epoch 1/1" not in err  # nothing was trained again
+
+
+def test_unreadable_images_of_a_training(run: Run, tiny: Path, tmp_path: Path) -> None:
+    """What the message says to type works."""
+    shutil.copytree(tiny / "data", tmp_path / "data")
+    min((tmp_path / "data" / "train").rglob("*.png")).write_bytes(b"no image")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"data": "data", "train": TRAIN}))
+    code, _, err = run("train", "mine.yaml", *HERE)
+    assert code == 1
+    share = re.search(r"--max-unreadable (\d\.\d+)", err)
+    assert share is not None, err
+    code, _, err = run("train", "mine.yaml", "--resume", "--max-unreadable", share[1], *HERE)
+    assert code == 0, err
 
 
 def test_mistakes_of_a_comparison(run: Run, tmp_path: Path) -> None:

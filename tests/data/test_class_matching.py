@@ -42,6 +42,9 @@ def test_another_number_of_classes_is_refused_with_both_numbers_and_what_to_do()
     with pytest.raises(DataError, match=r"\b3 classes .*somewhere has 2\b") as caught:
         check_classes(opened("ant", "bee"), 3)
     assert "--num-classes 2" in str(caught.value.hint)
+    with pytest.raises(DataError) as caught:
+        check_classes(opened("ant"), 3)
+    assert "--num-classes" not in str(caught.value.hint)  # a classifier of one class is refused
 
 
 def test_equal_names_pass_and_so_do_checkpoints_without_names() -> None:

@@ -25,7 +25,7 @@ with torch.no_grad():
     if (folder / "head.py").exists():
         sys.path.insert(0, str(folder))
         from head import Head
-        logits = Head(folder / "head.safetensors")(logits)
+        logits = Head(folder / "head.npz")(logits)
 torch.save(logits, sys.argv[2])
 assert "fixify" not in sys.modules
 """

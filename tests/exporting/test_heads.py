@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from tools.some_heads import SPECS, a_head, difference, features_for
@@ -40,6 +41,8 @@ def test_every_kind_of_head(name: str, maps: bool) -> None:
 @pytest.mark.parametrize("count", [0, 1, 65])
 @pytest.mark.parametrize("name", ["blocks", "binary, few signs"])
 def test_any_number_of_images(name: str, count: int) -> None:
+    if count == 0 and onnxruntime.__version__.startswith(("1.2", "1.30", "1.31")):
+        pytest.skip("ONNX Runtime before 1.32 multiplies no empty batch")
     head = a_head(SPECS[name])
     features = features_for(SPECS[name], count=count)
     got = run(HeadParts.of(head), features, portable=True)

@@ -240,10 +240,3 @@ def test_existing_files_and_other_checkpoints(slims: Slims, small_pth: Path, tmp
 def test_options_that_do_not_go_together(slims: Slims, tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         fixify.export(slims(head="hadamard"), tmp_path / "net", **options)
-
-
-def test_missing_packages_are_named(slims: Slims, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError) as caught:
-        fixify.export(slims(head="hadamard"), tmp_path / "net.onnx")
-    assert "fixify[onnx]" in str(caught.value.hint)

@@ -198,6 +198,12 @@ def test_fit_to_a_known_architecture() -> None:
         fit(parse_architecture("resnet18", no_such=1), shapes)
 
 
+@pytest.mark.parametrize("name", ["flexivit_small", "crossvit_15_dagger_408", "vit_so400m_patch14_siglip_384"])
+def test_architectures_that_share_names_and_order_but_not_the_size_of_images(name: str) -> None:
+    found = identify(_foreign(_shapes(name)))
+    assert f"timm/{name}" in {ref for each in found.candidates for ref in (each.architecture.ref, *each.aliases)}
+
+
 def test_fit_where_shapes_leave_it_open() -> None:
     """Naming the weights or the arguments decides; naming only the architecture is ambiguous."""
     shapes = _shapes("torchvision/googlenet", aux_logits=False)
