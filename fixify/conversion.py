@@ -11,6 +11,7 @@ import torch
 
 from fixify._files import refuse_existing
 from fixify._watch import OnProgress, unwatched
+from fixify.agreement import Choice, choose_head, fewest_images, images_to_hold_out
 from fixify.bare_conversion import (
     classifier_record,
     convert_bare,
@@ -53,6 +54,7 @@ class Conversion:
         savings: Parameters and bytes, before and after.
         calibration: How it was calibrated and how often it agrees with the original; None without images.
         notes: Decisions that a person should know of: how the architecture was recognised, why a head was chosen.
+        choice: The heads that were tried for the option `agree`; None without it.
     """
 
     path: Path
@@ -60,6 +62,7 @@ class Conversion:
     savings: Savings
     calibration: Calibration | None
     notes: tuple[str, ...]
+    choice: Choice | None = None
 
 
 def convert(
@@ -92,6 +95,7 @@ def convert(
         changes: Options by name, instead of those in `options`: `convert("model.pth", head="binary")`.
 
     Raises:
+        AgreementNotReached: No head gives the original's answer on as many images as `agree` asks for.
         DataError: There are no such images, too few, or more than 1 % of them cannot be read.
         SourceError, ArchitectureError, NoClassifierError: See `fixify.checkpoints.learned.read_original`.
         HeadSpecError: There is no such codebook, for example no Hadamard matrix of that order.
@@ -117,6 +121,7 @@ def convert(
         original = read_original(source, arch=options.arch, ema=options.ema)
     check_finite(original.tensors)
     observed = None
+    held_out = None if options.agree is None else (images_to_hold_out(options.agree), fewest_images(options.agree))
     if options.calibrate is not None and not original.reference_code_heads:
         observed = Observation(
             original,
@@ -124,9 +129,14 @@ def convert(
             num_images=options.calibrate_images,
             seed=options.seed,
             device=resolve_device(options.device),
+            held_out=held_out,
             on_images=on_images,
         )
-    heads = _heads(original, options, None if observed is None else observed.features, on_progress)
+    choice = None
+    if options.agree is not None and observed is not None:
+        heads, choice = choose_head(original, options, observed, on_progress)
+    else:
+        heads = _heads(original, options, None if observed is None else observed.features, on_progress)
     calibration = None if observed is None else observed.result({head.record.path: head.module for head in heads})
     dtype = None if options.dtype is None else DTYPES[options.dtype]
     backbone = _backbone(original, dtype)
@@ -157,7 +167,7 @@ def convert(
     write_slim(target, {**backbone, **head_tensors}, info, force=force)
     about_images = () if observed is None else tuple(observed.notes)
     notes = (*original.notes, *about_images, *(note for head in heads for note in head.notes))
-    return Conversion(path=target, info=info, savings=savings, calibration=calibration, notes=notes)
+    return Conversion(path=target, info=info, savings=savings, calibration=calibration, notes=notes, choice=choice)
 
 
 def default_out(source: str | Path) -> Path:

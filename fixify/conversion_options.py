@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import field_validator, model_validator
 
 from fixify._options import CheckedOptions, Conflict, option, refuse
+from fixify.heads.levels import RATES
 
 MIN_IMAGES = 8
 """The fewest images that calibrate a head; a quarter of them is held out."""
@@ -38,6 +39,11 @@ class HeadConfig(CheckedOptions):
     bits_per_class: int | None = option(
         None, "Signs per class that a binary head stores. Default: one per feature.", ge=1
     )
+    bits_per_weight: float | None = option(
+        None,
+        f"Bits that a binary head stores for each weight: {', '.join(f'{rate:g}' for rate in RATES)}; above 1 they "
+        "are levels instead of signs. Fewer than 1: --bits-per-class. Default: 1.",
+    )
     match: bool = option(True, "Give each class the code nearest to its old class vector, not the next one.")
     wide_search: bool = option(
         False,
@@ -55,12 +61,33 @@ class HeadConfig(CheckedOptions):
     bias: bool | None = option(True, "Keep one learned bias per class.")
     standardize: bool = option(True, "Standardise each feature by its running mean and std before normalising.")
 
+    @field_validator("bits_per_weight")
+    @classmethod
+    def _known_rate(cls, value: float | None) -> float | None:
+        if value is not None and value not in RATES:
+            allowed = ", ".join(f"{rate:g}" for rate in RATES)
+            hint = "; fewer than one bit per weight are set with bits_per_class" if value < 1 else ""
+            raise ValueError(f"must be one of {allowed}, not {value:g}{hint}")
+        return value
+
     def _conflicts(self) -> Iterator[Conflict]:
         if self.bits_per_class is not None and self.head != "binary":
             yield Conflict(
                 ("bits_per_class", "head"),
                 f"bits_per_class belongs to head binary, not {self.head}",
                 "Add --head binary.",
+            )
+        if self.bits_per_weight is not None and self.head != "binary":
+            yield Conflict(
+                ("bits_per_weight", "head"),
+                f"bits_per_weight belongs to head binary, not {self.head}",
+                "Add --head binary.",
+            )
+        if self.bits_per_weight is not None and self.bits_per_class is not None:
+            yield Conflict(
+                ("bits_per_weight", "bits_per_class"),
+                "bits_per_class counts the signs of a class, and bits_per_weight the bits of each weight",
+                "Drop one of them.",
             )
         if self.wide_search and (not self.match or self.head not in ("auto", "hadamard")):
             yield Conflict(
@@ -129,6 +156,15 @@ class ConvertOptions(HeadConfig):
     calibrate_images: int = option(
         512, "Images drawn to calibrate; a quarter of them is held out to count agreement.", ge=MIN_IMAGES
     )
+    agree: float | None = option(
+        None,
+        "Take the smallest head of all kinds that gives the original's answer on at least this percentage of images, "
+        "shown with 95 % confidence on further images that are held out (1,196 for 99, if there are so many). Exit "
+        "code 3 if none does.",
+        metavar="PERCENT",
+        gt=0,
+        lt=100,
+    )
     device: str | None = option(
         None, "Device that calibrates: cpu, cuda, cuda:1, mps. Default: the first accelerator, else cpu."
     )
@@ -165,6 +201,23 @@ class ConvertOptions(HeadConfig):
                 ("device", "calibrate"),
                 "Only calibrating runs the model on a device",
                 "Add --calibrate FOLDER, or drop --device.",
+            )
+        if self.agree is not None and self.calibrate is None:
+            yield Conflict(
+                ("agree", "calibrate"),
+                "Agreement with the original is measured on images",
+                "Add --calibrate FOLDER, images like those that the model is for.",
+            )
+        for name in ("head", "bits_per_class", "bits_per_weight", "wide_search"):
+            if self.agree is not None and getattr(self, name) not in ("auto", None, False):
+                yield Conflict(
+                    ("agree", name), f"agree tries all kinds of heads, so {name} cannot be given", "Drop one of them."
+                )
+        if self.agree is not None and not self.match:
+            yield Conflict(
+                ("agree", "match"),
+                "Codes in class order agree with the original by chance only",
+                "Drop --no-match.",
             )
         if self.calibrate is not None and self.num_classes is not None:
             yield Conflict(

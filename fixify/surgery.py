@@ -356,7 +356,9 @@ def _spec_for(
         kind, reason = choose_kind(site.num_features, num_classes)
     options: dict[str, Any] = {
         "standardize": config.standardize,
-        **KINDS[kind].default_options(site.num_features, has_features=has_features),
+        **KINDS[kind].default_options(
+            site.num_features, has_features=has_features, bits_per_weight=config.bits_per_weight
+        ),
     }
     if not config.standardize:
         options["standardize"] = False

@@ -75,7 +75,10 @@ def removed_line(savings: Savings, heads: Sequence[HeadRecord] = ()) -> str:
     share = f"{100 * savings.removed_share:.1f} % of {savings.parameters_before:,} parameters"
     signs = sum(record.spec.num_stored_signs for record in heads)
     if signs:
-        return f"Replaced {counted(savings.removed, 'classifier weight')} by {counted(signs, '1-bit sign')} ({share})."
+        rates = sorted({record.spec.bits_per_weight for record in heads if record.spec.bits_per_weight is not None})
+        what = f"level of {' and '.join(f'{rate:g}' for rate in rates)} bits" if rates else "1-bit sign"
+        named = counted(signs, what, what.replace("level", "levels") if rates else None)
+        return f"Replaced {counted(savings.removed, 'classifier weight')} by {named} ({share})."
     return f"Removed {counted(savings.removed, 'classifier weight')} ({share})."
 
 
