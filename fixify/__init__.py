@@ -30,6 +30,7 @@ _EXPORTS = {
     "FixedClassifier": "fixify.heads",
     "FixifyError": "fixify.errors",
     "HeadSpec": "fixify.heads",
+    "add_classes": "fixify.classes",
     "codebook": "fixify.heads",
     "compare": "fixify.comparing.compare",
     "convert": "fixify.conversion",
@@ -39,10 +40,13 @@ _EXPORTS = {
     "fix_classifier_": "fixify.surgery",
     "identify": "fixify.identification",
     "inspect": "fixify.inspection",
+    "keep_classes": "fixify.classes",
     "load": "fixify.checkpoints.slim",
+    "merge_classes": "fixify.classes",
     "plan": "fixify.reporting.costs",
     "predict": "fixify.prediction",
     "push": "fixify.publishing.push",
+    "rename_classes": "fixify.classes",
     "report": "fixify.reporting.costs",
     "save": "fixify.checkpoints.slim",
     "train": "fixify.recipes.running",
@@ -56,6 +60,10 @@ register_with_timm()
 if TYPE_CHECKING:
     from fixify.checkpoints.slim import load as load
     from fixify.checkpoints.slim import save as save
+    from fixify.classes import add_classes as add_classes
+    from fixify.classes import keep_classes as keep_classes
+    from fixify.classes import merge_classes as merge_classes
+    from fixify.classes import rename_classes as rename_classes
     from fixify.comparing.compare import compare as compare
     from fixify.conversion import convert as convert
     from fixify.errors import FixifyError as FixifyError

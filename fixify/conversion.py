@@ -11,19 +11,37 @@ import torch
 
 from fixify._files import refuse_existing
 from fixify._watch import OnProgress, unwatched
+from fixify.agreement import Choice, choose_head, fewest_images, images_to_hold_out
+from fixify.bare_conversion import (
+    classifier_record,
+    convert_bare,
+    heads_of_class_vectors,
+    read_bare,
+    refuse_bare_options,
+)
 from fixify.checkpoints import check_finite, read_labels
+from fixify.checkpoints.encoder import read_encoder, with_classifier
 from fixify.checkpoints.learned import REFERENCE_CODE, Original, read_original
-from fixify.checkpoints.slim import DTYPES, SUFFIX, SlimInfo, is_slim, main_dtype, source_record, write_slim
+from fixify.checkpoints.matrix import is_matrix
+from fixify.checkpoints.slim import (
+    DTYPES,
+    SUFFIX,
+    SlimInfo,
+    is_slim,
+    main_dtype,
+    read_info,
+    source_record,
+    write_slim,
+)
 from fixify.conversion_options import ConvertOptions
 from fixify.errors import SourceError, UsageError
 from fixify.features import Calibration, Observation
 from fixify.heads import FixedClassifier
 from fixify.metrics import resolve_device
-from fixify.models.architectures import build
 from fixify.savings import Savings
 from fixify.surgery import HeadRecord, NewHead, make_heads
 
-_SOURCE_SUFFIXES = (".pth.tar", ".pth", ".pt", ".safetensors", ".bin", ".tar", ".ckpt")
+_SOURCE_SUFFIXES = (".npy", ".npz", ".pth.tar", ".pth", ".pt", ".safetensors", ".bin", ".tar", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -36,6 +54,7 @@ class Conversion:
         savings: Parameters and bytes, before and after.
         calibration: How it was calibrated and how often it agrees with the original; None without images.
         notes: Decisions that a person should know of: how the architecture was recognised, why a head was chosen.
+        choice: The heads that were tried for the option `agree`; None without it.
     """
 
     path: Path
@@ -43,6 +62,7 @@ class Conversion:
     savings: Savings
     calibration: Calibration | None
     notes: tuple[str, ...]
+    choice: Choice | None = None
 
 
 def convert(
@@ -56,6 +76,9 @@ def convert(
     **changes: Any,
 ) -> Conversion:
     """Replace the classifier of a checkpoint by a fixed one, and write the rest as a slim checkpoint.
+
+    A file that holds a classifier alone (a matrix of C x N in .npy, .npz or .safetensors) becomes a slim head alone,
+    which `fixify.load` returns as a `FixedClassifier`. The option `classifier` puts such a classifier onto an encoder.
 
     Every backbone tensor is written as it was stored, bit for bit, unless `dtype` is given. A checkpoint that was
     trained with the paper's published code keeps its fixed head, with scale and bias. The option `head` or
@@ -72,6 +95,7 @@ def convert(
         changes: Options by name, instead of those in `options`: `convert("model.pth", head="binary")`.
 
     Raises:
+        AgreementNotReached: No head gives the original's answer on as many images as `agree` asks for.
         DataError: There are no such images, too few, or more than 1 % of them cannot be read.
         SourceError, ArchitectureError, NoClassifierError: See `fixify.checkpoints.learned.read_original`.
         HeadSpecError: There is no such codebook, for example no Hadamard matrix of that order.
@@ -80,12 +104,24 @@ def convert(
     """
     options = (options or ConvertOptions()).replace(**changes)
     if is_slim(source):
-        raise SourceError(f"{source} is a slim checkpoint already.", hint=f"Next: fixify finetune {source} --data DATA")
+        raise SourceError(f"{source} is a slim checkpoint already.", hint=_next_of(source))
     target = Path(out) if out is not None else default_out(source)
     refuse_existing(target, force=force)
-    original = read_original(source, arch=options.arch, ema=options.ema)
+    if options.classifier is None and (is_matrix(source) or options.key):
+        bare = convert_bare(Path(source), options, on_progress)
+        write_slim(target, bare.tensors, bare.info, force=force)
+        return Conversion(target, bare.info, bare.savings, None, bare.notes)
+    matrix = None
+    if options.classifier is not None:
+        encoder = read_encoder(source, arch=options.arch, ema=options.ema)
+        matrix, options = read_bare(Path(options.classifier), options, encoder)
+        original = with_classifier(encoder, matrix)
+    else:
+        refuse_bare_options(source, options)
+        original = read_original(source, arch=options.arch, ema=options.ema)
     check_finite(original.tensors)
     observed = None
+    held_out = None if options.agree is None else (images_to_hold_out(options.agree), fewest_images(options.agree))
     if options.calibrate is not None and not original.reference_code_heads:
         observed = Observation(
             original,
@@ -93,9 +129,14 @@ def convert(
             num_images=options.calibrate_images,
             seed=options.seed,
             device=resolve_device(options.device),
+            held_out=held_out,
             on_images=on_images,
         )
-    heads = _heads(original, options, None if observed is None else observed.features, on_progress)
+    choice = None
+    if options.agree is not None and observed is not None:
+        heads, choice = choose_head(original, options, observed, on_progress)
+    else:
+        heads = _heads(original, options, None if observed is None else observed.features, on_progress)
     calibration = None if observed is None else observed.result({head.record.path: head.module for head in heads})
     dtype = None if options.dtype is None else DTYPES[options.dtype]
     backbone = _backbone(original, dtype)
@@ -103,29 +144,30 @@ def convert(
         f"{head.record.path}.{key}": tensor for head in heads for key, tensor in head.module.state_dict().items()
     }
     savings = Savings.measure(
-        build(original.architecture, num_classes=original.num_classes, meta=True),
+        original.build(meta=True),
         original.sites,
         learned=original.learned,
         backbone=backbone,
         heads=[head.module for head in heads],
     )
     names = original.labels if options.num_classes is None else None
-    if options.labels is not None:
+    if options.labels is not None and matrix is None:
         names = read_labels(options.labels, options.num_classes or original.num_classes)
     info = SlimInfo(
         architecture=original.architecture,
         heads=tuple(head.record for head in heads),
         preprocessing=dict(original.preprocessing),
         labels=names,
-        source=source_record(original.source),
+        source={**source_record(original.source), **classifier_record(matrix, options)},
         savings=savings.to_dict(),
         dtype=options.dtype or main_dtype(original.tensors),
         calibration=None if calibration is None else calibration.to_dict(),
+        projection=original.projection,
     )
     write_slim(target, {**backbone, **head_tensors}, info, force=force)
     about_images = () if observed is None else tuple(observed.notes)
     notes = (*original.notes, *about_images, *(note for head in heads for note in head.notes))
-    return Conversion(path=target, info=info, savings=savings, calibration=calibration, notes=notes)
+    return Conversion(path=target, info=info, savings=savings, calibration=calibration, notes=notes, choice=choice)
 
 
 def default_out(source: str | Path) -> Path:
@@ -142,6 +184,13 @@ def default_out(source: str | Path) -> Path:
     return Path(name + SUFFIX)
 
 
+def _next_of(source: str | Path) -> str:
+    """Say what to type next for a file that is a slim checkpoint already."""
+    if read_info(source).is_bare:
+        return f"It is a classifier without a network. Next: fixify export {source} --head-only"
+    return f"Next: fixify finetune {source} --data DATA"
+
+
 def _heads(
     original: Original,
     options: ConvertOptions,
@@ -150,13 +199,8 @@ def _heads(
 ) -> list[NewHead]:
     """Make the new heads, or keep those of the paper's published code."""
     if not original.reference_code_heads:
-        return make_heads(
-            original.sites,
-            original.tensors,
-            options,
-            features=features,
-            num_classes=options.num_classes,
-            on_progress=on_progress,
+        return heads_of_class_vectors(
+            original.sites, original.tensors, options, features=features, on_progress=on_progress
         )
     keep = options.head == "auto" and options.num_classes is None
     _refuse_for_reference_code(original, options, keep)

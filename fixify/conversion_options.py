@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import field_validator, model_validator
 
 from fixify._options import CheckedOptions, Conflict, option, refuse
+from fixify.heads.levels import RATES
 
 MIN_IMAGES = 8
 """The fewest images that calibrate a head; a quarter of them is held out."""
@@ -30,11 +31,18 @@ class HeadConfig(CheckedOptions):
     machine: ClassVar[tuple[str, ...]] = ("device",)
 
     head: Literal["auto", "hadamard", "orthogonal", "simplex", "binary", "identity"] = option(
-        "auto", "Kind of the fixed head; auto is hadamard where such a matrix is known, else orthogonal."
+        "auto",
+        "Kind of the fixed head; auto is hadamard where such a matrix is known, else orthogonal; "
+        "binary for a classifier without a network.",
     )
     seed: int = option(0, "Seed of the codebook; the same seed gives the same codes.", ge=0, lt=1 << 64)
     bits_per_class: int | None = option(
         None, "Signs per class that a binary head stores. Default: one per feature.", ge=1
+    )
+    bits_per_weight: float | None = option(
+        None,
+        f"Bits that a binary head stores for each weight: {', '.join(f'{rate:g}' for rate in RATES)}; above 1 they "
+        "are levels instead of signs. Fewer than 1: --bits-per-class. Default: 1.",
     )
     match: bool = option(True, "Give each class the code nearest to its old class vector, not the next one.")
     wide_search: bool = option(
@@ -53,12 +61,33 @@ class HeadConfig(CheckedOptions):
     bias: bool | None = option(True, "Keep one learned bias per class.")
     standardize: bool = option(True, "Standardise each feature by its running mean and std before normalising.")
 
+    @field_validator("bits_per_weight")
+    @classmethod
+    def _known_rate(cls, value: float | None) -> float | None:
+        if value is not None and value not in RATES:
+            allowed = ", ".join(f"{rate:g}" for rate in RATES)
+            hint = "; fewer than one bit per weight are set with bits_per_class" if value < 1 else ""
+            raise ValueError(f"must be one of {allowed}, not {value:g}{hint}")
+        return value
+
     def _conflicts(self) -> Iterator[Conflict]:
         if self.bits_per_class is not None and self.head != "binary":
             yield Conflict(
                 ("bits_per_class", "head"),
                 f"bits_per_class belongs to head binary, not {self.head}",
                 "Add --head binary.",
+            )
+        if self.bits_per_weight is not None and self.head != "binary":
+            yield Conflict(
+                ("bits_per_weight", "head"),
+                f"bits_per_weight belongs to head binary, not {self.head}",
+                "Add --head binary.",
+            )
+        if self.bits_per_weight is not None and self.bits_per_class is not None:
+            yield Conflict(
+                ("bits_per_weight", "bits_per_class"),
+                "bits_per_class counts the signs of a class, and bits_per_weight the bits of each weight",
+                "Drop one of them.",
             )
         if self.wide_search and (not self.match or self.head not in ("auto", "hadamard")):
             yield Conflict(
@@ -93,6 +122,31 @@ class ConvertOptions(HeadConfig):
     )
     labels: str | None = option(None, "A file of class names, or imagenet. Default: the names that came with SOURCE.")
     ema: bool = option(False, "Take the averaged (EMA) weights of a training checkpoint.")
+    classifier: str | None = option(
+        None,
+        "A classifier without a network, such as text embeddings of class names (.npy, .npz, .safetensors): put it "
+        "onto SOURCE, in the place of its classifier or behind the projection of a CLIP model.",
+        metavar="FILE",
+        panel="bare",
+    )
+    key: tuple[str, ...] = option(
+        (),
+        "Name of the matrix in its file, and of the bias if it has an unusual name; can be repeated. Default: the only "
+        "matrix, and the bias beside it.",
+        metavar="NAME",
+        panel="bare",
+    )
+    rows: Literal["classes", "features"] | None = option(
+        None, "What a row of the matrix is. Default: decided by labels, bias and widths, or asked.", panel="bare"
+    )
+    logit_scale: float | None = option(
+        None,
+        "Logits are this times the cosine of features and class vector, as those of CLIP (100). Default: W x + b.",
+        panel="bare",
+        gt=0,
+        le=1e6,
+        allow_inf_nan=False,
+    )
     calibrate: str | None = option(
         None,
         "A folder of images like those that the model is for (no labels needed), or a data name as for finetune: set "
@@ -102,14 +156,28 @@ class ConvertOptions(HeadConfig):
     calibrate_images: int = option(
         512, "Images drawn to calibrate; a quarter of them is held out to count agreement.", ge=MIN_IMAGES
     )
+    agree: float | None = option(
+        None,
+        "Take the smallest head of all kinds that gives the original's answer on at least this percentage of images, "
+        "shown with 95 % confidence on further images that are held out (1,196 for 99, if there are so many). Exit "
+        "code 3 if none does.",
+        metavar="PERCENT",
+        gt=0,
+        lt=100,
+    )
     device: str | None = option(
         None, "Device that calibrates: cpu, cuda, cuda:1, mps. Default: the first accelerator, else cpu."
     )
 
-    @field_validator("calibrate", "labels", mode="before")
+    @field_validator("calibrate", "labels", "classifier", mode="before")
     @classmethod
     def _as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
+
+    @field_validator("key", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod
@@ -134,11 +202,32 @@ class ConvertOptions(HeadConfig):
                 "Only calibrating runs the model on a device",
                 "Add --calibrate FOLDER, or drop --device.",
             )
+        if self.agree is not None and self.calibrate is None:
+            yield Conflict(
+                ("agree", "calibrate"),
+                "Agreement with the original is measured on images",
+                "Add --calibrate FOLDER, images like those that the model is for.",
+            )
+        for name in ("head", "bits_per_class", "bits_per_weight", "wide_search"):
+            if self.agree is not None and getattr(self, name) not in ("auto", None, False):
+                yield Conflict(
+                    ("agree", name), f"agree tries all kinds of heads, so {name} cannot be given", "Drop one of them."
+                )
+        if self.agree is not None and not self.match:
+            yield Conflict(
+                ("agree", "match"),
+                "Codes in class order agree with the original by chance only",
+                "Drop --no-match.",
+            )
         if self.calibrate is not None and self.num_classes is not None:
             yield Conflict(
                 ("calibrate", "num_classes"),
                 "Calibrating fits the head to the original's answers, and a new label set has none",
                 "Drop --calibrate: fixify finetune takes mean and std from its training images.",
+            )
+        if self.classifier is not None and self.num_classes is not None:
+            yield Conflict(
+                ("classifier", "num_classes"), "The classes are those of the classifier", "Drop --num-classes."
             )
         if self.head == "binary" and self.num_classes is not None:
             yield Conflict(

@@ -211,6 +211,14 @@ class Architecture:
         return cls(library, name, check_arguments(f"{library}/{name}", kwargs or {}), tag or None)
 
 
+BARE = Architecture("fixify", "classifier")
+"""Stands for the network of a file that holds a classifier alone."""
+BARE_PATH = "head"
+"""Path of the head in such a file."""
+BEHIND_PROJECTION = "classifier"
+"""Name of a classifier below the projection whose output it takes."""
+
+
 def check_arguments(text: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a builder that are not None, if they are plain values of a moderate size.
 

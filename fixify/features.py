@@ -98,6 +98,8 @@ class Observation:
         original: The checkpoint.
         name: A folder of images, or a data name as for `fixify.data.open_data`.
         num_images: How many images are drawn; all, if there are fewer.
+        held_out: How many further images are held out, if there are so many, instead of a quarter of `num_images`; and
+            the fewest that are enough.
         seed: Decides which images are drawn.
         device: Where the model runs.
         on_images: Called after each batch with its number of images.
@@ -122,9 +124,12 @@ class Observation:
         num_images: int,
         seed: int,
         device: torch.device,
+        held_out: tuple[int, int] | None = None,
         on_images: Callable[[int], object] | None = None,
     ) -> None:
-        drawn = draw_images(name, count=num_images, seed=seed)
+        wanted, fewest = held_out or (0, 0)
+        to_fit = num_images - max(1, round(_HELD_OUT * num_images)) if wanted else num_images
+        drawn = draw_images(name, count=to_fit + wanted, seed=seed)
         if len(drawn) < MIN_IMAGES:
             raise DataError(
                 f"{drawn.location} holds {counted(len(drawn), 'image')}; calibrating takes at least {MIN_IMAGES}.",
@@ -132,6 +137,14 @@ class Observation:
             )
         self.data = drawn.name
         self.num_held_out = max(1, round(_HELD_OUT * len(drawn)))
+        if wanted:
+            self.num_held_out = min(wanted, max(fewest, len(drawn) // 2))
+            if len(drawn) - self.num_held_out < MIN_IMAGES:
+                raise DataError(
+                    f"{drawn.location} holds {counted(len(drawn), 'image')}. That agreement takes at least {fewest} "
+                    f"that are held out, even if all answers agree, and {MIN_IMAGES} to fit heads to.",
+                    hint="Give a folder of more images, or a lower --agree.",
+                )
         self.num_fitted = len(drawn) - self.num_held_out
         self.notes = [f"{drawn.name}: {aside}." for aside in drawn.asides]
         self._unreadable = UnreadableImages(
@@ -144,22 +157,64 @@ class Observation:
         self._held_out = _part(drawn, self.num_fitted, len(drawn))
         self._model = original.model().to(device)
         channel_dims = {site.path: site.channel_dim for site in original.sites}
-        with record_inputs(self._model, channel_dims, lambda path, x: _samples(x, channel_dims[path])) as seen:
+        with record_inputs(self._model, channel_dims, lambda path, x: samples_of(x, channel_dims[path])) as seen:
             self.num_fitted = sum(len(answers) for answers in self._answers(fitted))
         self.features = {path: torch.cat(parts) for path, parts in seen.items() if parts}
-        self._expected = torch.cat(list(self._answers(self._held_out)))
+        self._inputs: Tensor | None = None
+        self._expected = self._look_at_held_out(list(channel_dims))
         self.num_held_out = len(self._expected)
         if (summary := self._unreadable.summary()) is not None:
             self.notes.append(summary)
 
     def result(self, heads: Mapping[str, FixedClassifier]) -> Calibration:
         """Put the heads into the model and count on the held-out images how often its answer is the original's."""
+        share = self._same_with(heads) / self.num_held_out
+        return Calibration(self.data, self.num_fitted, self.num_held_out, 100 * share)
+
+    def _same_with(self, heads: Mapping[str, FixedClassifier]) -> int:
         for path, head in heads.items():
             replace_module(self._model, path, head.to(self._device).eval())
-        same = torch.cat(list(self._answers(self._held_out))) == self._expected
-        return Calibration(self.data, self.num_fitted, self.num_held_out, 100 * float(same.double().mean()))
+        return int((torch.cat(list(self._answers(self._held_out))) == self._expected).sum())
+
+    def same_answers(self, heads: Mapping[str, FixedClassifier]) -> int:
+        """Count the held-out images on which the model with these heads gives the original's answer."""
+        if self._inputs is None:
+            return self._same_with(heads)
+        (head,) = heads.values()
+        head.to(self._device).eval()
+        with torch.no_grad():
+            parts = [head(part.to(self._device)).argmax(dim=-1).cpu() for part in self._inputs.split(_BATCH)]
+        return int((torch.cat(parts) == self._expected).sum())
+
+    def _look_at_held_out(self, paths: list[str]) -> Tensor:
+        """Compute the original's answers, and keep the inputs of its classifier if that is its last layer.
+
+        It is if there is one, and what it returns is what the model returns. Then heads are tried without the model.
+        """
+        inputs: list[Tensor] = []
+        last: list[Any] = [None]
+
+        def record(_layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs.append(given[0].detach().float().cpu())
+            last[0] = output
+
+        expected, is_last = [], len(paths) == 1
+        handle = self._model.get_submodule(paths[0]).register_forward_hook(record)
+        try:
+            for logits in self._logits(self._held_out):
+                expected.append(logits.argmax(dim=-1).cpu())
+                is_last = is_last and logits is last[0]
+        finally:
+            handle.remove()
+        if is_last:
+            self._inputs = torch.cat(inputs)
+        return torch.cat(expected)
 
     def _answers(self, data: OpenedData) -> Iterator[Tensor]:
+        for logits in self._logits(data):
+            yield logits.argmax(dim=-1).cpu()
+
+    def _logits(self, data: OpenedData) -> Iterator[Tensor]:
         workers = 0 if self._device.type == "cpu" else default_workers(self._device)
         loader = make_loader(
             data,
@@ -172,12 +227,12 @@ class Observation:
         )
         with loader, eval_mode(self._model), torch.no_grad(), resources_explained("calibrate"):
             for images, _ in loader:
-                yield self._model(images.to(self._device)).argmax(dim=-1).cpu()
+                yield self._model(images.to(self._device))
                 if self._on_images is not None:
                     self._on_images(len(images))
 
 
-def _samples(x: Tensor, channel_dim: int) -> Tensor:
+def samples_of(x: Tensor, channel_dim: int) -> Tensor:
     """Reshape a layer's input [B, N], [B, ..., N] or, with channel_dim 1, [B, N, ...] to samples [B * positions, N]."""
     x = x.movedim(channel_dim, -1)
     x = x.reshape(len(x), -1, x.shape[-1])

@@ -82,6 +82,21 @@ class Savings:
         )
 
     @classmethod
+    def of_bare(cls, head: FixedClassifier, *, has_bias: bool, stored_bytes: int | None = None) -> Savings:
+        """Count what a fixed head saves that replaces a classifier without a network.
+
+        Args:
+            head: The fixed head.
+            has_bias: Whether the old classifier had a bias.
+            stored_bytes: Bytes of the old classifier as it was stored; None: in float32.
+        """
+        removed = head.out_features * head.in_features
+        parameters = removed + (head.out_features if has_bias else 0)
+        before = 4 * parameters if stored_bytes is None else stored_bytes
+        after = count_bytes(head.state_dict().values())
+        return cls(parameters, count_parameters(head), parameters, removed, before, after, before, after)
+
+    @classmethod
     def project(
         cls,
         original: nn.Module,

@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fixify._values import counted
@@ -18,17 +21,21 @@ from fixify._watch import OnProgress, unwatched
 from fixify.conversion_options import HeadConfig
 from fixify.description import HeadRecord
 from fixify.errors import FormatError, HeadSpecError, NoClassifierError
-from fixify.heads import KINDS, FixedClassifier, HeadSpec, choose_kind, replacement, wide_blocks
+from fixify.heads import KINDS, FixedClassifier, HeadSpec, choose_kind, kind_of, replacement, wide_blocks
+from fixify.heads.codes import HadamardRows
 from fixify.models.architectures import Architecture
 from fixify.models.classifiers import (
     ClassifierSite,
     find_classifiers,
+    find_heads,
     has_hand_made_head,
     is_auxiliary,
     refuse_projection,
 )
 from fixify.models.influence import run_once
 
+_CLASSES_AT_ONCE = 4096
+_LEAST_SCALE = 1e-3
 _BATCH = 32  # rows of features per step when only the mean and std of a head are set
 
 
@@ -164,6 +171,64 @@ def make_heads(
     return made
 
 
+def make_cosine_head(
+    site: ClassifierSite,
+    tensors: Mapping[str, Tensor],
+    head: HeadConfig,
+    logit_scale: float,
+    *,
+    features: Tensor | None = None,
+    on_progress: OnProgress = unwatched,
+) -> NewHead:
+    """Make the fixed head that replaces a cosine classifier: `logits = logit_scale * cos(x, w_c) + bias`.
+
+    The zero-shot classifiers of CLIP are of that form: the class vectors are text embeddings. The head normalises its
+    features and does not standardise them. Without features, alpha gives the logits that are nearest to the old ones
+    for features that point anywhere; the mean over classes, which softmax does not see, is removed first.
+
+    Args:
+        site: The classifier layer.
+        tensors: A state dict with its weight, whose rows may have any length, and with its bias if it has one.
+        head: The config; its kind must be one whose codes are chosen by class vectors.
+        logit_scale: What the cosines are multiplied with; CLIP's are about 100.
+        features: Inputs of the layer, float [S, N] in random order, without labels.
+        on_progress: See `fixify.heads.replacement`.
+
+    Raises:
+        HeadSpecError: See `make_heads`.
+    """
+    spec, _ = _spec_for(site, head, site.num_classes, features is not None)
+    spec = replace(spec, normalize=True, standardize=False)
+    if head.wide_search and spec.can_match:
+        spec = replace(spec, matched=True, blocks=wide_blocks(spec.num_features, spec.num_classes))
+    vectors = tensors[f"{site.path}.weight"].detach().to("cpu", torch.float32).reshape(site.num_classes, -1)
+    vectors = F.normalize(vectors, dim=1).mul_(logit_scale)
+    made = replacement(
+        spec,
+        vectors,
+        tensors[f"{site.path}.bias"] if site.has_bias else None,
+        features=None if features is None else F.normalize(features.float(), dim=1),
+        scale=head.alpha,
+        channel_dim=site.channel_dim,
+        on_progress=on_progress,
+    )
+    if features is None and head.alpha is None and spec.can_match:
+        with torch.no_grad():
+            made.head.scale.fill_(max(_projection(made.head, vectors), _LEAST_SCALE))
+    return NewHead(site.record(made.head.spec), made.head, (f"{site.path}: {made.note}.",))
+
+
+def _projection(head: FixedClassifier, vectors: Tensor) -> float:
+    """Compute the alpha at which `alpha * Q` is nearest to class vectors whose mean is removed."""
+    mean, total = vectors.mean(dim=0), 0.0
+    codes = cast(HadamardRows, kind_of(head.spec).codes(head.spec, head.product.stored))
+    for start in range(0, len(vectors), _CLASSES_AT_ONCE):
+        part = vectors[start : start + _CLASSES_AT_ONCE]
+        table = torch.from_numpy(codes.select(np.arange(start, start + len(part))).table())
+        total += float((table * (part - mean)).sum())
+    return total / len(vectors)
+
+
 def apply_heads_(model: nn.Module, records: Iterable[HeadRecord]) -> nn.Module:
     """Replace classifier layers by the heads that a slim checkpoint records, in place.
 
@@ -171,7 +236,7 @@ def apply_heads_(model: nn.Module, records: Iterable[HeadRecord]) -> nn.Module:
         FormatError: The model has no classifier at a recorded path, or one of another size.
         CodebookMismatchError: A codebook rebuilt here is not the recorded one. The model is unchanged.
     """
-    sites = {site.path: site for site in find_classifiers(model)}
+    sites = {site.path: site for site in find_heads(model)}
     heads = {}
     for record in records:
         site = sites.get(record.path)
@@ -291,7 +356,9 @@ def _spec_for(
         kind, reason = choose_kind(site.num_features, num_classes)
     options: dict[str, Any] = {
         "standardize": config.standardize,
-        **KINDS[kind].default_options(site.num_features, has_features=has_features),
+        **KINDS[kind].default_options(
+            site.num_features, has_features=has_features, bits_per_weight=config.bits_per_weight
+        ),
     }
     if not config.standardize:
         options["standardize"] = False

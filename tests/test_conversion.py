@@ -14,8 +14,10 @@ from fixify.checkpoints.slim import load
 from fixify.checkpoints.verify import verify
 from fixify.conversion import convert
 from fixify.conversion_options import ConvertOptions
-from fixify.errors import HeadSpecError, UsageError
+from fixify.errors import CodebookMismatchError, HeadSpecError, UsageError
+from fixify.heads.levels import LEVELS
 from fixify.models import build, parse_architecture
+from fixify.reporting.about import removed_line
 
 WIDE = "vit_tiny_patch16_224,embed_dim=386,num_heads=2,depth=1,img_size=32"
 
@@ -104,6 +106,31 @@ def test_binary_heads_of_every_build(tmp_path: Path, name: str, num_classes: int
     assert all(check.passed for check in verify(done.path, source=source))
 
 
+def test_one_bit_per_weight_is_the_binary_head(small_pth: Path, tmp_path: Path) -> None:
+    plain = convert(small_pth, tmp_path / "a.fixed.safetensors", arch="test_efficientnet", head="binary")
+    one = convert(
+        small_pth, tmp_path / "b.fixed.safetensors", arch="test_efficientnet", head="binary", bits_per_weight=1
+    )
+    assert plain.path.read_bytes() == one.path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "dla46_c", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize("bits", LEVELS)
+def test_levels_of_every_build(tmp_path: Path, name: str, bits: float) -> None:
+    source = _save(tmp_path / "model.pth", name, num_classes=12)
+    done = convert(source, tmp_path / "out.fixed.safetensors", head="binary", bits_per_weight=bits)
+    stored = load_file(done.path)
+    for record in done.info.heads:
+        assert record.spec.bits_per_weight == bits and record.spec.bits_per_class is None
+        assert stored[f"{record.path}.codes"].shape == (12, LEVELS[bits].num_bytes(record.spec.num_features))
+    assert all(check.passed for check in verify(done.path, source=source))
+    assert f"{bits:g} bits" in removed_line(done.savings, done.info.heads)
+    damaged = {key: tensor.clone() for key, tensor in stored.items()}
+    damaged[f"{done.info.heads[0].path}.codes"][0, 0] ^= 1
+    with pytest.raises(CodebookMismatchError):
+        load(done.path).load_state_dict(damaged)
+
+
 def test_widths_without_a_hadamard_matrix_have_signs_of_the_features(tmp_path: Path) -> None:
     model = timm.create_model("vit_tiny_patch16_224", embed_dim=386, num_heads=2, depth=1, img_size=32, num_classes=10)
     torch.save(model.state_dict(), tmp_path / "wide.pth")
@@ -123,6 +150,10 @@ def test_widths_without_a_hadamard_matrix_have_signs_of_the_features(tmp_path: P
         ({"head": "binary", "match": False}, "binary"),
         ({"head": "hadamard", "bits_per_class": 8}, "bits_per_class.*binary.*hadamard"),
         ({"bits_per_class": 8}, "bits_per_class.*binary.*auto"),
+        ({"bits_per_weight": 2}, "bits_per_weight.*binary.*auto"),
+        ({"head": "binary", "bits_per_weight": 2.5}, "bits_per_weight.*1, 1.58, 2, 3, 4, not 2.5"),
+        ({"head": "binary", "bits_per_weight": 0.5}, "bits_per_weight.*0.5.*bits_per_class"),
+        ({"head": "binary", "bits_per_weight": 2, "bits_per_class": 8}, "bits_per_class.*bits_per_weight"),
     ],
 )
 def test_binary_options_that_do_not_go_together(small_pth: Path, tmp_path: Path, options: dict, said: str) -> None:

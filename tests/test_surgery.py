@@ -368,16 +368,18 @@ def test_features_make_codes_nearer() -> None:
         ("binary", "binary", {}),
         ("seen", "binary", {"features": {"fc": x[:400]}}),
         ("few bits", "binary", {"features": {"fc": x[:400]}, "bits_per_class": 12}),
+        ("2 bits", "binary", {"features": {"fc": x[:400]}, "bits_per_weight": 2}),
+        ("4 bits", "binary", {"features": {"fc": x[:400]}, "bits_per_weight": 4}),
         ("matched", "hadamard", {"standardize": False, "features": {"fc": x[:400]}}),
         ("in order", "hadamard", {"standardize": False, "match": False}),
     ):
         model = _classifier(64, 100)
         wanted = _centered(model.fc(x[400:]))
         head = fix_classifier_(model, kind, **options).eval().fc
-        assert head.spec.standardize == ("center" if name in ("seen", "few bits") else False), name
+        assert head.spec.standardize == ("center" if name == "seen" or name.endswith("bits") else False), name
         got = _centered(head(x[400:]))
         errors[name] = float(1 - nn.functional.cosine_similarity(got.flatten(), wanted.flatten(), dim=0))
-    assert errors["seen"] < errors["few bits"] < errors["in order"]
+    assert errors["4 bits"] < errors["2 bits"] < errors["seen"] < errors["few bits"] < errors["in order"]
     assert errors["seen"] < 0.5 * errors["binary"]
     assert errors["matched"] < 0.8 * errors["in order"]
 

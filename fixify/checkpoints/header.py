@@ -25,7 +25,15 @@ from pydantic import (
 from fixify._files import require_regular
 from fixify._values import counted, parse_json
 from fixify.checkpoints.records import CalibrationRecord, SavingsRecord, SourceRecord, TrainingRecord, checked
-from fixify.description import Architecture, HeadRecord, Preprocessing, check_preprocessing
+from fixify.description import (
+    BARE,
+    BARE_PATH,
+    BEHIND_PROJECTION,
+    Architecture,
+    HeadRecord,
+    Preprocessing,
+    check_preprocessing,
+)
 from fixify.errors import ArchitectureError, FormatError
 
 # Metadata keys of the files that fixify writes.
@@ -42,6 +50,7 @@ MAX_HEADER = 100_000_000
 """Bytes of a header that the safetensors library allows."""
 
 _DIGEST = re.compile("sha256:[0-9a-f]{64}")
+_LEFT_OUT = ("projection",)  # if it is None, so that other files are as those of older versions
 _MAX_HEADS = 16
 _MAX_TEXT = 10_000  # characters of a class name or a path
 
@@ -59,6 +68,8 @@ class SlimInfo(BaseModel):
         dtype: The floating type of the backbone as stored, for example "float16".
         calibration: `fixify.features.Calibration` as a dictionary, if it was calibrated on images.
         training: Data, options and metrics before and after, if the model was fine-tuned.
+        projection: The linear layer of the architecture whose output goes to the head, if the head was put behind it;
+            None where the head takes the place of a layer.
     """
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
@@ -72,6 +83,12 @@ class SlimInfo(BaseModel):
     dtype: str = "float32"
     calibration: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
+    projection: str | None = None
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether the file holds a classifier alone, without a network."""
+        return self.architecture == BARE
 
     @property
     def num_classes(self) -> int:
@@ -128,6 +145,15 @@ class SlimInfo(BaseModel):
                 )
             if any(len(label) > _MAX_TEXT for label in self.labels):
                 raise ValueError(f"a label is longer than {_MAX_TEXT} characters")
+        return self
+
+    @model_validator(mode="after")
+    def _check_places(self) -> SlimInfo:
+        paths = [record.path for record in self.heads]
+        if self.projection is not None and paths != [f"{self.projection}.{BEHIND_PROJECTION}"]:
+            raise ValueError("the head behind a projection is not where it belongs")
+        if self.is_bare and (paths != [BARE_PATH] or self.heads[0].channel_dim != -1):
+            raise ValueError(f"a classifier alone is called {BARE_PATH}")
         return self
 
     @field_validator("dtype")
@@ -255,7 +281,8 @@ def recorded_digest(path: Path | str, metadata: Mapping[str, str]) -> str | None
 
 def info_as_text(info: SlimInfo) -> str:
     """Write what a checkpoint says about itself as JSON, the same text for the same values."""
-    return json.dumps(info.model_dump(), allow_nan=False, separators=(",", ":"), sort_keys=True)
+    values = {key: value for key, value in info.model_dump().items() if value is not None or key not in _LEFT_OUT}
+    return json.dumps(values, allow_nan=False, separators=(",", ":"), sort_keys=True)
 
 
 def info_of_text(text: str) -> SlimInfo:

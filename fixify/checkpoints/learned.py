@@ -37,6 +37,7 @@ from fixify.models.build import is_counter, load_weights
 from fixify.models.classifiers import ClassifierSite, find_classifiers, refuse_projection
 from fixify.models.identify import HAND_MADE_HEAD, Candidate, explain, fit, identify, refuse_headless, what_to_type
 from fixify.models.openmmlab import patches_first
+from fixify.models.projection import build_with
 from fixify.models.signature import shapes_of
 from fixify.savings import under
 from fixify.surgery import HeadRecord, apply_heads_
@@ -62,6 +63,7 @@ class Original:
         notes: How it was recognised, for the user.
         reference_code_heads: Path -> head, for classifier layers that are fixed ones of the paper's reference code. For
             these, `tensors` holds the scale and the bias, and no weight.
+        projection: The layer whose output goes to the classifier, if that was put behind it; else None.
     """
 
     source: Source
@@ -73,6 +75,22 @@ class Original:
     labels: list[str] | None
     notes: tuple[str, ...]
     reference_code_heads: Mapping[str, ReferenceCodeHead] = field(default_factory=dict)
+    projection: str | None = None
+
+    def build(self, *, meta: bool = False) -> nn.Module:
+        """Build the model with its learned classifier, without values."""
+        model = build_with(
+            self.architecture,
+            self.num_classes,
+            projection=self.projection,
+            width=self.sites[0].num_features,
+            meta=meta,
+            blank=not meta,
+        )
+        for site in self.sites:
+            if not site.has_bias:  # a classifier that was put in the place of one with a bias
+                model.get_submodule(site.path).register_parameter("bias", None)
+        return model
 
     @property
     def learned(self) -> dict[str, torch.Tensor]:
@@ -110,7 +128,7 @@ class Original:
                 the reference code cannot be rebuilt.
             HeadSpecError: see `ReferenceCodeHead.spec`.
         """
-        model = build(self.architecture, num_classes=self.num_classes, blank=True)
+        model = self.build()
         heads = [self.reference_code_record(site) for site in self.sites if site.path in self.reference_code_heads]
         apply_heads_(model, heads)
         try:
@@ -139,9 +157,9 @@ def read_original(ref: str | Path, *, arch: str | None = None, ema: bool = False
     """
     source = open_source(ref, ema=ema, meta=meta)
     with explaining_parts(source):
-        candidate, note = _recognise(source, arch)
-    candidate = _with_stated_pooling(source, candidate)
-    learned = _rename(source.learned, candidate)
+        candidate, note = recognise(source, arch)
+    candidate = with_stated_pooling(source, candidate)
+    learned = renamed(source.learned, candidate)
     architecture, num_classes = candidate.architecture, candidate.num_classes
     skeleton = build(architecture, num_classes=num_classes, meta=True)
     refuse_projection(skeleton, architecture)
@@ -163,7 +181,7 @@ def read_original(ref: str | Path, *, arch: str | None = None, ema: bool = False
         num_classes=num_classes,
         tensors=tensors,
         sites=sites,
-        preprocessing=preprocessing(architecture, _image_statistics(source)),
+        preprocessing=preprocessing(architecture, image_statistics(source)),
         labels=labels,
         notes=(*notes, *remarks_on(source, num_classes)),
         reference_code_heads=heads,
@@ -247,7 +265,7 @@ def save_ordinary(
     return path
 
 
-def _recognise(source: Source, arch: str | None) -> tuple[Candidate, str | None]:
+def recognise(source: Source, arch: str | None) -> tuple[Candidate, str | None]:
     """Return the architecture that a source is of, and a note on how it was found unless it was named."""
     name = arch or source.facts.architecture
     if name is None:
@@ -300,7 +318,7 @@ def _identify(source: Source) -> tuple[Candidate, str]:
     return candidate, f"Recognised as {candidate.architecture.spelled} from {how}.{read}"
 
 
-def _with_stated_pooling(source: Source, candidate: Candidate) -> Candidate:
+def with_stated_pooling(source: Source, candidate: Candidate) -> Candidate:
     """Return the candidate with the pooling that the file says it was trained with.
 
     Raises:
@@ -348,7 +366,7 @@ def _divided(
     }
 
 
-def _image_statistics(source: Source) -> dict[str, Any] | None:
+def image_statistics(source: Source) -> dict[str, Any] | None:
     """Return the preprocessing that a file states, with the mean and std of an input normalisation of its own."""
     extras, stated_cfg = source.extras, source.facts.pretrained_cfg
     if extras.mean is None or extras.std is None:
@@ -363,7 +381,8 @@ def _same_network(architecture: Architecture, named: str | None) -> bool:
     return (architecture.library, architecture.name) == (other.library, other.name)
 
 
-def _rename(tensors: Mapping[str, torch.Tensor], candidate: Candidate) -> dict[str, torch.Tensor]:
+def renamed(tensors: Mapping[str, torch.Tensor], candidate: Candidate) -> dict[str, torch.Tensor]:
+    """Put tensors under the names, and into the shapes, that an architecture gives them."""
     if candidate.key_map is None:
         return dict(tensors)
     renamed = {candidate.key_map[key]: tensor for key, tensor in tensors.items() if key in candidate.key_map}

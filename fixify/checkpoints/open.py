@@ -21,7 +21,9 @@ from fixify.checkpoints.slim import (
     source_record,
 )
 from fixify.checkpoints.source import check_finite
+from fixify.description import BARE_PATH
 from fixify.errors import FormatError, SourceError
+from fixify.heads import FixedClassifier
 from fixify.models.architectures import Architecture, Preprocessing
 
 
@@ -68,6 +70,12 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
     slim = find_slim(ref)
     if slim is not None:
         model = load(slim, check=True)
+        if isinstance(model, FixedClassifier):
+            raise SourceError(
+                f"{short_name(ref)} is a classifier without a network: it takes features, not images.",
+                hint="Put its matrix onto a network: fixify convert MODEL --classifier FILE. Or use it in Python: "
+                "fixify.load",
+            )
         check_finite(model.state_dict())
         return _opened(short_name(ref), slim, model, model.fixify_info)  # type: ignore[arg-type]
     if is_onnx(ref):
@@ -95,6 +103,18 @@ def open_model(ref: str | Path, *, arch: str | None = None, ema: bool = False) -
         slim=None,
         notes=original.notes,
     )
+
+
+def open_bare(path: Path | str) -> OpenModel:
+    """Open a slim classifier without a network. The model is a dictionary of modules with the classifier in it.
+
+    Raises:
+        FormatError, CodebookMismatchError: the file is damaged.
+        SourceError: it holds a NaN or an infinity.
+    """
+    head = load(path, check=True)
+    check_finite(head.state_dict())
+    return _opened(Path(path).name, Path(path), nn.ModuleDict({BARE_PATH: head}), head.fixify_info)  # type: ignore[arg-type]
 
 
 def _opened(name: str, path: Path, model: nn.Module, info: SlimInfo) -> OpenModel:

@@ -5,7 +5,7 @@ They are checked once, when the header is read, so that nothing that prints or u
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,6 +20,16 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="allow", defer_build=True)  # a file has some of these records
 
 
+class ClassifierRecord(_Record):
+    """A classifier without a network that was converted, or put onto an encoder."""
+
+    name: _Word
+    keys: Annotated[list[_Word], Field(min_length=1, max_length=2)]
+    rows: Literal["classes", "features"]
+    logit_scale: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
+    class_mean: Annotated[str, Field(max_length=1 << 20, pattern="^[A-Za-z0-9+/]+={0,2}$")] | None = None
+
+
 class SourceRecord(_Record):
     """What was converted."""
 
@@ -27,6 +37,7 @@ class SourceRecord(_Record):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     bytes: _Count | None = None
     ema: Annotated[bool, Field(strict=True)] = False
+    classifier: ClassifierRecord | None = None
 
 
 class SavingsRecord(_Record):

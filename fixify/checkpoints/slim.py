@@ -40,6 +40,7 @@ from fixify.checkpoints.header import (
 )
 from fixify.checkpoints.locate import locate_slim
 from fixify.checkpoints.source import Source
+from fixify.description import BARE, BARE_PATH, HeadRecord
 from fixify.errors import ArchitectureError, FormatError, HeadSpecError, OutputError, UsageError
 from fixify.heads import FixedClassifier
 from fixify.models.architectures import (
@@ -53,6 +54,7 @@ from fixify.models.architectures import (
 from fixify.models.build import Bounds, load_weights
 from fixify.models.classifiers import find_heads
 from fixify.models.identify import fit, identify
+from fixify.models.projection import build_with
 from fixify.models.signature import module_traits
 from fixify.savings import Savings
 from fixify.surgery import apply_heads_, replace_module
@@ -157,7 +159,9 @@ def read_contents(path: Path | str, *, header_only: bool = False) -> Contents:
     try:
         with safe_open(path, framework="pt") as file:
             header = parse_metadata(path, file.metadata() or {})
-            info = header.info.model_copy(update={"architecture": known_architecture(header.info.architecture)})
+            info = header.info
+            if not info.is_bare:
+                info = info.model_copy(update={"architecture": known_architecture(info.architecture)})
             read = partial(on_meta, file) if header_only else file.get_tensor
             tensors = {name: read(name) for name in file.offset_keys()}
     except (SafetensorError, OSError) as error:
@@ -194,7 +198,8 @@ def load(path: Path | str, *, device: str | torch.device = "cpu", check: bool = 
             versions have no digest.
 
     Returns:
-        The model in eval mode. Its `SlimInfo` is `model.fixify_info`.
+        The model in eval mode; the `FixedClassifier` itself if the file holds a classifier alone. Its `SlimInfo` is
+        `model.fixify_info`.
 
     Raises:
         FormatError: The file is damaged, changes while it is read, or its tensors do not fit its architecture; or the
@@ -254,11 +259,20 @@ def load_contents(contents: Contents, path: Path | str) -> nn.Module:
 
 
 def _build(contents: Contents) -> nn.Module:
-    """Build the model of a slim checkpoint, without values."""
+    """Build the model of a slim checkpoint, without values; a classifier alone is the only module of a dictionary."""
     info = contents.info
+    if info.is_bare:
+        return nn.ModuleDict({record.path: FixedClassifier(record.spec) for record in info.heads})
     codes = sum(record.spec.num_features * record.spec.num_classes for record in info.heads)
     within = Bounds.of(contents.tensors, classifier=codes)
-    model = build(info.architecture, num_classes=info.num_classes, blank=True, within=within)
+    model = build_with(
+        info.architecture,
+        info.num_classes,
+        projection=info.projection,
+        width=info.heads[0].spec.num_features,
+        blank=True,
+        within=within,
+    )
     apply_heads_(model, info.heads)
     return model
 
@@ -275,6 +289,8 @@ def _fill(model: nn.Module, info: SlimInfo, tensors: Mapping[str, torch.Tensor],
             f"The codes in {path} do not fit its head spec: {error.message}",
             hint="The file is damaged or was edited. Convert the original again.",
         ) from error
+    if info.is_bare:
+        model = model[BARE_PATH]  # type: ignore[index]
     model.fixify_info = info  # type: ignore[assignment]
     return model.eval()
 
@@ -317,11 +333,30 @@ def save(
     changes = {"labels": labels, "training": None if training is None else dict(training)}
     info = info.model_copy(update={name: value for name, value in changes.items() if value is not None})
     head_keys = tuple(f"{record.path}." for record in info.heads)
+    if info.is_bare:
+        return write_slim(Path(path), bare_tensors(model), info, force=force)
     tensors = {
         key: tensor.to(DTYPES[info.dtype]) if tensor.is_floating_point() and not key.startswith(head_keys) else tensor
         for key, tensor in model.state_dict().items()
     }
     return write_slim(Path(path), tensors, info, force=force)
+
+
+def bare_tensors(head: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of a classifier alone under the names that they have in a file."""
+    return {f"{BARE_PATH}.{key}": tensor for key, tensor in head.state_dict().items()}
+
+
+def describe_bare(head: FixedClassifier, savings: Savings, **known: Any) -> SlimInfo:
+    """Describe a classifier alone.
+
+    Args:
+        head: The classifier.
+        savings: What it saves.
+        known: Other fields of `SlimInfo`.
+    """
+    record = HeadRecord(BARE_PATH, "Linear", -1, head.spec)
+    return SlimInfo(architecture=BARE, heads=(record,), preprocessing={}, savings=savings.to_dict(), **known)
 
 
 def describe(model: nn.Module, arch: str | Architecture | None = None) -> SlimInfo:
@@ -346,6 +381,13 @@ def describe(model: nn.Module, arch: str | Architecture | None = None) -> SlimIn
             f"This {type(model).__name__} has no fixed head, so there is nothing slim about it.",
             hint="Replace its classifier first: fixify.fix_classifier_(model).",
         )
+    if isinstance(model, FixedClassifier):
+        if arch is not None or model.channel_dim != -1:
+            raise UsageError(
+                "A classifier alone has no architecture, and takes features [..., N].",
+                hint="Save the model that it belongs to, or leave arch out.",
+            )
+        return describe_bare(model, Savings.of_bare(model, has_bias=model.bias is not None))
     origin: Origin | None = getattr(model, "fixify_origin", None)
     if origin is None or arch is not None:
         architecture = architecture_of(model, heads, arch)
@@ -419,7 +461,9 @@ def architecture_of(
 
 def _describes(info: SlimInfo, model: nn.Module) -> bool:
     """Check that a header that the model carries still holds: the heads may have been replaced since."""
-    heads = {path: head for path, head in model.named_modules() if isinstance(head, FixedClassifier)}
+    if isinstance(model, FixedClassifier) != info.is_bare:
+        return False
+    heads = {path or BARE_PATH: head for path, head in model.named_modules() if isinstance(head, FixedClassifier)}
     return {record.path: record.spec for record in info.heads} == {path: head.spec for path, head in heads.items()}
 
 

@@ -13,14 +13,19 @@ from torch import nn
 from fixify._files import sha256_of, unchanged
 from fixify._values import counted
 from fixify.checkpoints.digests import compare_digests, digest_of
+from fixify.checkpoints.encoder import read_encoder
 from fixify.checkpoints.learned import read_original
 from fixify.checkpoints.locate import locate_slim
+from fixify.checkpoints.matrix import MatrixOptions, class_mean, read_matrix
 from fixify.checkpoints.slim import SlimInfo, load_contents, read_contents
 from fixify.checkpoints.source import check_finite
 from fixify.errors import CodebookMismatchError, FixifyError, FormatError, SourceError
 from fixify.heads import coherence
 
 # Above 2^24 float32 has no digits left for a difference of one.
+_CHECKED_CLASSES = 256
+_AT_ONCE = 16
+_LEAST_CORRELATION = 0.05
 _LARGEST_LOGIT = 2.0**24
 
 
@@ -59,7 +64,8 @@ def _checks(path: Path, source: str | Path | None) -> list[Check]:
     contents = read_contents(path)
     info, tensors = contents.info, contents.tensors
     classes = counted(info.num_classes, "class", "classes")
-    checks = [Check("header", True, f"format version 1, {info.architecture.ref}, {classes}")]
+    what = "a classifier without a network" if info.is_bare else info.architecture.ref
+    checks = [Check("header", True, f"format version 1, {what}, {classes}")]
     checks += [_finite(tensors), check_digest(tensors, contents.digest, path)]
     try:
         model = load_contents(contents, path)
@@ -69,11 +75,11 @@ def _checks(path: Path, source: str | Path | None) -> list[Check]:
     except FixifyError as error:
         checks.append(Check("tensors", False, error.message))
         return checks
-    checks.append(Check("tensors", True, f"{counted(len(tensors), 'tensor')}, as {info.architecture.ref} has them"))
+    checks.append(Check("tensors", True, f"{counted(len(tensors), 'tensor')}, as {what} has them"))
     checks.append(_codebook(info, model))
     checks.append(_forward(info, model))
     if source is not None:
-        checks += _against(info, tensors, source)
+        checks += _against_matrix(info, model, source) if info.is_bare else _against(info, tensors, source)
     return checks
 
 
@@ -100,7 +106,7 @@ def _codebook(info: SlimInfo, model: nn.Module) -> Check:
     """Check that no two classes have the same code; loading has already compared the codebook's digest."""
     found = []
     for record in info.heads:
-        head: Any = model.get_submodule(record.path)
+        head: Any = model if info.is_bare else model.get_submodule(record.path)
         codes = None if head.codes is None else head.codes.cpu().numpy()
         facts = coherence(record.spec, codes)
         if facts.max_cosine > 1 - 1e-6:
@@ -111,7 +117,10 @@ def _codebook(info: SlimInfo, model: nn.Module) -> Check:
 
 def _forward(info: SlimInfo, model: nn.Module) -> Check:
     """Run the model on unlike images, and check that its logits depend on the image and have a possible size."""
-    images = _unlike_images(info.preprocessing.get("input_size", [3, 224, 224]))
+    if info.is_bare:
+        images, what = _unlike_features(info.heads[0].spec.num_features), "features"
+    else:
+        images, what = _unlike_images(info.preprocessing.get("input_size", [3, 224, 224])), "images"
     size = list(images.shape)
     try:
         with torch.inference_mode():
@@ -119,11 +128,11 @@ def _forward(info: SlimInfo, model: nn.Module) -> Check:
     # What layers and builders of timm raise for an input that they were not made for.
     except (RuntimeError, ValueError, AssertionError, ArithmeticError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        return Check("forward", False, f"images {size} cannot be run: {reason[:200]}")
+        return Check("forward", False, f"{what} {size} cannot be run: {reason[:200]}")
     if logits.shape != (len(images), info.num_classes):
-        return Check("forward", False, f"images {size} give logits {list(logits.shape)}")
+        return Check("forward", False, f"{what} {size} give logits {list(logits.shape)}")
     fault = _fault(logits.float())
-    return Check("forward", fault is None, f"images {size} give logits {list(logits.shape)}{fault or ''}")
+    return Check("forward", fault is None, f"{what} {size} give logits {list(logits.shape)}{fault or ''}")
 
 
 def _unlike_images(input_size: Sequence[int]) -> torch.Tensor:
@@ -133,6 +142,11 @@ def _unlike_images(input_size: Sequence[int]) -> torch.Tensor:
     gradient = torch.linspace(-2, 2, width).expand(channels, height, width)
     stripes = (torch.arange(height) // 8 % 2 * 4.0 - 2)[:, None].expand(channels, height, width)
     return torch.stack([noise, noise - 2, gradient, stripes])
+
+
+def _unlike_features(num_features: int) -> torch.Tensor:
+    """Make four vectors of features: float32 [4, N]."""
+    return torch.randn(4, num_features, generator=torch.Generator().manual_seed(0))
 
 
 def _fault(logits: torch.Tensor) -> str | None:
@@ -150,8 +164,44 @@ def _fault(logits: torch.Tensor) -> str | None:
     return None
 
 
+def _against_matrix(info: SlimInfo, head: nn.Module, source: str | Path) -> list[Check]:
+    """Compare a head alone with the matrix that it was made from: the file, and whether the logits go together."""
+    known: Any = info.source.get("classifier") or {}
+    options = MatrixOptions(
+        keys=known.get("keys", ()), rows=known.get("rows"), logit_scale=known.get("logit_scale") or 1.0
+    )
+    matrix = read_matrix(source, options)
+    same = matrix.sha256 == info.source.get("sha256")
+    checks = [
+        Check("source", same, "the file it was made from" if same else "another file than the one it was made from")
+    ]
+    wanted, found = list(matrix.weight.shape), [head.out_features, head.in_features]
+    if wanted != found:
+        detail = f"{wanted[0]} classes of {wanted[1]} features there, {found[0]} of {found[1]} here"
+        return [*checks, Check("classes", False, detail)]
+    some = torch.linspace(0, len(matrix.weight) - 1, min(_CHECKED_CLASSES, len(matrix.weight))).long()
+    own = matrix.weight[some] - class_mean(matrix.weight, directions=False)
+    with torch.inference_mode():
+        made = torch.cat([head(part)[:, some] for part in own.split(_AT_ONCE)])
+    expected = own @ matrix.weight[some].T
+    right = float(_correlation(made, expected))
+    return [*checks, Check("logits", right > _LEAST_CORRELATION, f"correlation {right:.3f} with those of the matrix")]
+
+
+def _correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Compute the correlation of logits [M, C] after their mean over classes is removed."""
+    a, b = (logits.double() - logits.double().mean(dim=1, keepdim=True) for logits in (a, b))
+    return (a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-30)
+
+
 def _against(info: SlimInfo, tensors: dict[str, torch.Tensor], source: str | Path) -> list[Check]:
-    original = read_original(source, arch=info.architecture.spelled, ema=bool(info.source.get("ema")))
+    known, ema = info.architecture.spelled, bool(info.source.get("ema"))
+    attached = "classifier" in info.source
+    stored = (
+        read_encoder(source, arch=known, ema=ema).tensors
+        if attached
+        else read_original(source, arch=known, ema=ema).tensors
+    )
     checks = []
     if Path(source).is_file():
         same = sha256_of(Path(source)) == info.source.get("sha256")
@@ -159,8 +209,8 @@ def _against(info: SlimInfo, tensors: dict[str, torch.Tensor], source: str | Pat
             Check("source", same, "the file it was made from" if same else "another file than the one it was made from")
         )
     heads = tuple(f"{record.path}." for record in info.heads)
-    backbone = [key for key in original.tensors if not key.startswith(heads)]
-    changed = [key for key in backbone if key not in tensors or not _identical(tensors[key], original.tensors[key])]
+    backbone = [key for key in stored if not key.startswith(heads)]
+    changed = [key for key in backbone if key not in tensors or not _identical(tensors[key], stored[key])]
     detail = f"{counted(len(backbone), 'tensor')}, bit for bit"
     if changed:
         detail = f"{changed[0]} differs" if len(changed) == 1 else f"{changed[0]} and {len(changed) - 1} more differ"

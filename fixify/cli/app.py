@@ -22,6 +22,7 @@ from typer.core import TyperCommand, TyperGroup
 from fixify._version import __version__
 from fixify.cli import (
     bench,
+    classes,
     compare,
     convert,
     demo,
@@ -154,6 +155,7 @@ for _name, _command in COMMANDS.items():
     app.command(_name, cls=_Command, help=_help(_command))(_listed)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(bench.app, name="bench")
+app.add_typer(classes.app, name="classes")
 
 
 def _print_version(value: bool) -> None:

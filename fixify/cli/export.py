@@ -34,5 +34,5 @@ def export(
         output.say(note)
     output.result(done.to_dict(), export_table(done))
     output.say(f"Wrote {', '.join(map(str, done.paths))}.")
-    if done.paths[0].suffix == ".onnx" and not options.get("head_only") and options.get("top_k") is None:
+    if done.paths[0].suffix == ".onnx" and not done.paths[1:] and options.get("top_k") is None:
         output.next_step(f"fixify predict {done.paths[0]} IMAGES", "run it")

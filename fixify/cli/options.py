@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fixify._options import CheckedOptions
 
 PANELS = {
+    "bare": "Classifier without a network",
     "augmentation": "Augmentation (timm's names)",
     "distillation": "Distillation",
     "labels": "Labels of the data",

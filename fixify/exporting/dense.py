@@ -58,6 +58,11 @@ def write_dense(job: Job, target: Path, batches: dict[str, Iterator[Tensor]], *,
         ExportError: timm does not have the architecture, or the model with `num_classes=0` does not return what the
             head takes.
     """
+    if job.info.projection is not None:
+        raise ExportError(
+            f"{job.opened.name} has a classifier behind its projection {job.info.projection}, which timm cannot build.",
+            hint="Write it as ONNX (--to onnx), or for torch.export (--to torch-export).",
+        )
     if job.info.architecture.library != "timm":
         raise ExportError(
             f"{job.info.architecture.ref} is not one of timm's models, and --to dense is for timm.",

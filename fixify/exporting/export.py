@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fixify._files import atomic_path, refuse_existing
 from fixify._packages import require_onnx
 from fixify.checkpoints.onnx_file import OnnxInfo, OnnxModel, new_session
-from fixify.checkpoints.open import open_model
-from fixify.checkpoints.slim import DTYPES
+from fixify.checkpoints.open import open_bare, open_model
+from fixify.checkpoints.slim import DTYPES, is_slim, read_info
 from fixify.data import UnreadableImages, draw_images, make_loader, name_the_first
 from fixify.data.preprocessing import normalization
 from fixify.errors import CheckFailed, ExportError, UsageError, resources_explained
@@ -58,6 +58,8 @@ def export(
     options = (options or ExportOptions()).replace(**changes)
     if options.to == "onnx":
         require_onnx("An export to ONNX")
+    if is_slim(checkpoint) and read_info(checkpoint).is_bare:
+        options = _of_bare(checkpoint, options)
     target = Path(out) if out is not None else default_out(checkpoint, options)
     if options.to != "dense":
         refuse_existing(target, force=force)
@@ -89,8 +91,22 @@ def default_out(checkpoint: str | Path, options: ExportOptions) -> Path:
     return Path(name.removesuffix(suffix) + (".head" if options.head_only else "") + _SUFFIXES[options.to])
 
 
+def _of_bare(checkpoint: str | Path, options: ExportOptions) -> ExportOptions:
+    """Return the options with which a classifier without a network is exported: its head is all there is.
+
+    Raises:
+        UsageError: The format or an option needs a network.
+    """
+    if options.to != "onnx":
+        raise UsageError(
+            f"{checkpoint} is a classifier without a network, and --to {options.to} writes a network.",
+            hint=f"Write it for ONNX Runtime and NumPy: fixify export {checkpoint} --head-only",
+        )
+    return options.replace(head_only=True)
+
+
 def _open(checkpoint: str | Path, options: ExportOptions) -> Job:
-    opened = open_model(checkpoint)
+    opened = open_bare(checkpoint) if is_slim(checkpoint) and read_info(checkpoint).is_bare else open_model(checkpoint)
     if opened.slim is None or isinstance(opened.model, OnnxModel):
         raise UsageError(
             f"{opened.name} is not a slim checkpoint.", hint=f"Make one first: fixify convert {checkpoint}"

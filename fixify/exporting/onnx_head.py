@@ -75,6 +75,18 @@ class Graph:
         first, last = self.constant(f"at_{start}", [start], np.int64), self.constant(f"at_{stop}", [stop], np.int64)
         return self.node("Slice", value, first, last, self.constant("last_axis", [-1], np.int64))
 
+    def repeated(self, value: str, rank: int, signs: Signs) -> str:
+        """Add a copy of the features for each plane of signs, padded to whole bytes and times the plane's weight."""
+        padding = signs.plane_width - signs.width
+        if padding:
+            pads = self.constant("padding_of_planes", [0] * rank + [0] * (rank - 1) + [padding], np.int64)
+            value = self.node("Pad", value, pads)
+        weighted = [
+            value if weight == 1 else self.node("Mul", value, self.constant(f"plane_{weight}", weight, np.float32))
+            for weight in signs.planes
+        ]
+        return self.node("Concat", *weighted, axis=-1)
+
     def two_bits(self, name: str, packed: np.ndarray, width: int) -> str:
         """Add packed signs in the layout that `MatMulNBits` takes: uint8 [C, blocks, BLOCK / 4]."""
         blocks = -(-width // BLOCK)
@@ -139,7 +151,7 @@ def _product(graph: Graph, product: Picked | Signs | Table | First, value: str, 
                 value = _transformed(graph, product.rotation, graph.node("Mul", value, signs), rank)
                 if product.width < order:
                     value = graph.sliced(value, 0, product.width)
-            return _signed(graph, product, value, portable)
+            return _signed(graph, product, value, rank, portable)
         case Table(codes):
             return graph.node("MatMul", value, graph.constant("codes", codes.T))
         case First(count):
@@ -188,13 +200,15 @@ def _transformed(graph: Graph, transform: Transform, value: str, rank: int) -> s
     return graph.node("Reshape", value, graph.shape([*lead, a * b]))
 
 
-def _signed(graph: Graph, signs: Signs, value: str, portable: bool) -> str:
-    count = len(signs.packed)
+def _signed(graph: Graph, signs: Signs, value: str, rank: int, portable: bool) -> str:
+    count, width = len(signs.packed), signs.read_width
+    if len(signs.planes) > 1:
+        value = graph.repeated(value, rank, signs)
     if portable:
-        table = graph.unpacked("codes", signs.packed, signs.width)
+        table = graph.unpacked("codes", signs.packed, width)
         return graph.node("MatMul", value, graph.node("Transpose", table, perm=[1, 0]))
-    blocks = -(-signs.width // BLOCK)
-    levels = graph.two_bits("codes", signs.packed, signs.width)
+    blocks = -(-width // BLOCK)
+    levels = graph.two_bits("codes", signs.packed, width)
     ones = graph.node(
         "ConstantOfShape",
         graph.constant("num_blocks", [count * blocks], np.int64),
@@ -206,7 +220,7 @@ def _signed(graph: Graph, signs: Signs, value: str, portable: bool) -> str:
         levels,
         ones,
         domain=MICROSOFT,
-        K=signs.width,
+        K=width,
         N=count,
         bits=_BITS,
         block_size=BLOCK,

@@ -13,7 +13,16 @@ import numpy as np
 import torch
 
 from fixify.heads import FixedClassifier, kind_of
-from fixify.heads.codes import Codes, FeatureRows, HadamardRows, Rotation, SignRows, StoredSigns, TruncatedRows
+from fixify.heads.codes import (
+    Codes,
+    FeatureRows,
+    HadamardRows,
+    Rotation,
+    SignRows,
+    StoredLevels,
+    StoredSigns,
+    TruncatedRows,
+)
 from fixify.heads.constructions import Construction, Factor
 from fixify.heads.matrices import block_bits
 from fixify.heads.product import factor_tables
@@ -65,19 +74,32 @@ class Picked:
 
 @dataclass(frozen=True)
 class Signs:
-    """Packed signs, one bit per weight.
+    """Packed signs, one bit per weight, or several planes of them that make levels.
 
     Attributes:
-        packed: uint8 [C, ceil(d / 8)]; bit 1 is a minus sign, highest bit first.
+        packed: uint8 [C, planes * ceil(d / 8)]; bit 1 is a minus sign, highest bit first.
         width: d.
         rotation: Applied to the features first; None: d = N.
         rotation_signs: Packed signs that multiply the features before the rotation, uint8 [ceil(N / 8)].
+        planes: Weights of the planes. If there are several, a class reads the features, padded to a multiple of 8, once
+            for each plane, times its weight.
     """
 
     packed: np.ndarray
     width: int
     rotation: Transform | None = None
     rotation_signs: np.ndarray | None = None
+    planes: tuple[int, ...] = (1,)
+
+    @property
+    def plane_width(self) -> int:
+        """Numbers that one of several planes reads: d, padded to a multiple of 8."""
+        return self.packed.shape[1] * 8 // len(self.planes)
+
+    @property
+    def read_width(self) -> int:
+        """Numbers that a class reads in all."""
+        return self.width if len(self.planes) == 1 else self.plane_width * len(self.planes)
 
 
 @dataclass(frozen=True)
@@ -161,7 +183,7 @@ class HeadParts:
 
     @property
     def is_small(self) -> bool:
-        """Whether the codes take at most one bit per weight."""
+        """Whether the codes take a few bits per weight or less."""
         return not isinstance(self.product, Table)
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -179,6 +201,8 @@ class HeadParts:
                     yield "negative", np.packbits(negative)
             case Signs(packed, _, rotation, rotation_signs):
                 yield "codes", packed
+                if len(self.product.planes) > 1:
+                    yield "planes", np.array(self.product.planes, dtype=np.uint8)
                 if rotation is not None and rotation_signs is not None:
                     yield from (("left", rotation.left), ("right", rotation.right), ("rotation_signs", rotation_signs))
             case Table(codes):
@@ -206,6 +230,12 @@ def _product(codes: Codes) -> tuple[Product, float]:
             if codes.rotation is None:
                 return made, codes.num_signs**-0.5
             return _rotated(made, codes.rotation), (codes.num_signs * codes.num_features) ** -0.5
+        case StoredLevels():
+            made = _planes(codes)
+            unit = codes.unit if codes.levels.num_planes else codes.unit / 2
+            if codes.rotation is None:
+                return made, unit
+            return _rotated(made, codes.rotation), unit * codes.num_features**-0.5
         case FeatureRows():
             return First(codes.num_classes), 1.0
         case _:
@@ -230,6 +260,16 @@ def _truncated(codes: TruncatedRows) -> Picked:
     order = 1 << (max(n, c) - 1).bit_length()
     transform = Transform.of((Factor("sylvester", order),), padding=order - n)
     return Picked(transform, None, codes.classes, np.ones(c, dtype=bool))
+
+
+def _planes(codes: StoredLevels) -> Signs:
+    """Take the planes of levels as they are stored; twice a ternary level is the sum of two signs."""
+    count = codes.levels.num_planes
+    if count:
+        return Signs(codes.packed, codes.num_features, planes=tuple(2**i for i in reversed(range(count))))
+    levels = codes.numbers()
+    packed = np.concatenate([np.packbits(levels < 0, axis=1), np.packbits(levels < 1, axis=1)], axis=1)
+    return Signs(packed, codes.num_features, planes=(1, 1))
 
 
 def _rotated(signs: Signs, rotation: Rotation) -> Signs:

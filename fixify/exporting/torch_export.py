@@ -73,10 +73,13 @@ class PackedHead(nn.Module):
                 x = self._transformed(transform, x)
                 x = (x.flatten(-2) if block_signs is not None else x).index_select(-1, self._buffer("position").long())
                 return x * self._signs("negative", x.shape[-1])[0] if negative is not None else x
-            case Signs(_, width, rotation, _):
+            case Signs(_, width, rotation, _, planes):
                 if rotation is not None:
                     x = self._transformed(rotation, x * self._signs("rotation_signs", x.shape[-1])[0])[..., :width]
-                return F.linear(x, self._signs("codes", width))
+                if len(planes) > 1:
+                    x = F.pad(x, (0, product.plane_width - width))
+                    x = (x.unsqueeze(-2) * self._buffer("planes").float()[:, None]).flatten(-2)
+                return F.linear(x, self._signs("codes", product.read_width))
             case Table():
                 return F.linear(x, self._buffer("codes"))
             case First(count):

@@ -1,10 +1,9 @@
 """Fixed classifiers: codebooks that are rebuilt from a few bytes, and the layer that multiplies with them fast.
 
 This package knows nothing of files, model libraries or the command line. Imports point downwards: `streams`,
-`constructions`, `matrices`, `codes`, `kinds`, `spec` and `signs`, `product`, `statistics`, `normalisation`,
-`prepared`, `loss`, `layer`, `cosines` and `matching`, `encoding`,
-`fitting`. The names are imported when they are first
-used: `HeadSpec` needs neither torch nor NumPy.
+`constructions`, `levels`, `matrices`, `codes`, `kinds`, `spec` and `signs`, `product`, `statistics`, `normalisation`,
+`prepared`, `loss`, `layer`, `cosines` and `matching`, `level_search`, `encoding`, `fitting`. The names are imported
+when they are first used: `HeadSpec` needs neither torch nor NumPy.
 """
 
 from typing import TYPE_CHECKING

@@ -18,6 +18,7 @@ from fixify._values import counted
 from fixify.errors import HeadSpecError
 from fixify.heads import streams
 from fixify.heads.constructions import Construction, Factor, order_of, power_of_two_from
+from fixify.heads.levels import SIGNS, Levels
 from fixify.heads.matrices import block_bits, block_signs, rows
 
 SKETCH_NUMBERS = 32
@@ -279,6 +280,59 @@ class StoredSigns(Codes):
 
 
 @dataclass(frozen=True, eq=False)
+class StoredLevels(Codes):
+    """Stored levels of N (rotated) features, over the root of N times their mean square.
+
+    Unlike those of other heads, these codes are of norms near 1, not of norm 1: levels that differ between classes
+    leave the norm free, and the row scale of a class, which is stored anyway, stands for its step size.
+
+    Attributes:
+        num_features: N.
+        levels: Which levels they are.
+        packed: uint8 [C, levels.num_bytes(N)]; see `fixify.heads.signs.pack_levels`.
+        rotation: Applied to the features first; None: the features are taken as they are.
+    """
+
+    num_features: int
+    levels: Levels
+    packed: np.ndarray
+    rotation: Rotation | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of classes C and of features N."""
+        return len(self.packed), self.num_features
+
+    @property
+    def unit(self) -> float:
+        """The factor that makes codes of levels."""
+        return float((self.num_features * self.levels.mean_square) ** -0.5)
+
+    def numbers(self) -> np.ndarray:
+        """Unpack the levels: int8 [C, N]."""
+        return unpacked_levels(self.packed, self.num_features, self.levels)
+
+    def table(self) -> np.ndarray:
+        """Build the codebook in the coordinates of the features: float32 [C, N]."""
+        codes = self.numbers().astype(np.float32) * np.float32(self.unit)
+        return codes if self.rotation is None else codes @ self.rotation.basis().T
+
+    def digest(self) -> str:
+        r"""Compute "sha256:" and the SHA-256 of the line "fixify-levels:1:<C>x<N>:<bits>\n" and the packed levels.
+
+        Raises:
+            HeadSpecError: Two classes have the same levels.
+        """
+        repeated = first_repeated(self.packed)
+        if repeated is not None:
+            raise HeadSpecError(
+                f"Classes {repeated[0]} and {repeated[1]} have the same levels and could never be told apart."
+            )
+        line = f"fixify-levels:1:{len(self.packed)}x{self.num_features}:{self.levels.bits:g}\n".encode()
+        return f"sha256:{hashlib.sha256(line + self.packed.tobytes()).hexdigest()}"
+
+
+@dataclass(frozen=True, eq=False)
 class RealRows(Codes):
     """Codes of real numbers from floating-point linear algebra, whose last bits differ between machines.
 
@@ -410,6 +464,19 @@ def same_digest(first: str, second: str, num_classes: int) -> bool:
         return first == second
     a, b = (np.array([float(x) for x in text.removeprefix("sketch:").split(",")]) for text in (first, second))
     return a.shape == b.shape and bool(np.all(np.abs(a - b) <= SKETCH_TOLERANCE * num_classes**0.5))
+
+
+def unpacked_levels(packed: np.ndarray, count: int, kind: Levels = SIGNS) -> np.ndarray:
+    """Unpack levels without torch: uint8 [k, bytes], of `fixify.heads.signs.pack_levels`, to int8 [k, count]."""
+    if not kind.num_planes:
+        powers = np.array([1, 3, 9, 27, 81], dtype=np.uint8)
+        digits = (packed[:, :, None] // powers % 3).reshape(len(packed), -1)
+        return digits[:, :count].astype(np.int8) - np.int8(1)
+    levels = np.zeros((len(packed), count), dtype=np.int8)
+    for plane in np.split(packed, kind.num_planes, axis=1):
+        levels *= 2
+        levels += _unpack(plane, count)
+    return levels
 
 
 def _unpack(packed: np.ndarray, count: int) -> np.ndarray:

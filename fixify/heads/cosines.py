@@ -78,6 +78,8 @@ def coherence(spec: HeadSpec, codes: ArrayLike | None = None) -> Coherence:
     """
     n, c = spec.num_features, spec.num_classes
     book = codebook(spec, codes)
+    if spec.bits_per_weight is not None:  # the codes of levels are of norms near 1
+        book = book / np.linalg.norm(book, axis=1, keepdims=True).clip(1e-12)
     welch, rankin = welch_bound(n, c), rankin_bound(n, c)
     if c <= _EXACT_CLASSES:
         return Coherence(*_cosines_of_all_pairs(book), welch, rankin, c)

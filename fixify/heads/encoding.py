@@ -1,4 +1,4 @@
-"""Encoding: the signs of a `binary` head, taken from the class vectors of the classifier that it replaces.
+"""Encoding: the signs or levels of a `binary` head, taken from the class vectors of the classifier that it replaces.
 
 With S the second moment of the (standardised) features and B the first d columns of a rotation, the signs s and the
 length g of a class with vector w minimise
@@ -7,7 +7,7 @@ length g of a class with vector w minimise
 
 by coordinate descent over the signs, started at those of B^T w. Without features S is the identity, and the start is
 the solution. The features of a trained network vary in few directions (about 30 of 256 on our glyphs), so weighting
-with S gains more than twice the bits without it.
+with S gains more than twice the bits without it. Levels are chosen in the same way (`fixify.heads.level_search`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from torch import Tensor
 from fixify._watch import OnProgress, unwatched
 from fixify.errors import HeadSpecError
 from fixify.heads.codes import first_repeated
-from fixify.heads.kinds import BINARY, GAIN_STEPS
+from fixify.heads.kinds import BINARY
+from fixify.heads.level_search import choose_levels, row_scale_steps
+from fixify.heads.levels import SIGNS
 from fixify.heads.spec import HeadSpec
 from fixify.heads.statistics import is_finite
 
@@ -39,7 +41,8 @@ class BinaryCodes:
     """What a binary head stores.
 
     Attributes:
-        codes: Packed signs, uint8 [C, ceil(d / 8)]; bit 1 is a minus sign, first sign in the highest bit.
+        codes: Packed signs, uint8 [C, ceil(d / 8)]; bit 1 is a minus sign, first sign in the highest bit. Or packed
+            levels, of `fixify.heads.signs.pack_levels`.
         gains: Row scales, uint8 [C], in steps of 1/255 of the longest.
         scale: The alpha at which `alpha * gains / 255 * Q x` is nearest to the old logits, for features that are not
             normalised.
@@ -57,7 +60,7 @@ def encode(
     feature_moment: Tensor | None = None,
     on_progress: OnProgress = unwatched,
 ) -> BinaryCodes:
-    """Choose signs and row scales for the classes of a classifier that is being replaced.
+    """Choose signs or levels, and row scales, for the classes of a classifier that is being replaced.
 
     Up to C d^2 = 2^33 (1,000 classes of 2,048 signs) all classes descend at once. Beyond, classes descend in blocks and
     coordinates in groups, with the same steps in the same order; only the rounding differs.
@@ -91,6 +94,11 @@ def encode(
     moment = torch.eye(n) if feature_moment is None else feature_moment.detach().to("cpu", torch.float32)
     within = directions.T @ moment @ directions
     d = within.shape[0]
+    levels = BINARY.levels(spec)
+    if levels is not SIGNS:
+        within_features = None if feature_moment is None else within
+        codes, lengths = choose_levels(vectors - mean, directions, within_features, levels, on_progress)
+        return BinaryCodes(codes, *_gains(lengths, d * levels.mean_square))
     in_blocks = c * d * d > _AT_ONCE
     step = _CLASSES_PER_BLOCK if in_blocks else _CLASSES_AT_ONCE
     towards = moment @ directions
@@ -109,14 +117,22 @@ def encode(
         packed[part] = np.packbits(signs.numpy() < 0, axis=1)
         on_progress("choosing signs", min(start + step, c), c)
     _separate_(packed, d)
+    return BinaryCodes(packed, *_gains(lengths, d))
+
+
+def _gains(lengths: Tensor, squares: float) -> tuple[np.ndarray, float]:
+    """Write the lengths of signs or levels [C] as row scales, uint8 [C], and alpha; codes are divided by sqrt(squares).
+
+    Raises:
+        HeadSpecError: All lengths are 0.
+    """
     longest = float(lengths.max())
     if not longest > 0:
         raise HeadSpecError(
             "The classes cannot be told apart by their old vectors: no signs to take.",
             hint="A classifier that was never trained is replaced by `--head hadamard` or `--head orthogonal`.",
         )
-    steps = (lengths / longest * GAIN_STEPS).round().clamp(1, GAIN_STEPS).to(torch.uint8)
-    return BinaryCodes(packed, steps.numpy(), longest * d**0.5)
+    return row_scale_steps(lengths).to(torch.uint8).numpy(), longest * squares**0.5
 
 
 def _descend(signs: Tensor, fields: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:

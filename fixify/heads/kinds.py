@@ -26,12 +26,22 @@ from fixify.heads.constructions import (
     parse_construction,
     power_of_two_from,
 )
+from fixify.heads.levels import LEVELS, SIGNS, TRITS_PER_BYTE, Levels
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike
 
-    from fixify.heads.codes import Codes, FeatureRows, HadamardRows, RealRows, Rotation, StoredSigns, TruncatedRows
+    from fixify.heads.codes import (
+        Codes,
+        FeatureRows,
+        HadamardRows,
+        RealRows,
+        Rotation,
+        StoredLevels,
+        StoredSigns,
+        TruncatedRows,
+    )
 
 VERSION = 1
 """Version of the head spec record."""
@@ -68,6 +78,7 @@ class SpecFields:
     matched: bool = False
     blocks: int | None = None
     bits_per_class: int | None = None
+    bits_per_weight: float | None = None
     gains: bool = False
     version: int = VERSION
     construction: str | None = None
@@ -103,7 +114,7 @@ class Kind(ABC):
     summary: ClassVar[str]
     """The codes, in a few words."""
     own_fields: ClassVar[frozenset[str]] = frozenset()
-    """Fields of a head spec that only this kind takes, of `matched`, `blocks` and `bits_per_class`."""
+    """Fields of a head spec that only this kind takes, of `matched`, `blocks`, `bits_per_class`, `bits_per_weight`."""
     max_entries: ClassVar[int] = MAX_DENSE_NUMBERS
     """Largest size C x N of a codebook."""
     can_match: ClassVar[bool] = False
@@ -159,19 +170,22 @@ class Kind(ABC):
         return (0 if stored is None else stored.num_bytes() // spec.num_classes) + spec.gains
 
     def num_stored_signs(self, spec: SpecFields) -> int:
-        """Count the signs stored in all classes together; 0 for kinds that store none."""
+        """Count the signs, or finer levels, stored in all classes together; 0 for kinds that store none."""
         return 0
 
     def description(self, spec: SpecFields) -> str:
         """Describe the codes and their size, for example "88 bits per class (12 bytes with its length)"."""
         return f"{self.summary} ({_in_bytes(self.bytes_per_class(spec))} per class)"
 
-    def default_options(self, num_features: int, *, has_features: bool) -> dict[str, Any]:
+    def default_options(
+        self, num_features: int, *, has_features: bool, bits_per_weight: float | None = None
+    ) -> dict[str, Any]:
         """Return the fields that surgery sets for this kind unless the caller sets them.
 
         Args:
             num_features: N.
             has_features: Whether features are at hand to calibrate the head with.
+            bits_per_weight: The rate that the caller wants, for kinds that have rates.
         """
         return {}
 
@@ -407,16 +421,17 @@ class Simplex(Kind):
 
 
 class Binary(Kind):
-    """Signs of the classifier being replaced, one bit per weight or fewer; stored packed.
+    """Signs of the classifier being replaced, one bit per weight or fewer; or finer levels of it; stored packed.
 
     Not in the paper, whose codes do not depend on what they replace. With `bits_per_class` d < N the signs are those of
     the first d coordinates of rotated features. At d = N the features are rotated too where a Hadamard matrix of order
-    N is known, and taken as they are elsewhere. `fixify.heads.encoding.encode` chooses the signs.
+    N is known, and taken as they are elsewhere. With `bits_per_weight` there is a level per coordinate, at d = N.
+    `fixify.heads.encoding.encode` chooses signs and levels.
     """
 
     name = "binary"
     summary = "signs of the old classifier"
-    own_fields = frozenset({"bits_per_class"})
+    own_fields = frozenset({"bits_per_class", "bits_per_weight"})
     max_entries = MAX_SIGNS
     needs_classifier = True
     stored_noun = "signs"
@@ -429,6 +444,9 @@ class Binary(Kind):
             HeadSpecError: There is no such head.
         """
         bits, n = spec.bits_per_class, spec.num_features
+        if spec.bits_per_weight is not None:
+            self._check_levels(spec)
+            return
         if type(bits) is not int or not 1 <= bits <= n:
             raise HeadSpecError(
                 f"bits_per_class must be an integer from 1 to the {counted(n, 'feature')}, got {bits!r}."
@@ -448,17 +466,40 @@ class Binary(Kind):
                     hint=f"Leave out `--bits-per-class`: of all {n} features signs can be taken as they are.",
                 ) from error
 
+    def _check_levels(self, spec: SpecFields) -> None:
+        bits = spec.bits_per_weight
+        if bits is None or type(bits) not in (int, float) or bits not in LEVELS:
+            raise HeadSpecError(
+                f"bits_per_weight must be one of {', '.join(map(str, LEVELS))}, got {bits!r}.",
+                hint="One bit per weight is `bits_per_class` = the number of features, and fewer are less.",
+            )
+        if spec.bits_per_class is not None:
+            raise HeadSpecError("bits_per_class counts signs, and bits_per_weight asks for levels; give one of them.")
+        if not spec.gains:
+            raise HeadSpecError("Levels need the step size of each class: a spec with bits_per_weight has gains.")
+        values = len(LEVELS[bits].values)
+        if spec.num_features < 64 and spec.num_classes > values**spec.num_features:
+            raise HeadSpecError(
+                f"There are only {values**spec.num_features:,} different codes of "
+                f"{counted(spec.num_features, 'level')}, got {counted(spec.num_classes, 'class', 'classes')}.",
+                hint="Use more `--bits-per-weight`.",
+            )
+
+    def levels(self, spec: SpecFields) -> Levels:
+        """Return the levels that a spec's weights have: signs, unless it has `bits_per_weight`."""
+        return SIGNS if spec.bits_per_weight is None else LEVELS[spec.bits_per_weight]
+
     def uses_hadamard(self, spec: SpecFields) -> bool:
         """Check whether the features are rotated: for d < N, and for d = N where the matrix is known."""
-        return spec.bits_per_class != spec.num_features or is_constructible(spec.num_features)
+        return self._num_signs(spec) != spec.num_features or is_constructible(spec.num_features)
 
     def resolved_fields(self, spec: SpecFields) -> dict[str, Any]:
         """Return the construction of the rotation, if there is one."""
         return {"construction": format_construction(construction_of(spec))} if self.uses_hadamard(spec) else {}
 
     def stored_codes(self, spec: SpecFields) -> StoredTensor:
-        """Describe the packed signs: uint8 [C, ceil(d / 8)]."""
-        return StoredTensor("codes", (spec.num_classes, -(-self._num_signs(spec) // 8)), "uint8")
+        """Describe the packed signs or levels: uint8 [C, bytes], ceil(d / 8) for signs."""
+        return StoredTensor("codes", (spec.num_classes, self.levels(spec).num_bytes(self._num_signs(spec))), "uint8")
 
     def rotation(self, spec: SpecFields) -> Rotation | None:
         """Return the rotation of the features, or None if they are taken as they are."""
@@ -468,44 +509,60 @@ class Binary(Kind):
             return None
         return Rotation(construction_of(spec), spec.seed, self._num_signs(spec))
 
-    def codes(self, spec: SpecFields, stored: ArrayLike | None = None) -> StoredSigns:
-        """Build the codes from the stored packed signs.
+    def codes(self, spec: SpecFields, stored: ArrayLike | None = None) -> StoredSigns | StoredLevels:
+        """Build the codes from the stored packed signs or levels.
 
         Raises:
-            HeadSpecError: The signs are missing or do not fit.
+            HeadSpecError: They are missing or do not fit.
         """
         import numpy as np
 
-        from fixify.heads.codes import StoredSigns
+        from fixify.heads.codes import StoredLevels, StoredSigns
 
         if stored is None:
             raise HeadSpecError("A binary head needs its stored signs; none were given.")
-        packed, bits, shape = np.ascontiguousarray(stored), self._num_signs(spec), self.stored_codes(spec).shape
+        packed, count, shape = np.ascontiguousarray(stored), self._num_signs(spec), self.stored_codes(spec).shape
         if packed.shape != shape or packed.dtype != np.uint8:
             raise HeadSpecError(f"Expected packed signs uint8 {list(shape)}, got {packed.dtype} {list(packed.shape)}.")
-        if bits % 8 and bool((packed[:, -1] & (0xFF >> bits % 8)).any()):
-            raise HeadSpecError("The unused bits of packed signs must be 0.")
-        return StoredSigns(spec.num_features, bits, packed, self.rotation(spec))
+        levels = self.levels(spec)
+        if levels.num_planes:
+            last = packed[:, shape[1] // levels.num_planes - 1 :: shape[1] // levels.num_planes]
+            if count % 8 and bool((last & (0xFF >> count % 8)).any()):
+                raise HeadSpecError("The unused bits of packed signs must be 0.")
+        else:
+            rest = count % TRITS_PER_BYTE
+            if bool((packed >= 3**TRITS_PER_BYTE).any()) or (rest and bool((packed[:, -1] >= 3**rest).any())):
+                raise HeadSpecError("Each byte of packed ternary levels holds five digits, and unused ones must be 0.")
+        if levels is SIGNS:
+            return StoredSigns(spec.num_features, count, packed, self.rotation(spec))
+        return StoredLevels(spec.num_features, levels, packed, self.rotation(spec))
 
     def num_stored_signs(self, spec: SpecFields) -> int:
-        """Count the signs stored in all classes together."""
+        """Count the signs or levels stored in all classes together."""
         return self._num_signs(spec) * spec.num_classes
 
     def description(self, spec: SpecFields) -> str:
-        """Describe the signs and their size, for example "88 bits per class (12 bytes with its length)"."""
-        size = _in_bytes(self.bytes_per_class(spec)) + (" with its length" if spec.gains else "")
-        return f"{counted(self._num_signs(spec), 'bit')} per class ({size})"
+        """Describe the signs or levels and their size, as "88 bits per class (12 bytes with its length)"."""
+        size, length = _in_bytes(self.bytes_per_class(spec)), " with its length" if spec.gains else ""
+        if spec.bits_per_weight is not None:
+            return f"{spec.bits_per_weight:g} bits per weight ({size} per class{length})"
+        return f"{counted(self._num_signs(spec), 'bit')} per class ({size}{length})"
 
-    def default_options(self, num_features: int, *, has_features: bool) -> dict[str, Any]:
-        """Return a sign per feature, stored row scales, and normalisation only with features at hand.
+    def default_options(
+        self, num_features: int, *, has_features: bool, bits_per_weight: float | None = None
+    ) -> dict[str, Any]:
+        """Return a sign or level per feature, stored row scales, and normalisation only of signs with features at hand.
 
         Without features the old logits are nearest when the features are left as they are. With features only the mean
-        is removed: a std from few scenes would amplify the features that these scenes happen not to use.
+        is removed: a std from few scenes would amplify the features that these scenes happen not to use. Levels are
+        near enough to the old weights to keep the old logits, whose size the norm of the features belongs to.
         """
+        levels = bits_per_weight not in (None, 1)
         return {
             "gains": True,
-            "bits_per_class": num_features,
-            "normalize": has_features,
+            "bits_per_class": None if levels else num_features,
+            "bits_per_weight": bits_per_weight if levels else None,
+            "normalize": has_features and not levels,
             "standardize": "center" if has_features else False,
         }
 

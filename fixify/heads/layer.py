@@ -68,9 +68,14 @@ class FixedClassifier(nn.Module):
 
     Learned: `scale` [] (unless `spec.fixed_scale`) and `bias` [C] (if `spec.bias`). Saved buffers: `center` [N], the
     running mean, and `num_batches_tracked` [] (if `spec.standardize`), `spread` [N], the running std (unless that is
-    "center"), `codes` (code indices [C] if `spec.matched`, packed signs uint8 [C, ceil(d / 8)] if binary), and `gains`
-    uint8 [C] (if `spec.gains`), the row scales in steps of 1/255. The properties `mean`, `std` and `row_scales` read
-    them.
+    "center"), `codes` (code indices [C] if `spec.matched`, packed signs uint8 [C, ceil(d / 8)] if binary, or packed
+    levels), and `gains` uint8 [C] (if `spec.gains`), the row scales in steps of 1/255. The properties `mean`, `std` and
+    `row_scales` read them.
+
+    Stored signs and levels stay packed in memory, 1 to 4 bits each (1.6 for 1.58), where there are more than 2^19:
+    twice, in the buffer `codes` and for the product. In training up to 2^24 of them are numbers too. In evaluation, on
+    a processor that multiplies 8-bit integers fast, up to 2^22 signs and 2^24 levels are bytes too, and more signs take
+    4 bits each for the product of few samples; more levels are unpacked a chunk at a time.
 
     Args:
         spec: The head spec; resolved and verified here.
@@ -494,6 +499,8 @@ class FixedClassifier(nn.Module):
             parts[parts.index("standardize")] = "standardize='center'"
         if self.spec.bits_per_class is not None:
             parts.append(f"bits_per_class={self.spec.bits_per_class}")
+        if self.spec.bits_per_weight is not None:
+            parts.append(f"bits_per_weight={self.spec.bits_per_weight:g}")
         if not self.spec.normalize:
             parts.append("normalize=False")
         if self.channel_dim != -1:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fixify.heads.kinds import GAIN_STEPS, SpecFields
 from fixify.heads.normalisation import NORM_EPSILON
 from fixify.heads.product import CodeProduct
-from fixify.heads.signs import sign_product
+from fixify.heads.signs import packed_product
 from fixify.heads.statistics import floor_std
 
 _SOURCES = ("scale", "bias", "center", "spread", "gains")
@@ -178,7 +178,7 @@ def _scores(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     if product.table is not None:
         multiply = partial(F.linear, weight=product.table.to(dtype))
     elif product.packed is not None:
-        multiply = sign_product(product.packed, product.num_kept, dtype)
+        multiply = packed_product(product.packed, product.num_kept, dtype, product.levels)
     else:
         return transform or product
     if transform is None or product.rotation_signs is None:

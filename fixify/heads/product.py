@@ -15,17 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fixify.errors import HeadSpecError
-from fixify.heads.codes import Codes, FeatureRows, HadamardRows, SignRows, StoredSigns
+from fixify.heads.codes import Codes, FeatureRows, HadamardRows, Rotation, SignRows, StoredLevels, StoredSigns
 from fixify.heads.constructions import Construction, elementary, order_of
 from fixify.heads.kinds import SpecFields, default_codes, kind_of
+from fixify.heads.levels import SIGNS, Levels
 from fixify.heads.matrices import block_signs, rows
-from fixify.heads.signs import PackedLinear, unpack_signs
+from fixify.heads.signs import PackedLinear, unpack_levels
 
 _TABLES = ("left", "right", "rotation_signs", "block_signs", "index", "class_signs", "table", "packed")
 _SMALL_TABLE = 1 << 19
-"""Stored signs that are held as numbers (2 MB in float32); more are held packed."""
+"""Stored signs or levels that are held as numbers (2 MB in float32); more are held packed."""
 _TRAINING_TABLE = 1 << 24
-"""Stored signs that are held as numbers in training (64 MB in float32); more are unpacked in chunks."""
+"""Stored signs or levels held as numbers in training (64 MB in float32); more are unpacked in chunks."""
 
 
 def balanced_split(construction: Construction) -> tuple[Construction, Construction]:
@@ -112,8 +113,8 @@ class CodeProduct(nn.Module):
     block_signs: Tensor | None  # [K, N]; None if only block 0 is used, whose signs are all plus
     index: Tensor | None  # position of each class among the K N scores, [C]; None if codes are in class order
     class_signs: Tensor | None  # sign of each class, [C]
-    table: Tensor | None  # the codebook [C, N], or stored signs [C, d]
-    packed: Tensor | None  # stored signs, uint8 [C, ceil(d / 8)], where they are too many for a table
+    table: Tensor | None  # the codebook [C, N], or stored signs or levels [C, d]
+    packed: Tensor | None  # stored signs or levels, uint8 [C, bytes], where they are too many for a table
 
     revision: int = 0
     """Counts the changes of the tables, for what is prepared from them."""
@@ -132,6 +133,7 @@ class CodeProduct(nn.Module):
         self.is_ready = False
         self.prescale = 1.0
         self.num_kept = spec.num_features
+        self.levels: Levels = SIGNS
         self._unit = 1.0
         for name in _TABLES:
             self.register_buffer(name, None, persistent=False)
@@ -147,7 +149,8 @@ class CodeProduct(nn.Module):
         """Fill the tables again.
 
         Args:
-            stored: Code indices of a matched head, signs of a binary one; None if not known yet: `forward` will raise.
+            stored: Code indices of a matched head, signs or levels of a binary one; None if not known yet: `forward`
+                will raise.
             device: Device of the tables; None: torch's default.
             dtype: Floating-point type of the tables; None: torch's default.
         """
@@ -161,7 +164,8 @@ class CodeProduct(nn.Module):
             codes = kind.codes(self.spec, stored)
             tables, self.prescale = _tables(codes)
             self.num_kept = codes.num_signs if isinstance(codes, StoredSigns) else self.spec.num_features
-            self._unit = float(_unit(self.num_kept)[0])
+            self.levels = codes.levels if isinstance(codes, StoredLevels) else SIGNS
+            self._unit = float(_unit(self.num_kept * self.levels.mean_square)[0])
         device = torch.get_default_device() if device is None else torch.device(device)
         for name in _TABLES:
             table = None
@@ -187,7 +191,7 @@ class CodeProduct(nn.Module):
             self.table = None
             self.prescale *= self._unit
         elif len(self.packed) * self.num_kept <= _TRAINING_TABLE:
-            self.table = unpack_signs(self.packed, self.num_kept, dtype) * self._unit
+            self.table = unpack_levels(self.packed, self.num_kept, dtype, self.levels) * self._unit
             self.prescale /= self._unit
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodeProduct:
@@ -218,7 +222,7 @@ class CodeProduct(nn.Module):
         if self.table is not None:
             return F.linear(z, self.table)
         if self.packed is not None:
-            product: Tensor = PackedLinear.apply(z, self.packed)
+            product: Tensor = PackedLinear.apply(z, self.packed, self.levels)
             return product
         if self.right is None:
             return _as_linear(z)[..., : self.spec.num_classes]
@@ -276,7 +280,7 @@ class CodeProduct(nn.Module):
         if self.table is not None:
             return F.linear(z, self.table[block.classes])
         if self.packed is not None:
-            product: Tensor = PackedLinear.apply(z, self.packed[block.classes])
+            product: Tensor = PackedLinear.apply(z, self.packed[block.classes], self.levels)
             return product
         if self.right is None:
             return _as_linear(z)[..., block.classes]
@@ -327,15 +331,18 @@ def _tables(codes: Codes) -> tuple[dict[str, np.ndarray], float]:
             unit, prescale = _unit(codes.shape[1])
             return {"table": codes.signs() * unit}, prescale
         case StoredSigns():
-            return _stored_sign_tables(codes)
+            return _stored_tables(codes.packed, codes.signs, codes.num_signs, codes.rotation)
+        case StoredLevels():
+            squares = codes.num_features * codes.levels.mean_square
+            return _stored_tables(codes.packed, codes.numbers, codes.num_features, codes.rotation, squares)
         case FeatureRows():
             return {}, 1.0
         case _:
             return {"table": codes.table()}, 1.0
 
 
-def _unit(length: int) -> tuple[np.float32, float]:
-    """Split 1/sqrt(length) into a power of two, at which signs are held, and the rest, the prescale."""
+def _unit(length: float) -> tuple[np.float32, float]:
+    """Split 1/sqrt(length) into a power of two, at which signs or levels are held, and the rest, the prescale."""
     exponent = round(np.log2(length) / 2)
     return np.float32(2.0**-exponent), 2.0**exponent / length**0.5
 
@@ -356,18 +363,33 @@ def _hadamard_tables(codes: HadamardRows) -> tuple[dict[str, np.ndarray], float]
     return tables, prescale
 
 
-def _stored_sign_tables(codes: StoredSigns) -> tuple[dict[str, np.ndarray], float]:
-    unit, prescale = _unit(codes.num_signs)
-    if len(codes.packed) * codes.num_signs > _SMALL_TABLE:
-        tables = {"packed": codes.packed}
+def _stored_tables(
+    packed: np.ndarray,
+    numbers: Callable[[], np.ndarray],
+    count: int,
+    rotation: Rotation | None,
+    squares: float | None = None,
+) -> tuple[dict[str, np.ndarray], float]:
+    """Build the tables of stored signs or levels.
+
+    Args:
+        packed: As they are stored, uint8 [C, bytes].
+        numbers: Unpacks them, to [C, d].
+        count: d.
+        rotation: Applied to the features first, if any.
+        squares: What the square root of divides numbers to make codes; None: d, as for signs.
+    """
+    unit, prescale = _unit(count if squares is None else squares)
+    if len(packed) * count > _SMALL_TABLE:
+        tables = {"packed": packed}
         prescale *= unit  # packed signs are +-1
     else:
-        tables = {"table": codes.signs() * unit}
-    if codes.rotation is not None:
-        unit, rotation_prescale = _unit(codes.num_features)
+        tables = {"table": numbers() * unit}
+    if rotation is not None:
+        unit, rotation_prescale = _unit(order_of(rotation.construction))
         prescale *= rotation_prescale
-        tables |= _pair(*factor_tables(codes.rotation.construction), unit)
-        tables["rotation_signs"] = codes.rotation.signs()
+        tables |= _pair(*factor_tables(rotation.construction), unit)
+        tables["rotation_signs"] = rotation.signs()
     return tables, prescale
 
 

@@ -1,6 +1,6 @@
-"""Products with stored signs, one bit each, that never hold all signs as numbers.
+"""Products with stored signs and levels, 1 to 4 bits each, that never hold all of them as numbers.
 
-Signs are unpacked a chunk at a time, by a table with an entry per byte, into memory that stays in the cache. Where the
+They are unpacked a chunk at a time, by a table with an entry per byte, into memory that stays in the cache. Where the
 processor multiplies 8-bit integers fast, features are written as digits of 8 bits. Their products with signs are exact,
 together as exact as a product in float32, and take about half of its time.
 """
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fixify.heads.levels import SIGNS, TRITS_PER_BYTE, Levels
+
 _CHUNK = 1 << 22
 """Packed signs that are unpacked at once: 16 MB in float32."""
 _CACHED_FLOATS = 1 << 17
@@ -25,6 +27,9 @@ _FEWEST_SIGNS = 8
 """Signs per class from which integers are used. `torch._int_mm` is wrong where rows are of length 1 (torch 2.14)."""
 _BYTE_SIGNS = 1 << 22
 """Signs up to which each is held as a byte, 4 MB."""
+_BYTE_LEVELS = 1 << 24
+"""Levels up to which each is held as a byte, 16 MB. A table that unpacks them takes longer at batch 1: 11 to 25 ms for
+8,210 x 1,024, where `nn.Linear` takes 3.1."""
 _PAIRS_UP_TO = 16
 """Samples up to which `pair_product` is faster than `table_product`."""
 _LARGEST_OF_PAIRS = 42
@@ -64,30 +69,99 @@ def unpack_signs(packed: Tensor, num_signs: int, dtype: torch.dtype) -> Tensor:
     return F.embedding(packed.int(), _byte_table(dtype, packed.device)).flatten(1)[:, :num_signs]
 
 
+@lru_cache(maxsize=8)
+def _trit_table(dtype: torch.dtype, device: torch.device, width: int = TRITS_PER_BYTE) -> Tensor:
+    """Build the ternary digits of every byte, the first the lowest: [256, width], zeros after the fifth."""
+    with torch.inference_mode(False):
+        table = torch.zeros(256, width, dtype=dtype, device=device)
+        table[:, :TRITS_PER_BYTE] = _trits(torch.arange(256, device=device))
+        return table
+
+
+def _trits(packed: Tensor) -> Tensor:
+    """Split bytes, in a type that divides, into ternary digits -1, 0 and 1: [...] to [..., 5]."""
+    powers = torch.tensor([3**i for i in range(TRITS_PER_BYTE)], device=packed.device)
+    return packed[..., None].div(powers, rounding_mode="floor") % 3 - 1
+
+
+def pack_levels(levels: np.ndarray, kind: Levels) -> np.ndarray:
+    """Pack levels into bytes.
+
+    Args:
+        levels: Integers [k, d], of `kind.values`.
+        kind: Which levels they are.
+
+    Returns:
+        uint8 [k, kind.num_bytes(d)]. Unused bits are 0, and so are unused ternary digits (level + 1).
+
+    >>> from fixify.heads.levels import LEVELS
+    >>> pack_levels(np.array([[-1, 0, 1]]), LEVELS[1.58]).tolist()  # 0 + 1 * 3 + 2 * 9
+    [[21]]
+    """
+    if not kind.num_planes:
+        digits = np.zeros((len(levels), kind.num_bytes(levels.shape[1]) * TRITS_PER_BYTE), dtype=np.uint8)
+        digits[:, : levels.shape[1]] = levels + 1
+        grouped = digits.reshape(len(levels), -1, TRITS_PER_BYTE)
+        packed: np.ndarray = (grouped * np.array([1, 3, 9, 27, 81], dtype=np.uint8)).sum(axis=2, dtype=np.uint8)
+        return packed
+    ones = (kind.largest - levels.astype(np.int16)) // 2  # bit i of it is the minus sign of weight 2^i
+    planes = [np.packbits((ones >> i & 1).astype(bool), axis=1) for i in reversed(range(kind.num_planes))]
+    return np.concatenate(planes, axis=1)
+
+
+def unpack_levels(packed: Tensor, count: int, dtype: torch.dtype, kind: Levels = SIGNS) -> Tensor:
+    """Unpack levels to numbers.
+
+    Args:
+        packed: uint8 [k, kind.num_bytes(count)], of `pack_levels`.
+        count: Levels per row, d.
+        dtype: Type of the result; int8 holds all levels.
+        kind: Which levels they are.
+
+    Returns:
+        [k, d] of `kind.values`.
+
+    >>> from fixify.heads.levels import LEVELS
+    >>> unpack_levels(torch.tensor([[0b01000000, 0b11000000]], dtype=torch.uint8), 3, torch.int8, LEVELS[2])
+    tensor([[ 1, -3,  3]], dtype=torch.int8)
+    """
+    if kind.num_planes == 1:
+        return unpack_signs(packed, count, dtype)
+    if not kind.num_planes:
+        if torch.compiler.is_compiling() or packed.is_meta:  # a cached table is no part of a graph
+            return _trits(packed.int()).flatten(1)[:, :count].to(dtype)
+        return F.embedding(packed.int(), _trit_table(dtype, packed.device)).flatten(1)[:, :count]
+    total, *rest = packed.tensor_split(kind.num_planes, dim=1)
+    levels = unpack_signs(total, count, dtype)
+    for plane in rest:
+        levels = 2 * levels + unpack_signs(plane, count, dtype)
+    return levels
+
+
 class PackedLinear(torch.autograd.Function):
-    """The product `z @ signs.T` of z [..., d] with packed signs [C, ceil(d / 8)]: [..., C].
+    """The product `z @ levels.T` of z [..., d] with packed signs or levels, uint8 [C, bytes]: [..., C].
 
     A chunk of classes is unpacked at a time, forward and backward; the whole codebook never exists as numbers.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, packed: Tensor) -> Tensor:
+    def forward(ctx: Any, z: Tensor, packed: Tensor, kind: Levels = SIGNS) -> Tensor:
         """Multiply, a chunk of classes at a time."""
         ctx.save_for_backward(packed)
-        ctx.num_signs, ctx.dtype = z.shape[-1], z.dtype
+        ctx.num_signs, ctx.dtype, ctx.kind = z.shape[-1], z.dtype, kind
         parts = packed.split(max(1, _CHUNK // z.shape[-1]))
-        return torch.cat([F.linear(z, unpack_signs(part, z.shape[-1], z.dtype)) for part in parts], dim=-1)
+        return torch.cat([F.linear(z, unpack_levels(part, z.shape[-1], z.dtype, kind)) for part in parts], dim=-1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """Compute the gradient of z, accumulated in float32; the signs have none."""
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Compute the gradient of z, accumulated in float32; the levels have none."""
         (packed,), (grad,) = ctx.saved_tensors, grads
         step = max(1, _CHUNK // ctx.num_signs)
         wide = torch.promote_types(grad.dtype, torch.float32)
         total = torch.zeros(*grad.shape[:-1], ctx.num_signs, dtype=wide, device=grad.device)
         for part, of_part in zip(packed.split(step), grad.split(step, dim=-1), strict=True):
-            total += of_part @ unpack_signs(part, ctx.num_signs, grad.dtype)
-        return total.to(ctx.dtype), None
+            total += of_part @ unpack_levels(part, ctx.num_signs, grad.dtype, ctx.kind)
+        return total.to(ctx.dtype), None, None
 
 
 def pack_pairs(packed: Tensor, num_signs: int) -> Tensor:
@@ -202,12 +276,53 @@ def table_product(z: Tensor, packed: Tensor, num_digits: int) -> Tensor:
     return product.mul_(scale)
 
 
-def byte_product(z: Tensor, signs: Tensor, num_digits: int) -> Tensor:
-    """Multiply with signs that are held as 8-bit integers, in integers and without gradients: for few signs.
+def level_product(z: Tensor, packed: Tensor, num_digits: int, kind: Levels) -> Tensor:
+    """Multiply with levels that a table unpacks, in integers and without gradients.
+
+    Ternary digits are unpacked to eight integers per byte, of which the last three are 0: copying whole words is faster
+    than copying five bytes, by more than the products with zeros cost.
 
     Args:
         z: float32 [M, d] on the CPU.
-        signs: int8 [C, d] of +1 and -1.
+        packed: uint8 [C, kind.num_bytes(d)].
+        num_digits: Digits that a feature is written in; see `TABLE_DIGITS`.
+        kind: The levels.
+
+    Returns:
+        float32 [M, C].
+    """
+    (m, d), (c, num_bytes) = z.shape, packed.shape
+    planes = max(1, kind.num_planes)
+    used = num_bytes // planes  # bytes of the longest row of one plane
+    if kind.num_planes:
+        wide, table = F.pad(z, (0, 8 * used - d)), _byte_table(torch.int8, packed.device)
+    else:
+        grouped = F.pad(z, (0, TRITS_PER_BYTE * used - d)).view(m, used, TRITS_PER_BYTE)
+        wide = F.pad(grouped, (0, 8 - TRITS_PER_BYTE)).view(m, 8 * used)
+        table = _trit_table(torch.int8, packed.device, 8)
+    digits, weights, scale = _digits(wide, num_digits, 127)
+    columns = digits.to(torch.int8).view(-1, 8 * used).t()
+    words = table.view(torch.int64)[:, 0]
+    step = min(c, max(1, _CACHED_BYTES // (8 * used)))
+    levels = torch.empty(step, 8 * used, dtype=torch.int8)
+    sums, product = torch.empty(step, num_digits * m, dtype=torch.int32), torch.empty(m, c)
+    for start in range(0, c, step):
+        part = packed[start : start + step]
+        k = len(part)
+        for i, plane in enumerate(part.tensor_split(planes, dim=1)):
+            signs = words.index_select(0, plane.reshape(-1).int()).view(torch.int8).view(k, -1)
+            torch.add(signs, levels[:k], alpha=2, out=levels[:k]) if i else levels[:k].copy_(signs)
+        torch._int_mm(levels[:k], columns, out=sums[:k])
+        _add_digits(sums[:k], weights, product[:, start : start + k])
+    return product.mul_(scale)
+
+
+def byte_product(z: Tensor, signs: Tensor, num_digits: int) -> Tensor:
+    """Multiply with signs or levels held as 8-bit integers, in integers and without gradients: for few of them.
+
+    Args:
+        z: float32 [M, d] on the CPU.
+        signs: int8 [C, d].
         num_digits: Digits that a feature is written in; see `TABLE_DIGITS`.
 
     Returns:
@@ -219,24 +334,28 @@ def byte_product(z: Tensor, signs: Tensor, num_digits: int) -> Tensor:
     return product.mul_(scale)
 
 
-def sign_product(packed: Tensor, num_signs: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Build the fastest product with packed signs, from [M, d] to [M, C], without gradients.
+def packed_product(
+    packed: Tensor, num_signs: int, dtype: torch.dtype, kind: Levels = SIGNS
+) -> Callable[[Tensor], Tensor]:
+    """Build the fastest product with packed signs or levels, from [M, d] to [M, C], without gradients.
 
-    Measured with `fixify bench head`: products of integers, where the processor has them. Up to
-    `_BYTE_SIGNS` signs are held as bytes. More are held as pairs, 4 bits a sign, for few samples; for more samples the
-    table that unpacks them costs less than the second product.
+    Measured with `fixify bench head`: products of integers, where the processor has them. Up to `_BYTE_SIGNS` signs are
+    held as bytes. More signs are held as pairs, 4 bits a sign, for few samples; for more samples the table that unpacks
+    them costs less than the second product. Levels are held as bytes up to `_BYTE_LEVELS`; a table unpacks more.
 
     Args:
-        packed: uint8 [C, ceil(d / 8)]; bit 1 is a minus sign.
-        num_signs: d.
+        packed: uint8 [C, kind.num_bytes(d)].
+        num_signs: Signs or levels per class, d.
         dtype: Type of the features and of the result.
+        kind: The levels.
     """
     c = len(packed)
     is_possible = packed.device.type == "cpu" and dtype in TABLE_DIGITS and num_signs >= _FEWEST_SIGNS
     if not is_possible or not has_fast_integers():
-        return lambda z: chunked_product(z, packed)
-    signs = unpack_signs(packed, num_signs, torch.int8) if c * num_signs <= _BYTE_SIGNS else None
-    pairs = pack_pairs(packed, num_signs) if signs is None else None
+        return lambda z: chunked_product(z, packed, kind)
+    held = c * num_signs <= (_BYTE_SIGNS if kind is SIGNS else _BYTE_LEVELS)
+    signs = unpack_levels(packed, num_signs, torch.int8, kind) if held else None
+    pairs = pack_pairs(packed, num_signs) if signs is None and kind is SIGNS else None
 
     def multiply(z: Tensor) -> Tensor:
         z = z.float()
@@ -246,6 +365,8 @@ def sign_product(packed: Tensor, num_signs: int, dtype: torch.dtype) -> Callable
             product = byte_product(z, signs, TABLE_DIGITS[dtype])
         elif pairs is not None and len(z) <= _PAIRS_UP_TO:
             product = pair_product(z, pairs, PAIR_DIGITS[dtype])
+        elif kind is not SIGNS:
+            product = level_product(z, packed, TABLE_DIGITS[dtype], kind)
         else:
             product = table_product(z, packed, TABLE_DIGITS[dtype])
         return product.to(dtype)
@@ -253,12 +374,13 @@ def sign_product(packed: Tensor, num_signs: int, dtype: torch.dtype) -> Callable
     return multiply
 
 
-def chunked_product(z: Tensor, packed: Tensor) -> Tensor:
-    """Multiply with packed signs that are unpacked to z's type a chunk at a time, without gradients.
+def chunked_product(z: Tensor, packed: Tensor, kind: Levels = SIGNS) -> Tensor:
+    """Multiply with packed signs or levels that are unpacked to z's type a chunk at a time, without gradients.
 
     Args:
         z: [M, d].
-        packed: uint8 [C, ceil(d / 8)].
+        packed: uint8 [C, kind.num_bytes(d)].
+        kind: The levels.
 
     Returns:
         [M, C].
@@ -267,7 +389,7 @@ def chunked_product(z: Tensor, packed: Tensor) -> Tensor:
     step = max(1, (_CACHED_FLOATS if z.device.type == "cpu" else _CHUNK) // d)
     product = z.new_empty(m, len(packed))
     for start in range(0, len(packed), step):
-        product[:, start : start + step] = F.linear(z, unpack_signs(packed[start : start + step], d, z.dtype))
+        product[:, start : start + step] = F.linear(z, unpack_levels(packed[start : start + step], d, z.dtype, kind))
     return product
 
 

@@ -34,7 +34,12 @@ MAX_CLASSES = 1 << 24
 MAX_BLOCKS = 1 << 16
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sketch:-?[0-9]{1,8}\.[0-9]{5}(,-?[0-9]{1,8}\.[0-9]{5}){31}")
-_UNSET = {"matched": False, "blocks": None, "bits_per_class": None}  # the fields that belong to some kinds only
+_UNSET = {
+    "matched": False,
+    "blocks": None,
+    "bits_per_class": None,
+    "bits_per_weight": None,
+}  # the fields that belong to some kinds only
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class HeadSpec(SpecFields):
         matched: Whether the code index of each class is stored (`codes`); else it follows from the class number.
         blocks: Number of sign-flipped Hadamard blocks in the code space; None: as few as the classes need.
         bits_per_class: Number of signs d per class of a `binary` head, 1 <= d <= N; None for other kinds.
+        bits_per_weight: Levels of a `binary` head instead of signs, one per feature: 1.58 (-1, 0, 1), 2, 3 or 4 bits.
+            Such a head has no `bits_per_class`, and has `gains`.
         gains: Whether a row scale, the length of the class's code, is stored per class, in one byte (`gains`); else all
             codes have length 1.
         version: Version of this record.
@@ -161,7 +168,7 @@ class HeadSpec(SpecFields):
 
     @property
     def num_stored_signs(self) -> int:
-        """Number of signs stored in all classes together; 0 if no signs are stored."""
+        """Number of signs, or of levels, stored in all classes together; 0 if none are stored."""
         return kind_of(self).num_stored_signs(self)
 
     @property

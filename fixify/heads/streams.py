@@ -20,6 +20,7 @@ class Purpose(IntEnum):
     GAUSSIAN = 2
     SKETCH = 3
     SAMPLE = 4
+    NEW_CODES = 5
 
 
 def raw(seed: int, purpose: Purpose, index: int, count: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from fixify.description import HeadRecord
 from fixify.errors import ArchitectureError, NoClassifierError
 from fixify.heads.spec import HeadSpec
 from fixify.models.architectures import Architecture, build, list_architectures, parse_architecture
+from fixify.models.projection import ProjectedClassifier, behind
 
 # torchvision has no function that returns the classifier. Each of its classifiers, including the auxiliary ones of
 # GoogLeNet and Inception v3, is under one of these names, and the last linear layer there gives the logits.
@@ -81,13 +82,28 @@ def find_heads(model: nn.Module, arch: Architecture | None = None) -> list[Class
         NoClassifierError: the model has neither.
     """
     name = arch.ref if arch is not None else type(model).__name__
-    if hasattr(model, "get_classifier"):
+    attached = _behind_projection(model)
+    if attached is not None:
+        layers = attached
+    elif hasattr(model, "get_classifier"):
         layers = _timm_layers(model, name)
     elif hasattr(model, "forward_features") or hasattr(model, "reset_classifier"):
         raise NoClassifierError(f"{name} is an encoder: it has no classifier to replace.")
     else:
         layers = _torchvision_layers(model, name)
     return [_site(path, layer) for path, layer in layers.items()]
+
+
+def _behind_projection(model: nn.Module) -> dict[str, nn.Module] | None:
+    """Return the classifier behind a projection by its path; None for models without such a projection."""
+    for path, module in model.named_modules():
+        if isinstance(module, ProjectedClassifier):
+            return dict(_linear_layers_at(behind(path), module.classifier))
+    return None
+
+
+def _linear_layers_at(path: str, layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((_join(path, inner), found) for inner, found in _linear_layers(layer))
 
 
 @dataclass(frozen=True)
@@ -133,7 +149,7 @@ def coverage(refs: Iterable[str] | None = None) -> Iterator[Coverage]:
             yield Coverage(arch.ref, tuple(find_classifiers(model, arch)), None, True, size)
         except NoClassifierError:
             takes_classes = _takes_classes(arch)
-            reason = "a CLIP image tower" if _is_projection(model) else "an encoder"
+            reason = "a CLIP image tower" if is_projection(model) else "an encoder"
             reason += ": no classifier unless built with num_classes" if takes_classes else ""
             yield Coverage(arch.ref, (), reason, takes_classes, size)
 
@@ -158,7 +174,8 @@ def _timm_layers(model: Any, name: str) -> dict[str, nn.Module]:
     if not num_classes:
         raise NoClassifierError(
             f"{name} has no classifier: it is an encoder, or was built with num_classes=0.",
-            hint="fixify replaces an existing classifier. Train one first: timm.create_model(name, num_classes=...)",
+            hint="fixify replaces an existing classifier. Give it one: --classifier FILE (a matrix of C x N). Or train "
+            "one first: timm.create_model(name, num_classes=...)",
         )
     heads = _timm_heads(model, name)
     modules = dict(model.named_modules())
@@ -215,7 +232,7 @@ def refuse_projection(model: nn.Module, arch: Architecture | None = None) -> Non
     Raises:
         NoClassifierError: the model is such a tower, with the width that its pretrained weights have.
     """
-    if not _is_projection(model):
+    if not is_projection(model):
         return
     (site, *_) = find_heads(model, arch)
     cfg: Any = model.pretrained_cfg
@@ -223,13 +240,17 @@ def refuse_projection(model: nn.Module, arch: Architecture | None = None) -> Non
     raise NoClassifierError(
         f"{name} is the image tower of a CLIP model: {site.path} is a projection to an embedding of "
         f"{counted(site.num_classes, 'value')}, not a classifier.",
-        hint="Fine-tune it on labels first: timm.create_model(name, pretrained=True, num_classes=...)",
+        hint=f"Put text embeddings behind it: --classifier FILE (a matrix of C x {site.num_classes}). Or fine-tune it "
+        "on labels first: timm.create_model(name, pretrained=True, num_classes=...)",
     )
 
 
-def _is_projection(model: nn.Module) -> bool:
+def is_projection(model: nn.Module) -> bool:
+    """Return whether a model is the image tower of a CLIP model, with the width that its pretrained weights have."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     tag = str(cfg.get("tag") or "")
+    if _behind_projection(model) is not None:
+        return False
     if "clip" not in f"{cfg.get('architecture')}.{tag}" or "_ft_in" in tag:
         return False
     width = cfg.get("num_classes")

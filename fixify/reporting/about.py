@@ -22,7 +22,7 @@ def slim_table(path: Path, info: SlimInfo) -> Table:
     """Show what a slim checkpoint says about itself, one fact per row."""
     made = new_table("", "", title=path.name)
     made.show_header = False
-    made.add_row("architecture", info.architecture.ref)
+    made.add_row("architecture", "none: a classifier without a network" if info.is_bare else info.architecture.ref)
     for record in info.heads:
         spec = record.spec
         made.add_row(
@@ -33,7 +33,10 @@ def slim_table(path: Path, info: SlimInfo) -> Table:
             made.add_row("", spec.description)
         made.add_row("", ", ".join(part for part in (spec.construction, f"seed {spec.seed}") if part))
         made.add_row("", short_digest(spec.digest))
-    made.add_row("preprocessing", ", ".join(f"{key} {plain(value)}" for key, value in info.preprocessing.items()))
+    if info.projection is not None:
+        made.add_row("", f"behind the projection {info.projection}")
+    if not info.is_bare:
+        made.add_row("preprocessing", ", ".join(f"{key} {plain(value)}" for key, value in info.preprocessing.items()))
     if info.labels:
         shown = ", ".join(info.labels[:4])
         made.add_row("labels", f"{shown}, ... ({len(info.labels)})" if len(info.labels) > 4 else shown)
@@ -43,6 +46,9 @@ def slim_table(path: Path, info: SlimInfo) -> Table:
         made.add_row("source", f"{source['name']}{size}" + (", EMA weights" if source.get("ema") else ""))
     if source.get("sha256"):
         made.add_row("", short_digest(f"sha256:{source['sha256']}"))
+    classifier = source.get("classifier")
+    if isinstance(classifier, dict) and not info.is_bare:
+        made.add_row("classifier", str(classifier.get("name")))
     for key, title in (("applied", "applied"), ("left_out", "left out")):
         names = source.get(key)
         if isinstance(names, list) and names:
@@ -69,7 +75,10 @@ def removed_line(savings: Savings, heads: Sequence[HeadRecord] = ()) -> str:
     share = f"{100 * savings.removed_share:.1f} % of {savings.parameters_before:,} parameters"
     signs = sum(record.spec.num_stored_signs for record in heads)
     if signs:
-        return f"Replaced {counted(savings.removed, 'classifier weight')} by {counted(signs, '1-bit sign')} ({share})."
+        rates = sorted({record.spec.bits_per_weight for record in heads if record.spec.bits_per_weight is not None})
+        what = f"level of {' and '.join(f'{rate:g}' for rate in rates)} bits" if rates else "1-bit sign"
+        named = counted(signs, what, what.replace("level", "levels") if rates else None)
+        return f"Replaced {counted(savings.removed, 'classifier weight')} by {named} ({share})."
     return f"Removed {counted(savings.removed, 'classifier weight')} ({share})."
 
 

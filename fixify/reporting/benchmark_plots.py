@@ -1,4 +1,4 @@
-"""Plots of benchmarks, written as a picture in the format that the name of the file says."""
+"""Plots of benchmarks and of the heads that `convert --agree` tries, in the format that the file's name says."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from fixify._files import atomic_path, refuse_existing
+from fixify.agreement import Choice
 from fixify.benchmarks.convert import ConvertBenchmark
 from fixify.benchmarks.head import HeadBenchmark
 from fixify.benchmarks.loss import WAYS, LossBenchmark
@@ -153,6 +154,39 @@ def plot_convert(found: ConvertBenchmark, path: Path, *, force: bool = False) ->
         axes.set_ylim(len(sizes) - 0.5, -0.5)
         axes.set_title(title, loc="left", fontsize=9)
     _finish(figure, panels[0][0], found.machine, path, columns=len(kinds), force=force)
+
+
+def plot_agreement(choice: Choice, path: Path, *, force: bool = False) -> None:
+    """Draw the agreement of the heads that `convert --agree` tried over their bytes per class.
+
+    Raises:
+        OutputExistsError, OutputError: the file exists, or cannot be written.
+    """
+    figure, panels = _figure(1, 1, height=3.4)
+    axes, walked = panels[0][0], choice.walked
+    sizes = [tried.bytes_per_class for tried in walked]
+    axes.plot(sizes, [tried.agreement for tried in walked], "-o", color=_COLOURS[0], markersize=5, label="agreement")
+    axes.vlines(
+        sizes,
+        [tried.bound for tried in walked],
+        [tried.agreement for tried in walked],
+        color=_COLOURS[0],
+        linewidth=1,
+        label="at least, with 95 % confidence",
+    )
+    axes.axhline(choice.target, color="#111827", linewidth=1, linestyle=(0, (4, 3)), label=f"{choice.target:g} %")
+    if choice.chosen is not None:
+        point = (choice.chosen.bytes_per_class, choice.chosen.agreement)
+        axes.plot(*point, "o", markersize=11, markerfacecolor="none", color=_COLOURS[1], label="chosen")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("bytes per class")
+    axes.set_ylabel("the original's answer, % of held-out images", fontsize=9)
+    lines, names = axes.get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside upper left", ncols=len(names), frameon=False, fontsize=8)
+    with atomic_path(path, force=force) as temporary:
+        figure.savefig(temporary, format=path.suffix.lower().removeprefix("."))
 
 
 def _shortened(count: float) -> str:

@@ -205,7 +205,7 @@ def _kind(kind: str, found: ModelReport) -> KindPlan:
     sizes = dict.fromkeys(found.heads)
     if kind == "binary":
         return KindPlan(
-            kind, stored, saved, None, "one sign a weight, fewer with --bits-per-class; cosines as in the old"
+            kind, stored, saved, None, "one sign a weight, fewer with --bits-per-class, levels with --bits-per-weight"
         )
     try:
         specs = [HeadSpec(kind=kind, num_features=n, num_classes=c) for n, c in sizes]

@@ -20,6 +20,7 @@ from fixify.reporting.layout import human_bytes, new_table, short_digest
 from fixify.savings import Savings
 
 if TYPE_CHECKING:  # matplotlib, data sets and training take seconds to import; whoever made a result has them
+    from fixify.agreement import Choice
     from fixify.demo.run import DemoResult
     from fixify.evaluation import Evaluation
     from fixify.exporting.job import Exported
@@ -51,6 +52,21 @@ def savings_table(savings: Savings) -> Table:
         ("  classifier", savings.classifier_bytes_before, savings.classifier_bytes_after),
     ):
         made.add_row(name, human_bytes(before), human_bytes(after), _saved(before, after, human_bytes))
+    return made
+
+
+def agreement_table(choice: Choice) -> Table:
+    """Show the heads that `convert --agree` tried, largest first, and which one was chosen."""
+    made = new_table("tried", ">bytes per class", ">agreement", ">at least", "")
+    for tried in choice.walked:
+        mark = "chosen" if tried is choice.chosen else "" if tried.reached else f"below {choice.target:g} %"
+        made.add_row(
+            tried.flags,
+            f"{tried.bytes_per_class:,}",
+            f"{tried.agreement:.2f} % of {tried.held_out:,}",
+            f"{tried.bound:.2f} %",
+            mark,
+        )
     return made
 
 

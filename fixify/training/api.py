@@ -96,6 +96,11 @@ def finetune(
     inputs = Inputs(data_name, source, against, distill or None, class_map, Recorded.from_dict(recorded))
     with connected_processes(options, out, on_event) as restarted:
         info = read_info(source)
+        if info.is_bare:
+            raise UsageError(
+                f"{source} is a classifier without a network, and there is nothing to fine-tune.",
+                hint="Put its matrix onto a network first: fixify convert MODEL --classifier FILE",
+            )
         train, val = _open_matching(info, inputs, options, download=download)
         model, info = _load_slim(source, info, val, options)
         # `info.labels` stay the checkpoint's own names; the facts name the classes as the data does, where it can.

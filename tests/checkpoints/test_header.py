@@ -20,7 +20,7 @@ def with_header(path: Path, header: bytes, tensors: bytes = b"") -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["v1", "v1-binary"])
+@pytest.mark.parametrize("name", ["v1", "v1-binary", "v1-ternary", "v1-levels"])
 def test_it_says_what_the_whole_file_says(name: str) -> None:
     path = GOLDEN / f"{name}.fixed.safetensors"
     assert read_header(path).info == read_info(path) == fixify.inspect(path)

@@ -12,7 +12,7 @@ SAMPLE = [
     "timm/resnet18",
     "timm/vit_tiny_patch16_224",
     "timm/crossvit_9_240",
-    "timm/qwen3_vit_88m",
+    "timm/mobilenetv4_conv_small",
     "timm/test_vit4",
     "torchvision/densenet121",
     "torchvision/vit_b_16",

@@ -27,8 +27,8 @@ def _encoder(folder: Path) -> Path:
 def test_encoders_say_so(tmp_path: Path) -> None:
     with pytest.raises(NoClassifierError, match="vit_small_patch14_dinov2"):
         read_original(_encoder(tmp_path), meta=True)
-    with pytest.raises(NoClassifierError, match="qwen3_vit_88m_enc"):
-        read_original(tmp_path / "model.safetensors", arch="qwen3_vit_88m_enc")
+    with pytest.raises(NoClassifierError, match="mobilenetv5_300m_enc"):
+        read_original(tmp_path / "model.safetensors", arch="mobilenetv5_300m_enc")
     with pytest.raises(ArchitectureError, match=r"model\.safetensors.*timm/resnet18"):
         read_original(tmp_path / "model.safetensors", arch="resnet18")
 

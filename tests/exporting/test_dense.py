@@ -31,9 +31,12 @@ assert "fixify" not in sys.modules
 """
 
 
-@pytest.mark.parametrize(("head", "exact"), [("binary", True), ("hadamard", False)])
-def test_timm_alone_loads_it(slims: Callable[..., Path], tmp_path: Path, head: str, exact: bool) -> None:
-    slim = slims(head=head)
+@pytest.mark.parametrize(
+    ("options", "exact"),
+    [({"head": "binary"}, True), ({"head": "binary", "bits_per_weight": 2}, True), ({"head": "hadamard"}, False)],
+)
+def test_timm_alone_loads_it(slims: Callable[..., Path], tmp_path: Path, options: dict, exact: bool) -> None:
+    slim = slims(**options)
     (folder,) = fixify.export(slim, tmp_path / "net", to="dense").paths
     assert (folder / "head.py").exists() is not exact
     config = json.loads((folder / "config.json").read_text())

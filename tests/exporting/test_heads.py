@@ -105,7 +105,11 @@ def by_numpy(arrays: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
     if "rotation_signs" in arrays:
         x = (x * signs(arrays["rotation_signs"], x.shape[1])) @ matrix.T
     if "width" in arrays:
-        x = x[:, : int(arrays["width"])] @ signs(arrays["codes"], int(arrays["width"])).T
+        x = x[:, : int(arrays["width"])]
+        if "planes" in arrays:
+            x = np.pad(x, [(0, 0), (0, -x.shape[1] % 8)])
+            x = np.concatenate([x * float(weight) for weight in arrays["planes"]], axis=1)
+        x = x @ signs(arrays["codes"], x.shape[1]).T
     elif "position" in arrays:
         x = np.pad(x, [(0, 0), (0, int(arrays["padding"]))])
         blocks = signs(arrays["block_signs"], x.shape[1]) if "block_signs" in arrays else np.ones((1, x.shape[1]))

@@ -54,6 +54,15 @@ def test_kinds_of_heads(slims: Slims, exported: Exports, head: str) -> None:
     assert bool(exact.notes) is (head == "orthogonal")
 
 
+@pytest.mark.parametrize("bits", [1.58, 3])
+def test_levels(slims: Slims, tmp_path: Path, bits: float) -> None:
+    slim = slims(head="binary", bits_per_weight=bits)
+    exact = fixify.export(slim, tmp_path / "a.onnx", portable=True)
+    assert largest_difference(exact.paths[0], slim) < 1e-4
+    fast = fixify.export(slim, tmp_path / "b.onnx")
+    assert largest_difference(fast.paths[0], slim) < 0.1
+
+
 @pytest.mark.parametrize(
     ("name", "head", "arguments"),
     [

@@ -2,6 +2,8 @@
 
 python tests/golden/make_golden.py tests/golden/v1
 python tests/golden/make_golden.py tests/golden/v1-binary
+python tests/golden/make_golden.py tests/golden/v1-ternary
+python tests/golden/make_golden.py tests/golden/v1-levels
 """
 
 import json
@@ -14,6 +16,12 @@ import torch
 
 import fixify
 
+RATES = {
+    "v1-binary": {"bits_per_class": 44},
+    "v1-ternary": {"bits_per_weight": 1.58},
+    "v1-levels": {"bits_per_weight": 3},
+}
+
 
 def main() -> None:
     stem = Path(sys.argv[1])
@@ -21,8 +29,8 @@ def main() -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_efficientnet", num_classes=100, in_chans=1)
     options = {}
-    if stem.name.endswith("-binary"):
-        options = {"head": "binary", "bits_per_class": 44}
+    if stem.name != "v1":
+        options = {"head": "binary", **RATES[stem.name]}
         model.classifier.weight.data.mul_(2000)  # its logits are the old ones', which are near 0 untrained
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "golden.pth"

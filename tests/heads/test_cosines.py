@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixify.heads import HeadSpec, codebook, coherence, rankin_bound, welch_bound
+from fixify.heads.levels import LEVELS
+from fixify.heads.signs import pack_levels
 
 
 def test_known_bounds():
@@ -69,3 +71,14 @@ def test_matched_heads():
     codes = np.array([1, 2 * 64 + 5, 4 * 64 + 9])
     result = coherence(HeadSpec("hadamard", 64, 3, matched=True, blocks=3), codes)
     assert result.max_abs == pytest.approx(1 / 8, abs=1e-6)
+
+
+def test_levels_of_any_norm_have_cosines():
+    levels = LEVELS[3]
+    drawn = np.random.default_rng(0).choice(levels.values, (20, 44))
+    drawn[1] = 7 * np.sign(drawn[0])
+    drawn[0] = np.sign(drawn[0])  # the same direction, seven times as short
+    spec = HeadSpec("binary", 44, 20, bits_per_weight=3, gains=True)
+    found = coherence(spec, pack_levels(drawn, levels))
+    assert found.max_cosine == pytest.approx(1.0)
+    assert found.max_abs <= 1.0 + 1e-6

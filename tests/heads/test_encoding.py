@@ -3,11 +3,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fixify.errors import HeadSpecError
-from fixify.heads import FixedClassifier, HeadSpec, encode
+from fixify.heads import FixedClassifier, HeadSpec, codebook, encode, level_search
 from fixify.heads import encoding as module
-from fixify.heads.kinds import GAIN_STEPS
+from fixify.heads.codes import unpacked_levels
+from fixify.heads.kinds import BINARY, GAIN_STEPS
+from fixify.heads.levels import LEVELS
 
 
 def spec_of(n: int, c: int, bits: int, **options) -> HeadSpec:
@@ -154,3 +158,97 @@ def test_progress_ends_at_the_number_of_classes(draw) -> None:
     told: list[tuple[str, int, int]] = []
     encode(spec_of(20, 40, 20), draw(40, 20), on_progress=lambda *now: told.append(now))
     assert told[-1][1:] == (40, 40)
+
+
+# --- Levels
+
+
+def level_spec(n: int, c: int, bits: float) -> HeadSpec:
+    return HeadSpec("binary", n, c, bits_per_weight=bits, gains=True, normalize=False)
+
+
+def _lost(head: FixedClassifier, vectors: torch.Tensor, moment: torch.Tensor) -> float:
+    difference = vectors - vectors.mean(dim=0) - head.scale.detach() * head.codebook()
+    return float(((difference @ moment) * difference).sum())
+
+
+@pytest.mark.parametrize("n", [64, 22], ids=["rotated", "as they are"])
+@pytest.mark.parametrize("with_features", [False, True])
+def test_more_bits_per_weight_are_nearer(draw, n: int, with_features: bool) -> None:
+    vectors = draw(60, n)
+    moment = _moment(n) if with_features else torch.eye(n)
+    options = {"feature_moment": moment} if with_features else {}
+    total = float((((vectors - vectors.mean(dim=0)) @ moment) * (vectors - vectors.mean(dim=0))).sum())
+    heads = [head_of(spec_of(n, 60, n), vectors, **options)]
+    heads += [head_of(level_spec(n, 60, bits), vectors, **options) for bits in LEVELS]
+    errors = [_lost(head, vectors, moment) / total for head in heads]
+    assert errors == sorted(errors, reverse=True)
+    # of normally distributed weights alone: 0.363, 0.190, 0.119, 0.037, 0.012 (Max, 1960)
+    limits = (0.4, 0.22, 0.14, 0.05, 0.02)
+    assert all(error < limit for error, limit in zip(errors, limits, strict=True))
+    if with_features:
+        plain = [head_of(level_spec(n, 60, bits), vectors) for bits in LEVELS]
+        assert all(
+            error < 0.8 * _lost(head, vectors, moment) / total for error, head in zip(errors[1:], plain, strict=True)
+        )
+
+
+@pytest.mark.parametrize("bits", LEVELS)
+def test_no_other_level_of_one_weight_is_nearer(draw, bits: float) -> None:
+    """Coordinate descent ends where no single change helps, with the row scales that are stored."""
+    n, c, levels = 20, 15, LEVELS[bits]
+    vectors, moment = draw(c, n), _moment(n)
+    spec = level_spec(n, c, bits)
+    found = encode(spec, vectors, feature_moment=moment)
+    basis = torch.from_numpy(BINARY.rotation(spec).basis())
+    wanted, within = (vectors - vectors.mean(dim=0)) @ basis, basis.T @ moment @ basis
+    steps = torch.from_numpy(found.gains).float() / GAIN_STEPS * found.scale / (n * levels.mean_square) ** 0.5
+    chosen = torch.from_numpy(unpacked_levels(found.codes, n, levels)).float()
+
+    def lost(q: torch.Tensor) -> torch.Tensor:
+        difference = wanted - steps[:, None] * q
+        return ((difference @ within) * difference).sum(dim=1)
+
+    least = lost(chosen)
+    for i in range(n):
+        for value in levels.values:
+            other = chosen.clone()
+            other[:, i] = value
+            assert bool((lost(other) >= least * (1 - 1e-4)).all())
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.sampled_from(list(LEVELS)), st.integers(8, 40), st.integers(2, 30), st.integers(0, 99), st.booleans())
+def test_levels_of_any_classifier_make_a_head(bits: float, n: int, c: int, seed: int, with_features: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(c, n, generator=generator) * torch.logspace(-2, 1, c)[:, None]
+    features = torch.randn(5, n, generator=generator)  # of low rank
+    head = head_of(level_spec(n, c, bits), vectors, feature_moment=features.T @ features if with_features else None)
+    x = torch.randn(3, n, generator=generator)
+    torch.testing.assert_close(head(x), head.scale * x @ head.codebook().T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", LEVELS)
+def test_equal_classes_get_different_levels(bits: float) -> None:
+    vectors = torch.cat((torch.ones(200, 12), -torch.ones(3, 12)))
+    codes = encode(level_spec(12, 203, bits), vectors).codes
+    assert len({code.tobytes() for code in codes}) == 203
+    codebook(level_spec(12, 203, bits), codes)  # still levels
+    with pytest.raises(HeadSpecError, match="cannot be told apart"):
+        encode(level_spec(16, 3, bits), torch.ones(3, 16))
+
+
+@pytest.mark.parametrize("classes_at_once", [1 << 12, 7])
+def test_classes_do_not_depend_on_each_other(draw, classes_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, moment = draw(30, 150), _moment(150)
+    whole = encode(level_spec(150, 30, 2), vectors, feature_moment=moment)
+    monkeypatch.setattr(level_search, "_CLASSES_PER_BLOCK", classes_at_once)
+    parts = encode(level_spec(150, 30, 2), vectors, feature_moment=moment)
+    assert (whole.codes != parts.codes).mean() < 0.01  # rounding may turn a tie
+    assert parts.scale == pytest.approx(whole.scale, rel=1e-4)
+
+
+def test_progress_of_levels_ends_at_its_total(draw) -> None:
+    told: list[tuple[str, int, int]] = []
+    encode(level_spec(20, 40, 3), draw(40, 20), on_progress=lambda *now: told.append(now))
+    assert told[-1][1] == told[-1][2]

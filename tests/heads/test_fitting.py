@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from fixify.errors import HeadSpecError
 from fixify.heads import FixedClassifier, HeadSpec, encode, feature_statistics, fit_, initial_scale, match, replacement
 from fixify.heads import fitting as module
+from fixify.heads.fitting import level_moment
 from fixify.heads.kinds import GAIN_STEPS
 from fixify.heads.statistics import floor_std
 
@@ -70,6 +71,22 @@ def test_without_standardising_the_covariance_is_that_of_the_features() -> None:
 def test_fewer_samples_than_features_give_a_covariance_of_full_rank() -> None:
     values = torch.linalg.eigvalsh(feature_statistics(_features(8)).covariance)
     assert values.min() > 0.01 * values.mean()
+
+
+def test_the_metric_of_levels_is_of_samples_and_classes() -> None:
+    """With one sample per two features it is positive definite, and its trace is the covariance's."""
+    x = _features(N // 2)
+    covariance = feature_statistics(x, standardize="center").covariance
+    weight = _teacher()[0]
+    moment = level_moment(covariance, weight)
+    assert float(torch.linalg.eigvalsh(moment)[0]) > 0
+    assert float(moment.trace()) == pytest.approx(float(covariance.trace()), rel=0.05)
+    centered, mean = (weight - weight.mean(dim=0)).double(), x.double().mean(dim=0)
+    sampled = (x.double() - mean).T @ (x.double() - mean) / len(x)
+    off = ~torch.eye(N, dtype=torch.bool)
+    classes = centered.T @ centered
+    expected = 0.3 * sampled + 0.35 * classes * sampled.diagonal().mean() / classes.diagonal().mean()
+    torch.testing.assert_close(moment[off], expected[off], rtol=1e-4, atol=1e-5)
 
 
 def test_a_classifier_that_is_a_head_already_is_found_again() -> None:

@@ -22,6 +22,8 @@ from fixify.heads import (
     wide_blocks,
 )
 from fixify.heads.kinds import REFERENCE_HADAMARD, default_codes, min_blocks
+from fixify.heads.levels import LEVELS
+from fixify.heads.signs import pack_levels
 
 HERE = Path(__file__).parent
 WIDTHS = [n for n in json.loads((HERE / "timm_widths.json").read_text())["widths"] if is_constructible(n) and n <= 2560]
@@ -276,6 +278,84 @@ def test_signs_are_of_rotated_features_where_a_matrix_is_known(n, bits, rotated)
     spec = HeadSpec("binary", n, 9, bits_per_class=bits)
     assert (KINDS["binary"].rotation(spec) is not None) == rotated
     assert (spec.resolve().construction is not None) == rotated
+
+
+def level_spec(n=44, c=30, bits=2, **options):
+    return HeadSpec("binary", n, c, bits_per_weight=bits, gains=True, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits_per_weight": 1},
+        {"bits_per_weight": 2.5},
+        {"bits_per_weight": "2"},
+        {"bits_per_weight": True},
+        {"bits_per_weight": 2, "bits_per_class": 44},
+        {"bits_per_weight": 2, "gains": False},
+        {"bits_per_weight": 2, "kind": "hadamard"},
+        {"bits_per_weight": 2, "num_features": 2, "num_classes": 17},
+    ],
+)
+def test_levels_that_do_not_go_together_are_refused(options):
+    with pytest.raises(HeadSpecError):
+        HeadSpec(**{"kind": "binary", "num_features": 44, "num_classes": 30, "gains": True} | options)
+
+
+def test_stored_levels_are_checked():
+    with pytest.raises(HeadSpecError, match="needs its stored signs"):
+        codebook(level_spec())
+    for bad in (np.zeros((30, 11), np.uint8), np.zeros((30, 12), np.int8)):
+        with pytest.raises(HeadSpecError, match=r"uint8 \[30, 12\]"):
+            codebook(level_spec(), bad)
+    for plane in (5, 11):  # the last byte of each of two planes has four unused bits
+        packed = np.zeros((30, 12), np.uint8)
+        packed[3, plane] = 8
+        with pytest.raises(HeadSpecError, match="unused bits"):
+            codebook(level_spec(), packed)
+    ternary = np.zeros((30, 9), np.uint8)
+    for place, byte in ((0, 243), (8, 81)):  # four digits in the last byte
+        ternary[:] = 0
+        ternary[2, place] = byte
+        with pytest.raises(HeadSpecError, match="five digits"):
+            codebook(level_spec(bits=1.58), ternary)
+    with pytest.raises(HeadSpecError, match=r"Classes 0 and 1 have the same levels"):
+        level_spec().resolve(np.zeros((30, 12), np.uint8))
+
+
+@pytest.mark.parametrize("bits", LEVELS)
+def test_a_spec_of_levels_is_read_back_and_verifies_what_is_stored(bits):
+    levels, n = LEVELS[bits], 44
+    drawn = np.random.default_rng(0).choice(levels.values, (30, n))
+    packed = pack_levels(drawn, levels)
+    spec = level_spec(bits=bits).resolve(packed)
+    assert HeadSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert spec.bytes_per_class == levels.num_bytes(n) + 1
+    rotation = KINDS["binary"].rotation(spec).basis()
+    expected = drawn @ rotation.T / (n * levels.mean_square) ** 0.5
+    np.testing.assert_allclose(codebook(spec, packed), expected, atol=1e-6)
+    drawn[4, 7] = levels.values[0] if drawn[4, 7] != levels.values[0] else levels.values[1]
+    with pytest.raises(CodebookMismatchError):
+        spec.resolve(pack_levels(drawn, levels))
+
+
+@pytest.mark.parametrize("bits", LEVELS)
+def test_the_constants_of_levels_are_those_of_a_normal_distribution(bits):
+    """`step` is the best distance of levels, and `mean_square` that of the levels at it."""
+    levels = LEVELS[bits]
+    x = np.linspace(-8, 8, 40001)
+    weights = np.exp(-(x**2) / 2)
+    weights /= weights.sum()
+    values = np.array(levels.values)
+
+    def rounded(step):
+        return values[np.abs(x[:, None] / step * levels.spacing - values).argmin(axis=1)]
+
+    def error(step):
+        return float((weights * (x - rounded(step) * step / levels.spacing) ** 2).sum())
+
+    assert error(levels.step) < min(error(levels.step * 0.97), error(levels.step * 1.03))
+    assert levels.mean_square == pytest.approx(float((weights * rounded(levels.step) ** 2).sum()), rel=0.02)
 
 
 # --- Identity

@@ -17,6 +17,8 @@ from fixify.heads import REFERENCE_CONSTRUCTION, FixedClassifier, HeadSpec, init
 from fixify.heads import product as product_module
 from fixify.heads import signs as signs_module
 from fixify.heads.kinds import GAIN_STEPS
+from fixify.heads.levels import LEVELS
+from fixify.heads.signs import pack_levels
 
 DENSE, FAST = HeadSpec("hadamard", 64, 10), HeadSpec("hadamard", 256, 1000)
 CODES = torch.from_numpy(np.random.default_rng(0).choice(2 * 256 * 12, 1000, replace=False))
@@ -25,7 +27,8 @@ BINARY = HeadSpec("binary", 64, 30, bits_per_class=24, gains=True, normalize=Fal
 SIGNS = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (30, 3), dtype=np.uint8))
 GAINS = torch.arange(200, 230, dtype=torch.uint8)
 IDENTITY = HeadSpec("identity", 64, 10, standardize=True)
-ONE_OF_EACH = [DENSE, FAST, MATCHED, HeadSpec("orthogonal", 30, 7), BINARY, IDENTITY]
+TERNARY, FINE = (HeadSpec("binary", 44, c, bits_per_weight=b, gains=True) for c, b in ((31, 1.58), (32, 3)))
+ONE_OF_EACH = [DENSE, FAST, MATCHED, HeadSpec("orthogonal", 30, 7), BINARY, IDENTITY, TERNARY, FINE]
 
 
 def named(spec):
@@ -33,6 +36,10 @@ def named(spec):
 
 
 def make(spec, **options):
+    if spec.bits_per_weight is not None:
+        levels = LEVELS[spec.bits_per_weight]
+        drawn = np.random.default_rng(2).choice(levels.values, (spec.num_classes, spec.num_features))
+        return FixedClassifier(spec, codes=torch.from_numpy(pack_levels(drawn, levels)), **options)
     stored = {"hadamard": {"codes": CODES}, "binary": {"codes": SIGNS, "gains": GAINS}}
     return FixedClassifier(spec, **(stored[spec.kind] if spec.stores_codes else {}), **options)
 
@@ -69,6 +76,9 @@ def reference(head, x):
         HeadSpec("simplex", 64, 65),
         BINARY,
         IDENTITY,
+        TERNARY,
+        FINE,
+        HeadSpec("binary", 30, 33, bits_per_weight=4, gains=True, standardize="center", normalize=False),
         HeadSpec("identity", 64, 64, bias=False, normalize=False, fixed_scale=True),
         HeadSpec("hadamard", 48, 60, construction=REFERENCE_CONSTRUCTION),
     ],

@@ -17,12 +17,15 @@ from fixify.errors import HeadSpecError
 from fixify.heads import ArcFace, CosFace, FixedClassifier, HeadSpec, SoftTarget
 from fixify.heads import loss as loss_module
 from fixify.heads import product as product_module
+from fixify.heads.levels import LEVELS
+from fixify.heads.signs import pack_levels
 
 RANDOM = np.random.default_rng(0)
 SIGNS = torch.from_numpy(RANDOM.integers(0, 256, (300, 6), dtype=np.uint8))
 STORED = {
     "matched": {"codes": torch.from_numpy(RANDOM.choice(2 * 32 * 20, 500, replace=False))},
     "one block": {"codes": torch.from_numpy(RANDOM.choice(128, 60, replace=False))},
+    "levels": {"codes": torch.from_numpy(pack_levels(RANDOM.choice([-3, -1, 1, 3], (300, 44)), LEVELS[2]))},
     "binary": {"codes": SIGNS, "gains": torch.arange(300, dtype=torch.int64).remainder(200).add(50).to(torch.uint8)},
 }
 HEADS = {
@@ -33,6 +36,7 @@ HEADS = {
     "matched": HeadSpec("hadamard", 32, 500, matched=True, blocks=20, standardize=True),
     "one block": HeadSpec("hadamard", 64, 60, matched=True, blocks=1),
     "binary": HeadSpec("binary", 64, 300, bits_per_class=48, gains=True, normalize=False, standardize=True),
+    "levels": HeadSpec("binary", 44, 300, bits_per_weight=2, gains=True, normalize=False, standardize="center"),
     "orthogonal": HeadSpec("orthogonal", 30, 70, standardize=True),
     "simplex": HeadSpec("simplex", 30, 31, fixed_scale=True),
     "identity": HeadSpec("identity", 30, 20),

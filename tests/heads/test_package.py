@@ -12,8 +12,9 @@ FOLDER = Path(heads.__file__).parent
 # without NumPy, so they import what builds codes when they need it.
 LIGHT = {"kinds", "spec", "__init__"}
 ORDER = [
-    "streams", "constructions", "matrices", "codes", "kinds", "spec", "signs", "product", "statistics", "normalisation",
-    "prepared", "loss", "layer", "cosines", "matching", "encoding", "fitting", "__init__",
+    "streams", "constructions", "levels", "matrices", "codes", "kinds", "spec", "signs", "product", "statistics",
+    "normalisation", "prepared", "loss", "layer", "cosines", "matching", "level_search", "encoding",
+    "fitting", "__init__",
 ]  # fmt: skip
 
 

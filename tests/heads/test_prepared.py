@@ -10,6 +10,8 @@ from fixify.errors import HeadSpecError
 from fixify.heads import REFERENCE_CONSTRUCTION, FixedClassifier, HeadSpec
 from fixify.heads import layer as layer_module
 from fixify.heads import prepared as prepared_module
+from fixify.heads.levels import LEVELS
+from fixify.heads.signs import pack_levels
 
 N = 256
 INDICES = torch.from_numpy(np.random.default_rng(0).choice(2 * N * 12, 1000, replace=False))
@@ -29,6 +31,8 @@ SPECS = {
     "dense": HeadSpec("orthogonal", 30, 70, standardize=True),
     "binary": HeadSpec("binary", 64, 300, bits_per_class=32, gains=True, normalize=False),
     "binary-normalised": HeadSpec("binary", 30, 300, bits_per_class=30, standardize="center"),
+    "ternary": HeadSpec("binary", 44, 300, bits_per_weight=1.58, gains=True),
+    "levels": HeadSpec("binary", 30, 300, bits_per_weight=3, gains=True, normalize=False, standardize="center"),
     "identity": HeadSpec("identity", 64, 10, standardize=True),
     "reference": HeadSpec("hadamard", 48, 60, construction=REFERENCE_CONSTRUCTION),
 }
@@ -39,6 +43,10 @@ def make(name, draw, **options):
     spec = SPECS[name]
     if name == "binary-normalised":
         options["codes"] = SIGNS & torch.tensor([255, 255, 255, 252], dtype=torch.uint8)
+    elif spec.bits_per_weight is not None:
+        levels = LEVELS[spec.bits_per_weight]
+        drawn = np.random.default_rng(2).choice(levels.values, (spec.num_classes, spec.num_features))
+        options["codes"] = torch.from_numpy(pack_levels(drawn, levels))
     elif spec.stores_codes:
         options["codes"] = {"matched": INDICES, "matched-rows": ROWS}.get(name, SIGNS)
     head = FixedClassifier(spec, **options).eval()

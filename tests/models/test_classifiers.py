@@ -103,7 +103,7 @@ def test_rows_of_the_coverage() -> None:
             "timm/resnet50",
             "timm/deit_tiny_distilled_patch16_224",
             "timm/vit_small_patch14_dinov2",
-            "timm/qwen3_vit_88m_enc",
+            "timm/mobilenetv5_300m_enc",
             "torchvision/squeezenet1_1",
         ]
     )

@@ -188,7 +188,7 @@ def test_fit_to_a_known_architecture() -> None:
     found = fit(parse_architecture("resnet18"), _foreign(shapes))
     assert found.key_map["00000"] == "conv1.weight"
     assert fit(parse_architecture("resnet34"), shapes) is None
-    assert fit(parse_architecture("qwen3_vit_88m_enc"), shapes) is None
+    assert fit(parse_architecture("mobilenetv5_300m_enc"), shapes) is None
     found = fit(parse_architecture("resnet18.a1_in1k"), shapes)
     assert found.architecture.ref == "timm/resnet18.a1_in1k"
     # Arguments that no index knows of.

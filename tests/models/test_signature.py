@@ -106,4 +106,4 @@ def test_counters_are_ignored(signatures: dict) -> None:
 
 
 def test_models_that_take_no_classes_have_no_signature() -> None:
-    assert signature_of(parse_architecture("qwen3_vit_88m_enc")) is None
+    assert signature_of(parse_architecture("mobilenetv5_300m_enc")) is None

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 
 from fixify.heads import FixedClassifier, HeadSpec
+from fixify.heads.levels import LEVELS
+from fixify.heads.signs import pack_levels
 
 SPECS = {
     "C < N": HeadSpec("hadamard", 64, 10),
@@ -30,6 +32,9 @@ SPECS = {
     "binary, few signs": HeadSpec("binary", 1280, 200, bits_per_class=88, gains=True, standardize="center"),
     "binary, no bytes of signs": HeadSpec("binary", 64, 50, bits_per_class=29),
     "binary, no rotation": HeadSpec("binary", 386, 50, bits_per_class=386, standardize=True),
+    "1.58 bits": HeadSpec("binary", 1280, 50, bits_per_weight=1.58, gains=True, standardize="center"),
+    "2 bits, no rotation": HeadSpec("binary", 30, 50, bits_per_weight=2, gains=True),
+    "4 bits, no bytes of signs": HeadSpec("binary", 44, 50, bits_per_weight=4, gains=True, normalize=False),
     "gains": HeadSpec("hadamard", 64, 10, gains=True),
     "fixed scale": HeadSpec("hadamard", 64, 10, fixed_scale=True),
 }
@@ -38,7 +43,11 @@ SPECS = {
 def a_head(spec: HeadSpec, *, channel_dim: int = -1) -> FixedClassifier:
     rng = np.random.default_rng(0)
     codes = None
-    if spec.kind == "binary":
+    if spec.bits_per_weight is not None:
+        levels = LEVELS[spec.bits_per_weight]
+        drawn = rng.choice(levels.values, (spec.num_classes, spec.num_features))
+        codes = torch.from_numpy(pack_levels(drawn, levels))
+    elif spec.kind == "binary":
         signs = rng.integers(0, 2, (spec.num_classes, spec.bits_per_class or 0), dtype=np.uint8)
         codes = torch.from_numpy(np.packbits(signs, axis=1))
     elif spec.stores_codes:

@@ -1,0 +1,280 @@
+"""Change the classes of a fixed head: keep some, add some, merge some.
+
+The classes that stay keep their codes, row scales and biases, so their logits stay the same. That is possible where
+each class has a code of its own: rows of Hadamard matrices (matched or in class order, matched afterwards), stored
+signs, and features. The codes of orthogonal and simplex heads all depend on the number of classes.
+
+The logits are the same bit for bit as long as the product is computed in the same way. A binary head that falls below
+2^19 signs is multiplied as numbers, and the last bit of a logit may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fixify._values import counted
+from fixify.errors import HeadSpecError
+from fixify.heads import streams
+from fixify.heads.codes import FeatureRows, HadamardRows, StoredSigns
+from fixify.heads.kinds import GAIN_STEPS, default_blocks, default_codes, kind_of, min_blocks
+from fixify.heads.layer import FixedClassifier
+from fixify.heads.spec import HeadSpec
+
+_ASSIGNED = 1 << 24
+"""Cosines of the largest table that is assigned optimally; beyond, each class takes the best code that is free."""
+_AT_ONCE = 4096  # codes
+
+
+@torch.no_grad()
+def keep_classes(head: FixedClassifier, classes: Sequence[int]) -> FixedClassifier:
+    """Make a head of some of the classes of another, in the given order.
+
+    Args:
+        head: The head, with its codes, on the CPU.
+        classes: Different class numbers, at least two.
+
+    Raises:
+        HeadSpecError: The head is of a kind whose codes depend on the number of classes.
+    """
+    chosen = np.asarray(classes, dtype=np.int64)
+    spec = head.spec
+    codes = kind_of(spec).codes(spec, head.product.stored)
+    stored: np.ndarray | None = None
+    match codes:
+        case HadamardRows():
+            changed, stored = _with_indices(spec, codes.indices[chosen])
+        case StoredSigns():
+            changed, stored = replace(spec, num_classes=len(chosen), digest=None), codes.packed[chosen]
+        case FeatureRows() if np.array_equal(chosen, np.arange(len(chosen))):
+            changed = replace(spec, num_classes=len(chosen), digest=None)
+        case _:
+            _refuse(spec, "kept")
+    index = torch.from_numpy(chosen)
+    return _rebuilt(
+        head,
+        changed,
+        stored,
+        None if head.gains is None else head.gains[index],
+        None if head.bias is None else head.bias[index],
+    )
+
+
+@torch.no_grad()
+def add_classes(
+    head: FixedClassifier,
+    count: int,
+    vectors: Tensor | None = None,
+    *,
+    lengths: bool = False,
+    biases: Tensor | None = None,
+) -> FixedClassifier:
+    """Make a head with further classes behind those of another, whose codes are free.
+
+    Hadamard codes are taken from rows that no class uses while there are any, so classes that are orthogonal stay so.
+    Without vectors the first free codes are taken, and signs are drawn from the seed.
+
+    Args:
+        head: The head, with its codes, on the CPU.
+        count: How many classes are added.
+        vectors: What their codes should be near to, float [count, N], in the coordinates of the codes: features minus
+            their mean and, if the head has a std, divided by it.
+        lengths: Whether the lengths of the vectors are meant, so that row scales follow from them; else a new class
+            has the median row scale.
+        biases: Their biases, [count]; default: the mean bias.
+
+    Raises:
+        HeadSpecError: The head is of a kind whose codes depend on the number of classes, or there are no free codes.
+    """
+    spec, total = head.spec, head.out_features + count
+    codes = kind_of(spec).codes(spec, head.product.stored)
+    vectors = None if vectors is None else vectors.detach().to("cpu", torch.float32)
+    gains = None
+    if head.gains is not None:
+        gains = torch.full((count,), int(head.gains.median()), dtype=torch.uint8)
+    stored: np.ndarray | None = None
+    match codes:
+        case HadamardRows():
+            new = _free_codes(codes, spec.blocks or 1, count, vectors)
+            changed, stored = _with_indices(spec, np.concatenate((codes.indices, new)))
+        case StoredSigns():
+            packed, own_lengths = _new_signs(codes, spec.seed, count, vectors)
+            changed = replace(spec, num_classes=total, digest=None)
+            stored = np.concatenate((codes.packed, packed))
+            if gains is not None and lengths and own_lengths is not None:
+                longest = float(head.scale) / codes.num_signs**0.5
+                gains = (own_lengths / longest * GAIN_STEPS).round().clamp(1, GAIN_STEPS).to(torch.uint8)
+        case FeatureRows():
+            changed = replace(spec, num_classes=total, digest=None)
+        case _:
+            _refuse(spec, "added")
+    bias = None
+    if head.bias is not None:
+        new_biases = head.bias.mean().expand(count) if biases is None else biases.to(head.bias.dtype)
+        bias = torch.cat((head.bias, new_biases))
+    every = None if head.gains is None or gains is None else torch.cat((head.gains, gains))
+    return _rebuilt(head, changed, stored, every, bias)
+
+
+@torch.no_grad()
+def merge_classes(head: FixedClassifier, classes: Sequence[int]) -> FixedClassifier:
+    """Make a head in which some classes are one: it takes the place of the first, and the others are gone.
+
+    Stored signs become those of the mean class vector, and the bias the mean plus the logarithm of their number: to
+    first order the logarithm of their summed probability. A Hadamard head keeps code and bias of the first, since the
+    mean of orthogonal codes is near to none of the others.
+
+    Args:
+        head: The head, with its codes, on the CPU.
+        classes: Different class numbers, at least two.
+
+    Raises:
+        HeadSpecError: See `keep_classes`; or the merged class would have the code of another.
+    """
+    first, *others = classes
+    kept = [number for number in range(head.out_features) if number not in set(others)]
+    spec = head.spec
+    codes = kind_of(spec).codes(spec, head.product.stored)
+    if not isinstance(codes, StoredSigns):
+        return keep_classes(head, kept)
+    chosen = np.asarray(classes, dtype=np.int64)
+    rows = StoredSigns(codes.num_features, codes.num_signs, codes.packed[chosen], codes.rotation)
+    signs = torch.from_numpy(rows.signs()).float()
+    sizes = torch.full((len(chosen),), float(GAIN_STEPS)) if head.gains is None else head.gains[chosen].float()
+    mean = (signs * sizes[:, None]).mean(dim=0)
+    mean = torch.where(mean == 0, 1e-3 * signs[0], mean)
+    packed = codes.packed.copy()
+    packed[first] = np.packbits(mean.numpy() < 0)
+    place = kept.index(first)
+    made = _rebuilt(
+        head,
+        replace(spec, num_classes=len(kept), digest=None),
+        _separated(packed[kept], codes.num_signs, [place]),
+        None if head.gains is None else head.gains[kept],
+        None if head.bias is None else head.bias[kept],
+    )
+    if made.gains is not None:
+        made.gains[place] = int(mean.abs().mean().round().clamp(1, GAIN_STEPS))
+    if made.bias is not None and head.bias is not None:
+        made.bias[place] = head.bias[list(classes)].mean() + float(np.log(len(classes)))
+    return made
+
+
+def _refuse(spec: HeadSpec, what: str) -> NoReturn:
+    raise HeadSpecError(
+        f"The codes of head {spec.kind} ({kind_of(spec).summary}) depend on the number of classes, so classes cannot "
+        f"be {what} one by one.",
+        hint="Names can be changed. For other classes, convert the original again: --head hadamard, or --head binary.",
+    )
+
+
+def _with_indices(spec: HeadSpec, indices: np.ndarray) -> tuple[HeadSpec, np.ndarray | None]:
+    """Return the spec of a Hadamard head with these code indices, and what it stores: nothing if they are in order."""
+    n, c = spec.num_features, len(indices)
+    needed = min_blocks(n, c)
+    fields = replace(spec, num_classes=c, digest=None, matched=False, blocks=None) if not spec.matched else None
+    if fields is not None and np.array_equal(indices, default_codes(n, c)):
+        return fields, None
+    blocks = max(spec.blocks or 1, needed, int(indices.max()) // (2 * n) + 1)
+    return replace(spec, num_classes=c, digest=None, matched=True, blocks=blocks), indices
+
+
+def _rebuilt(
+    head: FixedClassifier, spec: HeadSpec, stored: np.ndarray | None, gains: Tensor | None, bias: Tensor | None
+) -> FixedClassifier:
+    """Make a head with other codes, and with the scale and the statistics of another."""
+    made = FixedClassifier(
+        spec,
+        codes=None if stored is None else torch.from_numpy(np.ascontiguousarray(stored)),
+        gains=gains,
+        channel_dim=head.channel_dim,
+        dtype=head.scale.dtype,
+    )
+    for name in ("scale", "center", "spread", "num_batches_tracked"):
+        own, other = getattr(made, name), getattr(head, name)
+        if own is not None and other is not None:
+            own.copy_(other)
+    if made.bias is not None and bias is not None:
+        made.bias.copy_(bias)
+    made.starting_scale = float(head.scale)
+    return made.train(head.training)
+
+
+def _free_codes(codes: HadamardRows, blocks: int, count: int, vectors: Tensor | None) -> np.ndarray:
+    """Choose free code indices, int64 [count]: unused rows of the only block first, then any free code."""
+    c, n = codes.shape
+    block = np.unique(codes.block)
+    rows = np.setdiff1d(np.arange(n), codes.row)
+    if len(block) == 1 and len(rows) >= count:
+        if len(rows) > count and rows[0] == 0:
+            rows = rows[1:]  # the all-ones row: see `fixify.heads.kinds.default_codes`
+        base = int(block[0]) * 2 * n
+        if vectors is None:
+            return base + rows[:count]
+        cosines = _cosines(codes, base + rows, vectors)
+        chosen = _assigned(np.abs(cosines))
+        return base + rows[chosen] + n * (cosines[np.arange(count), chosen] < 0)
+    space = 2 * n * max(blocks, default_blocks(n, c + count))
+    free = np.setdiff1d(np.arange(space), codes.indices)
+    if vectors is None:
+        return free[:count]
+    return free[_assigned(_cosines(codes, free, vectors))]
+
+
+def _cosines(codes: HadamardRows, candidates: np.ndarray, vectors: Tensor) -> np.ndarray:
+    """Compute the cosines of vectors [k, N] with candidate codes: float32 [k, candidates]."""
+    units = torch.nn.functional.normalize(vectors, dim=1).numpy()
+    parts = [
+        units @ HadamardRows(codes.construction, codes.seed, candidates[start : start + _AT_ONCE]).table().T
+        for start in range(0, len(candidates), _AT_ONCE)
+    ]
+    return np.concatenate(parts, axis=1)
+
+
+def _assigned(cosines: np.ndarray) -> np.ndarray:
+    """Choose a different candidate for each row, with the largest sum of cosines: int64 [k]."""
+    if cosines.size <= _ASSIGNED:
+        from scipy.optimize import linear_sum_assignment  # takes half a second, and is needed here only
+
+        return linear_sum_assignment(cosines, maximize=True)[1].astype(np.int64)
+    chosen = np.empty(len(cosines), dtype=np.int64)
+    for row, values in enumerate(cosines):
+        chosen[row] = values.argmax()
+        cosines[:, chosen[row]] = -2.0
+    return chosen
+
+
+def _new_signs(codes: StoredSigns, seed: int, count: int, vectors: Tensor | None) -> tuple[np.ndarray, Tensor | None]:
+    """Choose signs for further classes: packed, uint8 [count, bytes], different from all others; and their lengths."""
+    c, d = len(codes.packed), codes.num_signs
+    if vectors is None:
+        bits = np.stack([streams.sign_bits(seed, streams.Purpose.NEW_CODES, c + i, d) for i in range(count)])
+        packed, lengths = np.packbits(bits, axis=1), None
+    else:
+        kept = vectors if codes.rotation is None else vectors @ torch.from_numpy(codes.rotation.basis())
+        packed, lengths = np.packbits(kept.numpy() < 0, axis=1), kept.abs().mean(dim=1)
+    every = np.concatenate((codes.packed, packed))
+    return _separated(every, d, range(c, c + count))[c:], lengths
+
+
+def _separated(packed: np.ndarray, num_signs: int, classes: Sequence[int]) -> np.ndarray:
+    """Change the last signs of some classes until no two classes have the same: uint8 [C, bytes]."""
+    some = set(classes)
+    taken = {row.tobytes() for number, row in enumerate(packed) if number not in some}
+    for number in classes:
+        start, step = packed[number].copy(), 0
+        while packed[number].tobytes() in taken:
+            step += 1
+            if step >= 1 << min(num_signs, 20):
+                raise HeadSpecError(f"There is no free code of {counted(num_signs, 'sign')} left.")
+            flips = np.zeros(packed.shape[1] * 8, dtype=np.uint8)
+            bits = np.array([step >> place & 1 for place in range(min(num_signs, 20))], dtype=np.uint8)
+            flips[num_signs - len(bits) : num_signs] = bits[::-1]
+            packed[number] = start ^ np.packbits(flips)
+        taken.add(packed[number].tobytes())
+    return packed

