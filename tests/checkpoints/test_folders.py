@@ -56,7 +56,8 @@ def test_what_timm_saves(folder: Path, safe: bool) -> None:
         assert source.facts.architecture_kwargs["in_chans"] == 1
         assert source.facts.num_classes == 3
         assert source.facts.labels == ["cat", "dog", "n3"]
-        assert source.facts.pretrained_cfg is not None and source.facts.pretrained_cfg["input_size"][0] == 1
+        assert source.facts.pretrained_cfg is not None
+        assert list(source.facts.pretrained_cfg["input_size"]) == list(model.pretrained_cfg["input_size"])
         assert all(torch.equal(source.tensors[key], value) for key, value in model.state_dict().items())
         assert source.sha256 is not None
     weights = folder / ("model.safetensors" if safe else "pytorch_model.bin")
