@@ -155,7 +155,8 @@ def test_help_completion_and_inspect_import_neither_torch_nor_timm() -> None:
 def test_every_command_is_a_public_function() -> None:
     commands = {"evaluate" if name == "eval" else name for name in COMMANDS} - {"demo"}
     objects = {"__version__", "FixedClassifier", "FixifyError", "HeadSpec"}
-    assert set(fixify.__all__) - objects == commands | {"codebook", "fix_classifier_", "load", "save"}
+    classes = {f"{verb}_classes" for verb in ("add", "keep", "merge", "rename")}  # `fixify classes VERB`
+    assert set(fixify.__all__) - objects == commands | classes | {"codebook", "fix_classifier_", "load", "save"}
     # A module of that name would replace the function when it is imported.
     assert not {path.stem for path in PACKAGE.iterdir()} & set(fixify.__all__)
 

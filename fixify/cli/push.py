@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from fixify.cli.common import the_slim_file_here
 from fixify.cli.options import Json
 from fixify.cli.output import Output
 
@@ -43,6 +42,7 @@ def push(
     Anyone can then load it: fixify.load("hf-hub:organisation/name"), or timm.create_model after `import fixify`.
     """
     import fixify
+    from fixify.cli.common import the_slim_file_here
     from fixify.reporting.layout import human_bytes, new_table
 
     output = Output(as_json=as_json)
