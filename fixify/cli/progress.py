@@ -195,13 +195,15 @@ class RunDisplay:
         self._last_line = clock()
 
     def __enter__(self) -> Self:
-        self.view.start()
+        if self.view.is_live:  # older versions of rich end a hidden bar with an empty line
+            self.view.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.view.stop()
+        if self.view.is_live:
+            self.view.stop()
 
     def begin(self, epochs: int, steps: int) -> None:
         """Begin a run of that many epochs and steps per epoch."""

@@ -146,6 +146,8 @@ def _commands(folder: Path) -> list[tuple[object, ...]]:
         ("eval", slim, "--data", folder / "data", "--class-map", folder / f"{EVIL_FILE}.yaml"),
         ("compare", model, slim, "--data", folder / "data", "--workers", "0", "--arch", "test_efficientnet"),
         ("compare", slim, model, "--data", folder / "data"),
+        ("push", f"local-dir:{folder}/pushed{EVIL_FILE}", slim),
+        ("push", f"org/{EVIL_FILE}", slim),
         ("export", model),
         ("export", slim, "--to", "torch-export", "-o", folder / EVIL_FILE / "no folder.pt2"),
         ("report", slim),
