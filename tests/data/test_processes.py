@@ -223,6 +223,7 @@ raise SystemExit(7)  # without closing
 """
 
 
+@pytest.mark.slow
 def test_a_program_that_forgets_to_close_ends() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (7, "")

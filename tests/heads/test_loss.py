@@ -299,7 +299,7 @@ def one_process(rank, size, folder, names):
 
 
 @pytest.mark.parametrize("_block_size", [1], indirect=True)
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_that_share_the_classes_equal_one(tmp_path, size, _block_size):
     names = [("blocks", None), ("matched", None), ("binary", None), ("no bias", CosFace(0.3)), ("one block", None)]
     start = partial(multiprocessing.get_context("spawn").Process, target=runpy.run_path)

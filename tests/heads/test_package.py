@@ -14,7 +14,7 @@ LIGHT = {"kinds", "spec", "__init__"}
 ORDER = [
     "streams", "constructions", "levels", "matrices", "codes", "kinds", "spec", "signs", "product", "statistics",
     "normalisation", "prepared", "loss", "layer", "cosines", "matching", "level_search", "encoding",
-    "fitting", "__init__",
+    "fitting", "editing", "__init__",
 ]  # fmt: skip
 
 

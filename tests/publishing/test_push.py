@@ -253,6 +253,7 @@ print(json.dumps([torch.equal(ours, theirs), float(ours.abs().sum())]))
 """
 
 
+@pytest.mark.slow
 def test_processes_with_a_hub_in_their_environment(hub: StandInHub, slim: Path, tmp_path: Path) -> None:
     """The command, then a program of its reader, with HF_ENDPOINT, HF_HOME and HF_TOKEN as a user sets them."""
     environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}

@@ -143,6 +143,7 @@ def test_options_of_the_head() -> None:
     assert float(head.scale) == 10 and "scale" not in dict(head.named_parameters())
 
 
+@pytest.mark.slow
 def test_torchvision_and_networks_that_are_built_for_one_size(few: Path, tmp_path: Path) -> None:
     options = OPTIONS.replace(model="torchvision/shufflenet_v2_x0_5", in_chans=None, mean=None, std=None, epochs=1)
     result = train_from_scratch(str(few), tmp_path / "fixed", options.replace(head="simplex"))
