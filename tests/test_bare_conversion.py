@@ -170,6 +170,7 @@ def test_the_same_command_gives_the_same_bytes(text: Path, tmp_path: Path) -> No
     assert a.read_bytes() == b.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_classes(tmp_path: Path) -> None:
     c, n = 100_000, 768
     np.save(tmp_path / "text.npy", embeddings(c, n).astype(np.float16))

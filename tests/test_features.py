@@ -92,7 +92,7 @@ def test_the_seed_draws_the_images(glyphs: Path, tmp_path: Path) -> None:
     ("arch", "paths"),
     [
         ("timm/deit_tiny_distilled_patch16_224", ["head", "head_dist"]),
-        ("timm/repvit_m0_9", ["head.head.l", "head.head_dist.l"]),
+        pytest.param("timm/repvit_m0_9", ["head.head.l", "head.head_dist.l"], marks=pytest.mark.slow),
         ("torchvision/squeezenet1_1", ["classifier.1"]),
     ],
 )

@@ -148,6 +148,7 @@ def test_an_average_can_be_saved(model: Any, tmp_path: Path) -> None:
     assert torch.equal(answers(fixify.load(tmp_path / "average.safetensors")), answers(model))
 
 
+@pytest.mark.slow
 def test_compiled(model: Any) -> None:
     torch.compiler.reset()
     expected = answers(model)
@@ -252,6 +253,7 @@ def one_process(rank: int, size: int, folder: Path, how: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_processes_do_what_one_does(tmp_path: Path, how: str) -> None:
     start = partial(multiprocessing.get_context("spawn").Process, target=runpy.run_path)

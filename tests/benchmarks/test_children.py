@@ -138,6 +138,7 @@ def test_the_parts_of_a_step(head: str) -> None:
         assert phases.total < took
 
 
+@pytest.mark.slow
 def test_two_processes_meet() -> None:
     found = benchmark_step("test_efficientnet", num_classes=50, batch=2, image_size=32, processes=[2], repeats=2)
     (row,) = found.rows

@@ -257,6 +257,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.slow
 def test_a_process_with_a_hub_and_caches_in_its_environment(
     tmp_path: Path, resnet_state: State, pretrained: State
 ) -> None:

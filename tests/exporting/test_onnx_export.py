@@ -54,7 +54,7 @@ def test_kinds_of_heads(slims: Slims, exported: Exports, head: str) -> None:
     assert bool(exact.notes) is (head == "orthogonal")
 
 
-@pytest.mark.parametrize("bits", [1.58, 3])
+@pytest.mark.parametrize("bits", [1.58, pytest.param(3, marks=pytest.mark.slow)])
 def test_levels(slims: Slims, tmp_path: Path, bits: float) -> None:
     slim = slims(head="binary", bits_per_weight=bits)
     exact = fixify.export(slim, tmp_path / "a.onnx", portable=True)
