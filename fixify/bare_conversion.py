@@ -6,11 +6,12 @@ The file becomes a slim head alone (`convert_bare`), or its matrix is put onto a
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from fixify._watch import OnProgress, unwatched
@@ -19,11 +20,10 @@ from fixify.checkpoints.matrix import Matrix, MatrixOptions, class_mean, read_ma
 from fixify.checkpoints.slim import SlimInfo, bare_tensors, describe_bare, is_slim
 from fixify.conversion_options import ConvertOptions
 from fixify.description import BARE_PATH
-from fixify.errors import SourceError, UsageError
-from fixify.heads import KINDS
+from fixify.errors import FormatError, SourceError, UsageError
 from fixify.models.classifiers import ClassifierSite
 from fixify.savings import Savings
-from fixify.surgery import NewHead, make_cosine_head, make_heads
+from fixify.surgery import heads_of_class_vectors, require_fitted_codes
 
 _OF_A_NETWORK = {
     "arch": "names one",
@@ -71,12 +71,7 @@ def convert_bare(source: Path, options: ConvertOptions, on_progress: OnProgress 
                 hint=f"Leave it out, or put the classifier onto a network: fixify convert MODEL --classifier {source}",
             )
     matrix, options = read_bare(source, options)
-    if not KINDS[options.head].can_fit or not options.match:
-        raise UsageError(
-            f"The codes of head {options.head}{'' if options.match else ' with --no-match'} are not chosen by class "
-            "vectors, so nothing of this classifier would be kept.",
-            hint="Take --head binary, or --head hadamard.",
-        )
+    require_fitted_codes(options, "nothing of a classifier without a network would be kept")
     bias = {} if matrix.bias is None else {f"{BARE_PATH}.bias": matrix.bias}
     tensors = {f"{BARE_PATH}.weight": matrix.weight, **bias}
     c, n = matrix.weight.shape
@@ -147,37 +142,35 @@ def classifier_record(matrix: Matrix | None, options: ConvertOptions) -> dict[st
     return {"classifier": {**matrix.record(), "logit_scale": scale, "class_mean": text}}
 
 
-def heads_of_class_vectors(
-    sites: Sequence[ClassifierSite],
-    tensors: Mapping[str, Tensor],
-    options: ConvertOptions,
-    *,
-    features: Mapping[str, Tensor] | None = None,
-    on_progress: OnProgress = unwatched,
-) -> list[NewHead]:
-    """Make the heads that replace some classifiers, cosine or linear ones as the options say.
+@dataclass(frozen=True)
+class ClassVectors:
+    """How the class vectors of a slim checkpoint were made, so that others can be compared with them.
 
-    Raises:
-        HeadSpecError: See `fixify.surgery.make_heads`.
-        UsageError: A cosine classifier is to be replaced by codes that are not chosen by its class vectors.
+    Attributes:
+        logit_scale: See `fixify.checkpoints.matrix.MatrixOptions`.
+        mean: Their mean over classes, or that of their directions, float32 [N].
     """
-    if options.logit_scale is None:
-        return make_heads(
-            sites, tensors, options, features=features, num_classes=options.num_classes, on_progress=on_progress
-        )
-    if not KINDS[options.head].can_fit or not options.match:
-        raise UsageError(
-            f"--logit-scale belongs to a head whose codes are chosen by class vectors, not to {options.head}.",
-            hint="Take --head binary, or --head hadamard.",
-        )
-    return [
-        make_cosine_head(
-            site,
-            tensors,
-            options,
-            options.logit_scale,
-            features=(features or {}).get(site.path),
-            on_progress=on_progress,
-        )
-        for site in sites
-    ]
+
+    logit_scale: float | None
+    mean: Tensor
+
+    @classmethod
+    def recorded(cls, info: SlimInfo, num_features: int) -> ClassVectors | None:
+        """Read what `classifier_record` wrote; None if the checkpoint was not made from class vectors.
+
+        Raises:
+            FormatError: The record is damaged.
+        """
+        known = info.source.get("classifier")
+        if known is None:
+            return None
+        try:
+            scale, text = known["logit_scale"], known["class_mean"]
+            mean = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4")
+            if mean.shape != (num_features,) or not np.isfinite(mean).all():
+                raise ValueError(f"class_mean does not have {num_features} numbers")
+            if scale is not None and not (type(scale) in (int, float) and 0 < scale < float("inf")):
+                raise ValueError("logit_scale is not a positive number")
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"What the header says of the class vectors is damaged: {error}.") from error
+        return cls(scale, torch.from_numpy(mean.astype(np.float32)))

@@ -5,46 +5,39 @@ The network is not touched, and the classes that stay keep their logits bit for 
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fixify._files import refuse_existing
 from fixify._options import did_you_mean
 from fixify._values import counted, shorten
 from fixify.checkpoints.labels import read_class_map
-from fixify.checkpoints.matrix import MatrixOptions, read_matrix
 from fixify.checkpoints.slim import (
     DTYPES,
     Contents,
     SlimInfo,
     is_slim,
-    load_contents,
     read_contents,
     write_slim,
 )
-from fixify.class_features import ClassFeatures, observe
 from fixify.description import HeadRecord
-from fixify.errors import DataError, FormatError, SourceError, UsageError
+from fixify.errors import DataError, FormatError, UsageError
 from fixify.heads import FixedClassifier
 from fixify.heads.editing import add_classes as add_to_head
 from fixify.heads.editing import keep_classes as keep_of_head
 from fixify.heads.editing import merge_classes as merge_in_head
 from fixify.models.classifiers import find_heads
 from fixify.models.projection import build_with
+from fixify.new_classes import by_embeddings, by_images
 from fixify.savings import Savings, under
 
 SUFFIX = "-classes.fixed.safetensors"
 _SLIM_SUFFIXES = (".fixed.safetensors", ".safetensors")
-_MARGIN = 3.0
-"""By how much the logit of a new class exceeds the largest old one on its own images, on average: softmax is 0.95."""
 
 
 @dataclass(frozen=True)
@@ -230,10 +223,10 @@ def add_classes(
         )
     notes: list[str] = []
     if images is not None:
-        heads, said = _by_images(job, new, Path(images), device)
+        heads, said = by_images(job.contents, job.path, job.heads, new, Path(images), device)
         notes += said
     elif embeddings is not None:
-        heads = _by_embeddings(job, new, Path(embeddings), key)
+        heads = by_embeddings(job.info, job.path, job.heads, new, Path(embeddings), key)
     else:
         heads = {path: add_to_head(head, len(new)) for path, head in job.heads.items()}
         notes.append("The new codes are arbitrary: fine-tune, or give --images or --embeddings.")
@@ -374,76 +367,3 @@ def _folders(images: str | Path | None, known: Sequence[str]) -> list[str]:
         raise DataError(f"There is no folder {folder}.")
     old = set(known)
     return sorted(each.name for each in folder.iterdir() if each.is_dir() and each.name not in old)
-
-
-def _by_images(
-    job: _Job, new: Sequence[str], folder: Path, device: str | None
-) -> tuple[dict[str, FixedClassifier], tuple[str, ...]]:
-    """Choose codes by the mean features of some images, and biases by their logits."""
-    if job.info.is_bare:
-        raise UsageError(
-            f"{job.path.name} is a classifier without a network, and cannot see images.", hint="Give --embeddings."
-        )
-    old = [name for name in job.info.labels or [] if (folder / name).is_dir()]
-    model = load_contents(job.contents, job.path)
-    seen = observe(model, job.info, folder, [*new, *old], device)
-    heads = {path: _matched(head, seen, path, len(new), job.path.name) for path, head in job.heads.items()}
-    return heads, seen.notes
-
-
-def _matched(head: FixedClassifier, seen: ClassFeatures, path: str, count: int, name: str) -> FixedClassifier:
-    features = [seen.features[path][label] for label in seen.labels]
-    if any(not len(each) for each in features):  # an auxiliary classifier, which does not run
-        return add_to_head(head, count)
-    means = torch.stack([each.mean(dim=0) for each in features])
-    if head.mean is not None and head.num_batches_tracked is not None and int(head.num_batches_tracked):
-        center = head.mean
-    elif len(means) > 1:
-        center = means.mean(dim=0)
-    else:
-        raise UsageError(
-            f"{name} stores no mean of its features, so one class alone does not show what sets it apart.",
-            hint="Put images of old classes beside it, in folders called like them, or calibrate when converting.",
-        )
-    vectors = means[:count] - center
-    if head.std is not None:
-        vectors = vectors / head.std.clamp_min(1e-6)
-    made = add_to_head(head, count, vectors, biases=torch.zeros(count) if head.bias is not None else None)
-    if made.bias is not None:
-        with torch.no_grad():
-            for i, each in enumerate(features[:count]):
-                logits = made(each)
-                number = head.out_features + i
-                ahead = logits[:, : head.out_features].amax(dim=1).mean() - logits[:, number].mean()
-                made.bias[number] = ahead + _MARGIN
-    return made
-
-
-def _by_embeddings(job: _Job, new: Sequence[str], path: Path, keys: Sequence[str]) -> dict[str, FixedClassifier]:
-    """Choose codes by class vectors of the kind that the classifier was made from."""
-    known: Any = job.info.source.get("classifier") or {}
-    if not known.get("class_mean") or len(job.heads) != 1:
-        raise UsageError(
-            f"{job.path.name} was not made from class vectors that are known, so others cannot be compared with them.",
-            hint="Give --images of the new classes.",
-        )
-    ((place, head),) = job.heads.items()
-    scale = known.get("logit_scale")
-    matrix = read_matrix(path, MatrixOptions(keys=keys, rows="classes", logit_scale=scale or 1.0))
-    if matrix.num_features != head.in_features:
-        raise SourceError(
-            f"{path} has class vectors of {matrix.num_features} values, and {job.path.name} of {head.in_features}."
-        )
-    if len(matrix.weight) != len(new):
-        raise UsageError(
-            f"{path} has {counted(len(matrix.weight), 'class vector')} for {len(new)} new ones; one row is one class."
-        )
-    mean = np.frombuffer(base64.b64decode(known["class_mean"]), dtype="<f4")
-    if mean.shape != (head.in_features,) or not np.isfinite(mean).all():
-        raise FormatError(f"The header of {job.path} is damaged: class_mean does not have {head.in_features} numbers.")
-    vectors = matrix.weight if scale is None else F.normalize(matrix.weight, dim=1)
-    vectors = (vectors - torch.from_numpy(mean.copy())) * (scale or 1.0)
-    if head.std is not None:
-        vectors = vectors * head.std
-    as_converted = job.info.training is None and job.info.calibration is None
-    return {place: add_to_head(head, len(new), vectors, lengths=as_converted, biases=matrix.bias)}

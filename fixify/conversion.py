@@ -15,7 +15,6 @@ from fixify.agreement import Choice, choose_head, fewest_images, images_to_hold_
 from fixify.bare_conversion import (
     classifier_record,
     convert_bare,
-    heads_of_class_vectors,
     read_bare,
     refuse_bare_options,
 )
@@ -39,7 +38,7 @@ from fixify.features import Calibration, Observation
 from fixify.heads import FixedClassifier
 from fixify.metrics import resolve_device
 from fixify.savings import Savings
-from fixify.surgery import HeadRecord, NewHead, make_heads
+from fixify.surgery import HeadRecord, NewHead, heads_of_class_vectors, make_heads
 
 _SOURCE_SUFFIXES = (".npy", ".npz", ".pth.tar", ".pth", ".pt", ".safetensors", ".bin", ".tar", ".ckpt")
 

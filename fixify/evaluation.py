@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fixify._watch import unheard
 from fixify.checkpoints.open import OpenModel, open_model
 from fixify.data import (
     DataOptions,
@@ -144,23 +145,17 @@ def evaluate(
         ResourceError, LoaderError: memory or file handles ran out, or a loader process ended.
         SourceError, ArchitectureError, FormatError: a checkpoint cannot be opened.
     """
-    for name, value, allowed in (
-        ("split", split, _SPLITS),
-        ("amp", amp, _PRECISIONS),
-        ("class_order", class_order, _CLASS_ORDERS),
-    ):
-        if value not in allowed:
-            choices = ", ".join(each for each in allowed if each is not None)
-            raise UsageError(f"{name} must be one of {choices}, not {value!r}.")
+    if amp not in _PRECISIONS:
+        raise UsageError(f"amp must be one of {', '.join(_PRECISIONS)}, not {amp!r}.")
     where = resolve_device(device)
-    reading = DataOptions(class_order, class_map, input_key, target_key)  # type: ignore[arg-type]
-    opened = open_data(str(data), split=split, download=download, options=reading)  # type: ignore[arg-type]
+    reading = (class_order, class_map, input_key, target_key)
+    opened = open_labelled(data, split, *reading, download=download)
 
     def prepare(source: str | Path | OpenModel) -> Prepared:
         model = source if isinstance(source, OpenModel) else open_model(source, arch=arch, ema=ema)
         return prepare_model(model, opened, where, img_size, crop_pct)
 
-    warn = on_warning if on_warning is not None else _say_nothing
+    warn = on_warning if on_warning is not None else unheard
     unreadable = UnreadableImages(len(opened), max_unreadable, name_the_first(warn), warn)
     loaders = contextlib.ExitStack()
 
@@ -203,8 +198,28 @@ def evaluate(
     return replace(found, unreadable=tuple(unreadable.messages))
 
 
-def _say_nothing(_text: str) -> None:
-    """Do nothing with a warning; the result has them."""
+def open_labelled(
+    data: str | Path,
+    split: str,
+    class_order: str | None = None,
+    class_map: str | Path | None = None,
+    input_key: str | None = None,
+    target_key: str | None = None,
+    *,
+    download: bool = False,
+) -> OpenedData:
+    """Open the data that models are measured on; see `evaluate` for the arguments.
+
+    Raises:
+        UsageError: the split or the class order is none.
+        DataError: see `fixify.data.open_data`.
+    """
+    for name, value, allowed in (("split", split, _SPLITS), ("class_order", class_order, _CLASS_ORDERS)):
+        if value not in allowed:
+            choices = ", ".join(each for each in allowed if each is not None)
+            raise UsageError(f"{name} must be one of {choices}, not {value!r}.")
+    reading = DataOptions(class_order, class_map, input_key, target_key)  # type: ignore[arg-type]
+    return open_data(str(data), split=split, download=download, options=reading)  # type: ignore[arg-type]
 
 
 def prepare_model(

@@ -70,6 +70,43 @@ def record_inputs(
         yield seen
 
 
+def inputs_of(
+    model: nn.Module,
+    paths: Iterable[str],
+    loader: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    keep: Callable[[str, Tensor], Tensor] | None = None,
+) -> dict[str, list[Tensor]]:
+    """Run a model in eval mode on every image of a loader, and return what some layers were given.
+
+    Args:
+        model: The model, on `device`.
+        paths: See `record_inputs`, like `keep` and the result.
+        loader: Batches of (images, labels); the labels are not used.
+        device: Where the model is.
+        keep: See `record_inputs`.
+    """
+    with record_inputs(model, paths, keep) as seen, eval_mode(model), torch.no_grad():
+        for images, _ in loader:
+            model(images.to(device))
+    return seen
+
+
+def draw_to_calibrate(name: str, count: int, seed: int) -> OpenedData:
+    """Draw images without labels; see `fixify.data.draw_images`.
+
+    Raises:
+        DataError: there is no such data, or there are fewer than `MIN_IMAGES` images.
+    """
+    drawn = draw_images(name, count=count, seed=seed)
+    if len(drawn) < MIN_IMAGES:
+        raise DataError(
+            f"{drawn.location} holds {counted(len(drawn), 'image')}; calibrating takes at least {MIN_IMAGES}.",
+            hint="Give a folder of a few hundred images like those that the model is for; no labels are needed.",
+        )
+    return drawn
+
+
 @dataclass(frozen=True)
 class Calibration:
     """How a conversion was calibrated.
@@ -129,12 +166,7 @@ class Observation:
     ) -> None:
         wanted, fewest = held_out or (0, 0)
         to_fit = num_images - max(1, round(_HELD_OUT * num_images)) if wanted else num_images
-        drawn = draw_images(name, count=to_fit + wanted, seed=seed)
-        if len(drawn) < MIN_IMAGES:
-            raise DataError(
-                f"{drawn.location} holds {counted(len(drawn), 'image')}; calibrating takes at least {MIN_IMAGES}.",
-                hint="Give a folder of a few hundred images like those that the model is for; no labels are needed.",
-            )
+        drawn = draw_to_calibrate(name, to_fit + wanted, seed)
         self.data = drawn.name
         self.num_held_out = max(1, round(_HELD_OUT * len(drawn)))
         if wanted:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from fixify._values import counted
 from fixify._watch import OnProgress, unwatched
-from fixify.conversion_options import HeadConfig
+from fixify.conversion_options import ConvertOptions, HeadConfig
 from fixify.description import HeadRecord
-from fixify.errors import FormatError, HeadSpecError, NoClassifierError
+from fixify.errors import FormatError, HeadSpecError, NoClassifierError, UsageError
 from fixify.heads import KINDS, FixedClassifier, HeadSpec, choose_kind, kind_of, replacement, wide_blocks
 from fixify.heads.codes import HadamardRows
 from fixify.models.architectures import Architecture
@@ -169,6 +169,56 @@ def make_heads(
         with naming_head(site.path, sites):
             made.append(_make_head(site, tensors, head, features.get(site.path), num_classes, on_progress))
     return made
+
+
+def heads_of_class_vectors(
+    sites: Sequence[ClassifierSite],
+    tensors: Mapping[str, Tensor],
+    options: ConvertOptions,
+    *,
+    features: Mapping[str, Tensor] | None = None,
+    on_progress: OnProgress = unwatched,
+) -> list[NewHead]:
+    """Make the heads that replace some classifiers, cosine or linear ones as the options say.
+
+    Raises:
+        HeadSpecError: See `make_heads`.
+        UsageError: A cosine classifier is to be replaced by codes that are not chosen by its class vectors.
+    """
+    if options.logit_scale is None:
+        return make_heads(
+            sites, tensors, options, features=features, num_classes=options.num_classes, on_progress=on_progress
+        )
+    require_fitted_codes(options, "--logit-scale would mean nothing")
+    return [
+        make_cosine_head(
+            site,
+            tensors,
+            options,
+            options.logit_scale,
+            features=(features or {}).get(site.path),
+            on_progress=on_progress,
+        )
+        for site in sites
+    ]
+
+
+def require_fitted_codes(head: HeadConfig, otherwise: str) -> None:
+    """Refuse a head whose codes are not chosen by the old class vectors.
+
+    Args:
+        head: The config.
+        otherwise: What would follow, for the message.
+
+    Raises:
+        UsageError: The kind is one of those, or matching is off.
+    """
+    if not KINDS[head.head].can_fit or not head.match:
+        raise UsageError(
+            f"The codes of head {head.head}{'' if head.match else ' with --no-match'} are not chosen by class vectors: "
+            f"{otherwise}.",
+            hint="Take --head binary, or --head hadamard.",
+        )
 
 
 def make_cosine_head(

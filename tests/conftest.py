@@ -12,7 +12,7 @@ import timm
 import torch
 from PIL import Image
 
-from fixify.demo.glyphs import TRAIN_FACES, VAL_FACES, distort, draw, generator
+from fixify.demo.glyphs import TRAIN_FACES, VAL_FACES, distort, draw, face_images, generator
 from fixify.heads import kinds
 
 
@@ -79,6 +79,17 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     path = folder / split / str(digit)
                     path.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(image).save(path / f"{face}-{variant}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,000 glyphs of 500 classes in a flat folder, for the demo's network: no labels to be had."""
+    folder = tmp_path_factory.mktemp("data") / "glyphs"
+    folder.mkdir()
+    for variant, images in enumerate(face_images("val", "DejaVuSerif-BoldItalic")):
+        for number, image in enumerate(images):
+            Image.fromarray(image).save(folder / f"{variant}-{number}.png", compress_level=1)
     return folder
 
 

@@ -17,21 +17,9 @@ import fixify
 from fixify import agreement as module
 from fixify.agreement import candidates, fewest_images, images_to_hold_out, lower_bound
 from fixify.conversion_options import ConvertOptions
-from fixify.demo.glyphs import face_images
 from fixify.demo.run import SHIPPED
 from fixify.errors import DataError, UsageError
 from fixify.models.classifiers import ClassifierSite
-
-
-@pytest.fixture(scope="module")
-def glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1,000 images without labels for the demo's network."""
-    folder = tmp_path_factory.mktemp("data") / "glyphs"
-    folder.mkdir()
-    for variant, images in enumerate(face_images("val", "DejaVuSerif-BoldItalic")):
-        for number, image in enumerate(images):
-            Image.fromarray(image).save(folder / f"{variant}-{number}.png", compress_level=1)
-    return folder
 
 
 @settings(deadline=None, max_examples=60)

@@ -16,24 +16,12 @@ from torch import nn
 import fixify
 from fixify.checkpoints.learned import read_original
 from fixify.data import Subset, draw_images, make_loader
-from fixify.demo.glyphs import face_images
 from fixify.demo.run import SHIPPED
 from fixify.errors import DataError, UsageError
 from fixify.heads import FixedClassifier
 from fixify.metrics import compare
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1,000 glyphs of 500 classes in a flat folder: no labels to be had."""
-    folder = tmp_path_factory.mktemp("data") / "glyphs"
-    folder.mkdir()
-    for variant, images in enumerate(face_images("val", "DejaVuSerif-BoldItalic")):
-        for number, image in enumerate(images):
-            Image.fromarray(image).save(folder / f"{variant}-{number}.png", compress_level=1)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
-import multiprocessing
 import pickle
-import runpy
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
+from tools.processes import run_together
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -256,14 +254,7 @@ def one_process(rank: int, size: int, folder: Path, how: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_processes_do_what_one_does(tmp_path: Path, how: str) -> None:
-    start = partial(multiprocessing.get_context("spawn").Process, target=runpy.run_path)
-    given = [{"GIVEN": (rank, 2, tmp_path, how)} for rank in range(2)]
-    processes = [start(args=(__file__, each, "__main__")) for each in given]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    run_together(__file__, [(rank, 2, tmp_path, how) for rank in range(2)])
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for head in HEADS:
         alone = small(head)

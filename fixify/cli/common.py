@@ -19,6 +19,8 @@ from fixify.recipes.reading import Recipe, read_recipe
 from fixify.recipes.shipped import recipe_names
 
 if TYPE_CHECKING:
+    from fixify.checkpoints.open import OpenModel
+    from fixify.data import OpenedData
     from fixify.training import FinetuneOptions, FinetuneResult
 
 _PATTERN = "*.fixed.safetensors"
@@ -65,6 +67,38 @@ def _ask(error: AmbiguousArchitectureError, output: Output) -> str | None:
         if answer.isascii() and answer.isdigit() and 1 <= int(answer) <= len(names):
             return names[int(answer) - 1]
         output.say(f"{answer!r} is none of them.")
+
+
+def opened(ref: str, arch: str | None, output: Output, *, ema: bool = False) -> OpenModel:
+    """Open a checkpoint; ask for its architecture if needed, and say what was read of it and what was left out."""
+    from fixify.checkpoints.open import open_model
+
+    found = with_architecture(lambda known: open_model(ref, arch=known, ema=ema), arch, output)
+    for note in found.notes:
+        output.say(note)
+    return found
+
+
+@contextlib.contextmanager
+def counting_images(output: Output, what: str) -> Iterator[tuple[Callable[[OpenedData], None], Callable[[int], None]]]:
+    """Show a progress bar of images.
+
+    Yields:
+        What is called with the data before the first image, and with the number of images so far.
+    """
+    with output.progress(what) as advance:
+        done = 0
+
+        def begin(data: OpenedData) -> None:
+            output.say(f"data: {data.description}")
+            advance(0, total=len(data))
+
+        def count(images: int) -> None:
+            nonlocal done
+            advance(images - done)
+            done = images
+
+        yield begin, count
 
 
 def slim_files_here(command: str) -> list[str]:

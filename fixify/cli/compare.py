@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from fixify.cli.options import Arch, ClassMap, Data, Device, Download, Ema, Force, Json, takes
 from fixify.cli.output import Output
-
-if TYPE_CHECKING:
-    from fixify.data import OpenedData
 
 
 @takes("fixify.training.options:FinetuneOptions", "class_order", "input_key", "target_key", "max_unreadable")
@@ -57,26 +54,16 @@ def compare(
     """
     import fixify
     from fixify._files import refuse_existing, write_atomic
+    from fixify.cli.common import counting_images, opened
     from fixify.reporting.compare_page import compare_page, compare_tables
 
     output = Output(as_json=as_json)
     if html is not None:
         refuse_existing(html, force=force)
-    with output.progress("comparing") as advance:
-        done = 0
-
-        def begin(opened_data: OpenedData) -> None:
-            output.say(f"data: {opened_data.description}")
-            advance(0, total=len(opened_data))
-
-        def count(images: int) -> None:
-            nonlocal done
-            advance(images - done)
-            done = images
-
+    with counting_images(output, "comparing") as (begin, count):
         found = fixify.compare(
-            original,
-            slim,
+            opened(original, arch, output, ema=ema),
+            opened(slim, None, output),
             data,
             unlabelled=unlabelled,
             calibrate=calibrate,
@@ -88,8 +75,6 @@ def compare(
             seed=seed,
             download=download,
             class_map=class_map,
-            arch=arch,
-            ema=ema,
             on_start=begin,
             on_images=count,
             on_warning=output.warn,

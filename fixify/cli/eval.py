@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from fixify.cli.options import Arch, ClassMap, Data, Device, Download, Ema, Json, takes
 from fixify.cli.output import Output
-
-if TYPE_CHECKING:
-    from fixify.data import OpenedData
 
 
 @takes("fixify.training.options:FinetuneOptions", "class_order", "input_key", "target_key", "max_unreadable")
@@ -56,34 +53,15 @@ def evaluate(
     50 % sure.
     """
     import fixify
-    from fixify.checkpoints.open import OpenModel, open_model
-    from fixify.cli.common import with_architecture
+    from fixify.cli.common import counting_images, opened
     from fixify.reporting.tables import metrics_table
 
     output = Output(as_json=as_json)
-
-    def opened(ref: str) -> OpenModel:
-        found = with_architecture(lambda known: open_model(ref, arch=known, ema=ema), arch, output)
-        for note in found.notes:
-            output.say(note)
-        return found
-
-    with output.progress("evaluating") as advance:
-        done = 0
-
-        def begin(opened_data: OpenedData) -> None:
-            output.say(f"data: {opened_data.description}")
-            advance(0, total=len(opened_data))
-
-        def count(images: int) -> None:
-            nonlocal done
-            advance(images - done)
-            done = images
-
+    with counting_images(output, "evaluating") as (begin, count):
         found = fixify.evaluate(
-            opened(checkpoint),
+            opened(checkpoint, arch, output, ema=ema),
             data,
-            against=None if against is None else opened(against),
+            against=None if against is None else opened(against, arch, output, ema=ema),
             split=split,
             batch_size=batch_size,
             workers=workers,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fixify._values import counted
-from fixify.checkpoints.header import is_onnx
+from fixify._watch import unheard
 from fixify.checkpoints.open import OpenModel, open_model
 from fixify.checkpoints.slim import DTYPES
 from fixify.comparing.alternatives import Alternative, Moments, alternatives
 from fixify.comparing.paired import Paired, paired
+from fixify.comparing.result import ClassChange, Compared, Row, winners
 from fixify.comparing.running import memory_bytes, seconds_per_batch
-from fixify.conversion_options import MIN_IMAGES
 from fixify.data import (
-    DataOptions,
     ImageLoader,
     OpenedData,
     UnreadableImages,
@@ -32,11 +31,10 @@ from fixify.data import (
     draw_images,
     make_loader,
     name_the_first,
-    open_data,
 )
-from fixify.errors import DataError, UsageError, resources_explained
-from fixify.evaluation import prepare_model, refuse_other_order
-from fixify.features import record_inputs
+from fixify.errors import UsageError, resources_explained
+from fixify.evaluation import open_labelled, prepare_model, refuse_other_order
+from fixify.features import draw_to_calibrate, inputs_of, record_inputs
 from fixify.heads import FixedClassifier
 from fixify.metrics import Metrics, MetricSums, eval_mode, resolve_device
 from fixify.models.classifiers import find_classifiers
@@ -50,97 +48,9 @@ _SAME = 1e-3
 """Greatest difference between logits and what the classifier layer returned, in standard deviations of the logits."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One classifier on the images.
-
-    Attributes:
-        name: "original", the name of the slim file, or that of an alternative.
-        calibrated: Whether an alternative knows the features of some images; None for the other two.
-        head_bytes: Bytes of the classifier in a file.
-        memory_bytes: Bytes that it holds while it runs.
-        seconds: Seconds per batch of the classifier alone, by the size of the batch; None where the weights are
-            computed with as float32, like the original's.
-        metrics: What it gets right. Without labels the original's answers are taken for the labels.
-        agreement: Percent of the images for which its most probable class is the original's.
-        against_original: The difference to the original on the same images; None for the original.
-        against_fixed: The difference of an alternative to the fixed head; None for the other two.
-    """
-
-    name: str
-    calibrated: bool | None
-    head_bytes: int
-    memory_bytes: int
-    seconds: dict[int, float] | None
-    metrics: Metrics
-    agreement: float
-    against_original: Paired | None
-    against_fixed: Paired | None
-
-    @property
-    def label(self) -> str:
-        """Its name; an alternative that knows images is marked."""
-        return f"{self.name}, calibrated" if self.calibrated else self.name
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        measured = self.metrics.to_dict()
-        del measured["seconds"]
-        return {**asdict(self), "metrics": measured}
-
-
-@dataclass(frozen=True)
-class ClassChange:
-    """A class, and how many of its images the original and the fixed head get right."""
-
-    name: str
-    images: int
-    original_right: int
-    fixed_right: int
-
-
-@dataclass(frozen=True)
-class Compared:
-    """The result of `compare`.
-
-    Attributes:
-        data: Name of the data.
-        labelled: Whether the data has labels; without, accuracy is agreement with the original.
-        num_images: Images that all classifiers answered for.
-        calibrated_on: Images without labels that the calibrated alternatives know; 0 without any.
-        rows: The original, the fixed head, then the alternatives.
-        worst: The classes that lose most, at most 10.
-        winners: What beats the fixed head, in sentences; empty if nothing does.
-        notes: What a person should know of the comparison.
-    """
-
-    data: str
-    labelled: bool
-    num_images: int
-    calibrated_on: int
-    rows: tuple[Row, ...]
-    worst: tuple[ClassChange, ...]
-    winners: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def original(self) -> Row:
-        """The row of the original."""
-        return self.rows[0]
-
-    @property
-    def fixed(self) -> Row:
-        """The row of the fixed head."""
-        return self.rows[1]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what `fixify compare --json` prints."""
-        return {**asdict(self), "rows": [row.to_dict() for row in self.rows]}
-
-
 def compare(
-    original: str | Path,
-    slim: str | Path,
+    original: str | Path | OpenModel,
+    slim: str | Path | OpenModel,
     data: str | Path,
     *,
     unlabelled: bool = False,
@@ -169,8 +79,8 @@ def compare(
     `fixify.comparing.alternatives`. The SVD and the pruned weights get as many bytes as the fixed head.
 
     Args:
-        original: The ordinary checkpoint, or a model name.
-        slim: The slim checkpoint.
+        original: The ordinary checkpoint, a model name, or one that is open already.
+        slim: The slim checkpoint, or one that is open already.
         data: A folder with train/ and val/, or a data name; see `fixify.data.open_data`.
         unlabelled: Take all images of `data` without labels, and count agreement with the original.
         calibrate: Images without labels, on which the alternatives are calibrated: a folder or a data name. None leaves
@@ -201,14 +111,13 @@ def compare(
         SourceError, ArchitectureError, FormatError: a checkpoint cannot be opened.
     """
     where = resolve_device(device)
-    warn = on_warning if on_warning is not None else _say_nothing
+    warn = on_warning if on_warning is not None else unheard
     before, after = _open_both(original, slim, arch=arch, ema=ema)
     layer, head_path = _classifier(before), _fixed_head(after)
     if unlabelled:
         opened = images = draw_images(str(data), count=_EVERY_IMAGE, seed=seed)
     else:
-        reading = DataOptions(class_order, class_map, input_key, target_key)  # type: ignore[arg-type]
-        opened = open_data(str(data), split=split, download=download, options=reading)  # type: ignore[arg-type]
+        opened = open_labelled(data, split, class_order, class_map, input_key, target_key, download=download)
         first, second = (prepare_model(each, opened, where, None, None) for each in (before, after))
         refuse_other_order(first, second)
         images = first.matched.data
@@ -236,14 +145,13 @@ def compare(
         if calibrate is None:
             notes.append("No alternative is calibrated. Give images without labels: --calibrate IMAGES.")
         else:
-            drawn = draw_images(str(calibrate), count=calibrate_images, seed=seed)
-            if len(drawn) < MIN_IMAGES:
-                raise DataError(
-                    f"{drawn.location} holds {counted(len(drawn), 'image')}; calibrating takes at least {MIN_IMAGES}."
-                )
+            drawn = draw_to_calibrate(str(calibrate), calibrate_images, seed)
             counter = UnreadableImages(len(drawn), max_unreadable, name_the_first(warn), warn)
-            features = _features(before.model, layer, loaders.enter_context(batches(before, drawn, counter)), where)
+            calibrating = loaders.enter_context(batches(before, drawn, counter))
+            features = torch.cat(inputs_of(before.model, [layer], calibrating, where)[layer])
             moments, calibrated_on = Moments.of(features), len(features)
+            if (summary := counter.summary()) is not None:
+                warn(summary)
         fixed_bytes = count_bytes(fixed.state_dict().values())
         others = tuple(alternatives(*_weights(learned), fixed_bytes, moments))
         loader = loaders.enter_context(batches(before, images, unreadable))
@@ -266,29 +174,24 @@ def compare(
         calibrated_on=calibrated_on,
         rows=rows,
         worst=_worst(answers, images.class_names if images.labelled else before.labels),
-        winners=tuple(_winners(rows)),
+        winners=tuple(winners(rows)),
         notes=tuple(notes),
     )
-
-
-def _say_nothing(_text: str) -> None:
-    """Do nothing with a warning."""
 
 
 # The two checkpoints.
 
 
-def _open_both(original: str | Path, slim: str | Path, *, arch: str | None, ema: bool) -> tuple[OpenModel, OpenModel]:
-    after = open_model(slim)
-    if after.slim is None or is_onnx(slim):
-        raise UsageError(
-            f"{after.name} is not a slim checkpoint.", hint="Usage: fixify compare ORIGINAL SLIM --data DATA"
-        )
-    before = open_model(original, arch=arch, ema=ema)
+def _open_both(
+    original: str | Path | OpenModel, slim: str | Path | OpenModel, *, arch: str | None, ema: bool
+) -> tuple[OpenModel, OpenModel]:
+    usage = "Usage: fixify compare ORIGINAL SLIM --data DATA"
+    after = slim if isinstance(slim, OpenModel) else open_model(slim)
+    if not any(isinstance(module, FixedClassifier) for module in after.model.modules()):
+        raise UsageError(f"{after.name} is not a slim checkpoint.", hint=usage)
+    before = original if isinstance(original, OpenModel) else open_model(original, arch=arch, ema=ema)
     if before.slim is not None:
-        raise UsageError(
-            f"{before.name} has a fixed head already.", hint="Usage: fixify compare ORIGINAL SLIM --data DATA"
-        )
+        raise UsageError(f"{before.name} has a fixed head already.", hint=usage)
     if before.num_classes != after.num_classes:
         raise UsageError(
             f"{before.name} has {counted(before.num_classes, 'class', 'classes')}, {after.name} has "
@@ -341,15 +244,6 @@ class _Answers:
 
 
 @torch.no_grad()
-def _features(model: nn.Module, layer: str, loader: Iterable[Batch], device: torch.device) -> Tensor:
-    """Return what the classifier layer is given, [images, N] on the CPU."""
-    with eval_mode(model), record_inputs(model, [layer]) as seen:
-        for images, _ in loader:
-            model(images.to(device))
-    return torch.cat(seen[layer])
-
-
-@torch.no_grad()
 def _answer(
     models: _Models,
     pairs: Iterable[tuple[Batch, Batch]],
@@ -364,9 +258,7 @@ def _answer(
         for (images, labels), (other_images, _) in pairs:
             with record_inputs(models.original, [models.layer]) as seen:
                 logits = models.original(images.to(device)).float()
-            (features,) = seen[models.layer] or [torch.empty(0)]
-            features = features.to(device)
-            _check_is_last(models, features, logits)
+            features = _inputs_of_the_last(models, seen[models.layer], logits)
             rows = [logits, models.slim(other_images.to(device)).float()]
             rows += [F.linear(features, weight, bias) for weight, bias in heads]
             classes = torch.stack([row.argmax(dim=-1) for row in rows])
@@ -381,15 +273,17 @@ def _answer(
     return _Answers(torch.cat(all_labels).numpy(), torch.cat(all_classes, dim=1).numpy(), metrics)
 
 
-def _check_is_last(models: _Models, features: Tensor, logits: Tensor) -> None:
-    """Refuse a model that changes what its classifier layer returns."""
-    layer = models.original.get_submodule(models.layer)
-    returned = layer(features).float() if features.numel() else features
-    if returned.shape != logits.shape or (returned - logits).abs().max() > _SAME * logits.std():
-        raise UsageError(
-            f"The logits are not what the layer {models.layer} returns, so its weights cannot be stored in other ways.",
-            hint="Compare the two checkpoints alone: fixify eval SLIM --against ORIGINAL --data DATA",
-        )
+def _inputs_of_the_last(models: _Models, seen: Sequence[Tensor], logits: Tensor) -> Tensor:
+    """Return what the classifier layer was given; refuse a model that changes what the layer returns."""
+    if len(seen) == 1:
+        features = seen[0].to(logits.device)
+        returned = models.original.get_submodule(models.layer)(features).float()
+        if returned.shape == logits.shape and (returned - logits).abs().max() <= _SAME * logits.std():
+            return features
+    raise UsageError(
+        f"The logits are not what the layer {models.layer} returns, so its weights cannot be stored in other ways.",
+        hint="Compare the two checkpoints alone: fixify eval SLIM --against ORIGINAL --data DATA",
+    )
 
 
 # The table.
@@ -474,26 +368,3 @@ def _worst(answers: _Answers, names: Sequence[str] | None) -> tuple[ClassChange,
         for label in order[:WORST]
         if fixed[label] < original[label]
     )
-
-
-def _winners(rows: Sequence[Row]) -> Iterator[str]:
-    """Say which alternatives beat the fixed head: as small and better, or larger and better beyond chance."""
-    fixed, larger = rows[1], []
-    for row in sorted(rows[2:], key=lambda row: row.head_bytes):
-        found = row.against_fixed
-        if found is None or found.difference <= 0:
-            continue
-        if row.head_bytes > fixed.head_bytes:
-            larger += [row] if found.decided else []
-        else:
-            chance = "" if found.decided else f", which may be chance (p = {found.p_value:.2f})"
-            yield f"{row.label} takes no more bytes and is {found.difference:.2f} points better{chance}."
-    if larger and larger[0].against_fixed is not None:
-        times = larger[0].head_bytes / fixed.head_bytes
-        points = larger[0].against_fixed.difference
-        others = (
-            ""
-            if len(larger) == 1
-            else f"; so {'is another one' if len(larger) == 2 else f'are {len(larger) - 1} others'}"
-        )
-        yield f"{larger[0].label} takes {times:.1f} times the bytes and is {points:.2f} points better{others}."

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fixify._files import atomic_path, refuse_existing
 from fixify._packages import require_onnx
+from fixify._watch import unheard
 from fixify.checkpoints.onnx_file import OnnxInfo, OnnxModel, new_session
 from fixify.checkpoints.open import open_bare, open_model
 from fixify.checkpoints.slim import DTYPES, is_slim, read_info
@@ -139,7 +140,7 @@ def _batches(job: Job, on_warning: Callable[[str], object] | None) -> dict[str, 
     found = {"random images": noise}
     if job.options.images is not None:
         drawn = draw_images(job.options.images, count=NUM_REAL)
-        warn = on_warning if on_warning is not None else _say_nothing
+        warn = on_warning if on_warning is not None else unheard
         unreadable = UnreadableImages(len(drawn), 0.01, name_the_first(warn), warn)
         loader = make_loader(
             drawn, job.opened.preprocessing, training=False, batch_size=fixed or 8, unreadable=unreadable
@@ -152,10 +153,6 @@ def _images(loader: Any) -> Iterator[Tensor]:
     with loader:
         for images, _ in loader:
             yield images
-
-
-def _say_nothing(_text: str) -> None:
-    """Do nothing with a warning."""
 
 
 class _Pixels:

@@ -18,7 +18,7 @@ from fixify._values import counted
 from fixify.errors import HeadSpecError
 from fixify.heads import streams
 from fixify.heads.constructions import Construction, Factor, order_of, power_of_two_from
-from fixify.heads.levels import SIGNS, Levels
+from fixify.heads.levels import SIGNS, TRIT_POWERS, Levels
 from fixify.heads.matrices import block_bits, block_signs, rows
 
 SKETCH_NUMBERS = 32
@@ -261,8 +261,7 @@ class StoredSigns(Codes):
 
     def table(self) -> np.ndarray:
         """Build the codebook in the coordinates of the features: float32 [C, N]."""
-        signs = self.signs().astype(np.float32) * np.float32(self.num_signs**-0.5)
-        return signs if self.rotation is None else signs @ self.rotation.basis().T
+        return _in_features(self.signs(), self.num_signs**-0.5, self.rotation)
 
     def digest(self) -> str:
         r"""Compute "sha256:" and the SHA-256 of the line "fixify-signs:1:<C>x<d>\n" and the packed signs.
@@ -270,13 +269,7 @@ class StoredSigns(Codes):
         Raises:
             HeadSpecError: Two classes have the same signs.
         """
-        repeated = first_repeated(self.packed)
-        if repeated is not None:
-            raise HeadSpecError(
-                f"Classes {repeated[0]} and {repeated[1]} have the same signs and could never be told apart."
-            )
-        line = f"fixify-signs:1:{len(self.packed)}x{self.num_signs}\n".encode()
-        return f"sha256:{hashlib.sha256(line + self.packed.tobytes()).hexdigest()}"
+        return _digest_of(self.packed, f"fixify-signs:1:{len(self.packed)}x{self.num_signs}", "signs")
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,8 +307,7 @@ class StoredLevels(Codes):
 
     def table(self) -> np.ndarray:
         """Build the codebook in the coordinates of the features: float32 [C, N]."""
-        codes = self.numbers().astype(np.float32) * np.float32(self.unit)
-        return codes if self.rotation is None else codes @ self.rotation.basis().T
+        return _in_features(self.numbers(), self.unit, self.rotation)
 
     def digest(self) -> str:
         r"""Compute "sha256:" and the SHA-256 of the line "fixify-levels:1:<C>x<N>:<bits>\n" and the packed levels.
@@ -323,13 +315,29 @@ class StoredLevels(Codes):
         Raises:
             HeadSpecError: Two classes have the same levels.
         """
-        repeated = first_repeated(self.packed)
-        if repeated is not None:
-            raise HeadSpecError(
-                f"Classes {repeated[0]} and {repeated[1]} have the same levels and could never be told apart."
-            )
-        line = f"fixify-levels:1:{len(self.packed)}x{self.num_features}:{self.levels.bits:g}\n".encode()
-        return f"sha256:{hashlib.sha256(line + self.packed.tobytes()).hexdigest()}"
+        line = f"fixify-levels:1:{len(self.packed)}x{self.num_features}:{self.levels.bits:g}"
+        return _digest_of(self.packed, line, "levels")
+
+
+def _in_features(numbers: np.ndarray, unit: float, rotation: Rotation | None) -> np.ndarray:
+    """Turn stored signs or levels [C, d] into codes in the coordinates of the features, float32 [C, N]."""
+    codes = numbers.astype(np.float32) * np.float32(unit)
+    return codes if rotation is None else codes @ rotation.basis().T
+
+
+def _digest_of(packed: np.ndarray, line: str, what: str) -> str:
+    """Hash a line and the packed signs or levels [C, bytes].
+
+    Raises:
+        HeadSpecError: Two classes have the same.
+    """
+    repeated = first_repeated(packed)
+    if repeated is not None:
+        raise HeadSpecError(
+            f"Classes {repeated[0]} and {repeated[1]} have the same {what} and could never be told apart."
+        )
+    hashed = hashlib.sha256(line.encode() + b"\n" + packed.tobytes())
+    return f"sha256:{hashed.hexdigest()}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -469,7 +477,7 @@ def same_digest(first: str, second: str, num_classes: int) -> bool:
 def unpacked_levels(packed: np.ndarray, count: int, kind: Levels = SIGNS) -> np.ndarray:
     """Unpack levels without torch: uint8 [k, bytes], of `fixify.heads.signs.pack_levels`, to int8 [k, count]."""
     if not kind.num_planes:
-        powers = np.array([1, 3, 9, 27, 81], dtype=np.uint8)
+        powers = np.array(TRIT_POWERS, dtype=np.uint8)
         digits = (packed[:, :, None] // powers % 3).reshape(len(packed), -1)
         return digits[:, :count].astype(np.int8) - np.int8(1)
     levels = np.zeros((len(packed), count), dtype=np.int8)

@@ -22,7 +22,7 @@ from fixify._watch import OnProgress, unwatched
 from fixify.errors import HeadSpecError
 from fixify.heads.codes import first_repeated
 from fixify.heads.kinds import BINARY
-from fixify.heads.level_search import choose_levels, row_scale_steps
+from fixify.heads.level_search import best_length, choose_levels, row_scale_steps
 from fixify.heads.levels import SIGNS
 from fixify.heads.spec import HeadSpec
 from fixify.heads.statistics import is_finite
@@ -181,7 +181,7 @@ def _descend_in_blocks(signs: Tensor, fields: Tensor, within: Tensor) -> tuple[T
     active = torch.arange(signs.shape[1])
     for _ in range(_SIGN_SWEEPS):
         s, h = signs[:, active], fields[:, active]
-        lengths = _length(along[active], square[active])
+        lengths = best_length(along[active], square[active])
         changed = torch.zeros(len(active), dtype=torch.bool)
         for start in range(0, len(s), _SIGNS_PER_BLOCK):
             group = slice(start, min(start + _SIGNS_PER_BLOCK, len(s)))
@@ -201,15 +201,11 @@ def _descend_in_blocks(signs: Tensor, fields: Tensor, within: Tensor) -> tuple[T
         active = active[changed]
         if not len(active):
             break
-    return signs.T.contiguous(), _length((fields * signs).sum(dim=0), ((within @ signs) * signs).sum(dim=0))
+    return signs.T.contiguous(), best_length((fields * signs).sum(dim=0), ((within @ signs) * signs).sum(dim=0))
 
 
 def _best_length(signs: Tensor, fields: Tensor, products: Tensor) -> Tensor:
-    return _length((fields * signs).sum(dim=1), (products * signs).sum(dim=1))
-
-
-def _length(along: Tensor, square: Tensor) -> Tensor:
-    return (along / square.clamp_min(1e-12)).clamp_min(0.0)
+    return best_length((fields * signs).sum(dim=1), (products * signs).sum(dim=1))
 
 
 def _separate_(packed: np.ndarray, num_signs: int) -> None:

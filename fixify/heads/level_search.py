@@ -91,7 +91,7 @@ def _round(wanted: Tensor, step: Tensor, levels: Levels) -> tuple[Tensor, Tensor
     q = wanted
     for _ in range(_ROUNDINGS):
         q = _nearest(wanted / step.clamp_min(1e-30), levels)
-        step = _length((q * wanted).sum(dim=0), q.square().sum(dim=0))
+        step = best_length((q * wanted).sum(dim=0), q.square().sum(dim=0))
     return q, step
 
 
@@ -118,7 +118,7 @@ def _descend(
     active = torch.arange(q.shape[1])
     for _ in range(sweeps):
         part, h = q[:, active], fields[:, active]
-        step = (_length(along[active], square[active]) if steps is None else steps[active]).clamp_min(1e-30)
+        step = (best_length(along[active], square[active]) if steps is None else steps[active]).clamp_min(1e-30)
         changed = torch.zeros(len(active), dtype=torch.bool)
         for start in range(0, len(part), _COORDINATES_PER_BLOCK):
             group = slice(start, min(start + _COORDINATES_PER_BLOCK, len(part)))
@@ -140,11 +140,12 @@ def _descend(
         if not len(active):
             break
     if steps is None:
-        steps = _length((fields * q).sum(dim=0), ((moment @ q) * q).sum(dim=0))
+        steps = best_length((fields * q).sum(dim=0), ((moment @ q) * q).sum(dim=0))
     return q, steps
 
 
-def _length(along: Tensor, square: Tensor) -> Tensor:
+def best_length(along: Tensor, square: Tensor) -> Tensor:
+    """Return the length g >= 0 at which `g^2 square - 2 g along` is least, for each class."""
     return (along / square.clamp_min(1e-12)).clamp_min(0.0)
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 TRITS_PER_BYTE = 5
+TRIT_POWERS = tuple(3**i for i in range(TRITS_PER_BYTE))
+"""What the ternary digits of a byte are worth, the first the least."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fixify.heads.levels import SIGNS, TRITS_PER_BYTE, Levels
+from fixify.heads.levels import SIGNS, TRIT_POWERS, TRITS_PER_BYTE, Levels
 
 _CHUNK = 1 << 22
 """Packed signs that are unpacked at once: 16 MB in float32."""
@@ -80,7 +80,7 @@ def _trit_table(dtype: torch.dtype, device: torch.device, width: int = TRITS_PER
 
 def _trits(packed: Tensor) -> Tensor:
     """Split bytes, in a type that divides, into ternary digits -1, 0 and 1: [...] to [..., 5]."""
-    powers = torch.tensor([3**i for i in range(TRITS_PER_BYTE)], device=packed.device)
+    powers = torch.tensor(TRIT_POWERS, device=packed.device)
     return packed[..., None].div(powers, rounding_mode="floor") % 3 - 1
 
 
@@ -102,7 +102,7 @@ def pack_levels(levels: np.ndarray, kind: Levels) -> np.ndarray:
         digits = np.zeros((len(levels), kind.num_bytes(levels.shape[1]) * TRITS_PER_BYTE), dtype=np.uint8)
         digits[:, : levels.shape[1]] = levels + 1
         grouped = digits.reshape(len(levels), -1, TRITS_PER_BYTE)
-        packed: np.ndarray = (grouped * np.array([1, 3, 9, 27, 81], dtype=np.uint8)).sum(axis=2, dtype=np.uint8)
+        packed: np.ndarray = (grouped * np.array(TRIT_POWERS, dtype=np.uint8)).sum(axis=2, dtype=np.uint8)
         return packed
     ones = (kind.largest - levels.astype(np.int16)) // 2  # bit i of it is the minus sign of weight 2^i
     planes = [np.packbits((ones >> i & 1).astype(bool), axis=1) for i in reversed(range(kind.num_planes))]
@@ -247,37 +247,8 @@ def pair_product(z: Tensor, pairs: Tensor, num_digits: int) -> Tensor:
     return torch.sub(totals[:, None], product, out=product).mul_(scale)
 
 
-def table_product(z: Tensor, packed: Tensor, num_digits: int) -> Tensor:
-    """Multiply with signs that a table unpacks, in integers and without gradients: for more samples.
-
-    Args:
-        z: float32 [M, d] on the CPU.
-        packed: uint8 [C, ceil(d / 8)].
-        num_digits: Digits that a feature is written in; see `TABLE_DIGITS`.
-
-    Returns:
-        float32 [M, C].
-    """
-    (m, d), (c, num_bytes) = z.shape, packed.shape
-    digits, weights, scale = _digits(F.pad(z, (0, 8 * num_bytes - d)), num_digits, 127)
-    columns = digits.to(torch.int8).view(-1, 8 * num_bytes).t()
-    table = _byte_table(torch.int8, packed.device).view(torch.int64)[:, 0]
-    step = min(c, max(1, _CACHED_BYTES // (8 * num_bytes)))
-    numbers, signs = (torch.empty(step * num_bytes, dtype=dtype) for dtype in (torch.int32, torch.int64))
-    sums = torch.empty(step, num_digits * m, dtype=torch.int32)
-    product = torch.empty(m, c)
-    for start in range(0, c, step):
-        part = packed[start : start + step]
-        k, size = len(part), part.numel()
-        numbers[:size].copy_(part.view(-1))
-        torch.index_select(table, 0, numbers[:size], out=signs[:size])
-        torch._int_mm(signs[:size].view(torch.int8).view(k, -1), columns, out=sums[:k])
-        _add_digits(sums[:k], weights, product[:, start : start + k])
-    return product.mul_(scale)
-
-
-def level_product(z: Tensor, packed: Tensor, num_digits: int, kind: Levels) -> Tensor:
-    """Multiply with levels that a table unpacks, in integers and without gradients.
+def table_product(z: Tensor, packed: Tensor, num_digits: int, kind: Levels = SIGNS) -> Tensor:
+    """Multiply with signs or levels that a table unpacks, in integers and without gradients: for more samples.
 
     Ternary digits are unpacked to eight integers per byte, of which the last three are 0: copying whole words is faster
     than copying five bytes, by more than the products with zeros cost.
@@ -293,7 +264,7 @@ def level_product(z: Tensor, packed: Tensor, num_digits: int, kind: Levels) -> T
     """
     (m, d), (c, num_bytes) = z.shape, packed.shape
     planes = max(1, kind.num_planes)
-    used = num_bytes // planes  # bytes of the longest row of one plane
+    used = num_bytes // planes  # bytes of a class in one plane
     if kind.num_planes:
         wide, table = F.pad(z, (0, 8 * used - d)), _byte_table(torch.int8, packed.device)
     else:
@@ -304,15 +275,19 @@ def level_product(z: Tensor, packed: Tensor, num_digits: int, kind: Levels) -> T
     columns = digits.to(torch.int8).view(-1, 8 * used).t()
     words = table.view(torch.int64)[:, 0]
     step = min(c, max(1, _CACHED_BYTES // (8 * used)))
-    levels = torch.empty(step, 8 * used, dtype=torch.int8)
+    numbers = torch.empty(step * used, dtype=torch.int32)
+    planes_of = torch.empty(min(planes, 2), step * used, dtype=torch.int64)  # the sum so far, and the next plane
     sums, product = torch.empty(step, num_digits * m, dtype=torch.int32), torch.empty(m, c)
     for start in range(0, c, step):
         part = packed[start : start + step]
-        k = len(part)
+        k, size = len(part), len(part) * used
+        levels = planes_of[0, :size].view(torch.int8)
         for i, plane in enumerate(part.tensor_split(planes, dim=1)):
-            signs = words.index_select(0, plane.reshape(-1).int()).view(torch.int8).view(k, -1)
-            torch.add(signs, levels[:k], alpha=2, out=levels[:k]) if i else levels[:k].copy_(signs)
-        torch._int_mm(levels[:k], columns, out=sums[:k])
+            numbers[:size].view(k, used).copy_(plane)
+            torch.index_select(words, 0, numbers[:size], out=planes_of[min(i, 1), :size])
+            if i:
+                torch.add(planes_of[1, :size].view(torch.int8), levels, alpha=2, out=levels)
+        torch._int_mm(levels.view(k, -1), columns, out=sums[:k])
         _add_digits(sums[:k], weights, product[:, start : start + k])
     return product.mul_(scale)
 
@@ -365,10 +340,8 @@ def packed_product(
             product = byte_product(z, signs, TABLE_DIGITS[dtype])
         elif pairs is not None and len(z) <= _PAIRS_UP_TO:
             product = pair_product(z, pairs, PAIR_DIGITS[dtype])
-        elif kind is not SIGNS:
-            product = level_product(z, packed, TABLE_DIGITS[dtype], kind)
         else:
-            product = table_product(z, packed, TABLE_DIGITS[dtype])
+            product = table_product(z, packed, TABLE_DIGITS[dtype], kind)
         return product.to(dtype)
 
     return multiply

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
+from datetime import datetime
 
 from rich.table import Table
 
-from fixify._version import __version__
-from fixify.comparing.compare import Compared
 from fixify.comparing.paired import Paired
+from fixify.comparing.result import Compared
 from fixify.reporting.benchmark_tables import human_seconds
 from fixify.reporting.layout import human_bytes, new_table
-from fixify.reporting.page import environment
+from fixify.reporting.page import render
 
 _NO_WINNER = "Nothing beats the fixed head: no alternative in as few bytes is better, and no larger one beyond chance."
 
@@ -28,17 +27,14 @@ def compare_page(found: Compared, *, now: datetime | None = None) -> str:
         found: The comparison. Names in it come from files and are escaped.
         now: The date on the page; None takes the current time.
     """
-    return (
-        environment()
-        .get_template("compare.html.j2")
-        .render(
-            found=found,
-            verdict=verdict(found),
-            interval=_interval,
-            seconds=human_seconds,
-            version=__version__,
-            written=(now or datetime.now(timezone.utc)).strftime("%Y-%m-%d %H:%M UTC"),
-        )
+    return render(
+        "compare.html.j2",
+        now,
+        found=found,
+        verdict=verdict(found),
+        interval=_interval,
+        seconds=human_seconds,
+        p=_p,
     )
 
 
@@ -85,3 +81,7 @@ def _worst(found: Compared) -> list[Table]:
 
 def _interval(found: Paired) -> str:
     return f"{found.difference:+.2f} ({found.low:+.1f} to {found.high:+.1f})"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -23,18 +24,20 @@ def write_page(report: Report, *, now: datetime | None = None) -> str:
         report: The content. Names in it come from data and are escaped.
         now: The date on the page; None takes the current time.
     """
-    return (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            report=report,
-            runs=report.runs,
-            charts=charts(report.runs),
-            sizes=sizes(report.runs),
-            version=__version__,
-            written=(now or datetime.now(timezone.utc)).strftime("%Y-%m-%d %H:%M UTC"),
-        )
-    )
+    runs = report.runs
+    return render("report.html.j2", now, report=report, runs=runs, charts=charts(runs), sizes=sizes(runs))
+
+
+def render(template: str, now: datetime | None = None, **content: Any) -> str:
+    """Fill in the template of a page.
+
+    Args:
+        template: Its file in `templates/`.
+        now: The date on the page; None takes the current time.
+        content: What the template names. Texts are escaped.
+    """
+    written = (now or datetime.now(timezone.utc)).strftime("%Y-%m-%d %H:%M UTC")
+    return _environment().get_template(template).render(version=__version__, written=written, **content)
 
 
 def charts(runs: Sequence[RunReport]) -> list[Chart]:
@@ -143,8 +146,7 @@ def _training_loss(runs: Sequence[RunReport]) -> Chart | None:
 
 
 @functools.cache
-def environment() -> Environment:
-    """Return the templates of pages; values in them are escaped."""
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("fixify.reporting"),
         autoescape=True,

@@ -38,7 +38,7 @@ from fixify.training.teacher import ReferenceModel, open_reference
 
 def finetune(
     slim_path: Path | str,
-    data_name: str,
+    data_name: str | Path,
     out_dir: Path | str | None = None,
     options: FinetuneOptions | None = None,
     *,
@@ -93,7 +93,7 @@ def finetune(
     if options is None:
         options = (stored_options(out, FinetuneOptions) if resume else None) or FinetuneOptions()
     options = options.for_this_process()
-    inputs = Inputs(data_name, source, against, distill or None, class_map, Recorded.from_dict(recorded))
+    inputs = Inputs(str(data_name), source, against, distill or None, class_map, Recorded.from_dict(recorded))
     with connected_processes(options, out, on_event) as restarted:
         info = read_info(source)
         if info.is_bare:
@@ -105,10 +105,13 @@ def finetune(
         model, info = _load_slim(source, info, val, options)
         # `info.labels` stay the checkpoint's own names; the facts name the classes as the data does, where it can.
         class_names = val.recorded_names if val.labelled else _class_names(info)
-        note = None
+        known, note = None, None
         if distill is None:
-            inputs, note = _with_default_teacher(inputs, info, val, options, out, on_event, resume=resume or restarted)
-        teacher, original = _open_references(inputs, val, options, on_event)
+            chosen, known = _default_teacher(inputs, info, val, options, out, on_event, resume=resume or restarted)
+            if chosen is not None:
+                inputs = replace(inputs, distill=chosen)
+                note = f"learning from the original's answers: {Path(chosen).name} (--no-distill: from the labels)"
+        teacher, original = _open_references(inputs, val, options, on_event, teacher=known)
         if original is None and options.max_drop is not None and options.original_top1 is None:
             original = teacher
         opened = OpenedInputs(train, val, info.data_config, original, teacher, inputs, note)
@@ -173,12 +176,19 @@ def _load_slim(source: Path, info: SlimInfo, val: OpenedData, options: FinetuneO
 
 
 def _open_references(
-    inputs: Inputs, data: OpenedData, options: FinetuneOptions, on_event: Listener | None
+    inputs: Inputs,
+    data: OpenedData,
+    options: FinetuneOptions,
+    on_event: Listener | None,
+    *,
+    teacher: ReferenceModel | None = None,
 ) -> tuple[ReferenceModel | None, ReferenceModel | None]:
-    """Open the teacher and the original, and tell what was read of their files and what was left out."""
-    teacher, original = (
-        None if ref is None else open_reference(ref, data, options) for ref in (inputs.distill, inputs.against)
-    )
+    """Open the teacher, unless it is open, and the original; tell what was read of them and what was left out."""
+    if teacher is None and inputs.distill is not None:
+        teacher = open_reference(inputs.distill, data, options)
+    original = None
+    if inputs.against is not None:
+        original = teacher if inputs.against == inputs.distill else open_reference(inputs.against, data, options)
     opened = (each for each in (teacher, original) if each is not None)
     for note in dict.fromkeys(note for each in opened for note in each.notes):
         if on_event is not None:
@@ -186,7 +196,7 @@ def _open_references(
     return teacher, original
 
 
-def _with_default_teacher(
+def _default_teacher(
     inputs: Inputs,
     info: SlimInfo,
     val: OpenedData,
@@ -195,27 +205,32 @@ def _with_default_teacher(
     on_event: Listener | None,
     *,
     resume: bool,
-) -> tuple[Inputs, str | None]:
-    """Choose the teacher of a run for which nobody named one; return the inputs with it, and a sentence about it."""
-    slim = Path(inputs.checkpoint or "")
+) -> tuple[Path | str | None, ReferenceModel | None]:
+    """Choose the teacher of a run for which nobody named one.
+
+    Rank 0 decides for all processes. One that cannot open the teacher raises an error later; without it, that process
+    would train another model.
+
+    Returns:
+        Its name, or None; and the model, where it is open already.
+    """
+    opened: list[ReferenceModel] = []
 
     def choose() -> Path | str | None:
         if not may_have_teacher(out, resume=resume):
             return None
-        return default_teacher(slim, info, inputs.against, options)
+        chosen = default_teacher(Path(inputs.checkpoint or ""), info, inputs.against, options)
+        if chosen is not None and chosen != inputs.against:
+            try:
+                opened.append(open_reference(chosen, val, options))
+            except FixifyError as error:
+                if on_event is not None:
+                    on_event(Warned(f"{Path(chosen).name} was converted, but cannot teach: {error.message}"))
+                return None
+        return chosen
 
     chosen = distributed.on_rank_zero(choose)
-    if chosen is None:
-        return inputs, None
-    if chosen != inputs.against:
-        try:
-            open_reference(chosen, val, options)
-        except FixifyError as error:
-            if on_event is not None:
-                on_event(Warned(f"{Path(chosen).name} was converted, but cannot teach: {error.message}"))
-            return inputs, None
-    note = f"learning from the original's answers: {Path(chosen).name} (--no-distill: from the labels)"
-    return replace(inputs, distill=chosen), note
+    return chosen, opened[0] if opened else None
 
 
 @contextmanager
@@ -250,7 +265,7 @@ def _launch_of(out: Path) -> str | None:
 
 
 def train_from_scratch(
-    data_name: str,
+    data_name: str | Path,
     out_dir: Path | str,
     options: TrainOptions | None = None,
     *,
@@ -303,10 +318,10 @@ def train_from_scratch(
     if options.unlabelled:
         raise UsageError("unlabelled is for finetuning: training from scratch needs labels.")
     options = options.for_this_process()
-    inputs = Inputs(data_name, None, against, distill, class_map, Recorded.from_dict(recorded))
+    inputs = Inputs(str(data_name), None, against, distill, class_map, Recorded.from_dict(recorded))
     with connected_processes(options, out, on_event) as restarted:
         reading = DataOptions(options.class_order, class_map, options.input_key, options.target_key)
-        train, val = open_train_val(data_name, download=download, options=reading)
+        train, val = open_train_val(inputs.data, download=download, options=reading)
         # Validation images may lack some classes; numeric labels alone would then seem to be fewer classes.
         matched = match_classes(val, train.num_classes, train.class_names, subset=True).data
         val = replace(matched, description=val.description)

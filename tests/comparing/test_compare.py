@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import fixify
-from fixify.comparing.compare import Compared
+from fixify.checkpoints.open import open_model
+from fixify.comparing.result import Compared
 from fixify.errors import DataError, UsageError
 from fixify.reporting.compare_page import compare_page, verdict
 
@@ -91,6 +92,13 @@ def test_a_worse_head_is_told(tiny: Path, tmp_path: Path) -> None:
     assert verdict(found) == list(found.winners)
 
 
+def test_checkpoints_that_are_open_already(tiny: Path, slim: Path, found: Compared) -> None:
+    again = fixify.compare(
+        open_model(tiny / "learned.pth"), open_model(slim), tiny / "data", split="train", batch_size=5, **QUICK
+    )
+    assert [row.agreement for row in again.rows[:2]] == [row.agreement for row in found.rows[:2]]
+
+
 def test_the_page_escapes_names(tiny: Path, slim: Path, found: Compared) -> None:
     import dataclasses
 
@@ -106,6 +114,9 @@ def test_refusals(tiny: Path, slim: Path, tmp_path: Path, small_pth: Path) -> No
     for first, second in ((learned, learned), (slim, slim), (learned, other)):
         with pytest.raises(UsageError):
             fixify.compare(first, second, data, **QUICK)
+    for wrong in ({"split": "vall"}, {"class_order": "random"}):
+        with pytest.raises(UsageError):
+            fixify.compare(learned, slim, data, **wrong, **QUICK)
     (tmp_path / "few").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "few" / "a.png")
     with pytest.raises(DataError, match="1 image"):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import pickle
-import runpy
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tools.processes import run_together
 
 from fixify.errors import HeadSpecError
 from fixify.heads import ArcFace, CosFace, FixedClassifier, HeadSpec, SoftTarget
@@ -302,14 +300,7 @@ def one_process(rank, size, folder, names):
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_that_share_the_classes_equal_one(tmp_path, size, _block_size):
     names = [("blocks", None), ("matched", None), ("binary", None), ("no bias", CosFace(0.3)), ("one block", None)]
-    start = partial(multiprocessing.get_context("spawn").Process, target=runpy.run_path)
-    given = [{"GIVEN": (rank, size, tmp_path, names)} for rank in range(size)]
-    processes = [start(args=(__file__, each, "__main__")) for each in given]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    run_together(__file__, [(rank, size, tmp_path, names) for rank in range(size)])
     parts = [pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in range(size)]
     for name, margin in names:
         head = make(name)

@@ -14,7 +14,7 @@ import torch
 import fixify
 from fixify.checkpoints.slim import read_info
 from fixify.heads import HeadSpec
-from fixify.training import FinetuneOptions, FinetuneResult
+from fixify.training import FinetuneOptions, FinetuneResult, api
 from fixify.training.options import GENTLE_RATE, GENTLE_TEACHING, USUAL_RATE, USUAL_TEACHING, TrainOptions
 from fixify.training.run_folder import write_sealed
 from fixify.training.starting_point import default_teacher, recorded_original, resolved_options, starts_near
@@ -89,6 +89,20 @@ def test_the_original_is_the_file_of_the_recorded_name_and_hash_beside_the_check
     original.write_bytes(content)
     for changed in ({"name": "../learned.pth"}, {"name": None}, {"ema": True}, {"sha256": None}, {"bytes": 3}):
         assert recorded_original(slim, info.model_copy(update={"source": {**info.source, **changed}})) is None
+
+
+def test_each_reference_is_opened_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path | str] = []
+    real = api.open_reference
+    monkeypatch.setattr(api, "open_reference", lambda ref, *given: opened.append(ref) or real(ref, *given))
+    original, slim = tmp_path / "learned.pth", tmp_path / "signs.fixed.safetensors"
+    original.write_bytes((tiny / "learned.pth").read_bytes())
+    fixify.convert(original, slim, head="binary")
+    options = OPTIONS.replace(img_size=32, batch_size=4)
+    for name, against in (("a", None), ("b", original)):
+        opened.clear()
+        fixify.finetune(slim, tiny / "data", tmp_path / name, options, against=against)
+        assert opened == [original]
 
 
 def test_who_has_a_teacher_by_default(converted: Path) -> None:
