@@ -255,6 +255,16 @@ class StoredSigns(Codes):
         """Number of classes C and of features N."""
         return len(self.packed), self.num_features
 
+    @property
+    def levels(self) -> Levels:
+        """The levels that signs are: +1 and -1."""
+        return SIGNS
+
+    @property
+    def count(self) -> int:
+        """Number of signs per class, d."""
+        return self.num_signs
+
     def signs(self) -> np.ndarray:
         """Unpack the signs: int8 [C, d] of +-1."""
         return _unpack(self.packed, self.num_signs)
@@ -295,6 +305,11 @@ class StoredLevels(Codes):
     def shape(self) -> tuple[int, int]:
         """Number of classes C and of features N."""
         return len(self.packed), self.num_features
+
+    @property
+    def count(self) -> int:
+        """Number of levels per class, N."""
+        return self.num_features
 
     @property
     def unit(self) -> float:
