@@ -26,6 +26,10 @@ _DEVICES = ("cpu", "cuda")
 _CACHED_SCORES = 1 << 18
 """Scores of several blocks that are computed at once on a processor: 1 MB in float32, within the second-level cache."""
 _LEVELS = torch.autograd.forward_ad
+# Looked up once: these are asked in every call.
+_num_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_tracing = torch._C._is_tracing  # `torch.jit.is_tracing` outside of scripts
 
 
 class Head(Protocol):
@@ -61,10 +65,10 @@ def is_traced(x: Tensor) -> bool:
     return (
         x.is_meta
         or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or _num_dispatch_modes() > 0
+        or _is_wrapped(x)
         or _LEVELS._current_level >= 0
-        or torch.jit.is_tracing()
+        or _is_tracing()
     )
 
 
@@ -81,6 +85,7 @@ class PreparedHead:
 
     def __init__(self, head: Head, dtype: torch.dtype, input_dtype: torch.dtype) -> None:
         self.device, self.dtype, self.input_dtype = head.scale.device, dtype, input_dtype
+        self._device_type = self.device.type
         self._product, self._revision = head.product, head.product.revision
         self._sources = [
             (store, name, tensor, tensor._version, tensor.data_ptr())
@@ -88,6 +93,15 @@ class PreparedHead:
             if tensor is not None
         ]
         self.call = _prepared_call(head, dtype)
+
+    def fits(self, x: Tensor) -> bool:
+        """Check that it is for inputs like `x`, and that none of the head's tensors was replaced or changed since."""
+        dtype = x.dtype
+        if dtype is not self.input_dtype or x.device != self.device:
+            return False
+        if dtype is not torch.float64 and torch.is_autocast_enabled(self._device_type):
+            dtype = torch.get_autocast_dtype(self._device_type)
+        return dtype is self.dtype and self.is_current()
 
     def is_current(self) -> bool:
         """Check that none of the head's tensors was replaced or changed since."""
@@ -145,8 +159,11 @@ def _prepared_call(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]
     normalize, is_wide, num_classes = head.spec.normalize, dtype == wide, head.out_features
     signs = head.product.block_signs
     rows = 1 << 62 if signs is None or signs.device.type != "cpu" else max(1, _CACHED_SCORES // signs.numel())
+    of_one = _call_of_one(head, center, inverse_std, scale) if is_wide else None
 
     def call(x: Tensor) -> Tensor:
+        if of_one is not None and x.numel() == n:
+            return of_one(x)
         z = x if x.dtype == wide else x.to(wide)
         if center is not None:
             z = z - center
@@ -166,6 +183,68 @@ def _prepared_call(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]
             part = slice(start, start + rows)
             logits[part] = finish(scores(z[part]), factors[part] if is_wide else None)
         return logits
+
+    return call
+
+
+def _call_of_one(
+    head: Head, center: Tensor | None, inverse_std: Tensor | None, scale: Tensor
+) -> Callable[[Tensor], Tensor] | None:
+    """Build the function from the features of one sample, N numbers, to logits [1, C]; None if there is no quick one.
+
+    Its norm is a number here, and not a tensor, so that the last operation multiplies with it and adds the bias: 5 to 8
+    operations instead of 11 to 13.
+    """
+    product, dtype = head.product, scale.dtype
+    if product.left is None or product.right is None or product.table is not None or product.packed is not None:
+        return None
+    if scale.device.type != "cpu":  # a device would have to be waited for
+        return None
+    n, c, normalize, factor = head.in_features, head.out_features, head.spec.normalize, float(scale)
+    right = product.right.to(dtype).t().contiguous()
+    b = right.shape[0]
+    a = n // b
+    signs = None if product.block_signs is None else product.block_signs.to(dtype)
+    k = 1 if signs is None else len(signs)
+    bias = right.new_zeros(c) if head.bias is None else head.bias.detach().to(dtype)
+    gains = None if head.gains is None else head.gains.to(dtype) * (1.0 / GAIN_STEPS)
+    first = 1 if c < n else 0
+    with_negatives = c > n and product.index is None
+    left = product.left.to(dtype)
+    if with_negatives:
+        left = torch.cat((left, -left))
+    rows = gains
+    if product.index is not None and product.class_signs is not None:
+        rows = product.class_signs.to(dtype) if gains is None else product.class_signs.to(dtype) * gains
+    index = product.index
+    several = left.expand(k, *left.shape)
+    padded = right.new_zeros(k * len(left) * b)
+    padded[first : first + c] = bias
+    padded = padded.view(len(left), b) if k == 1 else padded.view(k, len(left), b)
+
+    def call(x: Tensor) -> Tensor:
+        z = x
+        if center is not None:
+            z = x - center
+            if inverse_std is not None:
+                z.mul_(inverse_std)
+        by = factor
+        if normalize:
+            by /= max(torch.linalg.vector_norm(z).item(), NORM_EPSILON)
+        if signs is not None:
+            z = z.reshape(n) * signs
+        z = torch.mm(z.reshape(-1, b), right)
+        if k > 1:
+            z = z.view(k, a, b)
+        if rows is None:
+            logits = torch.addmm(padded, left, z, alpha=by) if k == 1 else torch.baddbmm(padded, several, z, alpha=by)
+            return logits.as_strided((1, c), (c, 1), first)
+        scores = torch.mm(left, z) if k == 1 else torch.bmm(several, z)
+        if index is not None:
+            scores = scores.view(-1).index_select(0, index)
+        else:
+            scores = scores.as_strided((c,), (1,), first)
+        return torch.addcmul(bias, scores, rows, value=by).view(1, c)
 
     return call
 
