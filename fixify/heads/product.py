@@ -134,7 +134,8 @@ class CodeProduct(nn.Module):
         self.prescale = 1.0
         self.num_kept = spec.num_features
         self.levels: Levels = SIGNS
-        self._unit = 1.0
+        self.unit = 1.0  # what stored signs or levels are multiplied with in a table
+        self.stores_levels = False
         for name in _TABLES:
             self.register_buffer(name, None, persistent=False)
         self.rebuild(stored, device=device, dtype=dtype)
@@ -164,8 +165,9 @@ class CodeProduct(nn.Module):
             codes = kind.codes(self.spec, stored)
             tables, self.prescale = _tables(codes)
             self.num_kept = codes.num_signs if isinstance(codes, StoredSigns) else self.spec.num_features
+            self.stores_levels = isinstance(codes, StoredSigns | StoredLevels)
             self.levels = codes.levels if isinstance(codes, StoredLevels) else SIGNS
-            self._unit = float(_unit(self.num_kept * self.levels.mean_square)[0])
+            self.unit = float(_unit(self.num_kept * self.levels.mean_square)[0])
         device = torch.get_default_device() if device is None else torch.device(device)
         for name in _TABLES:
             table = None
@@ -189,10 +191,10 @@ class CodeProduct(nn.Module):
         self.revision += 1
         if not hold:
             self.table = None
-            self.prescale *= self._unit
+            self.prescale *= self.unit
         elif len(self.packed) * self.num_kept <= _TRAINING_TABLE:
-            self.table = unpack_levels(self.packed, self.num_kept, dtype, self.levels) * self._unit
-            self.prescale /= self._unit
+            self.table = unpack_levels(self.packed, self.num_kept, dtype, self.levels) * self.unit
+            self.prescale /= self.unit
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodeProduct:
         tables = [table for table in self._buffers.values() if table is not None]
