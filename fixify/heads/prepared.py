@@ -177,7 +177,7 @@ def _prepared_call(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]
         if normalize:
             factor = scale / torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min_(NORM_EPSILON)
         if not divides_last:
-            z = (z * factor).to(dtype)
+            z = (z * factor if center is None else z.mul_(factor)).to(dtype)
         if len(z) <= at_once:
             return finish(scores(z), factor if divides_last else None, None)
         logits = z.new_empty(len(z), num_classes)
