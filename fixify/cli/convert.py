@@ -46,6 +46,7 @@ def convert(
     """
     import fixify
     from fixify.cli.common import chosen_recipe, with_architecture
+    from fixify.cli.libraries import import_libraries
     from fixify.recipes.reading import section_of
 
     output = Output(as_json=as_json)
@@ -56,6 +57,7 @@ def convert(
     if plot is not None:
         _check_plot(plot, wanted, force)
     # Mistakes in a recipe are reported before this import, which takes seconds.
+    import_libraries()
     from fixify.agreement import AgreementNotReached
     from fixify.reporting.about import calibration_line, removed_line
     from fixify.reporting.tables import savings_table

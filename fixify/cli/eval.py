@@ -54,6 +54,9 @@ def evaluate(
     """
     import fixify
     from fixify.cli.common import counting_images, opened
+    from fixify.cli.libraries import import_libraries
+
+    import_libraries()
     from fixify.reporting.tables import metrics_table
 
     output = Output(as_json=as_json)

@@ -26,6 +26,9 @@ def export(
     file.
     """
     import fixify
+    from fixify.cli.libraries import import_libraries
+
+    import_libraries()
     from fixify.reporting.tables import export_table
 
     output = Output(as_json=as_json)

@@ -19,6 +19,9 @@ def identify(
     What the file says of itself (timm's arch, config.json, metadata) settles the choice if the tensors fit it.
     """
     import fixify
+    from fixify.cli.libraries import import_libraries
+
+    import_libraries()
     from fixify.checkpoints.learned import REFERENCE_CODE
     from fixify.reporting.tables import candidates_table
 

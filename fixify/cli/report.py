@@ -66,6 +66,9 @@ def _refuse_besides(all_models: bool, paper: bool, models: list[str], arch: str 
 def _report_models(names: list[str], arch: str | None, output: Output) -> None:
     import fixify
     from fixify.cli.common import slim_files_here, with_architecture
+    from fixify.cli.libraries import import_libraries
+
+    import_libraries()
     from fixify.reporting.costs import ModelReport
     from fixify.reporting.tables import models_table, savings_table
 

@@ -24,6 +24,9 @@ def verify(
     The exit code is 3 if a check fails.
     """
     import fixify
+    from fixify.cli.libraries import import_libraries
+
+    import_libraries()
     from fixify.reporting.tables import checks_table
 
     found = fixify.verify(file, source=source)

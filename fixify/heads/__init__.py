@@ -40,6 +40,7 @@ _EXPORTS = {
     "is_constructible": "fixify.heads.constructions",
     "kind_of": "fixify.heads.kinds",
     "match": "fixify.heads.matching",
+    "planned_coherence": "fixify.heads.cosines",
     "rankin_bound": "fixify.heads.cosines",
     "replacement": "fixify.heads.fitting",
     "unpack_signs": "fixify.heads.signs",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from fixify.heads.constructions import is_constructible as is_constructible
     from fixify.heads.cosines import Coherence as Coherence
     from fixify.heads.cosines import coherence as coherence
+    from fixify.heads.cosines import planned_coherence as planned_coherence
     from fixify.heads.cosines import rankin_bound as rankin_bound
     from fixify.heads.cosines import welch_bound as welch_bound
     from fixify.heads.encoding import BinaryCodes as BinaryCodes

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.linalg import helmert
 
 from fixify._values import counted
 from fixify.errors import HeadSpecError
@@ -436,6 +435,8 @@ def simplex_codes(num_features: int, num_classes: int, seed: int) -> np.ndarray:
     Returns:
         float32 [C, N], unit rows, read-only.
     """
+    from scipy.linalg import helmert  # takes a tenth of a second, and is needed here only
+
     n, c = num_features, num_classes
     axes = _orthonormal_columns(streams.gaussian(seed, streams.Purpose.GAUSSIAN, 0, (n, max(c - 1, 1))))
     corners = helmert(c).T * np.sqrt(c / (c - 1)) if c > 1 else np.ones((1, 1))

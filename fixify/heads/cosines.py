@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fixify.heads import streams
-from fixify.heads.kinds import codebook
+from fixify.heads.kinds import codebook, kind_of
 from fixify.heads.spec import HeadSpec
 
 _EXACT_CLASSES = 8192
@@ -26,7 +26,7 @@ class Coherence:
         max_abs: Largest absolute cosine, over the same pairs as `max_cosine`.
         welch: Lower bound of `max_abs` for any C unit vectors in R^N.
         rankin: Lower bound of `max_cosine` for any C unit vectors in R^N.
-        classes_checked: Number of classes whose cosines were computed one by one.
+        classes_checked: Number of classes whose cosines were computed one by one; 0 if the construction gives them.
     """
 
     max_cosine: float
@@ -87,6 +87,25 @@ def coherence(spec: HeadSpec, codes: ArrayLike | None = None) -> Coherence:
     checked = np.sort(order[:_SAMPLED_CLASSES])
     max_cosine, max_abs = _largest_cosines(book, checked)
     return Coherence(max_cosine, _rms_cosine(book), max_abs, welch, rankin, len(checked))
+
+
+def planned_coherence(spec: HeadSpec) -> Coherence:
+    """Find the coherence of a head whose codes are in class order: by construction where it is the same for all pairs.
+
+    Args:
+        spec: The head spec.
+
+    Raises:
+        HeadSpecError: There is no such codebook.
+
+    >>> planned_coherence(HeadSpec("simplex", num_features=64, num_classes=65)).max_cosine == -1 / 64
+    True
+    """
+    n, c = spec.num_features, spec.num_classes
+    cosine = kind_of(spec).common_cosine(n, c)
+    if cosine is None or c < 2 or spec.matched:
+        return coherence(spec)
+    return Coherence(cosine, abs(cosine), abs(cosine), welch_bound(n, c), rankin_bound(n, c), 0)
 
 
 def _cosines_of_all_pairs(book: np.ndarray) -> tuple[float, float, float]:

@@ -164,6 +164,10 @@ class Kind(ABC):
             HeadSpecError: `stored` is missing, superfluous or does not fit.
         """
 
+    def common_cosine(self, num_features: int, num_classes: int) -> float | None:
+        """Return the cosine that any two codes in class order have, if the construction makes it the same for all."""
+        return None
+
     def bytes_per_class(self, spec: SpecFields) -> int:
         """Compute the bytes that are stored for each class: its code, and its row scale if there are any."""
         stored = self.stored_codes(spec)
@@ -269,6 +273,10 @@ class Hadamard(Kind):
         # int64 in memory, since distributed training cannot broadcast unsigned buffers of 16 and 32 bits
         dtype = _index_dtype(spec.num_features, spec.blocks or 1)
         return StoredTensor("codes", (spec.num_classes,), dtype, memory_dtype="int64")
+
+    def common_cosine(self, num_features: int, num_classes: int) -> float | None:
+        """Return 0 for the rows of one matrix."""
+        return 0.0 if num_classes <= num_features else None
 
     def codes(self, spec: SpecFields, stored: ArrayLike | None = None) -> HadamardRows:
         """Build the codes from the stored code indices of a matched head, else in class order.
@@ -377,6 +385,10 @@ class Orthogonal(Kind):
     name = "orthogonal"
     summary = "random orthonormal rows"
 
+    def common_cosine(self, num_features: int, num_classes: int) -> float | None:
+        """Return 0 for orthonormal rows."""
+        return 0.0 if num_classes <= num_features else None
+
     def codes(self, spec: SpecFields, stored: ArrayLike | None = None) -> RealRows:
         """Build the codes from the seed.
 
@@ -407,6 +419,10 @@ class Simplex(Kind):
                 f"{spec.num_features + 1:,} corners, got {counted(spec.num_classes, 'class', 'classes')}.",
                 hint="Use `--head hadamard` or `--head orthogonal`.",
             )
+
+    def common_cosine(self, num_features: int, num_classes: int) -> float | None:
+        """Return -1/(C - 1), Rankin's bound."""
+        return -1.0 / (num_classes - 1) if num_classes > 1 else None
 
     def codes(self, spec: SpecFields, stored: ArrayLike | None = None) -> RealRows:
         """Build the codes from the seed.
@@ -596,6 +612,10 @@ class Identity(Kind):
                 f"{counted(spec.num_features, 'class', 'classes')}, got {spec.num_classes:,}.",
                 hint="Use `--head hadamard` or `--head orthogonal`.",
             )
+
+    def common_cosine(self, num_features: int, num_classes: int) -> float | None:
+        """Return 0 for rows of the identity."""
+        return 0.0
 
     def codes(self, spec: SpecFields, stored: ArrayLike | None = None) -> FeatureRows:
         """Build the codes: the first C rows of the identity.

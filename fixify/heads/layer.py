@@ -269,6 +269,8 @@ class FixedClassifier(nn.Module):
         if not (torch.compiler.is_compiling() or self.training or torch.is_grad_enabled()):
             prepared = self._prepare(x)
             if prepared is not None:
+                if x.ndim == 2 and self.channel_dim == -1:
+                    return prepared.call(x)
                 features = self._channels_last(x)
                 logits = prepared.call(features).view(*features.shape[:-1], self.out_features)
                 return logits.movedim(-1, 1) if self.channel_dim == 1 else logits
@@ -279,14 +281,7 @@ class FixedClassifier(nn.Module):
         if is_traced(x):
             return None
         prepared = self._prepared
-        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-        if (
-            prepared is None
-            or prepared.input_dtype != x.dtype
-            or prepared.dtype != (torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
-            or prepared.device != x.device
-            or not prepared.is_current()
-        ):
+        if prepared is None or not prepared.fits(x):
             self._prepared = prepared = prepare(self, x)
         return prepared
 

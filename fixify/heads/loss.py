@@ -118,6 +118,17 @@ class _Job:
     exclude: bool
     needs_total: bool
 
+    def is_quick(self, z: Tensor) -> bool:
+        """Check whether `CodeProduct.pair_logits` and `pair_gradient`, of fewer passes, do for these features."""
+        product = self.product
+        return (
+            product.has_pairs
+            and self.gains is None
+            and product.right is not None
+            and z.dtype == product.right.dtype == torch.promote_types(z.dtype, torch.float32)
+            and not torch.is_autocast_enabled(z.device.type)
+        )
+
     def logits(self, scores: Tensor, bias: Tensor | None, block: CodeBlock, z: Tensor) -> Tensor:
         """Compute the logits of a block, in float32 at least, in the memory of its scores if these are no part of z."""
         logits = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
@@ -163,8 +174,12 @@ class _Summarise(torch.autograd.Function):
         largest = torch.full((len(z),), -torch.inf, dtype=wide, device=z.device)
         exponentials, total = torch.zeros_like(largest), torch.zeros_like(largest)
         picked = largest.new_zeros(len(z), 1 if soft else job.target.shape[1])
+        is_quick = job.is_quick(z)
         for block, inside, place in job.places():
-            logits = job.logits(job.product.block_product(z, block), bias, block, z)
+            if is_quick:
+                logits = job.product.pair_logits(z, block, None if bias is None else bias[block.classes])
+            else:
+                logits = job.logits(job.product.block_product(z, block), bias, block, z)
             if job.needs_total:
                 total += logits.sum(dim=1)
             if soft:
@@ -197,10 +212,15 @@ class _Summarise(torch.autograd.Function):
         z = z.detach().requires_grad_(z_grad is not None)
         enabled, dtype = ctx.autocast
         with torch.autocast(kind, dtype=dtype, enabled=enabled):
+            is_quick = job.is_quick(z)
             for block, inside, place in job.places():
-                with torch.enable_grad():
-                    scores = job.product.block_product(z, block)
-                grad = job.logits(scores, bias, block, z).sub_(shift).exp_()
+                if is_quick:
+                    grad = job.product.pair_logits(z, block, None if bias is None else bias[block.classes])
+                else:
+                    with torch.enable_grad():
+                        scores = job.product.block_product(z, block)
+                    grad = job.logits(scores, bias, block, z)
+                grad.sub_(shift).exp_()
                 if job.exclude:
                     grad.scatter_(1, place, torch.where(inside, 0.0, grad.gather(1, place)))
                 grad *= of_lse[:, None]
@@ -212,7 +232,9 @@ class _Summarise(torch.autograd.Function):
                     grad += of_total[:, None]
                 if bias_grad is not None:
                     bias_grad[block.classes] = grad.sum(dim=0).to(bias_grad.dtype)
-                if z_grad is not None:
+                if z_grad is not None and is_quick:
+                    z_grad += job.product.pair_gradient(grad, block)
+                elif z_grad is not None:
                     if job.gains is not None:
                         grad *= job.gains[block.classes]
                     z_grad += torch.autograd.grad(scores, z, grad.to(scores.dtype))[0]

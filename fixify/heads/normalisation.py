@@ -51,7 +51,8 @@ class ScaledDirections(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             outward = along.masked_fill(norm <= NORM_EPSILON, 0.0)
             # In place, but for gradients of gradients. `addcmul` takes eight times as long with a factor per row.
-            of_x = grad - direction * outward
+            of_x = direction * outward
+            of_x = grad - of_x if torch.is_grad_enabled() else torch.sub(grad, of_x, out=of_x)
             factor = scale / norm.clamp_min(NORM_EPSILON)
             of_x = of_x * factor if torch.is_grad_enabled() else of_x.mul_(factor)
             if std is not None:
@@ -63,9 +64,13 @@ class ScaledDirections(torch.autograd.Function):
 def _directions(x: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Compute z / |z| [..., N] and |z| [..., 1]."""
     z = x.to(dtype)
+    may_change = z is not x and not torch.is_grad_enabled()  # memory that is used again takes no page faults
     if mean is not None:
         z = z - mean
+        may_change = not torch.is_grad_enabled()
     if std is not None:
-        z = z / std
+        z = z.div_(std) if may_change else z / std
+        may_change = not torch.is_grad_enabled()
     norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-    return z / norm.clamp_min(NORM_EPSILON), norm
+    divisor = norm.clamp_min(NORM_EPSILON)
+    return z.div_(divisor) if may_change else z / divisor, norm

@@ -134,7 +134,8 @@ class CodeProduct(nn.Module):
         self.prescale = 1.0
         self.num_kept = spec.num_features
         self.levels: Levels = SIGNS
-        self._unit = 1.0
+        self.unit = 1.0  # what stored signs or levels are multiplied with in a table
+        self.stores_levels = False
         for name in _TABLES:
             self.register_buffer(name, None, persistent=False)
         self.rebuild(stored, device=device, dtype=dtype)
@@ -164,8 +165,9 @@ class CodeProduct(nn.Module):
             codes = kind.codes(self.spec, stored)
             tables, self.prescale = _tables(codes)
             self.num_kept = codes.num_signs if isinstance(codes, StoredSigns) else self.spec.num_features
+            self.stores_levels = isinstance(codes, StoredSigns | StoredLevels)
             self.levels = codes.levels if isinstance(codes, StoredLevels) else SIGNS
-            self._unit = float(_unit(self.num_kept * self.levels.mean_square)[0])
+            self.unit = float(_unit(self.num_kept * self.levels.mean_square)[0])
         device = torch.get_default_device() if device is None else torch.device(device)
         for name in _TABLES:
             table = None
@@ -189,10 +191,10 @@ class CodeProduct(nn.Module):
         self.revision += 1
         if not hold:
             self.table = None
-            self.prescale *= self._unit
+            self.prescale *= self.unit
         elif len(self.packed) * self.num_kept <= _TRAINING_TABLE:
-            self.table = unpack_levels(self.packed, self.num_kept, dtype, self.levels) * self._unit
-            self.prescale /= self._unit
+            self.table = unpack_levels(self.packed, self.num_kept, dtype, self.levels) * self.unit
+            self.prescale /= self.unit
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodeProduct:
         tables = [table for table in self._buffers.values() if table is not None]
@@ -284,12 +286,61 @@ class CodeProduct(nn.Module):
             return product
         if self.right is None:
             return _as_linear(z)[..., block.classes]
-        signs = None if self.block_signs is None else self.block_signs[block.first_block : block.end_block]
+        signs = self._signs_of(block)
         if self.index is None or self.class_signs is None:
             return self._scores_in_order(z, self.right, signs, block.num_classes)
         n = self.spec.num_features
         index = self.index[block.classes] - block.first_block * n
         return _picked(_block_scores(z, self.left, self.right, signs), index, self.class_signs[block.classes])
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the codes are the rows of Hadamard blocks and then their negatives, in class order."""
+        uses_rows = self.right is not None and self.table is None and self.packed is None and self.index is None
+        return uses_rows and self.spec.num_classes > self.spec.num_features
+
+    def pair_logits(self, z: Tensor, block: CodeBlock, bias: Tensor | None) -> Tensor:
+        """Compute `block_product(z, block) + bias` without gradients, in fewer passes.
+
+        Args:
+            z: [B, N], in the type of the tables.
+            block: One of `blocks` of a product that `has_pairs`.
+            bias: [k], of the block's classes.
+
+        Returns:
+            [B, k]; the caller may change it.
+        """
+        scores = _block_scores(z, self.left, _given(self.right), self._signs_of(block))
+        _, blocks, n = scores.shape
+        logits = z.new_empty(len(z), blocks, 2, n)
+        plus, minus = logits.unbind(dim=2)
+        if bias is None:
+            plus.copy_(scores)
+            torch.neg(scores, out=minus)
+        else:
+            of_plus, of_minus = _padded(bias, 2 * n * blocks).view(blocks, 2, n).unbind(dim=1)
+            torch.add(scores, of_plus, out=plus)
+            torch.sub(of_minus, scores, out=minus)
+        return logits.view(len(z), -1)[:, : block.num_classes]
+
+    def pair_gradient(self, grad: Tensor, block: CodeBlock) -> Tensor:
+        """Multiply with the codes of a block, the gradient of `block_product`: [B, k] to [B, N].
+
+        Args:
+            grad: [B, k].
+            block: One of `blocks` of a product that `has_pairs`.
+        """
+        n, right, signs = self.spec.num_features, _given(self.right), self._signs_of(block)
+        blocks, b = block.end_block - block.first_block, right.shape[0]
+        plus, minus = _padded(grad, 2 * n * blocks).view(len(grad), blocks, 2, n).unbind(dim=2)
+        z = (plus - minus).view(-1, n // b, b)
+        if self.left is not None:
+            z = torch.bmm(self.left.t().expand(len(z), -1, -1), z)
+        z = torch.mm(z.view(-1, b), right).view(len(grad), blocks, n)
+        return z[:, 0] if signs is None else z.mul_(signs).sum(dim=1)
+
+    def _signs_of(self, block: CodeBlock) -> Tensor | None:
+        return None if self.block_signs is None else self.block_signs[block.first_block : block.end_block]
 
     def _refuse_unknown_codes(self) -> None:
         if not self.is_ready:
@@ -308,6 +359,17 @@ class CodeProduct(nn.Module):
             return torch.cat((scores, -scores), dim=-1).flatten(-2)[..., :count]
         first = 1 if count < self.spec.num_features else 0  # see `fixify.heads.kinds.default_codes`
         return scores.flatten(-2)[..., first : first + count]
+
+
+def _given(table: Tensor | None) -> Tensor:
+    if table is None:
+        raise HeadSpecError("This product has no Hadamard matrix.")
+    return table
+
+
+def _padded(rows: Tensor, size: int) -> Tensor:
+    """Append zeros to the last dimension up to a size, without a copy where none are missing."""
+    return rows if rows.shape[-1] == size else F.pad(rows, (0, size - rows.shape[-1]))
 
 
 def _block_scores(z: Tensor, left: Tensor | None, right: Tensor, block_signs: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ together as exact as a product in float32, and take about half of its time.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -30,6 +31,16 @@ _BYTE_SIGNS = 1 << 22
 _BYTE_LEVELS = 1 << 24
 """Levels up to which each is held as a byte, 16 MB. A table that unpacks them takes longer at batch 1: 11 to 25 ms for
 8,210 x 1,024, where `nn.Linear` takes 3.1."""
+_BYTES_UP_TO = 4
+"""Samples up to which `byte_product` writes features as the bytes of one integer: 4 digits, but few operations."""
+_FEWEST_BYTES = 1 << 18
+"""Signs or levels from which bytes are faster than numbers for so few samples: 1 MB of numbers."""
+_CACHED_SUMS = 1 << 17
+"""Sums of products with digits that stay in the second-level cache while they are added."""
+_FLOATS_FROM = 16
+_FLOATS_BELOW = 640
+"""Samples from which, and signs per class below which, the digits of float32 take longer than numbers: adding their
+products costs more than the products then. Signs held as bytes are then converted a chunk at a time."""
 _PAIRS_UP_TO = 16
 """Samples up to which `pair_product` is faster than `table_product`."""
 _LARGEST_OF_PAIRS = 42
@@ -298,15 +309,56 @@ def byte_product(z: Tensor, signs: Tensor, num_digits: int) -> Tensor:
     Args:
         z: float32 [M, d] on the CPU.
         signs: int8 [C, d].
-        num_digits: Digits that a feature is written in; see `TABLE_DIGITS`.
+        num_digits: Digits that a feature is written in; see `TABLE_DIGITS`. For few samples they are four.
 
     Returns:
         float32 [M, C].
     """
+    (m, d), c = z.shape, len(signs)
+    if m <= _BYTES_UP_TO:
+        return _product_of_words(z, signs)
     digits, weights, scale = _digits(z, num_digits, 127)
-    product = torch.empty(len(z), len(signs))
-    _add_digits(torch._int_mm(signs, digits.to(torch.int8).view(-1, z.shape[1]).t()), weights, product)
-    return product.mul_(scale)
+    digits = digits.to(torch.int8).view(-1, d)
+    _, *others = weights.tolist()
+    product = torch.empty(m, c)
+    for start in range(0, c, step := max(32, _CACHED_SUMS // len(digits))):
+        total, *rest = torch._int_mm(digits, signs[start : start + step].t()).view(num_digits, m, -1).float()
+        for weight, part in zip(others, rest, strict=True):
+            total.add_(part, alpha=weight)
+        torch.mul(total, scale, out=product[:, start : start + step])
+    return product
+
+
+def _product_of_words(z: Tensor, signs: Tensor) -> Tensor:
+    """Compute `byte_product` with features as integers of 32 bits, whose bytes are the digits.
+
+    Adding 128 to each of the three lower bytes and subtracting it again, without a carry, makes them signed: the carry
+    is then in the byte above.
+    """
+    m, d = z.shape
+    largest = torch.linalg.vector_norm(z, torch.inf, dim=-1, keepdim=True).clamp_min_(1e-30)
+    words = (z / largest).mul_(2.0**30).to(torch.int32).add_(0x808080).bitwise_xor_(0x808080)
+    if m > 1:
+        words = words.t().contiguous()
+    sums = torch._int_mm(signs, words.view(torch.int8).view(d, 4 * m)).float()
+    product = torch.mv(sums.view(-1, 4), _word_weights()).view(-1, m).t()
+    return torch.mul(product, largest, out=torch.empty(m, len(signs)))
+
+
+@lru_cache(maxsize=1)
+def _word_weights() -> Tensor:
+    """Build the value of each byte of a word, the lowest first, in units of 2^30."""
+    order = 1 if sys.byteorder == "little" else -1
+    with torch.inference_mode(False):
+        return torch.tensor([2.0**-30, 2.0**-22, 2.0**-14, 2.0**-6][::order])
+
+
+def _product_in_floats(z: Tensor, signs: Tensor) -> Tensor:
+    """Multiply with signs or levels held as 8-bit integers, int8 [C, d], which become numbers a chunk at a time."""
+    product = z.new_empty(len(z), len(signs))
+    for start in range(0, len(signs), step := max(1, _CACHED_FLOATS // z.shape[1])):
+        product[:, start : start + step] = F.linear(z, signs[start : start + step].to(z.dtype))
+    return product
 
 
 def packed_product(
@@ -315,8 +367,9 @@ def packed_product(
     """Build the fastest product with packed signs or levels, from [M, d] to [M, C], without gradients.
 
     Measured with `fixify bench head`: products of integers, where the processor has them. Up to `_BYTE_SIGNS` signs are
-    held as bytes. More signs are held as pairs, 4 bits a sign, for few samples; for more samples the table that unpacks
-    them costs less than the second product. Levels are held as bytes up to `_BYTE_LEVELS`; a table unpacks more.
+    held as bytes. Few of them per class become numbers for many samples. More signs are held as pairs, 4 bits a sign,
+    for few samples; for more samples the table that unpacks them costs less than the second product. Levels are held
+    as bytes up to `_BYTE_LEVELS`; a table unpacks more.
 
     Args:
         packed: uint8 [C, kind.num_bytes(d)].
@@ -331,11 +384,14 @@ def packed_product(
     held = c * num_signs <= (_BYTE_SIGNS if kind is SIGNS else _BYTE_LEVELS)
     signs = unpack_levels(packed, num_signs, torch.int8, kind) if held else None
     pairs = pack_pairs(packed, num_signs) if signs is None and kind is SIGNS else None
+    is_narrow = dtype == torch.float32 and num_signs < _FLOATS_BELOW
 
     def multiply(z: Tensor) -> Tensor:
         z = z.float()
         if not len(z):
             product = z.new_empty(0, c)
+        elif signs is not None and is_narrow and len(z) >= _FLOATS_FROM:
+            product = _product_in_floats(z, signs)
         elif signs is not None:
             product = byte_product(z, signs, TABLE_DIGITS[dtype])
         elif pairs is not None and len(z) <= _PAIRS_UP_TO:
@@ -343,6 +399,31 @@ def packed_product(
         else:
             product = table_product(z, packed, TABLE_DIGITS[dtype], kind)
         return product.to(dtype)
+
+    return multiply
+
+
+def table_or_bytes(table: Tensor, packed: Tensor, kind: Levels = SIGNS, *, unit: float) -> Callable[[Tensor], Tensor]:
+    """Build the product with signs or levels that are held as numbers anyway, from [M, d] to [M, C], without gradients.
+
+    For few samples, reading the numbers takes longest; so bytes are held beside them where integers are fast.
+
+    Args:
+        table: [C, d], levels times `unit`.
+        packed: The levels, uint8 [C, kind.num_bytes(d)].
+        kind: The levels.
+        unit: What levels are multiplied with.
+    """
+    if table.device.type != "cpu" or table.dtype != torch.float32 or table.numel() < _FEWEST_BYTES:
+        return lambda z: F.linear(z, table)
+    if table.shape[1] < _FEWEST_SIGNS or not has_fast_integers():
+        return lambda z: F.linear(z, table)
+    levels = unpack_levels(packed, table.shape[1], torch.int8, kind)
+
+    def multiply(z: Tensor) -> Tensor:
+        if 0 < len(z) <= _BYTES_UP_TO:
+            return _product_of_words(z, levels).mul_(unit)
+        return F.linear(z, table)
 
     return multiply
 

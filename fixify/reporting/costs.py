@@ -14,7 +14,7 @@ from fixify.checkpoints.learned import Original, read_original
 from fixify.checkpoints.locate import find_slim, short_name
 from fixify.checkpoints.slim import read_info
 from fixify.errors import FormatError, HeadSpecError
-from fixify.heads import KINDS, Coherence, HeadSpec, coherence
+from fixify.heads import KINDS, Coherence, HeadSpec, planned_coherence
 from fixify.models.architectures import build, default_num_classes
 from fixify.models.classifiers import ClassifierSite, find_classifiers
 from fixify.savings import Savings, count_bytes, under
@@ -213,7 +213,7 @@ def _kind(kind: str, found: ModelReport) -> KindPlan:
             return KindPlan(
                 kind, stored, saved, None, "a codebook this large is impractical; its cosines are not computed"
             )
-        spread = [coherence(spec) for spec in specs]
+        spread = [planned_coherence(spec) for spec in specs]
     except HeadSpecError as error:
         return KindPlan(kind, None, None, None, error.message)
     note = (

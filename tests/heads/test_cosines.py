@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixify.heads import HeadSpec, codebook, coherence, rankin_bound, welch_bound
+from fixify.errors import HeadSpecError
+from fixify.heads import HeadSpec, codebook, coherence, planned_coherence, rankin_bound, welch_bound
 from fixify.heads.levels import LEVELS
 from fixify.heads.signs import pack_levels
 
@@ -82,3 +83,29 @@ def test_levels_of_any_norm_have_cosines():
     found = coherence(spec, pack_levels(drawn, levels))
     assert found.max_cosine == pytest.approx(1.0)
     assert found.max_abs <= 1.0 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "n", "c", "is_known"),
+    [
+        ("hadamard", 64, 60, True),
+        ("hadamard", 64, 65, False),
+        ("orthogonal", 40, 40, True),
+        ("orthogonal", 40, 41, False),
+        ("simplex", 40, 41, True),
+        ("simplex", 40, 2, True),
+        ("identity", 40, 7, True),
+        ("identity", 40, 1, False),
+    ],
+)
+def test_cosines_that_follow_from_the_construction_are_those_measured(kind, n, c, is_known):
+    spec = HeadSpec(kind, n, c)
+    planned, measured = planned_coherence(spec), coherence(spec)
+    assert planned.classes_checked == (0 if is_known else c)
+    for name in ("max_cosine", "rms_cosine", "max_abs", "welch", "rankin"):
+        assert getattr(planned, name) == pytest.approx(getattr(measured, name), abs=1e-6), name
+
+
+def test_codes_in_another_order_are_measured():
+    with pytest.raises(HeadSpecError):  # it needs the code indices
+        planned_coherence(HeadSpec("hadamard", 64, 3, matched=True, blocks=1))

@@ -184,3 +184,28 @@ def test_identity_is_a_slice_without_tables(features, n, lead, data):
     x = features(*lead, n)
     assert torch.equal(product(x), x[..., :c])
     torch.testing.assert_close(product(x), x @ torch.from_numpy(codebook(product.spec)).double().T)
+
+
+@pytest.mark.parametrize(("n", "c"), [(64, 100), (64, 128), (64, 700), (96, 96 * 6), (20, 33)])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("size", [1, 300, 10**6])
+def test_pairs_of_codes_give_the_scores_and_gradients_of_their_blocks(n, c, has_bias, size, draw, monkeypatch):
+    monkeypatch.setattr(module, "prefers_dense", lambda *_: False)
+    product = CodeProduct(HeadSpec("hadamard", n, c).resolve(), dtype=torch.float64)
+    assert product.has_pairs
+    z = draw(3, n, dtype=torch.float64).requires_grad_()
+    bias = draw(c, dtype=torch.float64, seed=1) if has_bias else None
+    for block in product.blocks(size):
+        expected = product.block_product(z, block)
+        of_block = None if bias is None else bias[block.classes]
+        found = product.pair_logits(z.detach(), block, of_block)
+        torch.testing.assert_close(found, expected.detach() + (0 if of_block is None else of_block))
+        grad = draw(3, block.num_classes, dtype=torch.float64, seed=2)
+        torch.testing.assert_close(product.pair_gradient(grad, block), torch.autograd.grad(expected, z, grad)[0])
+
+
+@pytest.mark.parametrize(
+    "spec", [HeadSpec("hadamard", 96, 96), HeadSpec("orthogonal", 30, 70), HeadSpec("identity", 9, 9)], ids=str
+)
+def test_other_codes_have_no_pairs(spec):
+    assert not CodeProduct(spec.resolve()).has_pairs

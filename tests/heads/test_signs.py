@@ -190,3 +190,34 @@ def test_value_and_gradient_are_those_of_the_unpacked_levels(kind, draw, monkeyp
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     grads = [torch.autograd.grad(logits.sin().sum(), z)[0] for logits in (ours, expected)]
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-4)  # ours is summed in float32
+
+
+@pytest.mark.skipif(not module.has_fast_integers(), reason="this processor has no fast products of 8-bit integers")
+@pytest.mark.parametrize("m", [0, 1, 3, 40])
+def test_bytes_beside_a_table_multiply_as_the_table(m, draw, monkeypatch):
+    monkeypatch.setattr(module, "_FEWEST_BYTES", 1)
+    packed = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (90, 25), dtype=np.uint8))
+    table = 0.0625 * unpack_signs(packed, 200, torch.float32)
+    z = draw(m, 200)
+    found = module.table_or_bytes(table, packed, unit=0.0625)(z)
+    torch.testing.assert_close(found, z @ table.T, rtol=0, atol=2e-6)
+    assert found.is_contiguous()
+
+
+@pytest.mark.parametrize("magnitude", [1e-20, 1e30])
+@pytest.mark.parametrize("m", [1, 2, 9])
+def test_features_of_any_size_are_multiplied(m, magnitude, draw):
+    signs = (draw(50, 64) > 0).to(torch.int8) * 2 - 1
+    if not module.has_fast_integers():
+        pytest.skip("this processor has no fast products of 8-bit integers")
+    z = draw(m, 64) * magnitude
+    exact = (z.double() @ signs.double().T) / magnitude
+    found = module.byte_product(z, signs, 3).double() / magnitude
+    assert (found - exact).abs().max() <= 1e-5
+
+
+def test_samples_of_few_signs_become_numbers(draw, monkeypatch):
+    monkeypatch.setattr(module, "_CACHED_FLOATS", 70)
+    signs = (draw(50, 30) > 0).to(torch.int8) * 2 - 1
+    z = draw(4, 30)
+    torch.testing.assert_close(module._product_in_floats(z, signs), z @ signs.float().T)
