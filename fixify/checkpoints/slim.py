@@ -43,6 +43,7 @@ from fixify.checkpoints.source import Source
 from fixify.description import BARE, BARE_PATH, HeadRecord
 from fixify.errors import ArchitectureError, FormatError, HeadSpecError, OutputError, UsageError
 from fixify.heads import FixedClassifier
+from fixify.heads.spec import DAMAGED_CODES
 from fixify.models.architectures import (
     Architecture,
     Preprocessing,
@@ -287,7 +288,7 @@ def _fill(model: nn.Module, info: SlimInfo, tensors: Mapping[str, torch.Tensor],
     except HeadSpecError as error:
         raise FormatError(
             f"The codes in {path} do not fit its head spec: {error.message}",
-            hint="The file is damaged or was edited. Convert the original again.",
+            hint=DAMAGED_CODES,
         ) from error
     if info.is_bare:
         model = model[BARE_PATH]  # type: ignore[index]
@@ -324,9 +325,13 @@ def save(
         UsageError: The model has no fixed head.
         ArchitectureError: The model is not of a known architecture, or was changed in a way that a reader of the file
             could not rebuild.
+        CodebookMismatchError: The stored codes were changed, as an average of all buffers does.
         OutputExistsError, OutputError: The file exists, or cannot be written.
     """
     refuse_existing(Path(path), force=force)
+    for module in model.modules():
+        if isinstance(module, FixedClassifier):
+            module.check_codes()
     info = getattr(model, "fixify_info", None)
     if not isinstance(info, SlimInfo) or arch is not None or not _describes(info, model):
         info = describe(model, arch)
