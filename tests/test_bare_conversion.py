@@ -61,6 +61,16 @@ def test_cosine_head(text: Path, slim: Path) -> None:
     assert float(F.cosine_similarity(wanted.flatten(), found.flatten(), dim=0)) > 0.7
 
 
+def test_labels_beside_the_matrix_are_named(text: Path, tmp_path: Path) -> None:
+    """A list may belong to something else, so none is read unasked."""
+    done = fixify.convert(text, tmp_path / "a.fixed.safetensors", logit_scale=50.0)
+    assert done.info.labels is None and any("--labels" in note and "labels.txt" in note for note in done.notes)
+    done = fixify.convert(
+        text, tmp_path / "b.fixed.safetensors", logit_scale=50.0, labels=str(text.parent / "labels.txt")
+    )
+    assert not any("--labels" in note for note in done.notes)
+
+
 def test_linear_head_with_a_bias(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     weight, bias = rng.standard_normal((C, N)).astype(np.float32), rng.standard_normal(C).astype(np.float32)

@@ -252,7 +252,7 @@ class FixedClassifier(nn.Module):
         return self
 
     def check_codes(self) -> None:
-        """Check that the stored codes are still those that the head was made or loaded with: they never change.
+        """Check that the stored codes, which never change, are those that the head was made or loaded with.
 
         Raises:
             CodebookMismatchError: They are others.
