@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fixify
 from fixify.checkpoints.slim import write_slim
-from fixify.errors import CodebookMismatchError, HeadSpecError
+from fixify.errors import ArchitectureError, CodebookMismatchError, HeadSpecError
 from fixify.heads import FixedClassifier, HeadSpec
 
 # More classes than features, so that codes are stored; a network without dropout and batch norm where it trains.
@@ -231,7 +231,7 @@ def test_compiled(model: Any) -> None:
     "ignore:.*quant:UserWarning",
     "ignore:.*reduce_range:UserWarning",
 )
-def test_a_quantised_backbone() -> None:
+def test_a_quantised_backbone(tmp_path: Path) -> None:
     from torch.ao.quantization import quantize_dynamic
 
     with torch.random.fork_rng(devices=[]):
@@ -247,6 +247,15 @@ def test_a_quantised_backbone() -> None:
     found = answers(small, images)
     assert not torch.equal(found, expected)
     assert float((found - expected).abs().max()) < 0.2 * float(expected.std())
+    with pytest.raises(ArchitectureError, match="quantised"):
+        fixify.save(small, tmp_path / "small.safetensors")
+    # Loaded, then quantised.
+    again: Any = quantize_dynamic(
+        fixify.load(fixify.save(model, tmp_path / "net.safetensors")), {nn.Linear}, dtype=torch.qint8
+    )
+    torch.testing.assert_close(answers(again, images), found)
+    with pytest.raises(ArchitectureError, match="quantised"):
+        fixify.save(again, tmp_path / "small.safetensors")
 
 
 def test_back_to_a_learned_head(model: Any, tmp_path: Path) -> None:
