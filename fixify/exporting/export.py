@@ -68,8 +68,10 @@ def export(
     job = _open(checkpoint, options)
     with resources_explained("export the model"):
         if options.to == "torch-export":
-            from fixify.exporting.torch_export import write_torch_export
+            from fixify.exporting.torch_export import write_bare_torch_export, write_torch_export
 
+            if job.info.is_bare:
+                return write_bare_torch_export(job, target, force=force)
             return write_torch_export(job, target, _batches(job, on_warning), force=force)
         if options.to == "dense":
             from fixify.exporting.dense import write_dense
@@ -105,12 +107,15 @@ def _of_bare(checkpoint: str | Path, options: ExportOptions) -> ExportOptions:
     Raises:
         UsageError: The format or an option needs a network.
     """
-    if options.to != "onnx":
+    if options.to == "onnx":
+        return options.replace(head_only=True)
+    what = "--images runs one" if options.images is not None else "--to dense writes one"
+    if options.to == "dense" or options.images is not None:
         raise UsageError(
-            f"{checkpoint} is a classifier without a network, and --to {options.to} writes a network.",
+            f"{checkpoint} is a classifier without a network, and {what}.",
             hint=f"Write it for ONNX Runtime and NumPy: fixify export {checkpoint} --head-only",
         )
-    return options.replace(head_only=True)
+    return options
 
 
 def _open(checkpoint: str | Path, options: ExportOptions) -> Job:
