@@ -8,7 +8,6 @@ other image sizes and channels, another number of classes, `num_classes=0`, `fea
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +36,6 @@ from fixify.surgery import apply_heads_
 ARCHITECTURE = "fixify_slim"
 """Under which `fixify._timm` registers slim checkpoints with timm."""
 
-_LEAST_TIMM = (1, 0, 31)
-"""Older versions of timm do not hand on what the weights were made for: other channels, no classifier, copies."""
 _MOST_HEADS = 16
 _COPIED = ("first_conv", "classifier", "fixed_input_size", "pool_size")
 # The place of the weights and what belongs to other weights; the network is built with those that were read already.
@@ -118,7 +115,6 @@ def build_in_timm(
             old.
         SourceError: The repository cannot be read.
     """
-    _require_timm()
     cfg = resolve_pretrained_cfg(ARCHITECTURE, pretrained_cfg, dict(pretrained_cfg_overlay or {})).to_dict()
     source_args = kwargs.pop("pretrained_model_args", None)
     tensors: dict[str, Tensor] | None = None
@@ -154,16 +150,6 @@ def build_in_timm(
         kwargs.pop("pretrained_model_args", None)
         _remember(made, info, arch, kwargs)
     return model
-
-
-def _require_timm() -> None:
-    """Refuse versions of timm that would build another model without a word."""
-    if tuple(map(int, re.findall(r"\d+", timm.__version__)[:3])) < _LEAST_TIMM:
-        least = ".".join(map(str, _LEAST_TIMM))
-        raise ArchitectureError(
-            f"timm.create_model builds slim checkpoints from timm {least} on; {timm.__version__} is installed.",
-            hint="pip install --upgrade timm, or load it with fixify.load, which takes older versions.",
-        )
 
 
 def _described(slim: Mapping[str, Any] | None) -> tuple[Architecture, tuple[HeadRecord, ...], str | None]:

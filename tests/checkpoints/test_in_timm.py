@@ -19,10 +19,6 @@ import fixify
 from fixify.errors import ArchitectureError, FixifyError, FormatError
 from fixify.heads import FixedClassifier
 
-pytestmark = pytest.mark.skipif(
-    timm.__version__ in {f"1.0.{patch}" for patch in range(31)}, reason="timm.create_model of slim folders needs 1.0.31"
-)
-
 MODELS: dict[str, dict[str, Any]] = {
     "test_efficientnet": {"num_classes": 300},
     "test_vit": {"num_classes": 30},
