@@ -214,10 +214,3 @@ def test_weights_of_another_network(slim_folder: Callable[..., str], tmp_path: P
     (tmp_path / "model.safetensors").write_bytes(data[:-100])
     with pytest.raises(FixifyError):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
-
-
-def test_an_older_timm_is_refused(slim_folder: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = slim_folder("test_resnet")
-    monkeypatch.setattr(timm, "__version__", "1.0.30")
-    with pytest.raises(ArchitectureError, match=r"1\.0\.30"):
-        timm.create_model(folder, pretrained=True)
