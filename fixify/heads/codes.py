@@ -350,7 +350,8 @@ def _digest_of(packed: np.ndarray, line: str, what: str) -> str:
         raise HeadSpecError(
             f"Classes {repeated[0]} and {repeated[1]} have the same {what} and could never be told apart."
         )
-    hashed = hashlib.sha256(line.encode() + b"\n" + packed.tobytes())
+    hashed = hashlib.sha256(line.encode() + b"\n")
+    hashed.update(np.ascontiguousarray(packed).data)
     return f"sha256:{hashed.hexdigest()}"
 
 
