@@ -24,14 +24,15 @@ import torchvision
 
 import fixify
 from fixify.errors import FixifyError
-from fixify.models import build, list_architectures, parse_architecture
+from fixify.models import build, parse_architecture
+from fixify.models.index import load_index
 
 MOST_CANDIDATES = 6
 CLASSES = 20
 
 
 def families() -> Iterator[tuple[str, list[str]]]:
-    known = set(list_architectures())
+    known = {entry.architecture.ref for entry in load_index().entries}  # all that have a classifier
     for module in timm.list_modules():
         names = [name for name in timm.list_models(module=module) if f"timm/{name}" in known]
         if names:
