@@ -6,6 +6,7 @@ The file becomes a slim head alone (`convert_bare`), or its matrix is put onto a
 from __future__ import annotations
 
 import base64
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fixify._values import counted
 from fixify._watch import OnProgress, unwatched
+from fixify.checkpoints.beside import class_lists_beside, fitting_lists
 from fixify.checkpoints.encoder import Encoder
 from fixify.checkpoints.matrix import Matrix, MatrixOptions, class_mean, read_matrix, unit_sides
 from fixify.checkpoints.slim import SlimInfo, bare_tensors, describe_bare, is_slim
@@ -109,6 +112,12 @@ def read_bare(path: Path, options: ConvertOptions, encoder: Encoder | None = Non
         notes.append(
             f"{path.name}: all class vectors have length 1, as text embeddings have. If logits are cosines times a "
             "scale: --logit-scale 100"
+        )
+    beside = [] if matrix.labels is not None else fitting_lists(class_lists_beside(path), matrix.num_classes)
+    if beside:
+        notes.append(
+            f"{beside[0].name} beside {path.name} has {counted(matrix.num_classes, 'class name')} and is not read. "
+            f"If these are its classes: --labels {shlex.quote(str(beside[0]))}"
         )
     if matrix.bias is None:
         options = options.replace(bias=False)

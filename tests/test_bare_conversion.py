@@ -61,6 +61,16 @@ def test_cosine_head(text: Path, slim: Path) -> None:
     assert float(F.cosine_similarity(wanted.flatten(), found.flatten(), dim=0)) > 0.7
 
 
+def test_labels_beside_the_matrix_are_named(text: Path, tmp_path: Path) -> None:
+    """A list may belong to something else, so none is read unasked."""
+    done = fixify.convert(text, tmp_path / "a.fixed.safetensors", logit_scale=50.0)
+    assert done.info.labels is None and any("--labels" in note and "labels.txt" in note for note in done.notes)
+    done = fixify.convert(
+        text, tmp_path / "b.fixed.safetensors", logit_scale=50.0, labels=str(text.parent / "labels.txt")
+    )
+    assert not any("--labels" in note for note in done.notes)
+
+
 def test_linear_head_with_a_bias(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     weight, bias = rng.standard_normal((C, N)).astype(np.float32), rng.standard_normal(C).astype(np.float32)
@@ -126,9 +136,22 @@ def test_export(slim: Path, tmp_path: Path) -> None:
     (found,) = ort.InferenceSession(done.paths[0]).run(None, {"features": x.numpy()})
     assert (torch.from_numpy(found).argmax(dim=1) == answers(fixify.load(slim), x).argmax(dim=1)).all()
     assert fixify.inspect(done.paths[0]).is_bare
-    for options in ({"to": "dense"}, {"to": "torch-export"}, {"top_k": 5}):
+    for options in ({"to": "dense"}, {"to": "torch-export", "images": tmp_path}, {"top_k": 5}):
         with pytest.raises(UsageError):
             fixify.export(slim, tmp_path / "other", **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"head": "binary"}, {"head": "binary", "bits_per_weight": 2}, {"head": "hadamard"}]
+)
+def test_a_program_for_torch_export(text: Path, tmp_path: Path, options: Any) -> None:
+    slim = fixify.convert(text, tmp_path / "a.fixed.safetensors", logit_scale=50.0, **options).path
+    done = fixify.export(slim, tmp_path / "head.pt2", to="torch-export")
+    program = torch.export.load(done.paths[0]).module()
+    x = torch.randn(7, N, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(program(x), answers(fixify.load(slim), x), rtol=1e-4, atol=1e-4)
+    assert done.checks[0].images == "random features"
+    assert not [name for name, tensor in program.state_dict().items() if tuple(tensor.shape) == (C, N)]  # packed
 
 
 def test_what_needs_a_network_is_refused(text: Path, slim: Path, tmp_path: Path) -> None:

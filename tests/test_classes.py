@@ -44,7 +44,10 @@ def backbone(path: Path) -> dict[str, torch.Tensor]:
     return {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("classifier.")}
 
 
-@pytest.mark.parametrize("options", [{}, {"head": "binary"}, {"head": "hadamard", "match": False}])
+LEVELS = {"head": "binary", "bits_per_weight": 3}
+
+
+@pytest.mark.parametrize("options", [{}, {"head": "binary"}, LEVELS, {"head": "hadamard", "match": False}])
 def test_keep(convert: Convert, tmp_path: Path, options: Any) -> None:
     slim = convert(**options)
     (tmp_path / "some.txt").write_text("dog\nbee\n")
@@ -84,8 +87,9 @@ def test_rename(convert: Convert, tmp_path: Path) -> None:
         fixify.rename_classes(slim, {"cow": "Bos"}, tmp_path / "b.safetensors")
 
 
-def test_add_without_examples(convert: Convert, tmp_path: Path) -> None:
-    slim = convert()
+@pytest.mark.parametrize("options", [{}, LEVELS])
+def test_add_without_examples(convert: Convert, tmp_path: Path, options: Any) -> None:
+    slim = convert(**options)
     done = fixify.add_classes(slim, ["cow", "emu"], tmp_path / "a.safetensors")
     assert done.info.labels == [*NAMES, "cow", "emu"] and done.notes
     torch.testing.assert_close(answers(done.path)[:, :4], answers(slim), rtol=1e-6, atol=1e-6)
@@ -94,8 +98,9 @@ def test_add_without_examples(convert: Convert, tmp_path: Path) -> None:
             fixify.add_classes(slim, names, tmp_path / "b.safetensors")
 
 
-def test_merge(convert: Convert, tmp_path: Path) -> None:
-    slim = convert(head="binary")
+@pytest.mark.parametrize("options", [{"head": "binary"}, LEVELS])
+def test_merge(convert: Convert, tmp_path: Path, options: Any) -> None:
+    slim = convert(**options)
     done = fixify.merge_classes(slim, ["cat", "ant"], "pet", tmp_path / "a.safetensors")
     assert done.info.labels == ["bee", "pet", "dog"]
     torch.testing.assert_close(answers(done.path)[:, [0, 2]], answers(slim)[:, [1, 3]], rtol=1e-6, atol=1e-6)
@@ -122,7 +127,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("options", [{"head": "binary"}, {"head": "hadamard"}])
+@pytest.mark.parametrize("options", [{"head": "binary"}, LEVELS, {"head": "hadamard"}])
 def test_add_by_images(convert: Convert, pictures: Path, tmp_path: Path, options: Any) -> None:
     slim = convert(**options)
     done = fixify.add_classes(slim, out=tmp_path / "a.safetensors", images=pictures, device="cpu")
@@ -145,14 +150,17 @@ def test_images_of_one_class_need_others(convert: Convert, pictures: Path, tmp_p
         fixify.add_classes(convert(), ["cow"], tmp_path / "a.safetensors", images=pictures, device="cpu")
 
 
-def test_add_by_embeddings(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [None, 1.58, 4])
+def test_add_by_embeddings(tmp_path: Path, bits: float | None) -> None:
     rng = np.random.default_rng(0)
     every = rng.standard_normal((40, 64)).astype(np.float32) + 2
     every /= np.linalg.norm(every, axis=1, keepdims=True)
     np.save(tmp_path / "all.npy", every)
     np.save(tmp_path / "old.npy", every[:36])
     np.save(tmp_path / "new.npy", every[36:])
-    slim = fixify.convert(tmp_path / "old.npy", tmp_path / "old.fixed.safetensors", logit_scale=100.0).path
+    slim = fixify.convert(
+        tmp_path / "old.npy", tmp_path / "old.fixed.safetensors", logit_scale=100.0, head="binary", bits_per_weight=bits
+    ).path
     done = fixify.add_classes(
         slim, ["a", "b", "c", "d"], tmp_path / "more.fixed.safetensors", embeddings=tmp_path / "new.npy"
     )

@@ -14,7 +14,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV2, ModelEmaV3
 from tools.processes import run_together
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -23,13 +23,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fixify
-from fixify.errors import HeadSpecError
+from fixify.checkpoints.slim import write_slim
+from fixify.errors import ArchitectureError, CodebookMismatchError, HeadSpecError
 from fixify.heads import FixedClassifier, HeadSpec
 
 # More classes than features, so that codes are stored; a network without dropout and batch norm where it trains.
 HEADS: dict[str, dict[str, Any]] = {
     "hadamard": {"head": "hadamard"},
     "binary": {"head": "binary"},
+    "levels": {"head": "binary", "bits_per_weight": 3},
     "orthogonal": {"head": "orthogonal"},
 }
 IMAGES = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -146,6 +148,72 @@ def test_an_average_can_be_saved(model: Any, tmp_path: Path) -> None:
     assert torch.equal(answers(fixify.load(tmp_path / "average.safetensors")), answers(model))
 
 
+def by_averaged_model(model: Any) -> tuple[Any, Callable[[Any], Any]]:
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    return average.module, average.update_parameters
+
+
+def by_model_ema_v2(model: Any) -> tuple[Any, Callable[[Any], Any]]:
+    average = ModelEmaV2(model, decay=0.9)
+    return average.module, average.update
+
+
+AVERAGES = {"AveragedModel": by_averaged_model, "ModelEmaV2": by_model_ema_v2}
+
+
+@pytest.mark.parametrize("head", ["hadamard", "binary", "levels"])
+@pytest.mark.parametrize("how", AVERAGES)
+def test_an_average_of_codes_is_noticed(slims: dict[str, Path], tmp_path: Path, head: str, how: str) -> None:
+    """Such averages truncate the whole numbers in which codes are stored."""
+    model: Any = fixify.load(slims[head])
+    expected = answers(model)
+    average, update = AVERAGES[how](model)
+    for _ in range(5):
+        update(model)
+    target = tmp_path / "average.safetensors"
+    if torch.equal(average.get_classifier().codes, model.get_classifier().codes):
+        assert (head, how) == ("hadamard", "ModelEmaV2")  # it averages a copy of the code indices
+        fixify.save(average, target)
+        torch.testing.assert_close(answers(fixify.load(target)), expected)
+        return
+    state = average.state_dict()
+    average.eval()
+    for use in (lambda: fixify.save(average, target), lambda: answers(average)):
+        with pytest.raises(CodebookMismatchError) as refused:
+            use()
+        assert "use_buffers=False" in (refused.value.hint or "") and "ModelEmaV3" in (refused.value.hint or "")
+    assert not target.exists()
+    # Another program may write it.
+    info = fixify.inspect(slims[head])
+    write_slim(target, state, info)
+    other: Any = fixify.load(slims[head])
+    for read in (lambda: fixify.load(target), lambda: other.load_state_dict(state)):
+        with pytest.raises(fixify.FixifyError) as refused:
+            read()
+        assert "use_buffers=False" in (refused.value.hint or "")
+    # What the hint says mends it.
+    whole = {key: tensor for key, tensor in model.state_dict().items() if not tensor.is_floating_point()}
+    average.load_state_dict(whole, strict=False)
+    torch.testing.assert_close(answers(average), expected, rtol=1e-4, atol=1e-4)
+    fixify.save(average, target, force=True)
+    torch.testing.assert_close(answers(fixify.load(target)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["hadamard", "binary", "levels"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_codes_of_another_head_are_refused_before_they_are_loaded(
+    slims: dict[str, Path], name: str, strict: bool
+) -> None:
+    model: Any = fixify.load(slims[name])
+    head = model.get_classifier()
+    expected = answers(model)
+    state = {**head.state_dict(), "codes": head.state_dict()["codes"].flip(0)}
+    with pytest.raises(CodebookMismatchError):
+        head.load_state_dict(state, strict=strict)
+    assert torch.equal(answers(model), expected)
+    head.check_codes()
+
+
 @pytest.mark.slow
 def test_compiled(model: Any) -> None:
     torch.compiler.reset()
@@ -163,7 +231,7 @@ def test_compiled(model: Any) -> None:
     "ignore:.*quant:UserWarning",
     "ignore:.*reduce_range:UserWarning",
 )
-def test_a_quantised_backbone() -> None:
+def test_a_quantised_backbone(tmp_path: Path) -> None:
     from torch.ao.quantization import quantize_dynamic
 
     with torch.random.fork_rng(devices=[]):
@@ -179,6 +247,15 @@ def test_a_quantised_backbone() -> None:
     found = answers(small, images)
     assert not torch.equal(found, expected)
     assert float((found - expected).abs().max()) < 0.2 * float(expected.std())
+    with pytest.raises(ArchitectureError, match="quantised"):
+        fixify.save(small, tmp_path / "small.safetensors")
+    # Loaded, then quantised.
+    again: Any = quantize_dynamic(
+        fixify.load(fixify.save(model, tmp_path / "net.safetensors")), {nn.Linear}, dtype=torch.qint8
+    )
+    torch.testing.assert_close(answers(again, images), found)
+    with pytest.raises(ArchitectureError, match="quantised"):
+        fixify.save(again, tmp_path / "small.safetensors")
 
 
 def test_back_to_a_learned_head(model: Any, tmp_path: Path) -> None:
@@ -198,12 +275,15 @@ def test_back_to_a_learned_head(model: Any, tmp_path: Path) -> None:
 # Several processes.
 
 
-def small(head: str = "hadamard") -> Any:
+def small(head: str) -> Any:
     """A network without batch norm and dropout, with more classes than features."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made: Any = timm.create_model("test_vit", num_classes=100, img_size=32, patch_size=8)
-    fixify.fix_classifier_(made, head)
+    spec: Any = head
+    if head == "levels":
+        spec = HeadSpec("binary", made.num_features, 100, bits_per_weight=3, gains=True)
+    fixify.fix_classifier_(made, spec)
     return made.train()
 
 

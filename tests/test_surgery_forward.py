@@ -127,6 +127,21 @@ def test_a_head_that_get_classifier_does_not_understand() -> None:
         fixify.fix_classifier_(model)
 
 
+@pytest.mark.parametrize(
+    ("name", "width", "options"),
+    [
+        ("resnet50_clip.openai", 1024, {}),
+        ("vit_pe_core_tiny_patch16_384.fb", 512, {"depth": 1}),
+        ("convnext_base.clip_laion2b", 640, {"depths": (1, 1, 1, 1), "dims": (8, 16, 32, 64)}),
+    ],
+)
+def test_projections_of_other_towers(name: str, width: int, options: Any) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, **options)
+    with pytest.raises(NoClassifierError, match=f"{width:,} values"):
+        fixify.fix_classifier_(model)
+
+
 def test_projection_of_a_clip_tower() -> None:
     tower = timm.create_model("vit_xsmall_patch16_clip_224.tinyclip_yfcc15m")
     with pytest.raises(NoClassifierError, match=r"head is a projection.*512"):

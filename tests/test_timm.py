@@ -16,10 +16,6 @@ import torch
 import fixify
 from fixify.checkpoints.in_timm import ARCHITECTURE
 
-pytestmark = pytest.mark.skipif(
-    timm.__version__ in {f"1.0.{patch}" for patch in range(31)}, reason="timm.create_model of slim folders needs 1.0.31"
-)
-
 CHECKS = """
 import sys
 {first}

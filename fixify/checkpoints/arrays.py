@@ -34,6 +34,8 @@ _DESCR = re.compile(r"'descr':\s*'([<>|=]?)([A-Za-z])(\d+)'")
 _ORDER = re.compile(r"'fortran_order':\s*(True|False)")
 _SHAPE = re.compile(r"'shape':\s*\(([0-9, ]{0,200})\)")
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_OF_ZIP = (zipfile.BadZipFile, zlib.error, UnicodeDecodeError, NotImplementedError)
+"""What zipfile raises for damaged archives: names that are no text, methods and versions that it does not know."""
 _AGAIN = "Write it again, or copy it again."
 
 
@@ -87,7 +89,14 @@ def _explained(path: Path) -> Iterator[None]:
     """Turn what the readers raise for damaged files into a `SourceError`."""
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, SafetensorError, EOFError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        SafetensorError,
+        EOFError,
+        UnicodeDecodeError,
+        NotImplementedError,
+    ) as error:
         raise SourceError(f"{path} is damaged: {error}.", hint=_AGAIN) from error
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
@@ -181,7 +190,8 @@ def _numbers(file: BinaryIO, count: int, dtype: np.dtype[np.floating]) -> np.nda
     data = file.read(count * dtype.itemsize)
     if len(data) != count * dtype.itemsize:
         raise EOFError("the numbers are cut short")
-    return np.frombuffer(data, dtype=dtype).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is refused by whoever reads it
+        return np.frombuffer(data, dtype=dtype).astype(np.float32)
 
 
 def _of_safetensors(path: Path) -> dict[str, StoredArray]:

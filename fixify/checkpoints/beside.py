@@ -45,7 +45,7 @@ def remark_on_class_lists(found: tuple[Path, ...], num_classes: int) -> str | No
         found: What `class_lists_beside` returned.
         num_classes: Number of classes of the checkpoint.
     """
-    fitting = [path for path in found[:_MOST] if _num_names(path) == num_classes]
+    fitting = fitting_lists(found, num_classes)
     if not fitting:
         return None
     names = counted(num_classes, "class name")
@@ -60,6 +60,11 @@ def remark_on_class_lists(found: tuple[Path, ...], num_classes: int) -> str | No
         f"The checkpoint has no class names. {fitting[0].name} beside it has {names} and is not read. If it belongs to "
         f"the checkpoint: --class-map {typed} (eval, finetune), or --labels {typed} (predict)."
     )
+
+
+def fitting_lists(found: tuple[Path, ...], num_classes: int) -> list[Path]:
+    """Return the files of `class_lists_beside` that have a name for each class; only the first few are looked at."""
+    return [path for path in found[:_MOST] if _num_names(path) == num_classes]
 
 
 def _num_names(path: Path) -> int | None:

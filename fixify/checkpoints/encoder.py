@@ -28,8 +28,10 @@ from fixify.checkpoints.source import Source, refuse_integers
 from fixify.errors import ArchitectureError, SourceError
 from fixify.models.architectures import Architecture, Preprocessing, build, parse_architecture, preprocessing
 from fixify.models.build import is_counter
-from fixify.models.classifiers import ClassifierSite, find_heads, is_projection
+from fixify.models.classifiers import ClassifierSite, find_heads, is_auxiliary, is_projection
 from fixify.models.projection import build_with, output_width
+
+_SOME_CLASSES = 2
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def read_encoder(ref: str | Path, *, arch: str | None = None, ema: bool = False,
     source = open_source(ref, ema=ema, meta=meta)
     if source.reference_code_head is not None:
         raise SourceError(f"{source.name} has a fixed classifier of the paper's published code; it cannot be replaced.")
+    source, arch, left_out = _without_auxiliary(source, arch)
     found = _without_classifier(source, arch)
     if found is None:
         with explaining_parts(source):
@@ -107,7 +110,7 @@ def read_encoder(ref: str | Path, *, arch: str | None = None, ema: bool = False,
         preprocessing=images,
         width=_width(architecture, images),
         projection=projection,
-        notes=(*([note] if note else []), *remarks_on(source, 0)),
+        notes=(*([note] if note else []), *left_out, *remarks_on(source, 0)),
     )
 
 
@@ -182,19 +185,44 @@ def _kept(encoder: Encoder, site: ClassifierSite, projection: str | None) -> dic
     return {key: tensor for key, tensor in encoder.tensors.items() if key in wanted}
 
 
+def _without_auxiliary(source: Source, arch: str | None) -> tuple[Source, str | None, tuple[str, ...]]:
+    """Leave out the auxiliary classifiers of torchvision, which run in training only; also return the note on that."""
+    groups = sorted({key.partition(".")[0] for key in source.tensors if is_auxiliary(key)})
+    if not groups:
+        return source, arch, ()
+    facts, without = source.facts, {"aux_logits": False}
+    if arch is not None:
+        named = parse_architecture(arch)
+        arch = replace(named, kwargs={**named.kwargs, **without}).spelled
+    elif facts.architecture is not None:
+        facts = replace(facts, architecture_kwargs={**facts.architecture_kwargs, **without})
+    tensors = {key: tensor for key, tensor in source.tensors.items() if not is_auxiliary(key)}
+    note = f"Left out {' and '.join(groups)}: auxiliary classifiers, which run in training only."
+    return replace(source, tensors=tensors, facts=facts), arch, (note,)
+
+
 def _without_classifier(source: Source, arch: str | None) -> tuple[Architecture, nn.Module] | None:
     """Return the architecture without a classifier whose tensors a source has; None if it is another or not known."""
     name = arch or source.facts.architecture
     if name is None:
         return None
     architecture = parse_architecture(name, **(source.facts.architecture_kwargs if arch is None else {}))
-    if architecture.library == "torchvision":
-        return None
     try:
-        model = build(architecture, num_classes=0, meta=True)
+        model = _headless(architecture)
     except (ArchitectureError, TypeError):
         return None
     return (architecture, model) if set(source.shapes) == set(model.state_dict()) else None
+
+
+def _headless(architecture: Architecture) -> nn.Module:
+    """Build a network without its classifier, on the meta device. torchvision's take no `num_classes=0`."""
+    if architecture.library != "torchvision":
+        return build(architecture, num_classes=0, meta=True)
+    model = build(architecture, num_classes=_SOME_CLASSES, meta=True)
+    for site in find_heads(model, architecture):
+        parent, _, name = site.path.rpartition(".")
+        setattr(model.get_submodule(parent), name, nn.Identity())
+    return model
 
 
 def _width(architecture: Architecture, images: Preprocessing) -> int:
@@ -204,7 +232,7 @@ def _width(architecture: Architecture, images: Preprocessing) -> int:
         found = output_width(model, images["input_size"])
         if found is not None:
             return found
-    return find_heads(build(architecture, num_classes=2, meta=True), architecture)[0].num_features
+    return find_heads(build(architecture, num_classes=_SOME_CLASSES, meta=True), architecture)[0].num_features
 
 
 def _refuse_incomplete(

@@ -154,6 +154,9 @@ class SlimInfo(BaseModel):
             raise ValueError("the head behind a projection is not where it belongs")
         if self.is_bare and (paths != [BARE_PATH] or self.heads[0].channel_dim != -1):
             raise ValueError(f"a classifier alone is called {BARE_PATH}")
+        missing = [key for key in ("input_size", "mean", "std") if key not in self.preprocessing]
+        if missing and not self.is_bare:
+            raise ValueError(f"it does not say how images are preprocessed: {', '.join(missing)}")
         return self
 
     @field_validator("dtype")

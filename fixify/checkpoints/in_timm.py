@@ -8,8 +8,8 @@ other image sizes and channels, another number of classes, `num_classes=0`, `fea
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,17 @@ from fixify.checkpoints.header import FORMAT_VERSION, SLIM_KEY, read_header, rea
 from fixify.checkpoints.hub import download
 from fixify.checkpoints.locate import SLIM_WEIGHTS
 from fixify.checkpoints.slim import Origin, SlimInfo, main_dtype
-from fixify.description import Architecture, HeadRecord, check_arguments
+from fixify.description import BARE, Architecture, HeadRecord, check_arguments
 from fixify.errors import ArchitectureError, FormatError
 from fixify.models.architectures import build, known_architecture, preprocessing, timm_name
 from fixify.models.build import bounded, is_counter, load_weights
 from fixify.models.classifiers import find_heads
+from fixify.models.projection import put_classifier_behind_
 from fixify.surgery import apply_heads_
 
 ARCHITECTURE = "fixify_slim"
 """Under which `fixify._timm` registers slim checkpoints with timm."""
 
-_LEAST_TIMM = (1, 0, 31)
-"""Older versions of timm do not hand on what the weights were made for: other channels, no classifier, copies."""
 _MOST_HEADS = 16
 _COPIED = ("first_conv", "classifier", "fixed_input_size", "pool_size")
 # The place of the weights and what belongs to other weights; the network is built with those that were read already.
@@ -54,10 +53,12 @@ def config_for_timm(info: SlimInfo, *, licence: str | None = None) -> dict[str, 
         timm's keys: `architecture`, `num_classes`, `num_features`, `label_names`, `model_args`, `pretrained_cfg`. Ours:
         `fixify`, with the version of the format and the number of weights that were removed.
     """
-    network = build(info.architecture, num_classes=info.num_classes, meta=True)
-    own = getattr(network, "pretrained_cfg", None) or {}
+    own: Mapping[str, Any] = {}
+    if not info.is_bare:
+        own = getattr(build(info.architecture, num_classes=info.num_classes, meta=True), "pretrained_cfg", None) or {}
     cfg = {**info.preprocessing, **{key: own[key] for key in _COPIED if own.get(key) is not None}}
-    cfg.setdefault("classifier", [record.path for record in info.heads])
+    if "classifier" not in cfg or info.projection is not None:
+        cfg["classifier"] = [record.path for record in info.heads]
     config: dict[str, Any] = {
         "architecture": ARCHITECTURE,
         "num_classes": info.num_classes,
@@ -66,6 +67,7 @@ def config_for_timm(info: SlimInfo, *, licence: str | None = None) -> dict[str, 
             "slim": {
                 "architecture": info.architecture.to_dict(),
                 "heads": [record.to_dict() for record in info.heads],
+                **({} if info.projection is None else {"projection": info.projection}),
             }
         },
         "pretrained_cfg": {**cfg, "num_classes": info.num_classes},
@@ -113,7 +115,6 @@ def build_in_timm(
             old.
         SourceError: The repository cannot be read.
     """
-    _require_timm()
     cfg = resolve_pretrained_cfg(ARCHITECTURE, pretrained_cfg, dict(pretrained_cfg_overlay or {})).to_dict()
     source_args = kwargs.pop("pretrained_model_args", None)
     tensors: dict[str, Tensor] | None = None
@@ -121,9 +122,14 @@ def build_in_timm(
     if pretrained:
         tensors, info = _read_weights(_weights_file(cfg, cache_dir))
     if info is not None:
-        arch, heads = info.architecture, info.heads
+        arch, heads, projection = info.architecture, info.heads, info.projection
     else:
-        arch, heads = _described(slim)
+        arch, heads, projection = _described(slim)
+    if arch == BARE:
+        raise ArchitectureError(
+            "This slim checkpoint is a classifier without a network, which is none of timm's models.",
+            hint="Load it with fixify.load: it takes features.",
+        )
     arch = known_architecture(arch)
     fixed = not features_only and num_classes in (None, heads[0].spec.num_classes)
     classes = heads[0].spec.num_classes if num_classes is None else num_classes
@@ -136,7 +142,8 @@ def build_in_timm(
             kwargs["features_only"] = True
         if source_args is not None:
             kwargs["pretrained_model_args"] = dict(arch.kwargs)
-        model = _build_of_timm(arch, heads, cfg, classes, tensors, kwargs, fixed=fixed)
+        fixed_heads = _Fixed(arch, heads, projection)
+        model = _build_of_timm(fixed_heads, cfg, classes, tensors, kwargs, fixed=fixed)
     made: Any = model
     made.pretrained_cfg = made.default_cfg = {**cfg, "architecture": ARCHITECTURE}
     if fixed:
@@ -145,18 +152,8 @@ def build_in_timm(
     return model
 
 
-def _require_timm() -> None:
-    """Refuse versions of timm that would build another model without a word."""
-    if tuple(map(int, re.findall(r"\d+", timm.__version__)[:3])) < _LEAST_TIMM:
-        least = ".".join(map(str, _LEAST_TIMM))
-        raise ArchitectureError(
-            f"timm.create_model builds slim checkpoints from timm {least} on; {timm.__version__} is installed.",
-            hint="pip install --upgrade timm, or load it with fixify.load, which takes older versions.",
-        )
-
-
-def _described(slim: Mapping[str, Any] | None) -> tuple[Architecture, tuple[HeadRecord, ...]]:
-    """Read what config.json says of the network and its heads.
+def _described(slim: Mapping[str, Any] | None) -> tuple[Architecture, tuple[HeadRecord, ...], str | None]:
+    """Read what config.json says of the network, its heads, and the layer that they are behind.
 
     Raises:
         FormatError: it says nothing, or not enough.
@@ -167,7 +164,10 @@ def _described(slim: Mapping[str, Any] | None) -> tuple[Architecture, tuple[Head
         heads = tuple(HeadRecord.from_dict(entry) for entry in slim["heads"][:_MOST_HEADS])
         if not heads:
             raise ValueError("it has no heads")
-        return Architecture.from_dict(slim["architecture"]), heads
+        projection = slim.get("projection")
+        if not isinstance(projection, str | None):
+            raise ValueError("projection is no name of a layer")
+        return Architecture.from_dict(slim["architecture"]), heads, projection
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise FormatError(
             f"This {CONFIG} does not describe a slim checkpoint: {error}.",
@@ -197,9 +197,29 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], SlimInfo | None]:
         raise FormatError(f"{path} is not a readable .safetensors file: {error}.") from error
 
 
+@dataclass(frozen=True)
+class _Fixed:
+    """A network with fixed heads.
+
+    Attributes:
+        arch: The network.
+        heads: Its heads.
+        projection: The layer that its head is behind, or None.
+    """
+
+    arch: Architecture
+    heads: tuple[HeadRecord, ...]
+    projection: str | None
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs of the network as timm builds it: of the projection, or of the classifier."""
+        spec = self.heads[0].spec
+        return spec.num_classes if self.projection is None else spec.num_features
+
+
 def _build_of_timm(
-    arch: Architecture,
-    heads: tuple[HeadRecord, ...],
+    network: _Fixed,
     cfg: Mapping[str, Any],
     num_classes: int,
     tensors: Mapping[str, Tensor] | None,
@@ -207,6 +227,7 @@ def _build_of_timm(
     *,
     fixed: bool,
 ) -> nn.Module:
+    arch = network.arch
     base = get_pretrained_cfg(timm_name(arch), allow_unregistered=True)
     own = {} if base is None else base.to_dict()
     given = {**_as_tuples(arch.kwargs), **kwargs}
@@ -218,28 +239,34 @@ def _build_of_timm(
         **dict.fromkeys(_OF_SOURCE),
         "architecture": arch.name,
         "custom_load": False,
-        "num_classes": heads[0].spec.num_classes,
+        "num_classes": network.outputs,
     }
     if tensors is not None:
-        described["state_dict"] = _as_learned(arch, heads, tensors)
+        described["state_dict"] = _as_learned(network, tensors)
     with bounded(None, arch.ref):
         model = timm.create_model(
-            arch.name, pretrained=tensors is not None, pretrained_cfg=described, num_classes=num_classes, **given
+            arch.name,
+            pretrained=tensors is not None,
+            pretrained_cfg=described,
+            num_classes=network.outputs if fixed else num_classes,
+            **given,
         )
     if fixed:
-        _put_heads_(model, heads, tensors)
+        if network.projection is not None:
+            put_classifier_behind_(model, network.projection, num_classes)
+        _put_heads_(model, network.heads, tensors)
     return model
 
 
-def _as_learned(arch: Architecture, heads: tuple[HeadRecord, ...], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _as_learned(network: _Fixed, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state dict that the network has with a learned classifier, whose values are zeros.
 
     The filters of timm's architectures tell their own files from those of other libraries by the classifier's name.
     """
-    network = build(arch, num_classes=heads[0].spec.num_classes, meta=True)
-    paths = tuple(f"{record.path}." for record in heads)
+    model = build(network.arch, num_classes=network.outputs, meta=True)
+    paths = tuple(f"{record.path}." for record in network.heads)
     state = {key: tensor for key, tensor in tensors.items() if not key.startswith(paths)}
-    for key, wanted in network.state_dict().items():
+    for key, wanted in model.state_dict().items():
         if key.startswith(paths):
             state[key] = torch.zeros((), dtype=wanted.dtype).expand(wanted.shape)
         elif is_counter(key):

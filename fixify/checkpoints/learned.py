@@ -34,7 +34,14 @@ from fixify.errors import (
 )
 from fixify.models.architectures import Architecture, Preprocessing, build, parse_architecture, preprocessing
 from fixify.models.build import is_counter, load_weights
-from fixify.models.classifiers import ClassifierSite, find_classifiers, refuse_projection
+from fixify.models.classifiers import (
+    ClassifierSite,
+    find_classifiers,
+    find_heads,
+    is_projection,
+    refuse_projection,
+    tower_tags,
+)
 from fixify.models.identify import HAND_MADE_HEAD, Candidate, explain, fit, identify, refuse_headless, what_to_type
 from fixify.models.openmmlab import patches_first
 from fixify.models.projection import build_with
@@ -266,7 +273,42 @@ def save_ordinary(
 
 
 def recognise(source: Source, arch: str | None) -> tuple[Candidate, str | None]:
-    """Return the architecture that a source is of, and a note on how it was found unless it was named."""
+    """Return the architecture that a source is of, and a note on how it was found unless it was named.
+
+    Raises:
+        SourceError, ArchitectureError, AmbiguousArchitectureError, NoClassifierError: See `read_original`.
+    """
+    candidate, note = _recognise(source, arch)
+    _refuse_unnamed_tower(source, candidate)
+    return candidate, note
+
+
+def _refuse_unnamed_tower(source: Source, candidate: Candidate) -> None:
+    """Refuse the tower of a CLIP model that has the names and shapes of a classifier, unless its weights are named.
+
+    Raises:
+        NoClassifierError: the last layer has the width of such weights, and zeros for a bias, which timm adds to them.
+    """
+    architecture, width = candidate.architecture, candidate.num_classes
+    tags = tower_tags(architecture, width)
+    if not tags:
+        return
+    model = build(architecture, num_classes=width, meta=True)
+    if is_projection(model):
+        return
+    path = find_heads(model, architecture)[0].path
+    bias = renamed(source.learned, candidate).get(f"{path}.bias")
+    if bias is None or bias.is_meta or bool(bias.any()):
+        return
+    raise NoClassifierError(
+        f"{source.name} is {architecture.spelled} with {width} outputs and zeros as bias: {path} is a CLIP model's "
+        f"projection to an embedding, as in timm's {', '.join(f'{architecture.name}.{tag}' for tag in tags)}.",
+        hint=f"Name the weights, and put text embeddings behind them: --arch {architecture.ref}.{tags[0]} --classifier "
+        f"FILE (a matrix of C x {width})",
+    )
+
+
+def _recognise(source: Source, arch: str | None) -> tuple[Candidate, str | None]:
     name = arch or source.facts.architecture
     if name is None:
         return _identify(source)

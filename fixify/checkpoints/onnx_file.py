@@ -73,7 +73,8 @@ def new_session(source: str | bytes, *, optimised: bool = True) -> onnxruntime.I
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        # Its fallback prints the error, with the file's words, and tries the same again.
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except _runtime_errors() as error:
         name = source if isinstance(source, str) else "The model"
         raise FormatError(
@@ -89,6 +90,7 @@ def _runtime_errors() -> tuple[type[Exception], ...]:
     return (
         *(states.Fail, states.InvalidProtobuf, states.InvalidGraph, states.NoSuchFile, states.RuntimeException),
         *(states.InvalidArgument, states.NotImplemented),
+        UnicodeDecodeError,  # its message has bytes of the file that are no text
     )
 
 
@@ -141,12 +143,15 @@ def _read(path: Path | str, metadata: Mapping[str, str]) -> tuple[SlimInfo, Onnx
             hint="Upgrade: pip install --upgrade fixify",
         )
     try:
-        return info_of_text(metadata[SLIM_KEY]), OnnxInfo.model_validate(parse_json(metadata[ONNX_KEY]))
+        info, onnx_info = info_of_text(metadata[SLIM_KEY]), OnnxInfo.model_validate(parse_json(metadata[ONNX_KEY]))
     except ValidationError as error:
         first = error.errors()[0]
         raise FormatError(f"The metadata of {path} is damaged: {first['loc']}: {first['msg']}.") from error
     except ValueError as error:
         raise FormatError(f"The metadata of {path} is damaged: {error}.") from error
+    if info.is_bare and onnx_info.part == "model":
+        raise FormatError(f"The metadata of {path} is damaged: it describes a model, and a classifier without one.")
+    return info, onnx_info
 
 
 class OnnxModel(nn.Module):

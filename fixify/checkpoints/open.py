@@ -11,7 +11,7 @@ from fixify._files import unchanged
 from fixify.checkpoints.beside import class_lists_beside, remark_on_class_lists
 from fixify.checkpoints.header import is_onnx
 from fixify.checkpoints.learned import Original, read_original
-from fixify.checkpoints.locate import find_slim, short_name
+from fixify.checkpoints.locate import find_slim, locate_slim, short_name
 from fixify.checkpoints.onnx_file import open_onnx
 from fixify.checkpoints.slim import (
     Origin,
@@ -110,11 +110,12 @@ def open_bare(path: Path | str) -> OpenModel:
 
     Raises:
         FormatError, CodebookMismatchError: the file is damaged.
-        SourceError: it holds a NaN or an infinity.
+        SourceError: it holds a NaN or an infinity, or a repository of the Hugging Face hub cannot be read.
     """
+    name, path = short_name(path), locate_slim(path)
     head = load(path, check=True)
     check_finite(head.state_dict())
-    return _opened(Path(path).name, Path(path), nn.ModuleDict({BARE_PATH: head}), head.fixify_info)  # type: ignore[arg-type]
+    return _opened(name, path, nn.ModuleDict({BARE_PATH: head}), head.fixify_info)  # type: ignore[arg-type]
 
 
 def _opened(name: str, path: Path, model: nn.Module, info: SlimInfo) -> OpenModel:

@@ -43,6 +43,7 @@ from fixify.checkpoints.source import Source
 from fixify.description import BARE, BARE_PATH, HeadRecord
 from fixify.errors import ArchitectureError, FormatError, HeadSpecError, OutputError, UsageError
 from fixify.heads import FixedClassifier
+from fixify.heads.spec import DAMAGED_CODES
 from fixify.models.architectures import (
     Architecture,
     Preprocessing,
@@ -287,7 +288,7 @@ def _fill(model: nn.Module, info: SlimInfo, tensors: Mapping[str, torch.Tensor],
     except HeadSpecError as error:
         raise FormatError(
             f"The codes in {path} do not fit its head spec: {error.message}",
-            hint="The file is damaged or was edited. Convert the original again.",
+            hint=DAMAGED_CODES,
         ) from error
     if info.is_bare:
         model = model[BARE_PATH]  # type: ignore[index]
@@ -323,10 +324,12 @@ def save(
     Raises:
         UsageError: The model has no fixed head.
         ArchitectureError: The model is not of a known architecture, or was changed in a way that a reader of the file
-            could not rebuild.
+            could not rebuild; a quantised layer is such a change.
+        CodebookMismatchError: The stored codes were changed, as an average of all buffers does.
         OutputExistsError, OutputError: The file exists, or cannot be written.
     """
     refuse_existing(Path(path), force=force)
+    _refuse_unstorable(model)
     info = getattr(model, "fixify_info", None)
     if not isinstance(info, SlimInfo) or arch is not None or not _describes(info, model):
         info = describe(model, arch)
@@ -340,6 +343,25 @@ def save(
         for key, tensor in model.state_dict().items()
     }
     return write_slim(Path(path), tensors, info, force=force)
+
+
+def _refuse_unstorable(model: nn.Module) -> None:
+    """Refuse a model whose codes were changed, or whose layers hold something that a network of the library does not.
+
+    Raises:
+        ArchitectureError: A layer is quantised.
+        CodebookMismatchError: The codes of a head are not those that it was made with.
+    """
+    for module in model.modules():
+        if isinstance(module, FixedClassifier):
+            module.check_codes()
+    for key, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor) or value.is_quantized:
+            raise ArchitectureError(
+                f"{key} of this {type(model).__name__} is not a tensor of numbers: the layer is quantised, or holds a "
+                "state of its own.",
+                hint="Save the model before its layers are quantised, and quantise them after fixify.load.",
+            )
 
 
 def bare_tensors(head: nn.Module) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", "Unpack it first: zstd -d."),
     (b"\x89HDF\r\n", "an HDF5 file (Keras)", "fixify reads PyTorch and safetensors checkpoints."),
     (b"GGUF", "a GGUF file", "fixify reads PyTorch and safetensors checkpoints."),
-    (b"\x93NUMPY", "a NumPy array", "fixify reads PyTorch and safetensors checkpoints."),
+    (b"\x93NUMPY", "a NumPy array", "If it is a matrix of class vectors: fixify convert FILE, or --classifier FILE."),
     (b"\x89PNG", "a PNG image", "Give the checkpoint; images go to fixify predict."),
     (b"\xff\xd8\xff", "a JPEG image", "Give the checkpoint; images go to fixify predict."),
     (b"%PDF", "a PDF document", "Give the checkpoint."),

@@ -57,4 +57,7 @@ def push(
     output.result(done.to_dict(), shown)
     if done.licence is None:
         output.say("The licence is not known. Give it: --license apache-2.0 --force")
-    output.next_step(f"fixify predict {done.name} IMAGES", "run it from there")
+    if done.is_bare:
+        output.next_step(f"fixify export {done.name} --head-only", "for ONNX Runtime and NumPy; in Python: fixify.load")
+    else:
+        output.next_step(f"fixify predict {done.name} IMAGES", "run it from there")

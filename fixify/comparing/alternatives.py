@@ -62,6 +62,7 @@ class Alternative:
         weight: float32 [C, N], the weights as they come out of the file.
         bias: float32 [C], or None.
         num_bytes: Bytes of what is stored: the weights in their small form, and the bias.
+        bits: Width of the integers; None where the weights are none.
         rank: Columns of the two factors that the weights are the product of; None for weights of their own.
     """
 
@@ -70,6 +71,7 @@ class Alternative:
     weight: Tensor
     bias: Tensor | None
     num_bytes: int
+    bits: int | None = None
     rank: int | None = None
 
 
@@ -91,7 +93,8 @@ def alternatives(
     for known in (None, moments) if moments is not None else (None,):
         for bits in BITS:
             rounded = round_weights(weight, bits, known)
-            yield _made(f"int{bits}", weight, bias, rounded, rounded_bytes(weight, bits), known)
+            made = _made(f"int{bits}", weight, bias, rounded, rounded_bytes(weight, bits), known)
+            yield replace(made, bits=bits)
         rank = svd_rank(weight, weights_budget)
         if rank > 0:
             low = truncate(weight, rank, known)

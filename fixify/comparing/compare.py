@@ -22,7 +22,7 @@ from fixify.checkpoints.slim import DTYPES
 from fixify.comparing.alternatives import Alternative, Moments, alternatives
 from fixify.comparing.paired import Paired, paired
 from fixify.comparing.result import ClassChange, Compared, Row, winners
-from fixify.comparing.running import memory_bytes, seconds_per_batch
+from fixify.comparing.running import integer_classifier, memory_bytes, seconds_per_batch
 from fixify.data import (
     ImageLoader,
     OpenedData,
@@ -297,24 +297,40 @@ class _Size:
 
 
 def _sizes(learned: nn.Module, fixed: nn.Module, others: Sequence[Alternative], dtype: torch.dtype) -> list[_Size]:
-    """Measure the classifiers on the CPU. Alternatives that run as float32 take the original's memory and time."""
+    """Measure the classifiers on the CPU. An alternative that PyTorch has no product for takes what float32 takes."""
     weight, bias = _weights(learned)
-    classes, features = weight.shape
     dense = _linear(weight.float(), bias)
-    factored = {i: _factors(each, each.rank) for i, each in enumerate(others) if each.rank is not None}
-    modules = [dense, fixed.cpu().eval(), *factored.values()]
-    seconds = seconds_per_batch(modules, features)
-    memory = [memory_bytes(module, features) for module in modules]
-    stored = (weight.numel() + (0 if bias is None else classes)) * dtype.itemsize
-    sizes = [
-        _Size(stored, memory[0], seconds[0]),
-        _Size(count_bytes(fixed.state_dict().values()), memory[1], seconds[1]),
+    makers = {_kind(each): each for each in others}
+    modules: dict[object, nn.Module] = {"original": dense, "fixed": fixed.cpu().eval()}
+    modules |= {kind: made for kind, each in makers.items() if (made := _small(each)) is not None}
+    num_features = weight.shape[1]
+    seconds = dict(zip(modules, seconds_per_batch(list(modules.values()), num_features), strict=True))
+    memory = {kind: memory_bytes(module, num_features) for kind, module in modules.items()}
+    stored = (weight.numel() + (0 if bias is None else len(bias))) * dtype.itemsize
+    return [
+        _Size(stored, memory["original"], seconds["original"]),
+        _Size(count_bytes(fixed.state_dict().values()), memory["fixed"], seconds["fixed"]),
+        *(
+            _Size(each.num_bytes, memory.get(_kind(each), memory["original"]), seconds.get(_kind(each)))
+            for each in others
+        ),
     ]
-    place = {i: 2 + position for position, i in enumerate(factored)}
-    for i, each in enumerate(others):
-        own = place.get(i)
-        sizes.append(_Size(each.num_bytes, memory[own or 0], seconds[own] if own is not None else None))
-    return sizes
+
+
+def _kind(each: Alternative) -> tuple[int | None, int | None]:
+    """Return what decides its time and memory. Two and three bits run as four; calibrating changes nothing."""
+    return None if each.bits is None else max(each.bits, 4), each.rank
+
+
+def _small(each: Alternative) -> nn.Module | None:
+    """Make a classifier of an alternative's size as PyTorch runs it; only its time and memory count."""
+    classes, features = each.weight.shape
+    if each.bits is not None:
+        return integer_classifier(features, classes, each.bits, each.bias is not None)
+    if each.rank is not None:
+        factors = nn.Linear(features, each.rank, bias=False), nn.Linear(each.rank, classes, bias=each.bias is not None)
+        return nn.Sequential(*factors).eval()
+    return None
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -323,14 +339,6 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         made.bias = nn.Parameter(bias.float(), requires_grad=False)
     return made.eval()
-
-
-def _factors(each: Alternative, rank: int) -> nn.Module:
-    """Make two layers of the size of a truncated SVD's factors; only their time and memory count."""
-    classes, features = each.weight.shape
-    return nn.Sequential(
-        nn.Linear(features, rank, bias=False), nn.Linear(rank, classes, bias=each.bias is not None)
-    ).eval()
 
 
 def _rows(answers: _Answers, name: str, others: Sequence[Alternative], sizes: Sequence[_Size]) -> tuple[Row, ...]:

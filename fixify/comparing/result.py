@@ -19,8 +19,8 @@ class Row:
         calibrated: Whether an alternative knows the features of some images; None for the other two.
         head_bytes: Bytes of the classifier in a file.
         memory_bytes: Bytes that it holds while it runs.
-        seconds: Seconds per batch of the classifier alone, by the size of the batch; None where the weights are
-            computed with as float32, like the original's.
+        seconds: Seconds per batch of the classifier alone, by the size of the batch; None where PyTorch has no product
+            for the small form, so that it runs as float32, like the original.
         metrics: What it gets right. Without labels the original's answers are taken for the labels.
         agreement: Percent of the images for which its most probable class is the original's.
         against_original: The difference to the original on the same images; None for the original.

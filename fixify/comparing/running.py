@@ -13,10 +13,76 @@ from fixify.benchmarks.timing import seconds_in_turns
 
 BATCHES = (1, 64)
 """Samples per batch whose time is measured."""
+_GROUP = 32
+"""Features of a class that share a scale in PyTorch's product with four bits."""
+_CLASSES = 16
+"""Classes that it takes at a time."""
+
+
+class Int8Classifier(nn.Module):
+    """A classifier as PyTorch runs int8 weights: one sample in bfloat16; more, with features that become int8 too.
+
+    Its weights are random: only its time and memory count.
+
+    Args:
+        num_features: N.
+        num_classes: C.
+        bias: Whether it adds one.
+    """
+
+    def __init__(self, num_features: int, num_classes: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = torch.randint(-127, 128, (num_classes, num_features), dtype=torch.int8)
+        self.steps = torch.rand(num_classes)
+        self.bias = torch.zeros(num_classes) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map features [B, N] to logits [B, C]."""
+        if len(x) == 1:
+            steps = self.steps.to(torch.bfloat16)
+            logits = torch.ops.aten._weight_int8pack_mm(x.to(torch.bfloat16), self.weight, steps).float()
+        else:
+            step = x.abs().amax(dim=1, keepdim=True) / 127
+            levels = (x / step).round_().to(torch.int8)
+            logits = torch._int_mm(levels, self.weight.T).float().mul_(step).mul_(self.steps)
+        return logits if self.bias is None else logits + self.bias
+
+
+class Int4Classifier(nn.Module):
+    """A classifier as PyTorch runs integers of at most four bits: two weights a byte, and features in bfloat16.
+
+    Its weights are random: only its time and memory count.
+
+    Args:
+        num_features: N, a multiple of 32.
+        num_classes: C.
+        bias: Whether it adds one.
+    """
+
+    def __init__(self, num_features: int, num_classes: int, bias: bool) -> None:
+        super().__init__()
+        self.num_classes, rows = num_classes, -(-num_classes // _CLASSES) * _CLASSES
+        levels = torch.randint(0, 16, (rows, num_features), dtype=torch.int32)
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
+        self.steps = torch.rand(num_features // _GROUP, rows, 2).to(torch.bfloat16)
+        self.bias = torch.zeros(num_classes) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map features [B, N] to logits [B, C]."""
+        packed = torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), self.packed, _GROUP, self.steps)
+        logits = packed[:, : self.num_classes].float()
+        return logits if self.bias is None else logits + self.bias
+
+
+def integer_classifier(num_features: int, num_classes: int, bits: int, bias: bool) -> nn.Module | None:
+    """Make a classifier with integer weights; None if PyTorch has no product for their shape."""
+    if bits == 8:
+        return Int8Classifier(num_features, num_classes, bias)
+    return None if num_features % _GROUP else Int4Classifier(num_features, num_classes, bias)
 
 
 def seconds_per_batch(classifiers: Sequence[nn.Module], num_features: int) -> list[dict[int, float]]:
-    """Time classifiers in turns on the CPU, in float32, with torch's number of threads.
+    """Time classifiers in turns on the CPU, on float32 features, with torch's number of threads.
 
     Args:
         classifiers: Modules from features [B, N] to logits [B, C], in eval mode.

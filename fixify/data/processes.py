@@ -21,6 +21,7 @@ from multiprocessing.sharedctypes import RawArray
 from typing import Any, Protocol
 
 from torch.utils.data import get_worker_info
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from fixify.errors import LoaderError, resource_problem
 
@@ -183,6 +184,9 @@ def end_workers(loader: Any) -> None:
         if hasattr(iterator, "_pin_memory_thread_done_event"):
             iterator._pin_memory_thread_done_event.set()
         _kill(workers)
+        # Torch lists the processes by the iterator's id, and refuses a later iterator that gets the same one.
+        _remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
     else:
         late = threading.Timer(_GRACE, _kill, args=[workers])
         late.daemon = True

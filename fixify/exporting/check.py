@@ -119,3 +119,19 @@ def random_images(sizes: list[int], *, fixed: int | None) -> Iterator[Tensor]:
         coarse = torch.randn(count, sizes[0], 4, 4, generator=generator)
         smooth = torch.nn.functional.interpolate(coarse, size=sizes[1:], mode="bilinear", align_corners=False)
         yield torch.where(torch.arange(count).reshape(-1, 1, 1, 1) % 2 == 0, smooth, noise)
+
+
+def random_features(num_features: int, *, maps: bool = False) -> Iterator[Tensor]:
+    """Draw features of a backbone, not negative, seeded: batches of 1 and 4.
+
+    Args:
+        num_features: N.
+        maps: Draw feature maps [B, N, 3, 3] instead of features [B, N].
+    """
+    generator = torch.Generator().manual_seed(0)
+    sizes = [_MAP, _MAP] if maps else []
+    for count in (1, NUM_RANDOM - 1):
+        yield torch.randn(count, num_features, *sizes, generator=generator).relu()
+
+
+_MAP = 3  # height and width of random feature maps

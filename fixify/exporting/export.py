@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fixify._files import atomic_path, refuse_existing
 from fixify._packages import require_onnx
 from fixify._watch import unheard
+from fixify.checkpoints.locate import find_slim, short_name
 from fixify.checkpoints.onnx_file import OnnxInfo, OnnxModel, new_session
 from fixify.checkpoints.open import open_bare, open_model
 from fixify.checkpoints.slim import DTYPES, is_slim, read_info
@@ -59,7 +60,7 @@ def export(
     options = (options or ExportOptions()).replace(**changes)
     if options.to == "onnx":
         require_onnx("An export to ONNX")
-    if is_slim(checkpoint) and read_info(checkpoint).is_bare:
+    if _is_bare(checkpoint):
         options = _of_bare(checkpoint, options)
     target = Path(out) if out is not None else default_out(checkpoint, options)
     if options.to != "dense":
@@ -67,8 +68,10 @@ def export(
     job = _open(checkpoint, options)
     with resources_explained("export the model"):
         if options.to == "torch-export":
-            from fixify.exporting.torch_export import write_torch_export
+            from fixify.exporting.torch_export import write_bare_torch_export, write_torch_export
 
+            if job.info.is_bare:
+                return write_bare_torch_export(job, target, force=force)
             return write_torch_export(job, target, _batches(job, on_warning), force=force)
         if options.to == "dense":
             from fixify.exporting.dense import write_dense
@@ -87,9 +90,15 @@ def default_out(checkpoint: str | Path, options: ExportOptions) -> Path:
     >>> str(default_out("folder/net.fixed.safetensors", ExportOptions(head_only=True)))
     'net.head.onnx'
     """
-    name = Path(checkpoint).name
+    name = Path(short_name(checkpoint)).name
     suffix = next((suffix for suffix in _SLIM_SUFFIXES if name.endswith(suffix)), "")
     return Path(name.removesuffix(suffix) + (".head" if options.head_only else "") + _SUFFIXES[options.to])
+
+
+def _is_bare(checkpoint: str | Path) -> bool:
+    """Return whether a name leads to a classifier without a network."""
+    found = find_slim(checkpoint)
+    return found is not None and is_slim(found) and read_info(found).is_bare
 
 
 def _of_bare(checkpoint: str | Path, options: ExportOptions) -> ExportOptions:
@@ -98,16 +107,19 @@ def _of_bare(checkpoint: str | Path, options: ExportOptions) -> ExportOptions:
     Raises:
         UsageError: The format or an option needs a network.
     """
-    if options.to != "onnx":
+    if options.to == "onnx":
+        return options.replace(head_only=True)
+    what = "--images runs one" if options.images is not None else "--to dense writes one"
+    if options.to == "dense" or options.images is not None:
         raise UsageError(
-            f"{checkpoint} is a classifier without a network, and --to {options.to} writes a network.",
+            f"{checkpoint} is a classifier without a network, and {what}.",
             hint=f"Write it for ONNX Runtime and NumPy: fixify export {checkpoint} --head-only",
         )
-    return options.replace(head_only=True)
+    return options
 
 
 def _open(checkpoint: str | Path, options: ExportOptions) -> Job:
-    opened = open_bare(checkpoint) if is_slim(checkpoint) and read_info(checkpoint).is_bare else open_model(checkpoint)
+    opened = open_bare(checkpoint) if _is_bare(checkpoint) else open_model(checkpoint)
     if opened.slim is None or isinstance(opened.model, OnnxModel):
         raise UsageError(
             f"{opened.name} is not a slim checkpoint.", hint=f"Make one first: fixify convert {checkpoint}"

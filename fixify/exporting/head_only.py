@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from fixify._files import refuse_existing, write_atomic
 from fixify.checkpoints.header import FORMAT_VERSION, info_as_text
 from fixify.checkpoints.onnx_file import OnnxInfo, new_session
 from fixify.errors import UsageError
-from fixify.exporting.check import EIGHT_BIT, EXACT, NUM_RANDOM, Agreement, agreement
+from fixify.exporting.check import EIGHT_BIT, EXACT, Agreement, agreement, random_features
 from fixify.exporting.job import LEAST_RUNTIME, Exported, Job, metadata_of
 from fixify.exporting.onnx_models import add_metadata, head_model
 from fixify.exporting.options import OPSET
@@ -122,15 +121,10 @@ def _compare(
         with torch.inference_mode():
             return _rows(module(features), parts)
 
-    return agreement(name, _features(parts), reference, run, allowed=allowed)
+    return agreement(
+        name, random_features(parts.num_features, maps=parts.channel_dim == 1), reference, run, allowed=allowed
+    )
 
 
 def _rows(logits: Tensor, parts: HeadParts) -> Tensor:
     return (logits.movedim(1, -1) if parts.channel_dim == 1 else logits).reshape(-1, parts.num_classes)
-
-
-def _features(parts: HeadParts) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    sizes = [_MAP, _MAP] if parts.channel_dim == 1 else []
-    for count in (1, NUM_RANDOM - 1):
-        yield torch.randn(count, parts.num_features, *sizes, generator=generator).relu()

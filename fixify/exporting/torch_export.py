@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fixify._files import atomic_path
 from fixify.checkpoints.header import FORMAT_VERSION, info_as_text
 from fixify.errors import ExportError
-from fixify.exporting.check import EXACT, agreement, recorded
+from fixify.exporting.check import EXACT, agreement, random_features, recorded
 from fixify.exporting.job import Exported, Job, stored_dtype
 from fixify.exporting.parts import First, HeadParts, Picked, Signs, Table, Transform
 from fixify.heads import unpack_signs
@@ -104,16 +104,45 @@ def write_torch_export(job: Job, target: Path, batches: Mapping[str, Iterator[Te
     """
     compared = [(name, list(images)) for name, images in batches.items()]
     model = job.model
-    with torch.inference_mode():
-        expected = [[model(batch).float() for batch in images] for _, images in compared]
+    expected = _answers(model, compared)
     for path, parts in job.heads.items():
         replace_module(model, path, PackedHead(parts).eval())
-    dtype = stored_dtype(job)
     sizes = [int(size) for size in job.info.data_config["input_size"]]
-    program = _exported(model, torch.zeros(2, *sizes))
+    return _write(job, target, model, torch.zeros(2, *sizes), compared, expected, force=force)
+
+
+def write_bare_torch_export(job: Job, target: Path, *, force: bool) -> Exported:
+    """Write a classifier without a network; the program maps features, float32 [batch, N], to logits [batch, C]."""
+    ((path, parts),) = job.heads.items()
+    compared = [("random features", list(random_features(parts.num_features)))]
+    expected = _answers(job.model.get_submodule(path), compared)
+    example = torch.zeros(2, parts.num_features)
+    return _write(job, target, PackedHead(parts).eval(), example, compared, expected, force=force)
+
+
+_Batches = list[tuple[str, list[Tensor]]]
+
+
+def _answers(model: Any, compared: _Batches) -> list[list[Tensor]]:
+    with torch.inference_mode():
+        return [[model(batch).float() for batch in batches] for _, batches in compared]
+
+
+def _write(
+    job: Job,
+    target: Path,
+    model: nn.Module,
+    example: Tensor,
+    compared: _Batches,
+    expected: list[list[Tensor]],
+    *,
+    force: bool,
+) -> Exported:
+    """Trace a model whose heads are packed, write it, and compare what can be loaded with these answers."""
+    program = _exported(model, example)
     about = json.dumps({"version": FORMAT_VERSION, "fixify": json.loads(info_as_text(job.info))}, sort_keys=True)
     notes = job.notes
-    if dtype != torch.float32:
+    if stored_dtype(job) != torch.float32:
         notes.append("A .pt2 file stores weights as they are computed, in float32.")
     with atomic_path(target, force=force) as temporary:
         with open(temporary, "wb") as file:
@@ -121,8 +150,8 @@ def write_torch_export(job: Job, target: Path, batches: Mapping[str, Iterator[Te
         with open(temporary, "rb") as file:
             loaded = torch.export.load(file).module()
         checks = []
-        for (name, images), answers in zip(compared, expected, strict=True):
-            checks.append(agreement(name, images, recorded(answers), _run(loaded), allowed=EXACT))
+        for (name, batches), answers in zip(compared, expected, strict=True):
+            checks.append(agreement(name, batches, recorded(answers), _run(loaded), allowed=EXACT))
         num_bytes = temporary.stat().st_size
     return Exported((target,), num_bytes, job.head_bytes, tuple(checks), tuple(notes))
 

@@ -254,6 +254,16 @@ class StoredSigns(Codes):
         """Number of classes C and of features N."""
         return len(self.packed), self.num_features
 
+    @property
+    def levels(self) -> Levels:
+        """The levels that signs are: +1 and -1."""
+        return SIGNS
+
+    @property
+    def count(self) -> int:
+        """Number of signs per class, d."""
+        return self.num_signs
+
     def signs(self) -> np.ndarray:
         """Unpack the signs: int8 [C, d] of +-1."""
         return _unpack(self.packed, self.num_signs)
@@ -296,6 +306,11 @@ class StoredLevels(Codes):
         return len(self.packed), self.num_features
 
     @property
+    def count(self) -> int:
+        """Number of levels per class, N."""
+        return self.num_features
+
+    @property
     def unit(self) -> float:
         """The factor that makes codes of levels."""
         return float((self.num_features * self.levels.mean_square) ** -0.5)
@@ -335,7 +350,8 @@ def _digest_of(packed: np.ndarray, line: str, what: str) -> str:
         raise HeadSpecError(
             f"Classes {repeated[0]} and {repeated[1]} have the same {what} and could never be told apart."
         )
-    hashed = hashlib.sha256(line.encode() + b"\n" + packed.tobytes())
+    hashed = hashlib.sha256(line.encode() + b"\n")
+    hashed.update(np.ascontiguousarray(packed).data)
     return f"sha256:{hashed.hexdigest()}"
 
 

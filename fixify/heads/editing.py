@@ -2,10 +2,10 @@
 
 The classes that stay keep their codes, row scales and biases, so their logits stay the same. That is possible where
 each class has a code of its own: rows of Hadamard matrices (matched or in class order, matched afterwards), stored
-signs, and features. The codes of orthogonal and simplex heads all depend on the number of classes.
+signs or levels, and features. The codes of orthogonal and simplex heads all depend on the number of classes.
 
 The logits are the same bit for bit as long as the product is computed in the same way. A binary head that falls below
-2^19 signs is multiplied as numbers, and the last bit of a logit may differ.
+2^19 signs or levels is multiplied as numbers, and the last bit of a logit may differ.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixify._values import counted
 from fixify.errors import HeadSpecError
 from fixify.heads import streams
-from fixify.heads.codes import FeatureRows, HadamardRows, StoredSigns
+from fixify.heads.codes import FeatureRows, HadamardRows, StoredLevels, StoredSigns, unpacked_levels
 from fixify.heads.kinds import GAIN_STEPS, default_blocks, default_codes, kind_of, min_blocks
 from fixify.heads.layer import FixedClassifier
+from fixify.heads.level_search import round_classes, separate_levels_
 from fixify.heads.spec import HeadSpec
 
 _ASSIGNED = 1 << 24
@@ -49,7 +49,7 @@ def keep_classes(head: FixedClassifier, classes: Sequence[int]) -> FixedClassifi
     match codes:
         case HadamardRows():
             changed, stored = _with_indices(spec, codes.indices[chosen])
-        case StoredSigns():
+        case StoredSigns() | StoredLevels():
             changed, stored = replace(spec, num_classes=len(chosen), digest=None), codes.packed[chosen]
         case FeatureRows() if np.array_equal(chosen, np.arange(len(chosen))):
             changed = replace(spec, num_classes=len(chosen), digest=None)
@@ -77,7 +77,7 @@ def add_classes(
     """Make a head with further classes behind those of another, whose codes are free.
 
     Hadamard codes are taken from rows that no class uses while there are any, so classes that are orthogonal stay so.
-    Without vectors the first free codes are taken, and signs are drawn from the seed.
+    Without vectors the first free codes are taken, and signs and levels are drawn from the seed.
 
     Args:
         head: The head, with its codes, on the CPU.
@@ -102,13 +102,16 @@ def add_classes(
         case HadamardRows():
             new = _free_codes(codes, spec.blocks or 1, count, vectors)
             changed, stored = _with_indices(spec, np.concatenate((codes.indices, new)))
-        case StoredSigns():
-            packed, own_lengths = _new_signs(codes, spec.seed, count, vectors)
+        case StoredSigns() | StoredLevels():
+            if vectors is None:
+                packed = _drawn(codes, spec.seed, count)
+            else:
+                longest = float(head.scale) / (codes.count * codes.levels.mean_square) ** 0.5
+                wanted = vectors if codes.rotation is None else vectors @ torch.from_numpy(codes.rotation.basis())
+                packed, own = round_classes(wanted, codes.levels, longest if lengths and gains is not None else None)
+                gains = gains if own is None else own
             changed = replace(spec, num_classes=total, digest=None)
-            stored = np.concatenate((codes.packed, packed))
-            if gains is not None and lengths and own_lengths is not None:
-                longest = float(head.scale) / codes.num_signs**0.5
-                gains = (own_lengths / longest * GAIN_STEPS).round().clamp(1, GAIN_STEPS).to(torch.uint8)
+            stored = _separated(np.concatenate((codes.packed, packed)), codes, range(head.out_features, total))
         case FeatureRows():
             changed = replace(spec, num_classes=total, digest=None)
         case _:
@@ -125,9 +128,9 @@ def add_classes(
 def merge_classes(head: FixedClassifier, classes: Sequence[int]) -> FixedClassifier:
     """Make a head in which some classes are one: it takes the place of the first, and the others are gone.
 
-    Stored signs become those of the mean class vector, and the bias the mean plus the logarithm of their number: to
-    first order the logarithm of their summed probability. A Hadamard head keeps code and bias of the first, since the
-    mean of orthogonal codes is near to none of the others.
+    Stored signs and levels become those of the mean class vector, and the bias the mean plus the logarithm of their
+    number: to first order the logarithm of their summed probability. A Hadamard head keeps code and bias of the first,
+    since the mean of orthogonal codes is near to none of the others.
 
     Args:
         head: The head, with its codes, on the CPU.
@@ -140,26 +143,26 @@ def merge_classes(head: FixedClassifier, classes: Sequence[int]) -> FixedClassif
     kept = [number for number in range(head.out_features) if number not in set(others)]
     spec = head.spec
     codes = kind_of(spec).codes(spec, head.product.stored)
-    if not isinstance(codes, StoredSigns):
+    if not isinstance(codes, (StoredSigns, StoredLevels)):
         return keep_classes(head, kept)
     chosen = np.asarray(classes, dtype=np.int64)
-    rows = StoredSigns(codes.num_features, codes.num_signs, codes.packed[chosen], codes.rotation)
-    signs = torch.from_numpy(rows.signs()).float()
+    numbers = torch.from_numpy(unpacked_levels(codes.packed[chosen], codes.count, codes.levels)).float()
     sizes = torch.full((len(chosen),), float(GAIN_STEPS)) if head.gains is None else head.gains[chosen].float()
-    mean = (signs * sizes[:, None]).mean(dim=0)
-    mean = torch.where(mean == 0, 1e-3 * signs[0], mean)
+    mean = (numbers * sizes[:, None]).mean(dim=0)
+    mean = torch.where(mean == 0, 1e-3 * numbers[0], mean)
+    rounded, gain = round_classes(mean[None], codes.levels, GAIN_STEPS)
     packed = codes.packed.copy()
-    packed[first] = np.packbits(mean.numpy() < 0)
+    packed[first] = rounded[0]
     place = kept.index(first)
     made = _rebuilt(
         head,
         replace(spec, num_classes=len(kept), digest=None),
-        _separated(packed[kept], codes.num_signs, [place]),
+        _separated(packed[kept], codes, [place]),
         None if head.gains is None else head.gains[kept],
         None if head.bias is None else head.bias[kept],
     )
-    if made.gains is not None:
-        made.gains[place] = int(mean.abs().mean().round().clamp(1, GAIN_STEPS))
+    if made.gains is not None and gain is not None:
+        made.gains[place] = gain[0]
     if made.bias is not None and head.bias is not None:
         made.bias[place] = head.bias[list(classes)].mean() + float(np.log(len(classes)))
     return made
@@ -249,32 +252,22 @@ def _assigned(cosines: np.ndarray) -> np.ndarray:
     return chosen
 
 
-def _new_signs(codes: StoredSigns, seed: int, count: int, vectors: Tensor | None) -> tuple[np.ndarray, Tensor | None]:
-    """Choose signs for further classes: packed, uint8 [count, bytes], different from all others; and their lengths."""
-    c, d = len(codes.packed), codes.num_signs
-    if vectors is None:
-        bits = np.stack([streams.sign_bits(seed, streams.Purpose.NEW_CODES, c + i, d) for i in range(count)])
-        packed, lengths = np.packbits(bits, axis=1), None
-    else:
-        kept = vectors if codes.rotation is None else vectors @ torch.from_numpy(codes.rotation.basis())
-        packed, lengths = np.packbits(kept.numpy() < 0, axis=1), kept.abs().mean(dim=1)
-    every = np.concatenate((codes.packed, packed))
-    return _separated(every, d, range(c, c + count))[c:], lengths
+def _drawn(codes: StoredSigns | StoredLevels, seed: int, count: int) -> np.ndarray:
+    """Draw the signs or levels of further classes: packed, uint8 [count, bytes]."""
+    places = range(len(codes.packed), len(codes.packed) + count)
+    if isinstance(codes, StoredSigns):
+        bits = [streams.sign_bits(seed, streams.Purpose.NEW_CODES, place, codes.count) for place in places]
+        return np.packbits(np.stack(bits), axis=1)
+    drawn = [streams.gaussian(seed, streams.Purpose.NEW_CODES, place, (codes.count,)) for place in places]
+    return round_classes(torch.from_numpy(np.stack(drawn)).float(), codes.levels)[0]
 
 
-def _separated(packed: np.ndarray, num_signs: int, classes: Sequence[int]) -> np.ndarray:
-    """Change the last signs of some classes until no two classes have the same: uint8 [C, bytes]."""
-    some = set(classes)
-    taken = {row.tobytes() for number, row in enumerate(packed) if number not in some}
-    for number in classes:
-        start, step = packed[number].copy(), 0
-        while packed[number].tobytes() in taken:
-            step += 1
-            if step >= 1 << min(num_signs, 20):
-                raise HeadSpecError(f"There is no free code of {counted(num_signs, 'sign')} left.")
-            flips = np.zeros(packed.shape[1] * 8, dtype=np.uint8)
-            bits = np.array([step >> place & 1 for place in range(min(num_signs, 20))], dtype=np.uint8)
-            flips[num_signs - len(bits) : num_signs] = bits[::-1]
-            packed[number] = start ^ np.packbits(flips)
-        taken.add(packed[number].tobytes())
-    return packed
+def _separated(packed: np.ndarray, codes: StoredSigns | StoredLevels, classes: Sequence[int]) -> np.ndarray:
+    """Change the last signs or levels of some classes until no two classes have the same: uint8 [C, bytes]."""
+    others = np.setdiff1d(np.arange(len(packed)), classes)
+    order = np.concatenate((others, np.asarray(classes, dtype=np.int64)))
+    ordered = packed[order]
+    separate_levels_(ordered, codes.count, codes.levels)
+    made = np.empty_like(packed)
+    made[order] = ordered
+    return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -12,13 +13,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fixify.errors import HeadSpecError
+from fixify.errors import CodebookMismatchError, HeadSpecError
 from fixify.heads.kinds import GAIN_STEPS, codebook
 from fixify.heads.loss import Margin, Reduction, SoftTarget, cross_entropy
 from fixify.heads.normalisation import NORM_EPSILON, ScaledDirections
 from fixify.heads.prepared import PreparedHead, is_traced, prepare
 from fixify.heads.product import CodeProduct
-from fixify.heads.spec import HeadSpec
+from fixify.heads.spec import AVERAGE_WITHOUT_BUFFERS, HeadSpec
 from fixify.heads.statistics import MOMENTUM, exact_statistics, floor_std, update_running_
 
 _TOP_K_LOGITS = 1 << 22
@@ -30,6 +31,10 @@ class TopK(NamedTuple):
 
     values: Tensor
     classes: Tensor
+
+
+def _checksum(codes: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(codes).view(np.uint8).data)
 
 
 def initial_scale(num_classes: int, confidence: float = 0.95) -> float:
@@ -114,6 +119,7 @@ class FixedClassifier(nn.Module):
     """Whether the running statistics are those of the batches of all processes of torch.distributed's default group."""
 
     _prepared: PreparedHead | None = None  # of the last evaluation
+    _checksum: int | None = None  # of the stored codes; see `check_codes`
 
     def __init__(
         self,
@@ -169,7 +175,9 @@ class FixedClassifier(nn.Module):
         dtype = tensor.memory_dtype or tensor.dtype
         if stored is None:
             return torch.zeros(tensor.shape, dtype=getattr(torch, dtype or ""), device=device)
-        return torch.from_numpy(stored.astype(dtype)).to(device)  # `astype` copies: the caller keeps its array
+        held = stored.astype(dtype)  # a copy: the caller keeps its array
+        self._checksum = _checksum(held)
+        return torch.from_numpy(held).to(device)
 
     @property
     def mean(self) -> Tensor | None:
@@ -244,6 +252,22 @@ class FixedClassifier(nn.Module):
         self.num_batches_tracked.fill_(max(count, round(1 / MOMENTUM)))
         return self
 
+    def check_codes(self) -> None:
+        """Check that the stored codes, which never change, are those that the head was made or loaded with.
+
+        Raises:
+            CodebookMismatchError: They are others.
+        """
+        if self.codes is None or self.codes.is_meta or self._checksum is None:
+            return
+        if _checksum(self.codes.cpu().numpy()) != self._checksum:
+            raise CodebookMismatchError(
+                "The codes that this head stores have changed since it was made. A moving average of all buffers does "
+                "that: it truncates whole numbers.",
+                hint=f"{AVERAGE_WITHOUT_BUFFERS} To mend this one: average.module.load_state_dict({{k: v for k, v in "
+                "model.state_dict().items() if not v.is_floating_point()}, strict=False)",
+            )
+
     def codebook(self) -> Tensor:
         """Build the codes Q, one row per class, for export; of unit norm unless there are row scales.
 
@@ -284,6 +308,8 @@ class FixedClassifier(nn.Module):
         prepared = self._prepared
         if prepared is None or not prepared.fits(x):
             self._prepared = prepared = prepare(self, x)
+            if prepared is not None:  # once, not for every batch
+                self.check_codes()
         return prepared
 
     def train(self, mode: bool = True) -> FixedClassifier:
@@ -522,15 +548,20 @@ class FixedClassifier(nn.Module):
         scale = state_dict.get(prefix + "scale")
         if scale is not None and scale.ndim < self.scale.ndim:
             state_dict = {**state_dict, prefix + "scale": scale.reshape(1)}
+        stored, spec = None, self.spec
+        tensor, codes = self.spec.stored_codes, state_dict.get(prefix + "codes")
+        if tensor is not None and codes is not None and not codes.is_meta:
+            memory_dtype = getattr(torch, tensor.memory_dtype or tensor.dtype or "")
+            stored = codes.detach().to("cpu", memory_dtype).numpy()
+            spec = self.spec.resolve(stored)  # before anything is overwritten
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.scale.is_meta:
             return
         device, dtype = self.scale.device, self.scale.dtype
-        tensor = self.spec.stored_codes
-        if self.codes is not None and tensor is not None and prefix + "codes" in state_dict:
-            self.codes = self.codes.to(getattr(torch, tensor.memory_dtype or tensor.dtype or ""))
+        if self.codes is not None and stored is not None:
+            self.codes = self.codes.to(memory_dtype)
             stored = self.codes.cpu().numpy()
-            self.spec = self.spec.resolve(stored)
+            self.spec, self._checksum = spec, _checksum(stored)
             self.product.rebuild(stored, device=device, dtype=dtype)
         elif any(table.is_meta for table in self.product.buffers()):
             self.product.rebuild(self.product.stored, device=device, dtype=dtype)

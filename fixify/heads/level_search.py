@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fixify._values import counted
 from fixify._watch import OnProgress
+from fixify.errors import HeadSpecError
 from fixify.heads.codes import first_repeated, unpacked_levels
 from fixify.heads.kinds import GAIN_STEPS
-from fixify.heads.levels import Levels
+from fixify.heads.levels import SIGNS, Levels
 from fixify.heads.signs import pack_levels
 
 _SWEEPS = 6
@@ -72,6 +74,27 @@ def choose_levels(
         on_progress("choosing levels", c + part.stop, 2 * c)
     separate_levels_(packed, d, levels)
     return packed, steps
+
+
+def round_classes(wanted: Tensor, levels: Levels, longest: float | None = None) -> tuple[np.ndarray, Tensor | None]:
+    """Round classes to levels one by one, for a head whose other classes stay as they are.
+
+    Args:
+        wanted: Class vectors in the coordinates of the levels, float32 [k, d].
+        levels: Which levels there are.
+        longest: The step size that the row scale 255 stands for; None: step sizes are not stored.
+
+    Returns:
+        Packed levels, uint8 [k, bytes], and row scales, uint8 [k], if they are stored. Step sizes beyond `longest` are
+        cut to it, and the levels then saturate.
+    """
+    columns = wanted.T.contiguous()
+    q, step = _round(columns, columns.square().mean(dim=0).sqrt() * (levels.step / levels.spacing), levels)
+    gains = None
+    if longest is not None:
+        steps = (step / longest * GAIN_STEPS).round().clamp(1, GAIN_STEPS)
+        q, gains = _nearest(columns / (steps * (longest / GAIN_STEPS)), levels), steps.to(torch.uint8)
+    return pack_levels(q.T.to(torch.int8).numpy(), levels), gains
 
 
 def row_scale_steps(lengths: Tensor) -> Tensor:
@@ -159,12 +182,15 @@ def separate_levels_(packed: np.ndarray, count: int, levels: Levels) -> None:
         packed: Packed levels, uint8 [C, bytes]; changed in place.
         count: Levels per class.
         levels: Which levels they are.
+
+    Raises:
+        HeadSpecError: There are not enough different codes.
     """
     if first_repeated(packed) is None:
         return
     taken: set[bytes] = set()
     reached: dict[bytes, int] = {}
-    base, counting = len(levels.values), min(count, 16)
+    base, counting = len(levels.values), min(count, 20)
     for number in range(len(packed)):
         code = packed[number]
         first = code.tobytes()
@@ -173,6 +199,10 @@ def separate_levels_(packed: np.ndarray, count: int, levels: Levels) -> None:
             tried, turn = index.copy(), reached.get(first, 0)
             while code.tobytes() in taken:
                 turn += 1
+                if turn >= base**counting:
+                    raise HeadSpecError(
+                        f"There is no free code of {counted(count, 'sign' if levels is SIGNS else 'level')} left."
+                    )
                 digits = np.array([turn // base**k % base for k in range(counting)][::-1])
                 tried[-counting:] = (index[-counting:] + digits) % base
                 code[:] = pack_levels(tried[None].astype(np.int16) * levels.spacing - levels.largest, levels)[0]

@@ -42,6 +42,16 @@ _UNSET = {
 }  # the fields that belong to some kinds only
 
 
+AVERAGE_WITHOUT_BUFFERS = (
+    "Average without buffers: torch's AveragedModel(model, use_buffers=False), or timm's ModelEmaV3."
+)
+DAMAGED_CODES = (
+    "The file is damaged or was edited, or another program wrote it. Convert the original again. If the weights are a "
+    f"moving average, the codes may have been averaged too. {AVERAGE_WITHOUT_BUFFERS}"
+)
+"""What to do if stored codes are not those that a head was written for."""
+
+
 @dataclass(frozen=True)
 class HeadSpec(SpecFields):
     """A fixed classifier in a few bytes. Every instance is valid: the fields are checked when it is made.
@@ -224,7 +234,12 @@ class HeadSpec(SpecFields):
         spec = dataclasses.replace(self, **kind.resolved_fields(self))
         if spec.stores_codes and codes is None:
             return spec
-        digest = kind.codes(spec, codes).digest()
+        try:
+            digest = kind.codes(spec, codes).digest()
+        except HeadSpecError as error:
+            if self.digest is None or not spec.stores_codes:
+                raise
+            raise HeadSpecError(error.message, hint=DAMAGED_CODES) from error
         if self.digest is None:
             return dataclasses.replace(spec, digest=digest)
         if not same_digest(self.digest, digest, self.num_classes):
@@ -232,7 +247,7 @@ class HeadSpec(SpecFields):
             raise CodebookMismatchError(
                 f"The {what} not what this head was written for: the spec says {self.digest[:30]}..., rebuilt here: "
                 f"{digest[:30]}...",
-                hint="The file is damaged or was edited, or another program wrote it. Convert the original again.",
+                hint=DAMAGED_CODES,
             )
         return spec
 

@@ -334,6 +334,16 @@ def _tags(library: str, name: str) -> list[str]:
     return [member.name for member in torchvision.models.get_model_weights(name)]
 
 
+def output_widths(name: str) -> dict[str, int]:
+    """Return the number of outputs of each of timm's weights of an architecture, by tag.
+
+    >>> output_widths("convnext_base")["clip_laion2b"]
+    640
+    """
+    found = {tag: get_pretrained_cfg(f"{name}.{tag}") for tag in _tags("timm", name) if tag}
+    return {tag: cfg.num_classes for tag, cfg in found.items() if cfg is not None}
+
+
 def _known_tag(arch: Architecture) -> str | None:
     return arch.tag if arch.tag and arch.tag in _tags(arch.library, arch.name) else None
 

@@ -15,7 +15,13 @@ from fixify._values import counted
 from fixify.description import HeadRecord
 from fixify.errors import ArchitectureError, NoClassifierError
 from fixify.heads.spec import HeadSpec
-from fixify.models.architectures import Architecture, build, list_architectures, parse_architecture
+from fixify.models.architectures import (
+    Architecture,
+    build,
+    list_architectures,
+    output_widths,
+    parse_architecture,
+)
 from fixify.models.projection import ProjectedClassifier, behind
 
 # torchvision has no function that returns the classifier. Each of its classifiers, including the auxiliary ones of
@@ -88,7 +94,10 @@ def find_heads(model: nn.Module, arch: Architecture | None = None) -> list[Class
     elif hasattr(model, "get_classifier"):
         layers = _timm_layers(model, name)
     elif hasattr(model, "forward_features") or hasattr(model, "reset_classifier"):
-        raise NoClassifierError(f"{name} is an encoder: it has no classifier to replace.")
+        raise NoClassifierError(
+            f"{name} is an encoder that takes no classifier: it has none, whatever its number of classes.",
+            hint="A classifier of its features can be converted alone: fixify convert FILE (a matrix of C x N)",
+        )
     else:
         layers = _torchvision_layers(model, name)
     return [_site(path, layer) for path, layer in layers.items()]
@@ -248,13 +257,37 @@ def refuse_projection(model: nn.Module, arch: Architecture | None = None) -> Non
 def is_projection(model: nn.Module) -> bool:
     """Return whether a model is the image tower of a CLIP model, with the width that its pretrained weights have."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    tag = str(cfg.get("tag") or "")
     if _behind_projection(model) is not None:
         return False
-    if "clip" not in f"{cfg.get('architecture')}.{tag}" or "_ft_in" in tag:
+    if not _is_tower(str(cfg.get("architecture") or ""), str(cfg.get("tag") or "")):
         return False
     width = cfg.get("num_classes")
     return bool(width) and width == getattr(model, "num_classes", None)
+
+
+def tower_tags(architecture: Architecture, width: int) -> tuple[str, ...]:
+    """List timm's weights of an architecture that are a CLIP tower with an embedding of a width, by their tags.
+
+    Args:
+        architecture: An architecture; with a tag, it says itself what it is, and none is listed.
+        width: Number of outputs of its last layer.
+
+    >>> tower_tags(parse_architecture("convnext_xxlarge"), 1024)
+    ('clip_laion2b_rewind', 'clip_laion2b_soup')
+    """
+    if architecture.library != "timm" or architecture.tag is not None:
+        return ()
+    name = architecture.name
+    return tuple(tag for tag, own in output_widths(name).items() if own == width and _is_tower(name, tag))
+
+
+def _is_tower(name: str, tag: str) -> bool:
+    """Return whether weights are an image tower as they were trained beside a text tower.
+
+    The Perception Encoder (vit_pe_core_...) is a CLIP model too. Weights that were then tuned for a label set have "ft"
+    in their tag.
+    """
+    return ("clip" in f"{name}.{tag}" or "_pe_core_" in name) and "_ft_in" not in tag
 
 
 def _is_by_hand(head: nn.Module, num_classes: int) -> bool:

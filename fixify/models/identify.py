@@ -597,7 +597,8 @@ def _refuse_headless(state: StateShapes, entries: Iterable[Entry]) -> None:
         ):
             raise NoClassifierError(
                 f"These {len(state.ordered)} tensors are {entry.architecture.ref} without its classifier.",
-                hint="fixify replaces an existing classifier. Convert a checkpoint that still has it.",
+                hint="fixify replaces an existing classifier. Convert a checkpoint that still has it, or give it one: "
+                f"--arch {entry.architecture.ref} --classifier FILE (a matrix of C x N)",
             )
 
 

@@ -7,7 +7,6 @@ of text embeddings takes the output of that layer. The projection keeps its name
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,14 +68,30 @@ def build_with(
     """
     if projection is None:
         return build(architecture, num_classes=num_classes, meta=meta, blank=blank, within=within)
-    model: Any = build(architecture, num_classes=width, meta=meta, blank=blank, within=within)
+    model = build(architecture, num_classes=width, meta=meta, blank=blank, within=within)
+    put_classifier_behind_(model, projection, num_classes)
+    return model
+
+
+def put_classifier_behind_(model: nn.Module, projection: str, num_classes: int) -> None:
+    """Put a classifier behind a layer of a network.
+
+    Args:
+        model: The network.
+        projection: The layer, a `Linear`.
+        num_classes: Number of classes.
+
+    Raises:
+        ArchitectureError: The network has no such linear layer.
+    """
     layer = dict(model.named_modules()).get(projection)
     if type(layer) is not nn.Linear:
-        raise ArchitectureError(f"{architecture.ref} has no linear layer {projection} to put a classifier behind.")
+        raise ArchitectureError(
+            f"{type(model).__name__} has no linear layer {projection[:200]} to put a classifier behind."
+        )
     parent, _, name = projection.rpartition(".")
     setattr(model.get_submodule(parent), name, ProjectedClassifier(layer, num_classes))
-    model.num_classes = num_classes
-    return model
+    model.num_classes = num_classes  # type: ignore[assignment]
 
 
 def behind(projection: str) -> str:

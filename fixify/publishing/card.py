@@ -65,7 +65,7 @@ def model_card(info: SlimInfo, repo: str, *, base_model: str | None = None, lice
         f"---\n{yaml.safe_dump(_front_matter(info, base_model, licence), sort_keys=False)}---",
         f"# {code(repo)}",
         _what(info),
-        f"## Use\n\n{_use(repo)}",
+        f"## Use\n\n{_use_of_bare(repo) if info.is_bare else _use(repo)}",
         f"## Accuracy\n\n{_accuracy(info, repo)}",
         f"## What was saved\n\n{_saved(info)}",
         f"## Origin\n\n{_origin(info, base_model, licence)}",
@@ -93,11 +93,13 @@ def _escape(char: str) -> str:
 
 
 def _front_matter(info: SlimInfo, base_model: str | None, licence: str | None) -> dict[str, Any]:
-    made: dict[str, Any] = {
-        "library_name": "fixify",
-        "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "fixify", *(["timm"] if info.architecture.library == "timm" else [])],
-    }
+    made: dict[str, Any] = {"library_name": "fixify"}
+    if info.is_bare:
+        made["tags"] = ["fixify"]
+    else:
+        made["pipeline_tag"] = "image-classification"
+        timm = ["timm"] if info.architecture.library == "timm" else []
+        made["tags"] = ["image-classification", "fixify", *timm]
     if base_model is not None:
         made["base_model"] = base_model
     if licence is not None and licence in _KNOWN:
@@ -109,9 +111,14 @@ def _front_matter(info: SlimInfo, base_model: str | None, licence: str | None) -
 
 def _what(info: SlimInfo) -> str:
     heads = "; ".join(_head(record) for record in info.heads)
+    classes = counted(info.num_classes, "class", "classes")
+    if info.is_bare:
+        features = counted(info.heads[0].spec.num_features, "value")
+        what = f"A classifier of {classes} without a network: it takes features of {features}. It"
+    else:
+        what = f"An image classifier of {classes}, architecture {code(info.architecture.spelled)}. Its classifier"
     return (
-        f"An image classifier of {counted(info.num_classes, 'class', 'classes')}, architecture "
-        f"{code(info.architecture.spelled)}. Its classifier is fixed and rebuilt from a few bytes, after "
+        f"{what} is fixed and rebuilt from a few bytes, after "
         '[Hoffer, Hubara & Soudry, "Fix your classifier"](https://arxiv.org/abs/1801.04540) (ICLR 2018): '
         f"{heads}. The file was written by fixify."
     )
@@ -124,7 +131,7 @@ def _head(record: HeadRecord) -> str:
 
 
 def _use(repo: str) -> str:
-    name = f"hf-hub:{repo}" if "/" in repo else f"local-dir:{repo}"
+    name = _ref(repo)
     text = f"""\
 import fixify  # pip install fixify
 
@@ -140,6 +147,21 @@ model = timm.create_model({name!r}, pretrained=True)
     return f"```python\n{text}```\n\nWith timm:\n\n```python\n{timm}```\n\nIn a shell:\n\n```sh\n{shell}```"
 
 
+def _use_of_bare(repo: str) -> str:
+    name = _ref(repo)
+    text = f"""\
+import fixify  # pip install fixify
+
+classifier = fixify.load({name!r})  # an nn.Module: features [..., N] to logits [..., C]
+"""
+    return f"```python\n{text}```\n\nFor ONNX Runtime and NumPy:\n\n```sh\nfixify export {name} --head-only\n```"
+
+
+def _ref(repo: str) -> str:
+    """Return the name under which fixify and timm open a repository or folder."""
+    return f"hf-hub:{repo}" if "/" in repo else f"local-dir:{repo}"
+
+
 def _accuracy(info: SlimInfo, repo: str) -> str:
     training = info.training or {}
     before, after = (training.get(key) for key in ("before", "after"))
@@ -152,8 +174,9 @@ def _accuracy(info: SlimInfo, repo: str) -> str:
             f"{_number(found.get('agreement'))} % of {counted(int(found.get('held_out', 0)), 'image')} of "
             f"{code(str(found.get('data')))} that it was not calibrated on."
         )
-    name = f"hf-hub:{repo}" if "/" in repo else f"local-dir:{repo}"
-    return f"Not measured. Measure it:\n\n```sh\nfixify eval {name} --data DATA\n```"
+    if info.is_bare:
+        return "Not measured: that takes the network that makes the features."
+    return f"Not measured. Measure it:\n\n```sh\nfixify eval {_ref(repo)} --data DATA\n```"
 
 
 def _table_of_training(training: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

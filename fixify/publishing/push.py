@@ -56,6 +56,7 @@ class Pushed:
         files: File name -> bytes.
         base_model: The repository of the model that was converted, if it has one.
         licence: The licence, if it is known.
+        is_bare: Whether the checkpoint is a classifier without a network.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Pushed:
     files: Mapping[str, int]
     base_model: str | None
     licence: str | None
+    is_bare: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `fixify push --json` prints."""
@@ -139,7 +141,7 @@ def push(
         else:
             name, url, commit = _write(where.folder or Path(), path, texts, force=force), None, None
         sizes = {SLIM_WEIGHTS: path.stat().st_size, **{file: len(text.encode()) for file, text in texts.items()}}
-    return Pushed(name, url, commit, sizes, base, licence)
+    return Pushed(name, url, commit, sizes, base, licence, info.is_bare)
 
 
 def _parse(target: str, revision: str | None) -> _Target:

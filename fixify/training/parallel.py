@@ -210,8 +210,6 @@ def check_shard(options: FinetuneOptions) -> None:
             "--shard needs several processes, and this is one.",
             hint="Add --nproc-per-node N, or leave out --shard.",
         )
-    if "ignored_params" not in inspect.signature(fully_shard).parameters:
-        raise UsageError(f"--shard needs torch 2.7 or newer, not {torch.__version__}.")
     reasons = {
         "--ema-decay": (options.ema_decay is not None, "the average is a second model, which no process has whole"),
         "--last-block-epochs": (options.last_block_epochs > 0, "splitting off the last blocks needs a whole model"),
@@ -244,7 +242,9 @@ def shard_(model: nn.Module, device: torch.device) -> nn.Module | None:
     ignored = {parameter for head in heads for parameter in head.parameters()}
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     for part in [*_parts(model), model]:
-        fully_shard(part, mesh=mesh, ignored_params=ignored)
+        sharded = fully_shard(part, mesh=mesh, ignored_params=ignored)
+        if device.type == "cpu":  # Gloo of torch 2.8 adds gradients up where it should average them
+            sharded.set_force_sum_reduction_for_comms(True)
     return whole
 
 

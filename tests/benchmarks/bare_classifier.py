@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from fixify._memory import peak_bytes
 
 _QUERIES = 256
 _NOISE = 0.7
@@ -51,7 +52,7 @@ def step(name: str, folder: Path) -> dict[str, Any]:
     import fixify
 
     torch.set_num_threads(1)
-    before = peak()
+    before = peak_bytes()
     start, processor = time.perf_counter(), time.process_time()
     found: dict[str, Any] = {}
     if name == "convert":
@@ -62,7 +63,7 @@ def step(name: str, folder: Path) -> dict[str, Any]:
     else:
         found |= queries(folder)
     seconds, used = found.pop("seconds", time.perf_counter() - start), time.process_time() - processor
-    return {"seconds": seconds, "processor": used, "peak": peak(), "imports": before, **found}
+    return {"seconds": seconds, "processor": used, "peak": peak_bytes(), "imports": before, **found}
 
 
 def queries(folder: Path) -> dict[str, Any]:
@@ -94,11 +95,6 @@ def queries(folder: Path) -> dict[str, Any]:
         "top1": 100 * float((top[:, 0] == right).mean()),
         "top5": 100 * float((top == right[:, None]).any(axis=1).mean()),
     }
-
-
-def peak() -> int:
-    """Return the peak resident memory of this process in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:

@@ -24,15 +24,16 @@ import torchvision
 
 import fixify
 from fixify.errors import FixifyError
-from fixify.models import build, parse_architecture
+from fixify.models import build, list_architectures, parse_architecture
 
 MOST_CANDIDATES = 6
 CLASSES = 20
 
 
 def families() -> Iterator[tuple[str, list[str]]]:
+    known = set(list_architectures())
     for module in timm.list_modules():
-        names = timm.list_models(module=module)
+        names = [name for name in timm.list_models(module=module) if f"timm/{name}" in known]
         if names:
             yield f"timm/{module}", [f"timm/{name}" for name in names]
     modules: dict[str, list[str]] = {}

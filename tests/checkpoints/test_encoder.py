@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 
 import fixify
 from fixify.checkpoints.encoder import read_encoder
@@ -146,6 +147,101 @@ def test_other_widths_are_refused(files: Files, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         fixify.convert(files["net7"], tmp_path / "a.safetensors", classifier=files["256"], num_classes=3)
     assert not (tmp_path / "a.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str]:
+    """A CLIP ResNet with an attention pool (64 features, an embedding of 1,024 values), the model, and what it is."""
+    options: dict[str, Any] = {"width_factor": 0.125, "img_size": 64}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("resnet50_clip.openai", **options).eval()
+    with torch.no_grad():
+        model.head.proj.bias.normal_(generator=torch.Generator().manual_seed(0))
+    path = tmp_path_factory.mktemp("clip") / "resnet.pth"
+    torch.save(model.state_dict(), path)
+    return path, model, ",".join(("resnet50_clip.openai", *(f"{key}={value}" for key, value in options.items())))
+
+
+def test_behind_the_projection_of_a_clip_resnet(resnet: tuple[Path, Any, str], tmp_path: Path) -> None:
+    path, tower, arch = resnet
+    n = tower.num_classes
+    with pytest.raises(NoClassifierError) as refused:
+        fixify.convert(path, tmp_path / "a.safetensors", arch=arch)
+    assert "--classifier" in (refused.value.hint or "")
+    np.save(tmp_path / "text.npy", text(40, n))
+    done = fixify.convert(
+        path, tmp_path / "a.safetensors", arch=arch, classifier=tmp_path / "text.npy", logit_scale=100.0
+    )
+    assert done.info.projection == "head.proj"
+    model = fixify.load(done.path)
+    images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    embedding = run(tower, images)
+    found = run(model, images)
+    torch.testing.assert_close(found, run(model.head.proj.classifier, embedding))
+    wanted = 100 * F.normalize(embedding, dim=1) @ torch.from_numpy(text(40, n)).T  # CLIP's zero-shot logits
+    centered = [each - each.mean(dim=1, keepdim=True) for each in (wanted, found)]
+    assert float(F.cosine_similarity(*(each.flatten() for each in centered), dim=0)) > 0.6
+    assert fixify.verify(done.path, source=path).passed
+
+
+def test_a_tower_that_looks_like_a_classifier_is_refused(tmp_path: Path) -> None:
+    """ConvNeXts are classifiers and CLIP towers under the same names; timm gives the projection a bias of zeros."""
+    arch = "convnext_base,depths=[1,1,1,1],dims=[8,16,32,64]"
+    model = timm.create_model("convnext_base.clip_laion2b", depths=(1, 1, 1, 1), dims=(8, 16, 32, 64), pretrained=False)
+    torch.save(model.state_dict(), tmp_path / "net.pth")
+    np.save(tmp_path / "text.npy", text(20, 640))
+    for options in ({}, {"classifier": tmp_path / "text.npy"}):
+        with pytest.raises(NoClassifierError) as refused:
+            fixify.convert(tmp_path / "net.pth", tmp_path / "a.safetensors", arch=arch, **options)
+        assert "convnext_base.clip_laion2b --classifier" in (refused.value.hint or "")
+    named = arch.replace("convnext_base", "convnext_base.clip_laion2b")
+    done = fixify.convert(
+        tmp_path / "net.pth", tmp_path / "a.safetensors", arch=named, classifier=tmp_path / "text.npy"
+    )
+    assert done.info.projection == "head.fc"
+    with torch.no_grad():
+        model.head.fc.bias.add_(0.1)
+    torch.save(model.state_dict(), tmp_path / "tuned.pth")
+    assert fixify.convert(tmp_path / "tuned.pth", tmp_path / "b.safetensors", arch=arch).info.num_classes == 640
+
+
+TORCHVISION: dict[str, tuple[str, dict[str, Any]]] = {
+    "mobilenet_v3_small": ("classifier.3", {}),
+    "googlenet": ("fc", {"init_weights": False, "transform_input": True}),
+}
+
+
+@pytest.mark.parametrize("headless", [False, True])
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_on_torchvision_networks(tmp_path: Path, name: str, headless: bool) -> None:
+    path, options = TORCHVISION[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = torchvision.models.get_model(name, **options).eval()
+    last = model.get_submodule(path)
+    model.set_submodule(path, torch.nn.Identity(), strict=True)
+    images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    features = run(model, images)
+    if not headless:
+        model.set_submodule(path, last)
+    torch.save(model.state_dict(), tmp_path / "net.pth")
+    np.save(tmp_path / "text.npy", text(20, 1024))
+    arch = f"torchvision/{name}" + (",transform_input=true" if options else "")
+    done = fixify.convert(
+        tmp_path / "net.pth", tmp_path / "a.safetensors", arch=arch, classifier=tmp_path / "text.npy", logit_scale=10.0
+    )
+    made = fixify.load(done.path)
+    assert done.info.heads[0].path == path and made.get_submodule(path).out_features == 20
+    torch.testing.assert_close(run(made, images), run(made.get_submodule(path), features))
+    assert fixify.verify(done.path, source=tmp_path / "net.pth").passed
+    assert any("aux1 and aux2" in note for note in done.notes) is (name == "googlenet")
+
+
+def test_an_encoder_without_its_classifier_names_what_to_type(files: Files, tmp_path: Path) -> None:
+    with pytest.raises(NoClassifierError) as refused:
+        fixify.convert(files["net0"], tmp_path / "a.safetensors", classifier=files["256"])
+    assert "--arch timm/test_efficientnet --classifier" in (refused.value.hint or "")
 
 
 def test_a_projection_alone_names_the_option(files: Files, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -17,10 +18,6 @@ from timm.models import load_checkpoint, save_for_hf
 import fixify
 from fixify.errors import ArchitectureError, FixifyError, FormatError
 from fixify.heads import FixedClassifier
-
-pytestmark = pytest.mark.skipif(
-    timm.__version__ in {f"1.0.{patch}" for patch in range(31)}, reason="timm.create_model of slim folders needs 1.0.31"
-)
 
 MODELS: dict[str, dict[str, Any]] = {
     "test_efficientnet": {"num_classes": 300},
@@ -75,6 +72,31 @@ def test_the_same_logits(slim_folder: Callable[..., str], name: str, tmp_path: P
     weights = Path(folder.partition(":")[2]) / "model.safetensors"
     fixify.save(theirs, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == weights.read_bytes()
+
+
+def test_a_classifier_behind_a_projection(tmp_path: Path) -> None:
+    """CLIP's zero-shot classifier; with another number of classes timm drops the projection, as it always does."""
+    options: dict[str, Any] = {"depth": 1, "embed_dim": 64, "num_heads": 2}
+    name = "vit_medium_patch32_clip_224.tinyclip_laion400m"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.save(timm.create_model(name, **options).state_dict(), tmp_path / "clip.pth")
+    np.save(tmp_path / "text.npy", np.random.default_rng(0).standard_normal((20, 512), dtype=np.float32))
+    arch = ",".join((name, *(f"{key}={value}" for key, value in options.items())))
+    slim = fixify.convert(
+        tmp_path / "clip.pth", tmp_path / "a.safetensors", arch=arch, classifier=tmp_path / "text.npy", logit_scale=9.0
+    ).path
+    folder = fixify.push(f"local-dir:{tmp_path / 'folder'}", slim).name
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    made = timm.create_model(folder, pretrained=True)
+    assert torch.equal(answers(made, x), answers(fixify.load(folder), x))
+    fixify.save(made, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == slim.read_bytes()
+    blank = timm.create_model(folder)  # as timm loads a checkpoint of its own training into it
+    blank.load_state_dict(made.state_dict())
+    assert torch.equal(answers(blank, x), answers(made, x))
+    assert answers(timm.create_model(folder, pretrained=True, num_classes=7), x).shape == (2, 7)
+    assert answers(timm.create_model(folder, pretrained=True, num_classes=0), x).shape == (2, 64)
 
 
 @pytest.mark.parametrize("head", ["hadamard", "binary", "orthogonal"])
@@ -192,10 +214,3 @@ def test_weights_of_another_network(slim_folder: Callable[..., str], tmp_path: P
     (tmp_path / "model.safetensors").write_bytes(data[:-100])
     with pytest.raises(FixifyError):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
-
-
-def test_an_older_timm_is_refused(slim_folder: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = slim_folder("test_resnet")
-    monkeypatch.setattr(timm, "__version__", "1.0.30")
-    with pytest.raises(ArchitectureError, match=r"1\.0\.30"):
-        timm.create_model(folder, pretrained=True)

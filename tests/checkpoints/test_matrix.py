@@ -143,7 +143,18 @@ def test_damaged_and_hostile_files(tmp_path: Path) -> None:
     path.write_bytes(whole[:6] + b"\x02\x00" + struct.pack("<I", 1 << 31) + whole[10:])
     with pytest.raises(UnsafeCheckpointError):
         read_matrix(path)
+    np.savez(tmp_path / "name.npz", wé=WEIGHT)
+    packed = (tmp_path / "name.npz").read_bytes()
+    (tmp_path / "name.npz").write_bytes(packed.replace("w\u00e9".encode(), b"w\xff\xa4"))
+    with pytest.raises(SourceError):
+        read_matrix(tmp_path / "name.npz")
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("w.npy", whole[:128] + bytes(100_000_000))
     with pytest.raises(UnsafeCheckpointError):
         read_matrix(tmp_path / "bomb.npz")
+
+
+def test_numbers_that_float32_cannot_hold_are_refused_without_a_warning(tmp_path: Path) -> None:
+    np.save(tmp_path / "w.npy", WEIGHT.astype(np.float64) * 1e200)
+    with pytest.raises(SourceError):
+        read_matrix(tmp_path / "w.npy")

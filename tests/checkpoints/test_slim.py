@@ -228,6 +228,14 @@ def test_a_damaged_header_is_refused(slim: Path, tmp_path: Path, text: str, said
         read_info(_rewritten(slim, tmp_path / "damaged.safetensors", fixify=text))
 
 
+@pytest.mark.parametrize("key", ["input_size", "mean", "std"])
+def test_a_header_without_the_preprocessing_of_images_is_refused(slim: Path, tmp_path: Path, key: str) -> None:
+    info = json.loads(read_info(slim).model_dump_json())
+    del info["preprocessing"][key]
+    with pytest.raises(FormatError, match=key):
+        read_info(_rewritten(slim, tmp_path / "less.safetensors", fixify=json.dumps(info)))
+
+
 def test_another_codebook_is_refused(slim: Path, tmp_path: Path) -> None:
     info = json.loads(read_info(slim).model_dump_json())
     info["heads"][0]["spec"]["digest"] = "sha256:" + "0" * 64

@@ -59,8 +59,12 @@ def test_bytes_and_time(slim: Path, found: Compared) -> None:
     assert original.memory_bytes == original.head_bytes
     for row in found.rows:
         assert row.memory_bytes > 0
+        assert (row.seconds is None) == row.name.startswith("pruned")
         if row.seconds is not None:
             assert row.seconds.keys() == {1, 64} and all(seconds > 0 for seconds in row.seconds.values())
+    memory = {row.name: row.memory_bytes for row in found.rows}
+    assert memory["int8"] == 4 * (256 + 4 + 4)
+    assert memory["int4"] == memory["int3"] == memory["int2"]
 
 
 def test_without_labels_it_counts_agreement(tiny: Path, slim: Path, tmp_path: Path) -> None:

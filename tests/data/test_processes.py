@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from torch.utils.data import get_worker_info
+from torch.utils.data._utils.signal_handling import _remove_worker_pids, _set_worker_pids
 
 from fixify.data import OpenedData, UnreadableImages, make_loader, processes
 from fixify.data.idx import ArrayImages
@@ -71,6 +72,19 @@ def test_a_killed_process_names_the_image() -> None:
     with pytest.raises(LoaderError, match=r"SIGKILL.* 5\.png") as caught, loader(kill_myself) as batches:
         list(batches)
     assert "--workers" in str(caught.value.hint)
+
+
+def test_a_loader_after_a_killed_process_may_get_its_place_in_memory() -> None:
+    """Torch lists loader processes by the address of their iterator."""
+    inner = loader()._loader
+    iterator = iter(inner)
+    for process in processes.workers_of(inner):
+        process.kill()
+        process.join()
+    address = id(iterator)
+    processes.end_workers(inner)
+    _set_worker_pids(address, ())  # raises if that of the killed process is still listed
+    _remove_worker_pids(address)
 
 
 def test_a_hanging_process_gives_up_and_names_the_image(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,31 @@ def test_the_metadata_describes_the_model_without_a_path(slims: Slims, exported:
     assert json.loads(metadata["fixify"])["heads"][0]["path"] == "classifier"
 
 
+@pytest.mark.parametrize("operator", [b"\xe5emm", b"\x1b[2J", b"Gemn"])
+def test_a_damaged_file_is_refused_and_nothing_of_it_is_printed(
+    exported: Exports, tmp_path: Path, capfd: pytest.CaptureFixture[str], operator: bytes
+) -> None:
+    content = exported("binary").paths[0].read_bytes()
+    (tmp_path / "a.onnx").write_bytes(content.replace(b"Conv", operator))
+    for read in (open_onnx, read_onnx_info):
+        with pytest.raises(FormatError):
+            read(tmp_path / "a.onnx")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_that_is_described_as_a_classifier_alone_is_refused(exported: Exports, tmp_path: Path) -> None:
+    made = onnx.load(exported("binary").paths[0])
+    (described,) = [each for each in made.metadata_props if each.key == "fixify"]
+    info = json.loads(described.value)
+    (head,) = info["heads"]
+    bare = {"library": "fixify", "name": "classifier", "kwargs": {}, "tag": None}
+    info |= {"architecture": bare, "preprocessing": {}, "heads": [{**head, "path": "head"}]}
+    described.value = json.dumps(info)
+    (tmp_path / "a.onnx").write_bytes(made.SerializeToString())
+    with pytest.raises(FormatError):
+        open_onnx(tmp_path / "a.onnx")
+
+
 def test_a_file_of_standard_operators_names_no_least_version(slims: Slims, tmp_path: Path) -> None:
     done = fixify.export(slims(head="binary"), tmp_path / "net.onnx", portable=True, opset=20)
     made = onnx.load(done.paths[0])

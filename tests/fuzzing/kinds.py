@@ -21,6 +21,7 @@ import fixify
 from fixify.checkpoints import open_source
 from fixify.checkpoints.files import LANGUAGE_KEY
 from fixify.checkpoints.labels import read_class_indices, read_class_map
+from fixify.checkpoints.matrix import is_matrix, read_matrix
 from fixify.checkpoints.open import open_model
 from fixify.checkpoints.slim import load, read_info
 from fixify.checkpoints.verify import verify
@@ -58,12 +59,14 @@ class Kind:
 def all_kinds(seeds: Seeds) -> dict[str, Kind]:
     """Return the kinds by name."""
     found = (
-        Kind("slim-header", 90, _slim_header(seeds), _read_slim),
+        Kind("slim-header", 90, _slim_header(seeds.slim), _read_slim),
+        Kind("bare-header", 20, _slim_header(seeds.bare), _read_slim),
         Kind("slim-bytes", 70, _slim_bytes(seeds), _read_slim_bytes),
         Kind("safetensors", 100, _safetensors(seeds), _read_checkpoint),
-        Kind("zip", 80, _zip(seeds), _read_checkpoint),
-        Kind("pickle", 120, _pickle(seeds), _read_checkpoint),
+        Kind("zip", 60, _zip(seeds), _read_checkpoint),
+        Kind("pickle", 100, _pickle(seeds), _read_checkpoint),
         Kind("legacy", 70, _legacy(seeds), _read_checkpoint),
+        Kind("matrix", 40, _matrix(seeds), _read_matrix),
         Kind("hub", 80, _hub(seeds), _read_hub),
         Kind("model", 20, _model(seeds), _read_model),
         Kind("classes", 90, _classes(seeds), _read_classes),
@@ -73,7 +76,7 @@ def all_kinds(seeds: Seeds) -> dict[str, Kind]:
         Kind("state", 10, _state(seeds), seeds.resume),
         Kind("language-state", 10, _language_state(seeds), seeds.resume_language),
         Kind("language", 40, _language(seeds), _read_language),
-        Kind("image", 100, _image(seeds), _read_images),
+        Kind("image", 80, _image(seeds), _read_images),
     )
     return {kind.name: kind for kind in found}
 
@@ -92,8 +95,8 @@ def parts_of(content: bytes) -> tuple[Any, bytes]:
 # Slim checkpoints.
 
 
-def _slim_header(seeds: Seeds) -> Callable[[random.Random, Path], None]:
-    header, body = parts_of(seeds.slim)
+def _slim_header(content: bytes) -> Callable[[random.Random, Path], None]:
+    header, body = parts_of(content)
 
     def make(rng: random.Random, folder: Path) -> None:
         text = json_bytes(json.loads(header["__metadata__"]["fixify"]), rng).decode("utf-8", "replace")
@@ -335,6 +338,36 @@ def _hub(seeds: Seeds) -> Callable[[random.Random, Path], None]:
 def _read_hub(folder: Path) -> None:
     source = open_source(folder / "hub", meta=True)
     json.dumps([source.facts.pretrained_cfg, source.facts.architecture_kwargs], allow_nan=False)
+
+
+def _matrix(seeds: Seeds) -> Callable[[random.Random, Path], None]:
+    """A classifier without a network: an array alone, two in an archive, and the tensors of a safetensors file."""
+
+    def make(rng: random.Random, folder: Path) -> None:
+        for old in folder.glob("m.*"):
+            old.unlink()
+        suffix = rng.choice(("npy", "npy", "npz", "safetensors"))
+        if suffix == "npy":
+            content = damaged(rng.choice(seeds.arrays), rng)
+        elif suffix == "safetensors":
+            header, body = parts_of(seeds.matrix)
+            content = as_safetensors(json_bytes(header, rng), body)
+        else:
+            archive = io.BytesIO()
+            with zipfile.ZipFile(archive, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as packed:
+                for name in ("weight", "bias"):
+                    array = rng.choice(seeds.arrays)
+                    packed.writestr(f"{name}.npy", damaged(array, rng) if rng.random() < 0.7 else array)
+            content = archive.getvalue()
+            content = damaged(content, rng) if rng.random() < 0.5 else content
+        (folder / f"m.{suffix}").write_bytes(content)
+
+    return make
+
+
+def _read_matrix(folder: Path) -> None:
+    (path,) = folder.glob("m.*")
+    _read_all(path, (is_matrix, read_matrix))
 
 
 def _model(seeds: Seeds) -> Callable[[random.Random, Path], None]:

@@ -46,6 +46,10 @@ PIECES: tuple[bytes, ...] = (
 Place = tuple[Any, ...]
 
 
+_LARGEST = 1 << 22
+"""Longest piece of an input; pieces that are repeated twice would be more than the harness can hold."""
+
+
 def places(value: Any, at: Place = ()) -> list[Place]:
     """List the paths of the values inside a value, to a depth of 12; of a long list only the first ones."""
     if len(at) == 12:
@@ -74,7 +78,7 @@ def mutated(value: Any, rng: random.Random, values: tuple[Any, ...] = VALUES) ->
         elif how == "add" and isinstance(inside, dict):
             inside[rng.choice(KEYS)] = copy.deepcopy(rng.choice(values))
         elif how == "repeat" and isinstance(inside[last], (list, str)):
-            inside[last] = inside[last] * rng.choice((2, 1000))
+            inside[last] = (inside[last] * rng.choice((2, 1000)))[:_LARGEST]
         elif how == "other":
             inside[last] = copy.deepcopy(_found_at(value, rng.choice(found)))
         else:
@@ -98,7 +102,7 @@ def json_bytes(value: Any, rng: random.Random) -> bytes:
         changed = mutated(value, rng, (*VALUES, *RAW))
         text = json.dumps(changed, ensure_ascii=rng.random() < 0.8)
         text = _WORD.sub(lambda found: RAW[found[0][1:-1]], text)
-        return text.encode("utf-8", "surrogatepass")
+        return text.encode("utf-8", "surrogatepass")[:_LARGEST]
     return damaged(json.dumps(value).encode(), rng)
 
 
@@ -129,4 +133,4 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
             changed[place : place + length] = changed[other : other + length]
         else:
             changed[place:place] = rng.choice(PIECES)
-    return bytes(changed)
+    return bytes(changed[:_LARGEST])

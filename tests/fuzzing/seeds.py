@@ -43,6 +43,7 @@ class Seeds:
         torch.save({"arch": "test_efficientnet", "state_dict": network}, folder / "net.pth")
         self.slim = fixify.convert(folder / "net.pth", folder / "net.fixed.safetensors").path.read_bytes()
         self.network = safetensors.torch.save(network)
+        self._make_matrices(folder)
         state = OrderedDict([("module.conv.weight", torch.ones(2, 3, 1, 1)), ("module.n", torch.tensor(3))])
         self.weights = safetensors.torch.save(dict(state), metadata={"architecture": "resnet18"})
         self.tree: dict[str, Any] = {
@@ -104,6 +105,20 @@ class Seeds:
         self._make_state(folder)
         self._make_language(folder)
         self.images = _images()
+
+    def _make_matrices(self, folder: Path) -> None:
+        """Classifiers without a network, and a slim file of one."""
+        weight = np.random.default_rng(0).standard_normal((12, 8)).astype(np.float32)
+        arrays = (weight, weight.astype(np.float16), np.asfortranarray(weight), weight.astype(">f8"), weight[:, 0])
+        self.arrays = []
+        for array in arrays:
+            buffer = io.BytesIO()
+            np.save(buffer, array)
+            self.arrays.append(buffer.getvalue())
+        (folder / "bare.npy").write_bytes(self.arrays[0])
+        self.bare = fixify.convert(folder / "bare.npy", folder / "bare.fixed.safetensors").path.read_bytes()
+        tensors = {"head.weight": torch.from_numpy(weight), "head.bias": torch.ones(12)}
+        self.matrix = safetensors.torch.save(tensors, metadata={"labels": "a"})
 
     def _make_runs(self, folder: Path) -> None:
         """A run with a fixed head and one with a learned one: run.json, metrics.jsonl, steps.jsonl, confusions.json."""

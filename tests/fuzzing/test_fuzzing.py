@@ -18,8 +18,8 @@ from fuzzing.kinds import Kind, all_kinds
 from fuzzing.seeds import in_folder
 
 _NAMES = (
-    *("slim-header", "slim-bytes", "safetensors", "zip", "pickle", "legacy", "hub", "model", "classes", "recipe"),
-    *("run", "language-run", "state", "language-state", "language", "image"),
+    *("slim-header", "bare-header", "slim-bytes", "safetensors", "zip", "pickle", "legacy", "matrix", "hub", "model"),
+    *("classes", "recipe", "run", "language-run", "state", "language-state", "language", "image"),
 )
 _FEW = 2_000
 _MANY = int(os.environ.get("FIXIFY_FUZZ", "20000"))

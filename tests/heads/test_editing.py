@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fixify.errors import HeadSpecError
 from fixify.heads import FixedClassifier, HeadSpec, replacement
 from fixify.heads.editing import add_classes, keep_classes, merge_classes
+from fixify.heads.levels import LEVELS
+from fixify.heads.signs import pack_levels
 
 CASES: dict[str, dict[str, Any]] = {
     "hadamard in order": {"kind": "hadamard", "num_features": 64, "num_classes": 40, "standardize": True},
@@ -21,6 +24,22 @@ CASES: dict[str, dict[str, Any]] = {
     "binary": {"kind": "binary", "num_features": 64, "num_classes": 90, "bits_per_class": 64, "gains": True},
     "binary, cosine": {"kind": "binary", "num_features": 64, "num_classes": 90, "bits_per_class": 64, "bias": False},
     "binary, few bits": {"kind": "binary", "num_features": 64, "num_classes": 90, "bits_per_class": 24, "gains": True},
+    "levels, ternary": {
+        "kind": "binary",
+        "num_features": 64,
+        "num_classes": 90,
+        "bits_per_weight": 1.58,
+        "gains": True,
+    },
+    "levels": {"kind": "binary", "num_features": 64, "num_classes": 90, "bits_per_weight": 3, "gains": True},
+    "levels, not rotated": {
+        "kind": "binary",
+        "num_features": 62,
+        "num_classes": 90,
+        "bits_per_weight": 2,
+        "gains": True,
+    },
+    "levels, packed": {"kind": "binary", "num_features": 1024, "num_classes": 900, "bits_per_weight": 2, "gains": True},
     "binary, packed": {"kind": "binary", "num_features": 1024, "num_classes": 900, "bits_per_class": 1024},
 }
 
@@ -63,7 +82,10 @@ def test_kept_classes_have_the_same_logits(make_head: Callable[[str], FixedClass
     chosen = [head.out_features - 1, *range(0, head.out_features - 3, 2)]
     kept = keep_classes(head, chosen)
     x = exact_features(head)
-    if name == "binary, packed":  # so few classes are multiplied as numbers, which rounds the factor another time
+    if name in (
+        "binary, packed",
+        "levels, packed",
+    ):  # so few classes are multiplied as numbers, which rounds the factor another time
         torch.testing.assert_close(logits(kept, x), logits(head, x)[:, chosen], rtol=1e-6, atol=1e-6)
         assert kept.codes is not None and head.codes is not None and torch.equal(kept.codes, head.codes[chosen])
         return
@@ -104,7 +126,9 @@ def test_hadamard_codes_stay_in_order_where_they_can(make_head: Callable[[str], 
     assert keep_classes(head, [3, 1]).spec.matched
 
 
-@pytest.mark.parametrize("name", ["matched", "matched, C > N", "binary", "binary, few bits"])
+@pytest.mark.parametrize(
+    "name", ["matched", "matched, C > N", "binary", "binary, few bits", "levels, ternary", "levels"]
+)
 def test_vectors_choose_the_codes(make_head: Callable[[str], FixedClassifier], name: str) -> None:
     head = make_head(name)
     vectors = torch.randn(3, 64, generator=torch.Generator().manual_seed(5))
@@ -127,6 +151,33 @@ def test_lengths_of_vectors_become_row_scales(make_head: Callable[[str], FixedCl
     assert typical.gains is not None and torch.equal(typical.gains[-2:], head.gains.median().expand(2))
 
 
+@pytest.mark.parametrize("bits", [1.58, 4])
+def test_levels_are_chosen_as_for_the_old_classes(bits: float) -> None:
+    """A class that is added with the vector of an old one gets its levels and its step size, but for rounding."""
+    spec = HeadSpec("binary", num_features=64, num_classes=90, bits_per_weight=bits, gains=True, normalize=False)
+    weight = torch.randn(90, 64, generator=torch.Generator().manual_seed(0))
+    head = replacement(spec, weight).head.eval()
+    rows = slice(3, 7)
+    again = add_classes(head, 4, weight[rows] - weight.mean(dim=0), lengths=True)
+    assert head.gains is not None and again.gains is not None
+    assert (again.gains[90:].int() - head.gains[rows].int()).abs().max() <= 1
+    codes = again.codebook()
+    assert float(torch.nn.functional.cosine_similarity(codes[90:], codes[rows]).min()) > (0.9 if bits < 2 else 0.98)
+
+
+def test_levels_of_vectors_longer_than_any_saturate() -> None:
+    spec = HeadSpec("binary", num_features=64, num_classes=20, bits_per_weight=2, gains=True)
+    head = replacement(spec, torch.randn(20, 64, generator=torch.Generator().manual_seed(0))).head
+    more = add_classes(head, 1, 9 * torch.randn(1, 64, generator=torch.Generator().manual_seed(1)), lengths=True)
+    assert more.gains is not None and more.gains[-1] == 255
+
+
+def test_equal_vectors_get_different_levels(make_head: Callable[[str], FixedClassifier]) -> None:
+    head = make_head("levels")
+    more = add_classes(head, 4, torch.ones(4, 64))
+    assert more.codes is not None and len({bytes(row.tolist()) for row in more.codes}) == 94
+
+
 def test_equal_vectors_get_different_signs(make_head: Callable[[str], FixedClassifier]) -> None:
     head = make_head("binary, few bits")
     more = add_classes(head, 4, torch.ones(4, 64))
@@ -137,6 +188,11 @@ def test_no_free_code_is_left() -> None:
     spec = HeadSpec("binary", num_features=3, num_classes=7, bits_per_class=3)
     head = replacement(spec, torch.randn(7, 3, generator=torch.Generator().manual_seed(0))).head
     add_classes(head, 1)
+    with pytest.raises(HeadSpecError):
+        add_classes(head, 2)
+    spec = HeadSpec("binary", num_features=2, num_classes=8, bits_per_weight=1.58, gains=True)
+    head = replacement(spec, torch.randn(8, 2, generator=torch.Generator().manual_seed(0))).head
+    assert len(add_classes(head, 1).codebook().unique(dim=0)) == 9
     with pytest.raises(HeadSpecError):
         add_classes(head, 2)
 
@@ -154,6 +210,32 @@ def test_merged_signs_are_those_of_the_mean() -> None:
     x = exact_features(head)
     rest = [number for number in range(40) if number not in (3, 5, 9)]
     assert torch.equal(logits(merged, x)[:, [n for n in range(38) if n != 3]], logits(head, x)[:, rest])
+
+
+@pytest.mark.parametrize("bits", [1.58, 3])
+def test_merged_levels_are_those_of_the_mean(bits: float) -> None:
+    spec = HeadSpec("binary", num_features=32, num_classes=40, bits_per_weight=bits, gains=True)
+    weight = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    head = replacement(spec, weight, torch.arange(40.0)).head.eval()
+    merged = merge_classes(head, [3, 5, 9])
+    assert merged.out_features == 38 and merged.bias is not None
+    torch.testing.assert_close(merged.bias[3], torch.tensor(17 / 3) + torch.tensor(3.0).log())
+    own, mean = merged.codebook()[3], head.codebook()[[3, 5, 9]].mean(dim=0)
+    assert float((own - mean).norm() / mean.norm()) < (0.6 if bits < 2 else 0.3)
+    x = exact_features(head)
+    rest = [number for number in range(40) if number not in (3, 5, 9)]
+    assert torch.equal(logits(merged, x)[:, [n for n in range(38) if n != 3]], logits(head, x)[:, rest])
+
+
+def test_a_merged_class_makes_way_for_a_later_one() -> None:
+    """Its mean has the levels of another class, whose logits must stay."""
+    spec = HeadSpec("binary", num_features=4, num_classes=4, bits_per_weight=2, gains=True)
+    numbers = np.array([[3, 1, 3, -3], [1, 3, 3, -3], [-1, -1, -1, 1], [1, 1, 3, -3]])
+    head = FixedClassifier(spec, codes=torch.from_numpy(pack_levels(numbers, LEVELS[2]))).eval()
+    merged = merge_classes(head, [0, 1])
+    x = exact_features(head)
+    assert torch.equal(logits(merged, x)[:, 1:], logits(head, x)[:, 2:])
+    assert not torch.equal(merged.codebook()[0], merged.codebook()[2])
 
 
 def test_merged_hadamard_class_is_the_first(make_head: Callable[[str], FixedClassifier]) -> None:

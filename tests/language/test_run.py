@@ -48,8 +48,8 @@ def test_it_learns_and_its_checkpoint_is_what_was_measured(text: Path, tmp_path:
         words=words, num_features=16, epochs=3, batch_size=4, seq_len=10, lr=0.02, embedding_scale=4, device="cpu"
     )
     result = run_language(str(text), tmp_path / "run", options)
+    assert result.history[-1].train_loss < result.history[0].train_loss - 0.1
     losses = [record.val_loss for record in result.history]
-    assert losses[-1] < losses[0] - 0.02
     assert result.val.loss == pytest.approx(min(losses), rel=1e-6)
     assert result.best.val_perplexity == min(record.val_perplexity for record in result.history)
     (run,) = read_language_runs([tmp_path / "run"])

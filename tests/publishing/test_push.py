@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import timm
 import torch
@@ -18,7 +19,8 @@ from tools.stand_in_hub import READER, WRITER, Repository, StandInHub
 
 import fixify
 from fixify.checkpoints.open import open_model
-from fixify.errors import FormatError, OutputError, OutputExistsError, SourceError, UsageError
+from fixify.errors import ArchitectureError, FormatError, OutputError, OutputExistsError, SourceError, UsageError
+from fixify.heads import FixedClassifier
 
 # The client itself calls its HTTP library in an old way.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -241,6 +243,23 @@ def test_a_folder_without_slim_checkpoint(tmp_path: Path) -> None:
     for ref in (tmp_path, f"local-dir:{tmp_path}", "local-dir:nowhere"):
         with pytest.raises(FormatError):
             fixify.load(ref)
+
+
+def test_a_classifier_without_a_network(hub: StandInHub, tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).standard_normal((30, 64), dtype=np.float32)
+    np.save(tmp_path / "text.npy", rows)
+    slim = fixify.convert(tmp_path / "text.npy", tmp_path / "text.fixed.safetensors", logit_scale=10.0).path
+    done = fixify.push("someone/names", slim, licence="mit")
+    assert done.is_bare
+    head = fixify.load(done.name)
+    assert isinstance(head, FixedClassifier)
+    assert torch.equal(logits(head, torch.from_numpy(rows)), logits(fixify.load(slim), torch.from_numpy(rows)))
+    card = hub.files("someone/names")["README.md"].decode()
+    assert "without a network" in card and "timm" not in card and "fixify.load('hf-hub:someone/names')" in card
+    with pytest.raises(ArchitectureError):
+        timm.create_model(done.name, pretrained=True, cache_dir=constants.HF_HUB_CACHE)
+    pytest.importorskip("onnxruntime")
+    assert fixify.export(done.name, tmp_path / "head.onnx").paths[0].exists()
 
 
 PROGRAM = """
