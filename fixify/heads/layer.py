@@ -80,7 +80,8 @@ class FixedClassifier(nn.Module):
     Stored signs and levels stay packed in memory, 1 to 4 bits each (1.6 for 1.58), where there are more than 2^19:
     twice, in the buffer `codes` and for the product. In training up to 2^24 of them are numbers too. In evaluation, on
     a processor that multiplies 8-bit integers fast, up to 2^22 signs and 2^24 levels are bytes too, and more signs take
-    4 bits each for the product of few samples; more levels are unpacked a chunk at a time.
+    4 bits each for the product of few samples; more levels are unpacked a chunk at a time. Of those that are
+    held as numbers, 2^18 and more are bytes beside them, for few samples.
 
     Args:
         spec: The head spec; resolved and verified here.

@@ -103,14 +103,14 @@ def match(
     vectors = class_vectors.detach().to(device="cpu", dtype=torch.float32)
     mean = vectors.mean(dim=0)
     c, n = vectors.shape
-    targets = vectors - mean
-    if feature_covariance is not None:
-        targets = targets @ _power(feature_covariance, n)
-    torch.nn.functional.normalize(targets, dim=1, out=targets)
+    targets: Tensor | _Targets
+    targets = _Targets(vectors, mean, None if feature_covariance is None else _power(feature_covariance, n))
+    if c <= n or c * n <= _AT_ONCE:
+        targets = targets[:]
     spec = HeadSpec("hadamard", n, c, seed=seed, matched=True, blocks=blocks or default_blocks(n, c))
     space = _CodeSpace(spec)
     with torch.inference_mode():
-        codes = _match_in_one_block(space, targets) if c <= n else _match_in_many_blocks(space, targets, on_progress)
+        codes = _match_in_one_block(space, targets[:]) if c <= n else _match_in_many_blocks(space, targets, on_progress)
         on_progress("choosing codes", c, c)
         del targets
         cosines = torch.cat(
@@ -120,6 +120,23 @@ def match(
             ]
         )
     return Matching(codes, space.blocks, float(cosines.mean()))
+
+
+class _Targets:
+    """What codes should be near to: class vectors without their mean, times a matrix, of norm 1; made when asked for.
+
+    Large classifiers are not held a second time.
+    """
+
+    def __init__(self, vectors: Tensor, mean: Tensor, power: Tensor | None) -> None:
+        self._vectors, self._mean, self._power = vectors, mean, power
+
+    def __getitem__(self, classes: slice | np.ndarray) -> Tensor:
+        """Return those of some classes, [k, N]."""
+        part = self._vectors[classes] - self._mean
+        if self._power is not None:
+            part = part @ self._power
+        return torch.nn.functional.normalize(part, dim=1, out=part)
 
 
 class _CodeSpace:
@@ -211,11 +228,11 @@ def _match_in_one_block(space: _CodeSpace, vectors: Tensor) -> np.ndarray:
     return codes
 
 
-def _match_in_many_blocks(space: _CodeSpace, vectors: Tensor, on_progress: OnProgress) -> np.ndarray:
+def _match_in_many_blocks(space: _CodeSpace, vectors: Tensor | _Targets, on_progress: OnProgress) -> np.ndarray:
     """Assign codes of all blocks, optimally if the table of all codes is small, else greedily: int64 [C]."""
     n, c, k = space.num_features, space.num_classes, space.blocks
     if c * 2 * n * k <= _ASSIGNMENT_ENTRIES:
-        return _assign(space, vectors, k, np.empty(0, dtype=np.int64))
+        return _assign(space, vectors[:], k, np.empty(0, dtype=np.int64))
     cosines, candidates = _candidates(space, vectors, on_progress)
     codes = _greedy(space, cosines, candidates, on_progress)
     left_over = np.flatnonzero(codes < 0)  # all their candidates went to others, as for classes with similar vectors
@@ -249,7 +266,9 @@ def _searched(space: _CodeSpace, chunk: int) -> np.ndarray:
     return (chunk * share + np.arange(share)) % space.blocks
 
 
-def _candidates(space: _CodeSpace, vectors: Tensor, on_progress: OnProgress) -> tuple[np.ndarray, np.ndarray]:
+def _candidates(
+    space: _CodeSpace, vectors: Tensor | _Targets, on_progress: OnProgress
+) -> tuple[np.ndarray, np.ndarray]:
     """Find some of the best codes of every class.
 
     Only the best few of each block are considered: with many blocks, the best of all codes lie in different ones.
@@ -388,7 +407,7 @@ def _grant_(codes: np.ndarray, taken: np.ndarray, cosines: np.ndarray, candidate
 
 
 def _give_free_codes_(
-    codes: np.ndarray, space: _CodeSpace, vectors: Tensor, strength: np.ndarray, on_progress: OnProgress
+    codes: np.ndarray, space: _CodeSpace, vectors: Tensor | _Targets, strength: np.ndarray, on_progress: OnProgress
 ) -> None:
     """Give classes that are left over their best free codes, a few classes at a time.
 
