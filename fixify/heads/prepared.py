@@ -161,8 +161,6 @@ def _prepared_call(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]
     signs = head.product.block_signs
     at_once = 1 << 62 if signs is None or signs.device.type != "cpu" else max(1, _CACHED_SCORES // signs.numel())
     of_one = _call_of_one(head, center, inverse_std, scale, rows) if is_wide else None
-    # A factor per class is multiplied in the operation that adds the bias; samples are then divided before.
-    divides_last = is_wide and rows is None
 
     def call(x: Tensor) -> Tensor:
         if of_one is not None and x.numel() == n:
@@ -176,15 +174,15 @@ def _prepared_call(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]
         factor = scale
         if normalize:
             factor = scale / torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min_(NORM_EPSILON)
-        if not divides_last:
+        if not is_wide:
             z = (z * factor if center is None else z.mul_(factor)).to(dtype)
         if len(z) <= at_once:
-            return finish(scores(z), factor if divides_last else None, None)
+            return finish(scores(z), factor if is_wide else None, None)
         logits = z.new_empty(len(z), num_classes)
         factors = factor.expand(len(z), 1)
         for start in range(0, len(z), at_once):
             part = slice(start, start + at_once)
-            finish(scores(z[part]), factors[part] if divides_last else None, logits[part])
+            finish(scores(z[part]), factors[part] if is_wide else None, logits[part])
         return logits
 
     return call
@@ -334,10 +332,7 @@ def _transform(product: CodeProduct, dtype: torch.dtype) -> Callable[[Tensor], T
 def _finish(
     head: Head, dtype: torch.dtype, bias: Tensor | None, rows: Tensor | None
 ) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
-    """Build the function from scores, a factor per sample [M, 1] and where to write, to logits [M, C].
-
-    There is a factor per sample or one per class (`rows`), not both.
-    """
+    """Build the function from scores, a factor per sample [M, 1] and where to write, to logits [M, C]."""
     n, c, product = head.in_features, head.out_features, head.product
     uses_rows = product.right is not None and product.table is None and product.packed is None
     if uses_rows and product.index is not None:
@@ -345,7 +340,7 @@ def _finish(
         width = n if product.block_signs is None else n * product.block_signs.shape[0]
 
         def picked(scores: Tensor, factor: Tensor | None, out: Tensor | None) -> Tensor:
-            return _affine(scores.view(-1, width).index_select(1, index), factor if rows is None else rows, bias, out)
+            return _affine(scores.view(-1, width).index_select(1, index), factor, rows, bias, out)
 
         return picked
     if uses_rows and c > n:
@@ -357,13 +352,24 @@ def _finish(
         if uses_rows:
             m = scores.numel() // stride
             scores = scores.as_strided((m, c), (n, 1), first)
-        return _affine(scores, factor if rows is None else rows, bias, out)
+        return _affine(scores, factor, rows, bias, out)
 
     return in_order
 
 
-def _affine(scores: Tensor, factor: Tensor | None, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """Multiply scores [M, C] with a factor per sample or per class and add the bias per class."""
+def _affine(
+    scores: Tensor, factor: Tensor | None, rows: Tensor | None, bias: Tensor | None, out: Tensor | None
+) -> Tensor:
+    """Multiply scores [M, C], in place, with a factor per sample and one per class, and add the bias per class.
+
+    Samples are divided by their norm after the product, so that the sums in it, and the logits of a class, are the same
+    whatever classes are beside it.
+    """
+    if rows is not None:
+        if factor is None:
+            factor = rows
+        else:
+            scores = scores.mul_(rows)
     if factor is not None:
         return torch.mul(scores, factor, out=out) if bias is None else torch.addcmul(bias, scores, factor, out=out)
     if bias is not None:
@@ -395,7 +401,7 @@ def _finish_blocks(
         m = scores.shape[0]
         if scores.numel() <= _FEW_SCORES:
             both = torch.cat((scores, -scores), dim=-1).as_strided((m, c), (2 * k * n, 1))
-            return _affine(both, factor if gains is None else gains, bias, out)
+            return _affine(both, factor, gains, bias, out)
         logits = scores.new_empty(m, c) if out is None else out
         if factor is not None and factor.ndim:
             factor = factor.unsqueeze(-1)
