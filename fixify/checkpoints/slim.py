@@ -54,7 +54,7 @@ from fixify.models.architectures import (
 )
 from fixify.models.build import Bounds, load_weights
 from fixify.models.classifiers import find_heads
-from fixify.models.identify import fit, identify
+from fixify.models.identify import Candidate, fit, identify
 from fixify.models.projection import build_with
 from fixify.models.signature import module_traits
 from fixify.savings import Savings
@@ -453,18 +453,15 @@ def architecture_of(
     Raises:
         ArchitectureError: See `save`.
     """
-    shapes = _learned_shapes(model, heads)
     name = arch if arch is not None else _name_in_timm(model)
-    if name is None:
-        found = [each for each in identify(shapes).candidates if each.architecture.library == "torchvision"]
-    else:
-        candidate = fit(parse_architecture(name) if isinstance(name, str) else name, shapes)
-        found = [] if candidate is None else [candidate]
-    known = [each for each in found if each.key_map is None]
+    wanted = parse_architecture(name) if isinstance(name, str) else name
+    # A fixed head has a bias, whether or not the layer had one.
+    known = _fitting(_learned_shapes(model, heads, biases=True), wanted)
+    known = known or _fitting(_learned_shapes(model, heads, biases=False), wanted)
     if not known:
         raise ArchitectureError(
-            f"This {type(model).__name__} is not {name or 'an architecture of torchvision'}: its tensors have "
-            "other names or shapes.",
+            f"This {type(model).__name__} is not {wanted.spelled if wanted else 'an architecture of torchvision'}: its "
+            "tensors have other names or shapes.",
             hint="Say what it is: fixify.save(model, path, arch='timm/NAME,option=value').",
         )
     differences = {}
@@ -496,8 +493,23 @@ def _name_in_timm(model: nn.Module) -> str | None:
     return None if name is None else f"timm/{name}"
 
 
-def _learned_shapes(model: nn.Module, heads: Mapping[str, FixedClassifier]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that the model's state dict had with its learned classifier, in the same order."""
+def _fitting(shapes: Mapping[str, tuple[int, ...]], wanted: Architecture | None) -> list[Candidate]:
+    """Return the architectures of torchvision that have these names and shapes, or the one that is wanted if it has."""
+    if wanted is not None:
+        candidate = fit(wanted, shapes)
+        found = [] if candidate is None else [candidate]
+    else:
+        try:
+            found = [each for each in identify(shapes).candidates if each.architecture.library == "torchvision"]
+        except ArchitectureError:
+            found = []
+    return [each for each in found if each.key_map is None]
+
+
+def _learned_shapes(
+    model: nn.Module, heads: Mapping[str, FixedClassifier], *, biases: bool
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the state dict with learned classifiers, with or without biases, in its order."""
     shapes: dict[str, tuple[int, ...]] = {}
     for key, tensor in model.state_dict().items():
         path = next((path for path in heads if key.startswith(f"{path}.")), None)
@@ -507,7 +519,7 @@ def _learned_shapes(model: nn.Module, heads: Mapping[str, FixedClassifier]) -> d
             head = heads[path]
             maps = (1, 1) if head.channel_dim == 1 else ()
             shapes[f"{path}.weight"] = (head.out_features, head.in_features, *maps)
-            if head.bias is not None:
+            if biases and head.bias is not None:
                 shapes[f"{path}.bias"] = (head.out_features,)
     return shapes
 

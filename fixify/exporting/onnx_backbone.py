@@ -10,6 +10,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import onnx
 import onnxscript
@@ -111,23 +112,30 @@ def _traced(model: nn.Module, images: Tensor, opset: int, fixed_batch: bool, as_
         rank = len(x.shape)  # type: ignore[attr-defined]
         return _HEAD(x, index=index, rank=rank)
 
-    shapes = None if fixed_batch else ({0: torch.export.Dim.DYNAMIC},)
+    def export() -> torch.onnx.ONNXProgram | None:
+        return torch.onnx.export(
+            model,
+            (images,),
+            dynamo=True,
+            dynamic_shapes=None if fixed_batch else ({0: torch.export.Dim.DYNAMIC},),
+            opset_version=opset,
+            input_names=["images"],
+            output_names=["logits"],
+            custom_translation_table={torch.ops.fixify.exported_head.default: translated},
+            verbose=False,
+            optimize=not as_stored,
+        )
+
     # The exporter reports its steps on stdout, and warns of what it does about older versions of itself.
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            program = torch.onnx.export(
-                model,
-                (images,),
-                dynamo=True,
-                dynamic_shapes=shapes,
-                opset_version=opset,
-                input_names=["images"],
-                output_names=["logits"],
-                custom_translation_table={torch.ops.fixify.exported_head.default: translated},
-                verbose=False,
-                optimize=not as_stored,
-            )
+            try:
+                program = export()
+            except torch.onnx.OnnxExporterError:
+                if not _write_out_attention_(model):
+                    raise
+                program = export()
         except torch.onnx.OnnxExporterError as error:
             raise ExportError(
                 f"torch.onnx cannot export this model: {_reason(error)}",
@@ -140,6 +148,17 @@ def _traced(model: nn.Module, images: Tensor, opset: int, fixed_batch: bool, as_
     if found != opset:
         raise ExportError(f"torch.onnx wrote opset {found}, not {opset}.", hint=f"Add --opset {found}.")
     return made
+
+
+def _write_out_attention_(model: nn.Module) -> bool:
+    """Let timm's attention layers use matrix products and a softmax; return whether one used PyTorch's fused operation.
+
+    The exporter has no form of that for features in windows or groups (five dimensions), nor with some biases.
+    """
+    fused: list[Any] = [module for module in model.modules() if getattr(module, "fused_attn", False) is True]
+    for module in fused:
+        module.fused_attn = False
+    return bool(fused)
 
 
 def _reason(error: BaseException) -> str:

@@ -137,6 +137,7 @@ def _with_fixed_head(build_model: Callable[[], torch.nn.Module]) -> torch.nn.Mod
             lambda: timm.create_model("deit_tiny_distilled_patch16_224", num_classes=7),
         ),
         ("fixify/resnet20_cifar", lambda: timm.create_model("resnet20_cifar", num_classes=10)),
+        ("torchvision/maxvit_t", lambda: torchvision.models.get_model("maxvit_t", num_classes=7)),  # no bias
         ("torchvision/squeezenet1_1", lambda: torchvision.models.get_model("squeezenet1_1", num_classes=7)),
         (
             "torchvision/googlenet,aux_logits=true,transform_input=false",
