@@ -65,10 +65,7 @@ def _running(found: Compared) -> Table:
         if row.seconds is not None and row.name not in seen:
             seen.add(row.name)
             made.add_row(row.name, human_bytes(row.memory_bytes), *map(human_seconds, row.seconds.values()))
-    made.caption = (
-        "as PyTorch runs them: int4, int3 and int2 as four bits with bfloat16\n"
-        "features, SVD factors as float32, pruned weights like the original"
-    )
+    made.caption = "int4, int3, int2: as four bits, features in bfloat16\nSVD: as float32; pruned: like the original"
     made.caption_justify = "left"
     return made
 
