@@ -33,7 +33,11 @@ assert "fixify" not in sys.modules
 
 @pytest.mark.parametrize(
     ("options", "exact"),
-    [({"head": "binary"}, True), ({"head": "binary", "bits_per_weight": 2}, True), ({"head": "hadamard"}, False)],
+    [
+        ({"head": "binary"}, True),
+        pytest.param({"head": "binary", "bits_per_weight": 2}, True, marks=pytest.mark.slow),
+        ({"head": "hadamard"}, False),
+    ],
 )
 def test_timm_alone_loads_it(slims: Callable[..., Path], tmp_path: Path, options: dict, exact: bool) -> None:
     slim = slims(**options)

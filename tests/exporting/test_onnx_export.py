@@ -43,7 +43,7 @@ def test_any_number_of_images(slims: Slims, exported: Exports, count: int) -> No
     assert largest_difference(done.paths[0], slims(head="hadamard"), count) < 1e-4
 
 
-@pytest.mark.parametrize("head", ["binary", "orthogonal", "hadamard"])
+@pytest.mark.parametrize("head", ["binary", pytest.param("orthogonal", marks=pytest.mark.slow), "hadamard"])
 def test_kinds_of_heads(slims: Slims, exported: Exports, head: str) -> None:
     slim = slims(head=head)
     exact = exported(head, portable=True)
@@ -179,7 +179,7 @@ def test_a_fixed_number_of_images(slims: Slims, tmp_path: Path) -> None:
     assert largest_difference(path, slim, count=5) < 1e-4
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_half_precision_is_stored_and_float32_computed(exported: Exports, dtype: str) -> None:
     whole, half = exported("hadamard"), exported("hadamard", dtype=dtype)
     assert half.num_bytes < 0.7 * whole.num_bytes
