@@ -17,6 +17,7 @@ EIGHT_BIT = 0.1
 """The same where ONNX Runtime rounds features to 8 bits; measured: 0.004 to 0.04."""
 NUM_RANDOM = 5
 """Random images; another number than the one that the model was traced with."""
+_MAP = 3  # height and width of random feature maps
 NUM_REAL = 32
 
 Run = Callable[[Tensor], Tensor]
@@ -132,6 +133,3 @@ def random_features(num_features: int, *, maps: bool = False) -> Iterator[Tensor
     sizes = [_MAP, _MAP] if maps else []
     for count in (1, NUM_RANDOM - 1):
         yield torch.randn(count, num_features, *sizes, generator=generator).relu()
-
-
-_MAP = 3  # height and width of random feature maps

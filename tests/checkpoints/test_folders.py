@@ -57,7 +57,7 @@ def test_what_timm_saves(folder: Path, safe: bool) -> None:
         assert source.facts.num_classes == 3
         assert source.facts.labels == ["cat", "dog", "n3"]
         assert source.facts.pretrained_cfg is not None
-        assert list(source.facts.pretrained_cfg["input_size"]) in ([1, 160, 160], [3, 160, 160])  # before timm 1.0.31
+        assert list(source.facts.pretrained_cfg["input_size"]) == [1, 160, 160]
         assert all(torch.equal(source.tensors[key], value) for key, value in model.state_dict().items())
         assert source.sha256 is not None
     weights = folder / ("model.safetensors" if safe else "pytorch_model.bin")
