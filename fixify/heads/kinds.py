@@ -567,18 +567,18 @@ class Binary(Kind):
     def default_options(
         self, num_features: int, *, has_features: bool, bits_per_weight: float | None = None
     ) -> dict[str, Any]:
-        """Return a sign or level per feature, stored row scales, and normalisation only of signs with features at hand.
+        """Return a sign or level per feature, stored row scales, and no normalisation.
 
-        Without features the old logits are nearest when the features are left as they are. With features only the mean
-        is removed: a std from few scenes would amplify the features that these scenes happen not to use. Levels are
-        near enough to the old weights to keep the old logits, whose size the norm of the features belongs to.
+        The old logits are nearest when the features are left as they are: their norm belongs to the logits' size. With
+        features only the mean is removed: a std from few scenes would amplify the features that these scenes happen not
+        to use.
         """
         levels = bits_per_weight not in (None, 1)
         return {
             "gains": True,
             "bits_per_class": None if levels else num_features,
             "bits_per_weight": bits_per_weight if levels else None,
-            "normalize": has_features and not levels,
+            "normalize": False,
             "standardize": "center" if has_features else False,
         }
 
