@@ -27,17 +27,14 @@ from fixify.heads.signs import pack_levels
 
 LIKELIEST = 12
 """Classes of a sample that take part."""
-MOST_SAMPLES = 4096
 _METRIC_SAMPLES = 0.3
 """Weight of the metric, in samples of which a class has the whole softmax. Measured as divergence at one bit, 2,965
 kanji, on 512 samples that took no part, with 1,536 others: 1: 0.0301, 0.3: 0.0275, 0.1: 0.0309; without this search
 0.0306."""
-_MANY_SAMPLES = 6
-"""Samples per feature from which on that holds. Fewer say less of others, so the metric weighs more, by the square."""
-_MOST_WEIGHT = 3.0
-"""Weight of the metric beyond which there is no search. With 2 samples per feature (ddddocr's reader, 2,000 classes) it
-made the answers to others worse: 0.0316 nats instead of 0.0293 with a weight of 1; and with 0.25 (EfficientNet-Lite0,
-crops of 13 photographs) it changed nothing."""
+SAMPLES_PER_FEATURE = 6
+"""Samples for each feature that the search needs and takes. With fewer, what is learned of them by heart does not hold
+for others. With 2 (2,000 classes of ddddocr's reader) the divergence on others rose from 0.0293 to 0.0316 nats with a
+weight of 1, and more with less."""
 _SWEEPS = 2
 _COORDINATES_PER_BLOCK = 64
 _ROWS_AT_ONCE = 64
@@ -58,17 +55,20 @@ class Answers:
     softmax: Tensor
 
     @classmethod
-    def of(cls, features: Tensor, center: Tensor, std: Tensor, weight: Tensor, bias: Tensor | None) -> Answers:
-        """Ask the old classifier.
+    def of(cls, features: Tensor, center: Tensor, std: Tensor, weight: Tensor, bias: Tensor | None) -> Answers | None:
+        """Ask the old classifier, if there are enough samples; else return None.
 
         Args:
-            features: Inputs of the classifier, float32 [S, N]; at most `MOST_SAMPLES` are used.
+            features: Inputs of the classifier, float32 [S, N] in random order.
             center: What is subtracted of them before they are divided by `std`, [N].
             std: See `center`, [N].
             weight: Its weight, float32 [C, N].
             bias: Its bias, [C].
         """
-        features = features[:MOST_SAMPLES]
+        needed = SAMPLES_PER_FEATURE * features.shape[1]
+        if len(features) < needed:
+            return None
+        features = features[:needed]
         chances, classes = [], []
         for rows in features.split(_ROWS_AT_ONCE):
             logits = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
@@ -87,7 +87,7 @@ def refine_levels_(
     levels: Levels,
     answers: Answers,
 ) -> None:
-    """Change the levels of classes that are near the top for some sample, if there are two samples per feature or more.
+    """Change the levels of classes that are near the top for some sample.
 
     Args:
         packed: Packed levels, uint8 [C, bytes]; changed in place.
@@ -98,33 +98,22 @@ def refine_levels_(
         levels: Which levels there are.
         answers: The samples.
     """
-    d, weight = directions.shape[1], metric_weight(*answers.features.shape)
-    if weight > _MOST_WEIGHT:
-        return
+    d = directions.shape[1]
     touched, own = answers.classes.unique(return_inverse=True)  # own: [S, k], rows of `touched`
     rows = touched.numpy()
     q = torch.from_numpy(unpacked_levels(packed[rows], d, levels)).float().T.contiguous()
     step = steps[touched].clamp_min(1e-30)
     wanted = vectors[touched]
-    fields = (wanted @ (moment @ directions)).T.contiguous()
-    within = directions.T @ moment @ directions
+    towards = _METRIC_SAMPLES * (moment @ directions)
+    fields, within = (wanted @ towards).T.contiguous(), directions.T @ towards
     seen = (answers.features @ directions).T.contiguous()  # a coordinate of all samples is contiguous
     columns = (q * step).T
     errors = torch.stack([(wanted[one] * x).sum(dim=1) for one, x in zip(own, answers.features, strict=True)])
     errors -= torch.stack([(columns[one] * y).sum(dim=1) for one, y in zip(own, seen.T, strict=True)])
     for _ in range(_SWEEPS):
-        if not _sweep_(q, step, weight * fields, weight * within, seen, own, answers.softmax, errors, levels):
+        if not _sweep_(q, step, fields, within, seen, own, answers.softmax, errors, levels):
             break
     packed[rows] = pack_levels(q.T.to(torch.int8).numpy(), levels)
-
-
-def metric_weight(num_samples: int, num_features: int) -> float:
-    """Compute how much the metric weighs beside the sum over some samples.
-
-    >>> metric_weight(4096, 256), metric_weight(768, 256)
-    (0.3, 1.2)
-    """
-    return _METRIC_SAMPLES * max(1.0, _MANY_SAMPLES * num_features / max(num_samples, 1)) ** 2
 
 
 def _sweep_(

@@ -193,7 +193,7 @@ def matched(old: Old, *, calibrated: bool) -> nn.Module:
 
 def binary(old: Old, bits: int) -> nn.Module:
     c, n = old.weight.shape
-    spec = HeadSpec("binary", n, c, bits_per_class=bits, gains=True, standardize="center")
+    spec = HeadSpec("binary", n, c, bits_per_class=bits, gains=True, standardize="center", normalize=False)
     return replacement(spec, old.weight, old.bias, features=old.features).head
 
 

@@ -104,7 +104,7 @@ def _moment(n: int) -> torch.Tensor:
 
 def test_answers_need_a_metric(draw) -> None:
     vectors = draw(30, 16)
-    answers = Answers.of(draw(9, 16, seed=1), torch.zeros(16), torch.ones(16), vectors, None)
+    answers = Answers.of(draw(96, 16, seed=1), torch.zeros(16), torch.ones(16), vectors, None)
     with pytest.raises(HeadSpecError, match="give both"):
         encode(spec_of(16, 30, 16), vectors, answers=answers)
 
