@@ -92,9 +92,10 @@ def test_the_metric_of_levels_is_of_samples_and_classes() -> None:
 def test_without_samples_the_metric_is_of_classes_and_a_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = _teacher()[0] * torch.linspace(0.1, 2, N)
     moment = prior_moment(weight)
-    assert moment is not None and float(torch.linalg.eigvalsh(moment.double())[0]) > 0.3
+    assert moment is not None and float(torch.linalg.eigvalsh(moment.double())[0]) > 0.5
     classes = torch.cov(weight.T, correction=0)
-    expected = 0.4 * torch.eye(N) + 0.6 * classes / classes.diagonal().mean() + 1.0
+    share = 0.6 * (C / N) ** 0.5
+    expected = (1 - share) * torch.eye(N) + share * classes / classes.diagonal().mean() + 0.1
     torch.testing.assert_close(moment, expected, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(module, "_PRIOR_WORK", C * N * N - 1)
     assert prior_moment(weight) is None
