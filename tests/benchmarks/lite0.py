@@ -31,16 +31,20 @@ CROPS = 24
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
-def crops(size: int) -> list[list[Image.Image]]:
-    """Return the crops of each image; their sides are 35 to 100 % of its shorter side."""
+def scikit_images() -> list[Path]:
+    """List the images that come with scikit-image."""
     package = find_spec("skimage")
     if package is None or package.origin is None:
         raise SystemExit("pip install scikit-image")
+    folder = Path(package.origin).parent / "data"
+    return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+
+
+def crops(size: int, paths: list[Path]) -> list[list[Image.Image]]:
+    """Return the crops of each image; their sides are 35 to 100 % of its shorter side."""
     draw = random.Random(0)
     found = []
-    for path in sorted((Path(package.origin).parent / "data").iterdir()):
-        if path.suffix not in SUFFIXES:
-            continue
+    for path in paths:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
         if min(image.size) < 100:
@@ -55,8 +59,11 @@ def crops(size: int) -> list[list[Image.Image]]:
     return found
 
 
-def features_of(checkpoint: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the classifier's weight [C, N] and bias [C], and its input features [images, crops, N]."""
+def features_of(checkpoint: Path, paths: list[Path] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the classifier's weight [C, N] and bias [C], and its input features [images, crops, N].
+
+    The images are scikit-image's unless others are named.
+    """
     original = read_original(checkpoint)
     (site,) = original.sites
     facts = original.preprocessing
@@ -65,7 +72,7 @@ def features_of(checkpoint: Path) -> tuple[Tensor, Tensor, Tensor]:
     layer = model.get_submodule(site.path)
     layer.register_forward_pre_hook(lambda _layer, inputs: seen.append(inputs[0]))
     with eval_mode(model), torch.no_grad():
-        for some in crops(facts["input_size"][-1]):
+        for some in crops(facts["input_size"][-1], scikit_images() if paths is None else paths):
             pixels = torch.stack([torch.frombuffer(bytearray(one.tobytes()), dtype=torch.uint8) for one in some])
             images = pixels.reshape(CROPS, *some[0].size, 3).movedim(-1, 1).float() / 255
             model((images - mean) / std)

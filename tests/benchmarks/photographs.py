@@ -53,12 +53,17 @@ def of_python(name: str) -> list[Path]:
     return sorted(path for path in (Path(package.origin).parent / "data").iterdir() if path.suffix in SUFFIXES)
 
 
-def sources() -> dict[str, list[Path]]:
-    """List the images of each set."""
+def debian_photographs() -> list[Path]:
+    """List OpenCV's photographs and those of two packages of wallpapers."""
     opencv = [path for path in of_debian("opencv-doc") if path.parent.name == "data"]
     photographs = [path for path in opencv if not any(part in path.name for part in NO_PHOTOGRAPHS)]
     photographs += [path for path in of_debian("mate-backgrounds") if path.parent.name == "nature"]
-    photographs += of_debian("lomiri-wallpapers-16.04") + of_python("skimage")
+    return photographs + of_debian("lomiri-wallpapers-16.04")
+
+
+def sources() -> dict[str, list[Path]]:
+    """List the images of each set."""
+    photographs = debian_photographs() + of_python("skimage")
     stamps = [path for path in of_debian("tuxpaint-stamps-default") if "symbols" not in path.parts]
     stamps = [path for path in stamps if not path.stem.endswith(("_mirror", "_flip"))]
     imagenet = [path for path in of_python("foolbox") if path.name.startswith("imagenet_")]
