@@ -118,8 +118,8 @@ def heads(weight: Tensor, bias: Tensor, known: Tensor) -> Iterator[tuple[str, fl
     c, n = weight.shape
 
     def made(features: Tensor | None, bits: float, signs: int | None = None) -> tuple[float, nn.Module]:
-        options = BINARY.default_options(n, has_features=features is not None, bits_per_weight=bits)
-        options |= {} if signs is None else {"bits_per_class": signs}
+        given = {"bits_per_weight": bits, "bits_per_class": signs}
+        options = BINARY.default_options(n, has_features=features is not None, **given)
         spec = HeadSpec("binary", n, c, **options)
         return spec.bytes_per_class, replacement(spec, weight, bias, features=features).head
 

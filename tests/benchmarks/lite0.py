@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fixify.checkpoints.learned import read_original
 from fixify.heads import HeadSpec
 from fixify.heads.fitting import replacement
+from fixify.heads.kinds import BINARY
 from fixify.metrics import eval_mode
 
 CROPS = 24
@@ -89,7 +90,7 @@ def heads(old: Old) -> dict[str, tuple[float, nn.Module]]:
         made[f"int{bits}"] = n * bits / 8 + 2, rounded(old, bits)
     made["binary, no images"] = n / 8 + 1, replacement(signs, old.weight, old.bias).head
     for bits in (n, n // 2, n // 4):
-        spec = HeadSpec("binary", n, c, bits_per_class=bits, gains=True, standardize="center", normalize=False)
+        spec = HeadSpec("binary", n, c, **BINARY.default_options(n, has_features=True, bits_per_class=bits))
         head = replacement(spec, old.weight, old.bias, features=old.features).head
         made[f"binary {bits}, calibrated"] = bits / 8 + 1, head
     made[f"truncated SVD, rank {rank}, float16"] = 2.0 * rank * (c + n) / c, low_rank(old, rank)
