@@ -37,6 +37,7 @@ NO_PHOTOGRAPHS = (
     "left,right,mask,logo,Logo,GT,digits,sudoku,chess,pca,detect,gradient,ellipses,pic,tmpl,templ,imageText,"
 )
 SETS = ("photographs", "stamps", "imagenet")
+KEYS = ("network", "bits", "taught", "epochs", "freeze")
 
 
 def of_debian(name: str) -> list[Path]:
@@ -132,7 +133,7 @@ def entries(path: Path) -> list[dict]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the trials that are not in the file yet."""
-    done = [(each["network"], each["bits"], each["taught"], each["epochs"]) for each in entries(arguments.out)]
+    done = [tuple(each[key] for key in KEYS) for each in entries(arguments.out)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_images(folder)
@@ -144,9 +145,10 @@ def run(arguments: argparse.Namespace) -> None:
             wanted = answers(original, folder)
             for bits in arguments.bits:
                 for taught in arguments.teach:
-                    if (network, bits, taught, arguments.epochs) in done:
+                    trial = network, bits, taught, arguments.epochs, arguments.freeze
+                    if trial in done:
                         continue
-                    entry = {"network": network, "bits": bits, "taught": taught, "epochs": arguments.epochs}
+                    entry: dict = dict(zip(KEYS, trial, strict=True))
                     slim, train = folder / f"{network}-{bits}-{taught}.fixed.safetensors", folder / taught / "train"
                     options = {"head": "binary", "bits_per_weight": bits, "calibrate": str(train)}
                     fixify.convert(original, slim, **options, calibrate_images=1000)
@@ -154,7 +156,12 @@ def run(arguments: argparse.Namespace) -> None:
                     if arguments.epochs:
                         out, teach = folder / f"run-{slim.stem}", {"distill": original, "force": True}
                         training = FinetuneOptions.create(
-                            epochs=arguments.epochs, unlabelled=True, workers=0, device="cpu", seed=0
+                            epochs=arguments.epochs,
+                            freeze=arguments.freeze,
+                            unlabelled=True,
+                            workers=0,
+                            device="cpu",
+                            seed=0,
                         )
                         fixify.finetune(slim, folder / taught, out, training, **teach)
                         for which in ("best", "last"):
@@ -168,13 +175,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 def print_table(path: Path) -> None:
     """Print a row per trial: before -> after the last epoch."""
-    print(f"| network | bits | calibrated, taught on | {' | '.join(SETS)} |\n|{'---|' * (3 + len(SETS))}")
+    print(f"| network | bits | calibrated, taught on | frozen | {' | '.join(SETS)} |\n|{'---|' * (4 + len(SETS))}")
     for entry in entries(path):
         cells = []
         for name in SETS:
             after = f" -> {entry['last'][name]:.1f}" if "last" in entry else ""
             cells.append(f"{entry['before'][name]:.1f}{after}")
-        print(f"| Lite{entry['network']} | {entry['bits']:g} | {entry['taught']} | {' | '.join(cells)} |")
+        print(
+            f"| Lite{entry['network']} | {entry['bits']:g} | {entry['taught']} | {entry['freeze']} | {' | '.join(cells)} |"
+        )
 
 
 def main() -> None:
@@ -183,6 +192,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="+", default=[1, 2])
     parser.add_argument("--teach", nargs="+", choices=("photographs", "stamps"), default=["photographs", "stamps"])
     parser.add_argument("--epochs", type=int, default=5, help="0: one-shot only")
+    parser.add_argument("--freeze", type=int, default=0, help="stages that do not learn, batch norms included")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark/photographs.jsonl"))
     parser.add_argument("--table", type=Path, metavar="RESULTS", help="print the table of these results")
     arguments = parser.parse_args()
