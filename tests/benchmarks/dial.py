@@ -140,7 +140,7 @@ def heads(weight: Tensor, bias: Tensor, known: Tensor) -> Iterator[tuple[str, fl
     ):
         for bits in (2, 3, 4):
             yield f"int{bits}, {name}", rounded_bytes(weight, bits) / c, linear(round_weights(weight, bits, moments))
-    for bits in (0.5, 1, 1.58, 2, 3):
+    for bits in (0.25, 0.5, 1, 2):
         projected = Projected(weight, bias, known, n * bits / 8 + 1)
         yield f"projection, as many bytes as {bits:g} bits", projected.bytes, projected
     for bits in RATES:
