@@ -181,9 +181,8 @@ def print_table(path: Path) -> None:
         for name in SETS:
             after = f" -> {entry['last'][name]:.1f}" if "last" in entry else ""
             cells.append(f"{entry['before'][name]:.1f}{after}")
-        print(
-            f"| Lite{entry['network']} | {entry['bits']:g} | {entry['taught']} | {entry['freeze']} | {' | '.join(cells)} |"
-        )
+        trial = f"Lite{entry['network']}", f"{entry['bits']:g}", entry["taught"], str(entry["freeze"])
+        print(f"| {' | '.join((*trial, *cells))} |")
 
 
 def main() -> None:
