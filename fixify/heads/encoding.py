@@ -116,7 +116,7 @@ def encode(
             lengths[part] = (centered @ directions).abs().mean(dim=1)
         packed[part] = np.packbits(signs.numpy() < 0, axis=1)
         on_progress("choosing signs", min(start + step, c), c)
-    _separate_(packed, d)
+    separate_(packed, d)
     return BinaryCodes(packed, *_gains(lengths, d))
 
 
@@ -208,7 +208,7 @@ def _best_length(signs: Tensor, fields: Tensor, products: Tensor) -> Tensor:
     return best_length((fields * signs).sum(dim=1), (products * signs).sum(dim=1))
 
 
-def _separate_(packed: np.ndarray, num_signs: int) -> None:
+def separate_(packed: np.ndarray, num_signs: int) -> None:
     """Change signs of classes until no two classes have equal signs, which could never be told apart.
 
     Of each group of equals the first is kept. For the others, the last bits are counted through until the code is free.

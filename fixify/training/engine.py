@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +21,7 @@ from fixify.heads import FixedClassifier
 from fixify.training import distributed
 from fixify.training.facts import OpenedInputs
 from fixify.training.losses import HeadMargin, LossPlan, check_cosine_heads, make_margin, plan_loss
-from fixify.training.optimisers import Frozen, freeze_, make_optimiser, make_schedule
+from fixify.training.optimisers import Frozen, freeze_, hold_signs_, learn_signs_, make_optimiser, make_schedule
 from fixify.training.options import FinetuneOptions
 from fixify.training.parallel import (
     ReplicatedModel,
@@ -75,6 +76,10 @@ class Engine:
 
     def model_to_save(self) -> nn.Module:
         """Return the model that rank 0 writes a checkpoint of; every process must call this."""
+        if self.options.learn_signs:
+            held = copy.deepcopy(self.model)
+            hold_signs_(held)
+            return held
         if not self.options.shard:
             return self.evaluated
         weights = gather_weights(self.model)
@@ -141,6 +146,8 @@ def make_engine(model: nn.Module, opened: OpenedInputs, options: FinetuneOptions
     if options.sync_bn and distributed.world_size() > 1:
         model = synchronize_batch_norm(model, device)
     frozen = freeze_(model, options.freeze)
+    if options.learn_signs:
+        learn_signs_(model)
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
     unsharded = None

@@ -21,7 +21,7 @@ from fixify.training.engine import Engine, head_scale
 from fixify.training.events import Listener, Step, Warned
 from fixify.training.interrupt import Stopped, StopRequest
 from fixify.training.losses import blocked_loss, training_loss
-from fixify.training.optimisers import base_rate, clip_gradients
+from fixify.training.optimisers import base_rate, clip_gradients, normalise_sign_gradients_
 from fixify.training.parallel import local_part
 from fixify.training.run_folder import is_logged
 
@@ -204,6 +204,10 @@ class _Epoch:
         if apply and options.clip_grad is not None:
             engine.scaler.unscale_(engine.optimiser)
             clip_gradients(engine.model, options)
+        if apply and options.learn_signs:
+            if options.clip_grad is None:
+                engine.scaler.unscale_(engine.optimiser)
+            normalise_sign_gradients_(engine.model)
         # With fp16 the gradient scaler checks the gradients itself and skips the update; that is normal operation.
         if apply and options.nan_skip and not engine.scaler.is_enabled() and not gradients_are_finite(engine.model):
             self._skip("A gradient is not finite", progress.batch - 1)

@@ -18,7 +18,7 @@ from timm.utils import dispatch_clip_grad
 from torch import nn
 
 from fixify._values import counted
-from fixify.errors import UsageError
+from fixify.errors import HeadSpecError, UsageError
 from fixify.heads import FixedClassifier
 from fixify.models.classifiers import find_classifiers
 from fixify.training.options import FinetuneOptions
@@ -188,6 +188,13 @@ def _shortened(name: str, depth: int) -> str:
 # Parameter groups, optimiser and schedule.
 
 
+_SIGN_RATE = 5.0
+"""Learning rate of latent weights, which begin at +-1, relative to the network's. Measured on 2,965 kanji, 64 signs per
+class, AdamW at 0.02, margin 0.1, 324 steps, top-1: 1: 95.1, 5: 97.1."""
+_SIGN_STEP = 0.1
+"""Root mean square of their gradient; see `normalise_sign_gradients_`."""
+
+
 def parameter_groups(
     model: nn.Module, options: FinetuneOptions, *, part: nn.Module | None = None
 ) -> list[dict[str, Any]]:
@@ -195,7 +202,7 @@ def parameter_groups(
 
     Vectors, scalars, biases, and what the model's `no_weight_decay()` names are not decayed (timm's rule). The scale of
     a fixed head only sets the temperature of the softmax, so it is not decayed either, unless `options.decay_alpha`
-    asks for the paper's way.
+    asks for the paper's way. Latent weights of signs that are learned have a rate of their own and are not decayed.
 
     Args:
         model: The whole model, which defines names and layers.
@@ -211,13 +218,16 @@ def parameter_groups(
     patterns = no_weight_decay()
     layer_scales = _layer_scales(model, options)
     scales = {id(head.scale) for head in _heads(model)} if options.decay_alpha else set()
-    decayed, plain, head, alpha = range(4)
+    latents = {id(head.latent) for head in _heads(model) if head.latent is not None}
+    decayed, plain, head, alpha, latent = range(5)
     groups: dict[tuple[int, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or (wanted is not None and id(parameter) not in wanted):
             continue
         if id(parameter) in scales:
             kind = alpha
+        elif id(parameter) in latents:
+            kind = latent
         elif id(parameter) in heads:
             kind = head
         elif parameter.ndim <= 1 or name.endswith(".bias") or any(fnmatch.fnmatch(name, p) for p in patterns):
@@ -225,12 +235,13 @@ def parameter_groups(
         else:
             kind = decayed
         groups.setdefault((kind, layer_scales.get(id(parameter), 1.0)), []).append(parameter)
+    rates = {head: options.head_lr_scale, alpha: options.head_lr_scale, latent: _SIGN_RATE}
     return [
         {
             "params": groups[kind, scale],
             "weight_decay": options.weight_decay if kind in (decayed, alpha) else 0.0,
             # timm's schedules multiply the rate of a group by its lr_scale.
-            "lr_scale": scale * options.head_lr_scale if kind in (head, alpha) else scale,
+            "lr_scale": scale * rates.get(kind, 1.0),
         }
         for kind, scale in sorted(groups)
     ]
@@ -270,6 +281,39 @@ def clip_gradients(model: nn.Module, options: FinetuneOptions) -> None:
         options.clip_grad,
         mode=options.clip_mode,
     )
+
+
+def normalise_sign_gradients_(model: nn.Module) -> None:
+    """Bring the gradients of all latent weights to one root mean square, so that the rate says how fast signs change.
+
+    Call this after gradients were averaged, unscaled and clipped: the weights have no length that clipping could keep.
+    """
+    for head in _heads(model):
+        if head.latent is not None and head.latent.grad is not None:
+            gradient = head.latent.grad
+            gradient.mul_(_SIGN_STEP / gradient.square().mean().sqrt().clamp_min(torch.finfo(gradient.dtype).tiny))
+
+
+def learn_signs_(model: nn.Module) -> None:
+    """Make the signs of all fixed heads of a model learnable, before its optimiser is made.
+
+    Raises:
+        UsageError: it has no fixed head, or one without stored signs.
+    """
+    heads = _heads(model)
+    if not heads:
+        raise UsageError("--learn-signs needs a binary head; this model has a learned classifier.")
+    for head in heads:
+        try:
+            head.learn_signs_()
+        except HeadSpecError as error:
+            raise UsageError(f"--learn-signs is not possible. {error.message}", hint=error.hint) from error
+
+
+def hold_signs_(model: nn.Module) -> None:
+    """Store the signs that were learned, and hold them."""
+    for head in _heads(model):
+        head.hold_signs_()
 
 
 def make_optimiser(
