@@ -218,7 +218,7 @@ def parameter_groups(
     patterns = no_weight_decay()
     layer_scales = _layer_scales(model, options)
     scales = {id(head.scale) for head in _heads(model)} if options.decay_alpha else set()
-    latents = {id(head.latent) for head in _heads(model) if head.latent is not None}
+    latents = _latents(model)
     decayed, plain, head, alpha, latent = range(5)
     groups: dict[tuple[int, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -251,6 +251,10 @@ def _head_parameters(model: nn.Module) -> set[int]:
     return {id(parameter) for head in _heads(model) for parameter in head.parameters()}
 
 
+def _latents(model: nn.Module) -> set[int]:
+    return {id(head.latent) for head in _heads(model) if head.latent is not None}
+
+
 def _heads(model: nn.Module) -> list[FixedClassifier]:
     return [module for module in model.modules() if isinstance(module, FixedClassifier)]
 
@@ -268,14 +272,15 @@ def clip_gradients(model: nn.Module, options: FinetuneOptions) -> None:
     """Clip the gradients by `options.clip_grad` and `clip_mode`; do nothing without `clip_grad`.
 
     Adaptive clipping leaves heads alone, as in the paper (Brock et al. 2021, section 4) and in timm. It would limit
-    each step of a fixed head's scale to a part of the scale, which defeats `head_lr_scale`.
+    each step of a fixed head's scale to a part of the scale, which defeats `head_lr_scale`. Latent weights of signs are
+    never clipped; see `normalise_sign_gradients_`.
     """
     if options.clip_grad is None:
         return
     if options.shard:
         clip_sharded_gradients_(model, options.clip_grad)
         return
-    exempt = _head_parameters(model) if options.clip_mode == "agc" else set()
+    exempt = _head_parameters(model) if options.clip_mode == "agc" else _latents(model)
     dispatch_clip_grad(
         [parameter for parameter in model.parameters() if id(parameter) not in exempt],
         options.clip_grad,

@@ -15,7 +15,7 @@ from fixify.checkpoints.slim import read_info
 from fixify.errors import UsageError
 from fixify.heads import FixedClassifier
 from fixify.training import FinetuneOptions, TrainOptions, finetune
-from fixify.training.optimisers import learn_signs_, normalise_sign_gradients_, parameter_groups
+from fixify.training.optimisers import clip_gradients, learn_signs_, normalise_sign_gradients_, parameter_groups
 
 QUICK = {"epochs": 2, "batch_size": 8, "lr": 0.2, "no_aug": True, "workers": 0, "device": "cpu", "warmup_epochs": 0}
 
@@ -79,6 +79,15 @@ def test_latent_weights_have_a_rate_and_one_gradient_size(model: Any) -> None:
     model.fc.latent.grad.zero_()
     normalise_sign_gradients_(model)
     assert bool((model.fc.latent.grad == 0).all())
+
+
+def test_their_gradients_do_not_count_in_clipping(model: Any) -> None:
+    learn_signs_(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-6)
+    model.fc.latent.grad.fill_(1e6)
+    clip_gradients(model, options(clip_grad=1.0))
+    assert bool((model.fc.bias.grad == 1e-6).all()) and bool((model.fc.latent.grad == 1e6).all())
 
 
 def test_heads_without_signs_are_refused(run: Any, new_model: Any, tmp_path: Path) -> None:
