@@ -21,7 +21,15 @@ from fixify.heads import FixedClassifier
 from fixify.training import distributed
 from fixify.training.facts import OpenedInputs
 from fixify.training.losses import HeadMargin, LossPlan, check_cosine_heads, make_margin, plan_loss
-from fixify.training.optimisers import Frozen, freeze_, hold_signs_, learn_signs_, make_optimiser, make_schedule
+from fixify.training.optimisers import (
+    Frozen,
+    freeze_,
+    hold_signs_,
+    learn_signs_,
+    make_optimiser,
+    make_schedule,
+    make_sign_optimiser,
+)
 from fixify.training.options import FinetuneOptions
 from fixify.training.parallel import (
     ReplicatedModel,
@@ -52,6 +60,7 @@ class Engine:
         parallel: The model wrapped for several processes, while they train.
         loss_plan: Whether the loss is computed without logits.
         margin: Of the right class in the loss; None without `options.margin`.
+        signs: Updates the signs of the heads; None without `options.learn_signs`.
     """
 
     model: nn.Module
@@ -68,6 +77,7 @@ class Engine:
     parallel: ReplicatedModel | ShardedModel | None = None
     loss_plan: LossPlan = field(default_factory=LossPlan)
     margin: HeadMargin | None = None
+    signs: torch.optim.Optimizer | None = None
 
     @property
     def evaluated(self) -> nn.Module:
@@ -191,6 +201,7 @@ def make_engine(model: nn.Module, opened: OpenedInputs, options: FinetuneOptions
         unsharded=unsharded,
         loss_plan=loss_plan,
         margin=margin,
+        signs=make_sign_optimiser(model) if options.learn_signs else None,
     )
 
 
