@@ -225,7 +225,7 @@ class FixedClassifier(nn.Module):
             HeadSpecError: The head stores no signs, or they have not been loaded.
         """
         product = self.product
-        if not product.stores_levels or product.levels is not SIGNS or product.stored is None:
+        if product.packed is None or product.levels is not SIGNS or product.stored is None:
             raise HeadSpecError(
                 f"Only stored signs can be learned; this head of kind {self.spec.kind!r} has none.",
                 hint="Convert with: fixify convert SOURCE --head binary",
