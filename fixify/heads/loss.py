@@ -507,6 +507,7 @@ def cross_entropy(
     log_sum_exp, picked, total = found.log_sum_exp, found.target, found.total
     if margin is not None:
         of_target, scale = picked[:, 0], margin[1].to(picked.dtype)
+        scale = scale if gains is None else scale * gains[classes[:, 0]]
         offset = torch.zeros_like(of_target) if bias is None else bias[classes[:, 0]].to(picked.dtype)
         moved = margin[0].apply((of_target - offset) / scale) * scale + offset
         log_sum_exp, total = torch.logaddexp(log_sum_exp, moved), total + moved - of_target
