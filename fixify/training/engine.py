@@ -140,7 +140,7 @@ def make_engine(model: nn.Module, opened: OpenedInputs, options: FinetuneOptions
         check_cosine_heads(model)
     if options.sync_bn and distributed.world_size() > 1:
         model = synchronize_batch_norm(model, device)
-    frozen = freeze_(model, options.freeze)
+    frozen = freeze_(model, options.freeze, statistics=bool(options.freeze_bn))
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
     unsharded = None

@@ -109,7 +109,8 @@ def train_model(
         DataError: too many images cannot be read.
     """
     opened.check(options)
-    options = resolved_options(options, model, output.folder, resume=output.resume)
+    tells = on_event if on_event is not None and distributed.is_rank_zero() else _ignore
+    options = resolved_options(options, model, opened, output.folder, resume=output.resume, on_event=tells)
     with stop_on_signals() as stop:
         run = _Run(model, opened, options, output, RunFacts.of(opened) if facts is None else facts, on_event, stop)
         try:
@@ -264,7 +265,7 @@ class _Run:
                 Warned(
                     f"After the first epoch validation top-1 is {now:.2f} %, {start.val_top1 - now:.2f} points below "
                     f"the start. The start is kept as {self.output.best_path.name} until a validation is better. "
-                    f"{gentler(self.options.lr, taught=self.opened.teacher is not None)}"
+                    f"{gentler(self.options.peak_rate, taught=self.opened.teacher is not None)}"
                 )
             )
 
@@ -289,7 +290,7 @@ class _Run:
     def _advice(self) -> str:
         return (
             f"No validation was better than the start: {self.output.best_path.name} is the model before training. "
-            f"{gentler(self.options.lr, taught=self.opened.teacher is not None)}"
+            f"{gentler(self.options.peak_rate, taught=self.opened.teacher is not None)}"
         )
 
     def interruption(self) -> TrainingError:
