@@ -77,11 +77,10 @@ class FixedClassifier(nn.Module):
     levels), and `gains` uint8 [C] (if `spec.gains`), the row scales in steps of 1/255. The properties `mean`, `std` and
     `row_scales` read them.
 
-    Stored signs and levels stay packed in memory, 1 to 4 bits each (1.6 for 1.58), where there are more than 2^19:
-    twice, in the buffer `codes` and for the product. In training up to 2^24 of them are numbers too. In evaluation, on
-    a processor that multiplies 8-bit integers fast, up to 2^22 signs and 2^24 levels are bytes too, and more signs take
-    4 bits each for the product of few samples; more levels are unpacked a chunk at a time. Of those that are
-    held as numbers, 2^18 and more are bytes beside them, for few samples.
+    Stored signs and levels stay packed in memory, 1 to 4 bits each (1.6 for 1.58): twice, in the buffer `codes` and for
+    the product. In training up to 2^24 of them are numbers too, as are up to 2^19 before the mode is set. In
+    evaluation, on a processor that multiplies 8-bit integers fast, up to 2^21 signs and 2^24 levels are bytes too, and
+    more signs take 4 bits each, all for the product of few samples. Elsewhere up to 2^19 are numbers.
 
     Args:
         spec: The head spec; resolved and verified here.

@@ -36,7 +36,7 @@ _COHERENCE_PRODUCTS = 1 << 41
 """Multiplications C^2 N up to which codes are compared with each other: 40,000 classes x 1280. Beyond, they only have
 to differ; so many random codes exceed the bound in any case."""
 _REQUESTS_AT_ONCE = 1024
-_MEASURED_AT_ONCE = 4096
+_MEASURED_AT_ONCE = 512
 _LEFT_AT_ONCE = 64
 _GROUP = 32
 _COHERENCE = 4.8

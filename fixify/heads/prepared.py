@@ -18,7 +18,7 @@ from torch import Tensor
 from fixify.heads.kinds import GAIN_STEPS, SpecFields
 from fixify.heads.normalisation import NORM_EPSILON
 from fixify.heads.product import CodeProduct
-from fixify.heads.signs import packed_product, table_or_bytes
+from fixify.heads.signs import IntegerProduct, packed_product
 from fixify.heads.statistics import floor_std
 
 _SOURCES = ("scale", "bias", "center", "spread", "gains")
@@ -153,14 +153,15 @@ def _prepared_call(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]
     center = None if head.center is None else head.center.to(wide)
     inverse_std = None if head.spread is None else floor_std(head.spread).to(wide).reciprocal()
     scale = (head.scale.detach().to(torch.float64) * head.product.prescale).to(wide)
-    scores = _scores(head, dtype)
+    codes = _codes(head.product, dtype)
+    scores = _scores(head, codes, dtype)
     bias = None if head.bias is None else head.bias.detach().to(dtype)
     rows = _row_factors(head, dtype)
     finish = _finish(head, dtype, bias, rows)
     normalize, is_wide, num_classes = head.spec.normalize, dtype == wide, head.out_features
     signs = head.product.block_signs
     at_once = 1 << 62 if signs is None or signs.device.type != "cpu" else max(1, _CACHED_SCORES // signs.numel())
-    of_one = _call_of_one(head, center, inverse_std, scale, rows) if is_wide else None
+    of_one = _call_of_one(head, codes, center, inverse_std, scale, rows) if is_wide else None
 
     def call(x: Tensor) -> Tensor:
         if of_one is not None and x.numel() == n:
@@ -199,7 +200,12 @@ def _row_factors(head: Head, dtype: torch.dtype) -> Tensor | None:
 
 
 def _call_of_one(
-    head: Head, center: Tensor | None, inverse_std: Tensor | None, scale: Tensor, rows: Tensor | None
+    head: Head,
+    codes: Callable[[Tensor], Tensor],
+    center: Tensor | None,
+    inverse_std: Tensor | None,
+    scale: Tensor,
+    rows: Tensor | None,
 ) -> Callable[[Tensor], Tensor] | None:
     """Build the function from the features of one sample, N numbers, to logits [1, C]; None if there is no quick one.
 
@@ -210,7 +216,7 @@ def _call_of_one(
         return None
     product = head.product
     uses_matrix = product.right is not None and product.table is None and product.packed is None
-    multiply = _blocks_of_one(head, scale.dtype, rows) if uses_matrix else _others_of_one(head, scale.dtype, rows)
+    multiply = _blocks_of_one(head, scale.dtype, rows) if uses_matrix else _others_of_one(head, codes, rows)
     if multiply is None:
         return None
     normalize, factor = head.spec.normalize, float(scale)
@@ -229,19 +235,43 @@ def _call_of_one(
     return call
 
 
-def _others_of_one(head: Head, dtype: torch.dtype, rows: Tensor | None) -> Callable[[Tensor, float], Tensor]:
+def _others_of_one(
+    head: Head, multiply: Callable[[Tensor], Tensor], rows: Tensor | None
+) -> Callable[[Tensor, float], Tensor]:
     """Build the function from one sample and its factor to logits, for heads that are no blocks of a matrix."""
-    n, c = head.in_features, head.out_features
-    scores = _scores(head, dtype)
-    bias = torch.zeros(c, dtype=dtype) if head.bias is None else head.bias.detach().to(dtype)
+    n, c, dtype = head.in_features, head.out_features, head.scale.dtype
+    bias = torch.zeros(c, dtype=dtype) if head.bias is None else head.bias.detach()
+    rotate = _rotation_of_one(head.product)
+    kept = head.product.num_kept
+    integers = multiply if isinstance(multiply, IntegerProduct) and multiply.knows_one else None
 
-    def multiply(z: Tensor, by: float) -> Tensor:
-        found = scores(z.reshape(1, n))
-        if rows is None:
-            return torch.add(bias, found, alpha=by)
-        return torch.addcmul(bias, found, rows, value=by)
+    def logits(z: Tensor, by: float) -> Tensor:
+        z = z.reshape(n)
+        if rotate is not None:
+            z = rotate(z)[:kept]
+        if integers is None:
+            found = multiply(z.view(1, -1)).view(c)
+        else:
+            found, factor = integers.of_one(z)
+            by *= factor
+        found = torch.add(bias, found, alpha=by) if rows is None else torch.addcmul(bias, found, rows, value=by)
+        return found.view(1, c)
 
-    return multiply
+    return logits
+
+
+def _rotation_of_one(product: CodeProduct) -> Callable[[Tensor], Tensor] | None:
+    """Build the rotation of the features of one sample, [N]; None if the codes need none."""
+    if product.right is None or product.rotation_signs is None:
+        return None
+    right, left, signs = product.right.t().contiguous(), product.left, product.rotation_signs
+    b = right.shape[0]
+
+    def rotate(z: Tensor) -> Tensor:
+        z = (z * signs).view(-1, b)
+        return torch.mm(z if left is None else torch.mm(left, z), right).view(-1)
+
+    return rotate
 
 
 def _blocks_of_one(head: Head, dtype: torch.dtype, rows: Tensor | None) -> Callable[[Tensor, float], Tensor] | None:
@@ -282,29 +312,25 @@ def _blocks_of_one(head: Head, dtype: torch.dtype, rows: Tensor | None) -> Calla
     return multiply
 
 
-def _scores(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _codes(product: CodeProduct, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Build the product with the codes, or with those of rotated features; not used for blocks of a matrix."""
+    if product.table is not None:
+        return partial(F.linear, weight=product.table.to(dtype))
+    if product.packed is not None:
+        return packed_product(product.packed, product.num_kept, dtype, product.levels)
+    return product
+
+
+def _scores(head: Head, codes: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Build the function from z [M, N] to the scores that `_finish` takes."""
     product = head.product
     transform = _transform(product, dtype)
-    multiply: Callable[[Tensor], Tensor]
-    if product.table is not None:
-        multiply = _table_product(product, product.table.to(dtype))
-    elif product.packed is not None:
-        multiply = packed_product(product.packed, product.num_kept, dtype, product.levels)
-    else:
+    if product.table is None and product.packed is None:
         return transform or product
     if transform is None or product.rotation_signs is None:
-        return multiply
+        return codes
     n, kept = head.in_features, product.num_kept
-    return lambda z: multiply(transform(z).view(-1, n)[:, :kept])
-
-
-def _table_product(product: CodeProduct, table: Tensor) -> Callable[[Tensor], Tensor]:
-    """Build the product with a table; where it holds stored signs or levels, see `table_or_bytes`."""
-    if product.stored is None or not product.stores_levels:
-        return partial(F.linear, weight=table)
-    packed = torch.from_numpy(product.stored).to(table.device)
-    return table_or_bytes(table, packed, product.levels, unit=product.unit)
+    return lambda z: codes(transform(z).view(-1, n)[:, :kept])
 
 
 def _transform(product: CodeProduct, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:

@@ -24,7 +24,7 @@ from fixify.heads.signs import PackedLinear, unpack_levels
 
 _TABLES = ("left", "right", "rotation_signs", "block_signs", "index", "class_signs", "table", "packed")
 _SMALL_TABLE = 1 << 19
-"""Stored signs or levels that are held as numbers (2 MB in float32); more are held packed."""
+"""Stored signs or levels that are held as numbers too (2 MB in float32) before a mode was set, as in a new head."""
 _TRAINING_TABLE = 1 << 24
 """Stored signs or levels held as numbers in training (64 MB in float32); more are unpacked in chunks."""
 
@@ -113,8 +113,8 @@ class CodeProduct(nn.Module):
     block_signs: Tensor | None  # [K, N]; None if only block 0 is used, whose signs are all plus
     index: Tensor | None  # position of each class among the K N scores, [C]; None if codes are in class order
     class_signs: Tensor | None  # sign of each class, [C]
-    table: Tensor | None  # the codebook [C, N], or stored signs or levels [C, d]
-    packed: Tensor | None  # stored signs or levels, uint8 [C, bytes], where they are too many for a table
+    table: Tensor | None  # the codebook [C, N], or stored signs or levels [C, d] while they are held as numbers
+    packed: Tensor | None  # stored signs or levels, uint8 [C, bytes]
 
     revision: int = 0
     """Counts the changes of the tables, for what is prepared from them."""
@@ -135,7 +135,7 @@ class CodeProduct(nn.Module):
         self.num_kept = spec.num_features
         self.levels: Levels = SIGNS
         self.unit = 1.0  # what stored signs or levels are multiplied with in a table
-        self.stores_levels = False
+        self._holds_numbers: bool | None = None  # None until `hold_numbers`
         for name in _TABLES:
             self.register_buffer(name, None, persistent=False)
         self.rebuild(stored, device=device, dtype=dtype)
@@ -157,7 +157,6 @@ class CodeProduct(nn.Module):
         """
         self.revision += 1
         kind = kind_of(self.spec)
-        held_numbers = self.packed is not None and self.table is not None
         self.stored = stored
         self.is_ready = stored is not None or kind.stored_codes(self.spec) is None
         tables: dict[str, np.ndarray] = {}
@@ -165,7 +164,6 @@ class CodeProduct(nn.Module):
             codes = kind.codes(self.spec, stored)
             tables, self.prescale = _tables(codes)
             self.num_kept = codes.num_signs if isinstance(codes, StoredSigns) else self.spec.num_features
-            self.stores_levels = isinstance(codes, StoredSigns | StoredLevels)
             self.levels = codes.levels if isinstance(codes, StoredLevels) else SIGNS
             self.unit = float(_unit(self.num_kept * self.levels.mean_square)[0])
         device = torch.get_default_device() if device is None else torch.device(device)
@@ -177,7 +175,7 @@ class CodeProduct(nn.Module):
                 table = torch.tensor(tables[name], device="cpu" if device.type == "meta" else device, dtype=wanted)
                 table = table.to(device)
             setattr(self, name, table)
-        self.hold_numbers(held_numbers, dtype or torch.get_default_dtype())
+        self._fill_table(dtype or torch.get_default_dtype())
 
     def hold_numbers(self, hold: bool, dtype: torch.dtype) -> None:
         """Hold packed signs as numbers too, for training, unless they are too many; or drop these numbers again.
@@ -186,13 +184,21 @@ class CodeProduct(nn.Module):
             hold: Whether to hold them.
             dtype: Their floating-point type.
         """
-        if self.packed is None or self.packed.is_meta or hold == (self.table is not None):
+        self._holds_numbers = hold
+        self._fill_table(dtype)
+
+    def _fill_table(self, dtype: torch.dtype) -> None:
+        if self.packed is None or self.packed.is_meta:
+            return
+        size = len(self.packed) * self.num_kept
+        hold = size <= _SMALL_TABLE if self._holds_numbers is None else self._holds_numbers
+        if hold == (self.table is not None):
             return
         self.revision += 1
         if not hold:
             self.table = None
             self.prescale *= self.unit
-        elif len(self.packed) * self.num_kept <= _TRAINING_TABLE:
+        elif size <= _TRAINING_TABLE:
             self.table = unpack_levels(self.packed, self.num_kept, dtype, self.levels) * self.unit
             self.prescale /= self.unit
 
@@ -224,7 +230,7 @@ class CodeProduct(nn.Module):
         if self.table is not None:
             return F.linear(z, self.table)
         if self.packed is not None:
-            product: Tensor = PackedLinear.apply(z, self.packed, self.levels)
+            product: Tensor = PackedLinear.apply(z, self.packed, self.num_kept, self.levels)
             return product
         if self.right is None:
             return _as_linear(z)[..., : self.spec.num_classes]
@@ -282,7 +288,7 @@ class CodeProduct(nn.Module):
         if self.table is not None:
             return F.linear(z, self.table[block.classes])
         if self.packed is not None:
-            product: Tensor = PackedLinear.apply(z, self.packed[block.classes], self.levels)
+            product: Tensor = PackedLinear.apply(z, self.packed[block.classes], self.num_kept, self.levels)
             return product
         if self.right is None:
             return _as_linear(z)[..., block.classes]
@@ -393,10 +399,9 @@ def _tables(codes: Codes) -> tuple[dict[str, np.ndarray], float]:
             unit, prescale = _unit(codes.shape[1])
             return {"table": codes.signs() * unit}, prescale
         case StoredSigns():
-            return _stored_tables(codes.packed, codes.signs, codes.num_signs, codes.rotation)
+            return _stored_tables(codes.packed, codes.num_signs, codes.rotation)
         case StoredLevels():
-            squares = codes.num_features * codes.levels.mean_square
-            return _stored_tables(codes.packed, codes.numbers, codes.num_features, codes.rotation, squares)
+            return _stored_tables(codes.packed, codes.num_features * codes.levels.mean_square, codes.rotation)
         case FeatureRows():
             return {}, 1.0
         case _:
@@ -426,27 +431,16 @@ def _hadamard_tables(codes: HadamardRows) -> tuple[dict[str, np.ndarray], float]
 
 
 def _stored_tables(
-    packed: np.ndarray,
-    numbers: Callable[[], np.ndarray],
-    count: int,
-    rotation: Rotation | None,
-    squares: float | None = None,
+    packed: np.ndarray, squares: float, rotation: Rotation | None
 ) -> tuple[dict[str, np.ndarray], float]:
     """Build the tables of stored signs or levels.
 
     Args:
         packed: As they are stored, uint8 [C, bytes].
-        numbers: Unpacks them, to [C, d].
-        count: d.
+        squares: What the square root of divides numbers to make codes: d, for signs.
         rotation: Applied to the features first, if any.
-        squares: What the square root of divides numbers to make codes; None: d, as for signs.
     """
-    unit, prescale = _unit(count if squares is None else squares)
-    if len(packed) * count > _SMALL_TABLE:
-        tables = {"packed": packed}
-        prescale *= unit  # packed signs are +-1
-    else:
-        tables = {"table": numbers() * unit}
+    tables, prescale = {"packed": packed}, squares**-0.5
     if rotation is not None:
         unit, rotation_prescale = _unit(order_of(rotation.construction))
         prescale *= rotation_prescale

@@ -2,14 +2,15 @@
 
 They are unpacked a chunk at a time, by a table with an entry per byte, into memory that stays in the cache. Where the
 processor multiplies 8-bit integers fast, features are written as digits of 8 bits. Their products with signs are exact,
-together as exact as a product in float32, and take about half of its time.
+together as exact as a product in float32, and take about half of its time. For few samples unpacking would take longer
+than multiplying; signs are then held as bytes if they are few, and two to a byte if they are more.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -26,27 +27,24 @@ _CACHED_BYTES = 1 << 20
 """Unpacked signs that stay in the second-level cache beside the products, as floating-point numbers and integers."""
 _FEWEST_SIGNS = 8
 """Signs per class from which integers are used. `torch._int_mm` is wrong where rows are of length 1 (torch 2.14)."""
-_BYTE_SIGNS = 1 << 22
-"""Signs up to which each is held as a byte, 4 MB."""
+_SMALL_TABLE = 1 << 19
+"""Signs or levels that are held as numbers, 2 MB in float32, where integers are not fast."""
+_BYTE_SIGNS = 1 << 21
+"""Signs up to which each is held as a byte, 2 MB, for few samples; more take 4 bits each."""
 _BYTE_LEVELS = 1 << 24
 """Levels up to which each is held as a byte, 16 MB. A table that unpacks them takes longer at batch 1: 11 to 25 ms for
 8,210 x 1,024, where `nn.Linear` takes 3.1."""
-_BYTES_UP_TO = 4
-"""Samples up to which `byte_product` writes features as the bytes of one integer: 4 digits, but few operations."""
-_FEWEST_BYTES = 1 << 18
-"""Signs or levels from which bytes are faster than numbers for so few samples: 1 MB of numbers."""
+_WORDS_UP_TO = 4
+"""Samples up to which features are written as the bytes of one integer: 4 digits, but few operations."""
 _CACHED_SUMS = 1 << 17
 """Sums of products with digits that stay in the second-level cache while they are added."""
-_FLOATS_FROM = 16
-_FLOATS_BELOW = 640
-"""Samples from which, and signs per class below which, the digits of float32 take longer than numbers: adding their
-products costs more than the products then. Signs held as bytes are then converted a chunk at a time."""
-_PAIRS_UP_TO = 16
-"""Samples up to which `pair_product` is faster than `table_product`."""
-_LARGEST_OF_PAIRS = 42
-"""Largest digit of `pair_product`: 2x - y of two digits must fit into 8 bits."""
-PAIR_DIGITS = {torch.float32: 4, torch.float16: 3, torch.bfloat16: 2}
-TABLE_DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
+_FLOATS_BELOW = 384
+_SIGNS_PER_SAMPLE = 12
+"""Signs per class below which float32 is faster than digits, from one sample for so many signs: adding the products of
+digits costs more than the products then."""
+_LEAST = 1e-28
+"""What a sample's largest feature is taken to be at least: 2^30 times smaller numbers overflow nowhere."""
+NUM_DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 """Digits per feature. Their error, at most 2^-24 of a sample's largest feature in float32, 2^-16 in float16 and 2^-13
 in bfloat16, is below the rounding of each type."""
 
@@ -150,21 +148,21 @@ def unpack_levels(packed: Tensor, count: int, dtype: torch.dtype, kind: Levels =
 
 
 class PackedLinear(torch.autograd.Function):
-    """The product `z @ levels.T` of z [..., d] with packed signs or levels, uint8 [C, bytes]: [..., C].
+    """The product `z @ levels.T` of z [..., d] with packed signs or levels, uint8 [C, bytes], and d: [..., C].
 
     A chunk of classes is unpacked at a time, forward and backward; the whole codebook never exists as numbers.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, packed: Tensor, kind: Levels = SIGNS) -> Tensor:
+    def forward(ctx: Any, z: Tensor, packed: Tensor, num_signs: int, kind: Levels = SIGNS) -> Tensor:
         """Multiply, a chunk of classes at a time."""
         ctx.save_for_backward(packed)
-        ctx.num_signs, ctx.dtype, ctx.kind = z.shape[-1], z.dtype, kind
-        parts = packed.split(max(1, _CHUNK // z.shape[-1]))
-        return torch.cat([F.linear(z, unpack_levels(part, z.shape[-1], z.dtype, kind)) for part in parts], dim=-1)
+        ctx.num_signs, ctx.dtype, ctx.kind = num_signs, z.dtype, kind
+        parts = packed.split(max(1, _CHUNK // num_signs))
+        return torch.cat([F.linear(z, unpack_levels(part, num_signs, z.dtype, kind)) for part in parts], dim=-1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         """Compute the gradient of z, accumulated in float32; the levels have none."""
         (packed,), (grad,) = ctx.saved_tensors, grads
         step = max(1, _CHUNK // ctx.num_signs)
@@ -172,11 +170,11 @@ class PackedLinear(torch.autograd.Function):
         total = torch.zeros(*grad.shape[:-1], ctx.num_signs, dtype=wide, device=grad.device)
         for part, of_part in zip(packed.split(step), grad.split(step, dim=-1), strict=True):
             total += of_part @ unpack_levels(part, ctx.num_signs, grad.dtype, ctx.kind)
-        return total.to(ctx.dtype), None, None
+        return total.to(ctx.dtype), None, None, None
 
 
 def pack_pairs(packed: Tensor, num_signs: int) -> Tensor:
-    """Write signs as pairs for `pair_product`, four bits a sign.
+    """Write signs as pairs for `IntegerProduct`, four bits a sign.
 
     Args:
         packed: uint8 [C, ceil(d / 8)]; bit 1 is a minus sign.
@@ -196,169 +194,212 @@ def pack_pairs(packed: Tensor, num_signs: int) -> Tensor:
     return pairs
 
 
-def _digits(z: Tensor, count: int, largest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Write numbers as sums of digits between -largest and largest, `z ~ scale * sum_i weights[i] * digits[i]`.
-
-    Returns:
-        float32 [count, M, d] of integers, the weights [count], and the scale [M, 1].
-    """
-    scale = z.abs().amax(dim=-1, keepdim=True).clamp_min_(1e-30).div_(largest)
-    rest = z / scale
-    digits = torch.empty(count, *z.shape)
-    for digit in digits:
-        torch.round(rest, out=digit)
-        rest.sub_(digit).mul_(2 * largest)
-    return digits, (2.0 * largest) ** -torch.arange(count, dtype=torch.float32), scale
+Rows = Callable[[int, int], Tensor]
+"""Gives the signs or levels of the classes from one to before another as 8-bit integers, [k, width]."""
 
 
-def _add_digits(sums: Tensor, weights: Tensor, out: Tensor) -> None:
-    """Add the products of digits: int32 [k, count x M] into float32 [M, k]."""
-    (m, k), count = out.shape, len(weights)
-    if m == 1:
-        torch.mv(sums.float(), weights, out=out[0])
-        return
-    total, *others = sums.float().view(k, count, m).unbind(dim=1)
-    for weight, part in zip(weights[1:].tolist(), others, strict=True):
-        total.add_(part, alpha=weight)
-    out.copy_(total.t())
-
-
-def pair_product(z: Tensor, pairs: Tensor, num_digits: int) -> Tensor:
-    """Multiply with signs held as pairs, in integers and without gradients: for few samples.
-
-    With bits a of the first half of the signs, b of the second, p = a + 2b and features x and y of the two halves,
-    twice the sum over minus signs is `2 (x @ a + y @ b) = (2x - y) @ a + y @ p`. So a single operation, `p & 1`,
-    unpacks two signs, and both products are of 8-bit integers.
-
-    Args:
-        z: float32 [M, d] on the CPU.
-        pairs: int8 [C, ceil(d / 2)], of `pack_pairs`.
-        num_digits: Digits that a feature is written in; see `PAIR_DIGITS`.
-
-    Returns:
-        float32 [M, C].
-    """
-    (m, d), (c, half) = z.shape, pairs.shape
-    digits, weights, scale = _digits(F.pad(z, (0, 2 * half - d)), num_digits, _LARGEST_OF_PAIRS)
-    totals = torch.mv(digits.sum(dim=-1).t(), weights)
-    first, second = digits[..., :half], digits[..., half:]
-    of_first = (2 * first - second).to(torch.int8).view(-1, half).t()
-    of_pairs = second.to(torch.int8).view(-1, half).t()
-    step = min(c, max(1, _CACHED_BYTES // half))
-    bits = torch.empty(step, half, dtype=torch.int8)
-    sums, more = torch.empty(2, step, num_digits * m, dtype=torch.int32)
-    product = torch.empty(m, c)
-    for start in range(0, c, step):
-        part = pairs[start : start + step]
-        k = len(part)
-        torch.bitwise_and(part, 1, out=bits[:k])
-        torch._int_mm(bits[:k], of_first, out=sums[:k])
-        torch._int_mm(part, of_pairs, out=more[:k])
-        _add_digits(sums[:k].add_(more[:k]), weights, product[:, start : start + k])
-    return torch.sub(totals[:, None], product, out=product).mul_(scale)
-
-
-def table_product(z: Tensor, packed: Tensor, num_digits: int, kind: Levels = SIGNS) -> Tensor:
-    """Multiply with signs or levels that a table unpacks, in integers and without gradients: for more samples.
+def _table_rows(packed: Tensor, kind: Levels) -> Rows:
+    """Unpack signs or levels by a table, eight to a byte of a plane.
 
     Ternary digits are unpacked to eight integers per byte, of which the last three are 0: copying whole words is faster
-    than copying five bytes, by more than the products with zeros cost.
-
-    Args:
-        z: float32 [M, d] on the CPU.
-        packed: uint8 [C, kind.num_bytes(d)].
-        num_digits: Digits that a feature is written in; see `TABLE_DIGITS`.
-        kind: The levels.
-
-    Returns:
-        float32 [M, C].
+    than copying five bytes, by more than the products with zeros cost. `_fill_up` makes room for them in the features.
     """
-    (m, d), (c, num_bytes) = z.shape, packed.shape
     planes = max(1, kind.num_planes)
-    used = num_bytes // planes  # bytes of a class in one plane
-    if kind.num_planes:
-        wide, table = F.pad(z, (0, 8 * used - d)), _byte_table(torch.int8, packed.device)
-    else:
-        grouped = F.pad(z, (0, TRITS_PER_BYTE * used - d)).view(m, used, TRITS_PER_BYTE)
-        wide = F.pad(grouped, (0, 8 - TRITS_PER_BYTE)).view(m, 8 * used)
-        table = _trit_table(torch.int8, packed.device, 8)
-    digits, weights, scale = _digits(wide, num_digits, 127)
-    columns = digits.to(torch.int8).view(-1, 8 * used).t()
+    used = packed.shape[1] // planes  # bytes of a class in one plane
+    table = _byte_table(torch.int8, packed.device) if kind.num_planes else _trit_table(torch.int8, packed.device, 8)
     words = table.view(torch.int64)[:, 0]
-    step = min(c, max(1, _CACHED_BYTES // (8 * used)))
-    numbers = torch.empty(step * used, dtype=torch.int32)
-    planes_of = torch.empty(min(planes, 2), step * used, dtype=torch.int64)  # the sum so far, and the next plane
-    sums, product = torch.empty(step, num_digits * m, dtype=torch.int32), torch.empty(m, c)
-    for start in range(0, c, step):
-        part = packed[start : start + step]
-        k, size = len(part), len(part) * used
-        levels = planes_of[0, :size].view(torch.int8)
+
+    def rows(start: int, stop: int) -> Tensor:
+        part = packed[start:stop]
+        numbers = torch.empty(len(part), used, dtype=torch.int32)
+        found = torch.empty(min(planes, 2), numbers.numel(), dtype=torch.int64)  # the sum so far, and the next plane
+        levels = found[0].view(torch.int8)
         for i, plane in enumerate(part.tensor_split(planes, dim=1)):
-            numbers[:size].view(k, used).copy_(plane)
-            torch.index_select(words, 0, numbers[:size], out=planes_of[min(i, 1), :size])
+            torch.index_select(words, 0, numbers.copy_(plane).view(-1), out=found[min(i, 1)])
             if i:
-                torch.add(planes_of[1, :size].view(torch.int8), levels, alpha=2, out=levels)
-        torch._int_mm(levels.view(k, -1), columns, out=sums[:k])
-        _add_digits(sums[:k], weights, product[:, start : start + k])
-    return product.mul_(scale)
+                torch.add(found[1].view(torch.int8), levels, alpha=2, out=levels)
+        return levels.view(len(part), 8 * used)
+
+    return rows
 
 
-def byte_product(z: Tensor, signs: Tensor, num_digits: int) -> Tensor:
-    """Multiply with signs or levels held as 8-bit integers, in integers and without gradients: for few of them.
+def _part(rows: Tensor, start: int, stop: int) -> Tensor:
+    return rows[start:stop]
 
-    Args:
-        z: float32 [M, d] on the CPU.
-        signs: int8 [C, d].
-        num_digits: Digits that a feature is written in; see `TABLE_DIGITS`. For few samples they are four.
 
-    Returns:
-        float32 [M, C].
+def _fill_up(z: Tensor, num_bytes: int, kind: Levels) -> Tensor:
+    """Insert zeros into features [M, d] where the rows of `_table_rows` have unused places."""
+    if kind.num_planes:
+        return F.pad(z, (0, 8 * num_bytes // kind.num_planes - z.shape[1]))
+    grouped = F.pad(z, (0, TRITS_PER_BYTE * num_bytes - z.shape[1])).view(len(z), num_bytes, TRITS_PER_BYTE)
+    return F.pad(grouped, (0, 8 - TRITS_PER_BYTE)).view(len(z), 8 * num_bytes)
+
+
+def _product_of_digits(z: Tensor, rows: Rows, num_classes: int, num_digits: int) -> Tensor:
+    """Multiply features [M, width] in integers of 8 bits: [M, C].
+
+    Features are sums of digits between -127 and 127, `scale * sum_i 254^-i digit_i`.
     """
-    (m, d), c = z.shape, len(signs)
-    if m <= _BYTES_UP_TO:
-        return _product_of_words(z, signs)
-    digits, weights, scale = _digits(z, num_digits, 127)
-    digits = digits.to(torch.int8).view(-1, d)
-    _, *others = weights.tolist()
-    product = torch.empty(m, c)
-    for start in range(0, c, step := max(32, _CACHED_SUMS // len(digits))):
-        total, *rest = torch._int_mm(digits, signs[start : start + step].t()).view(num_digits, m, -1).float()
-        for weight, part in zip(others, rest, strict=True):
-            total.add_(part, alpha=weight)
-        torch.mul(total, scale, out=product[:, start : start + step])
+    m, width = z.shape
+    scale = z.abs().amax(dim=-1, keepdim=True).clamp_min_(_LEAST).div_(127)
+    rest, digit = z / scale, torch.empty_like(z)
+    digits = torch.empty(num_digits, m, width, dtype=torch.int8)
+    for each in digits:
+        each.copy_(torch.round(rest, out=digit))
+        rest.sub_(digit).mul_(254)
+    columns = digits.view(-1, width)
+    product = torch.empty(m, num_classes)
+    step = max(32, min(_CACHED_SUMS // len(columns), _CACHED_BYTES // width))
+    for start in range(0, num_classes, step):
+        stop = min(start + step, num_classes)
+        total, *others = torch._int_mm(columns, rows(start, stop).t()).view(num_digits, m, -1).float()
+        for i, part in enumerate(others, 1):
+            total.add_(part, alpha=254.0**-i)
+        torch.mul(total, scale, out=product[:, start:stop])
     return product
 
 
-def _product_of_words(z: Tensor, signs: Tensor) -> Tensor:
-    """Compute `byte_product` with features as integers of 32 bits, whose bytes are the digits.
+def _product_of_floats(z: Tensor, rows: Rows, num_classes: int) -> Tensor:
+    """Multiply features [M, width] with rows that become numbers, a chunk at a time: [M, C]."""
+    product = z.new_empty(len(z), num_classes)
+    for start in range(0, num_classes, step := max(1, _CACHED_FLOATS // z.shape[1])):
+        stop = min(start + step, num_classes)
+        product[:, start:stop] = F.linear(z, rows(start, stop).to(z.dtype))
+    return product
+
+
+def _as_words(z: Tensor) -> Tensor:
+    """Round numbers below 2^30, with 0x808080 added to them, to integers that are the sums of their bytes, all signed.
 
     Adding 128 to each of the three lower bytes and subtracting it again, without a carry, makes them signed: the carry
     is then in the byte above.
     """
-    m, d = z.shape
-    largest = torch.linalg.vector_norm(z, torch.inf, dim=-1, keepdim=True).clamp_min_(1e-30)
-    words = (z / largest).mul_(2.0**30).to(torch.int32).add_(0x808080).bitwise_xor_(0x808080)
-    if m > 1:
-        words = words.t().contiguous()
-    sums = torch._int_mm(signs, words.view(torch.int8).view(d, 4 * m)).float()
-    product = torch.mv(sums.view(-1, 4), _word_weights()).view(-1, m).t()
-    return torch.mul(product, largest, out=torch.empty(m, len(signs)))
+    return z.to(torch.int32).bitwise_xor_(_carries()[1])
 
 
 @lru_cache(maxsize=1)
-def _word_weights() -> Tensor:
-    """Build the value of each byte of a word, the lowest first, in units of 2^30."""
+def _carries() -> tuple[Tensor, Tensor]:
+    """Build 0x808080 as a number and as an integer; operations with tensors start sooner than those with numbers."""
+    with torch.inference_mode(False):
+        return torch.tensor(float(0x808080)), torch.tensor(0x808080, dtype=torch.int32)
+
+
+@lru_cache(maxsize=1)
+def _byte_weights() -> Tensor:
+    """Build the value of each byte of `_as_words`, in the order of memory and in units of 2^30."""
     order = 1 if sys.byteorder == "little" else -1
     with torch.inference_mode(False):
         return torch.tensor([2.0**-30, 2.0**-22, 2.0**-14, 2.0**-6][::order])
 
 
-def _product_in_floats(z: Tensor, signs: Tensor) -> Tensor:
-    """Multiply with signs or levels held as 8-bit integers, int8 [C, d], which become numbers a chunk at a time."""
-    product = z.new_empty(len(z), len(signs))
-    for start in range(0, len(signs), step := max(1, _CACHED_FLOATS // z.shape[1])):
-        product[:, start : start + step] = F.linear(z, signs[start : start + step].to(z.dtype))
-    return product
+@lru_cache(maxsize=1)
+def _pair_steps() -> Tensor:
+    """Build the matrix [2, 2] that the two halves x and y of the features are multiplied with for `_sums_of_pairs`.
+
+    With bits a of the first half of the signs, b of the second and p = a + 2b, the sum over minus signs is
+    `x @ a + y @ b = (x - y / 2) @ a + (y / 2) @ p`, and `a = p & 1` takes a single operation.
+    """
+    with torch.inference_mode(False):
+        return torch.tensor([[1.0, -0.5], [0.0, 0.5]])
+
+
+def _sums_of_pairs(pairs: Tensor, digits: Tensor) -> Tensor:
+    """Multiply the first bits of pairs int8 [C, h], and the pairs, with digits int8 [2, h, k]: int32 [C, k]."""
+    c, half = pairs.shape
+    step = min(c, max(32, _CACHED_BYTES // half))
+    bits = torch.empty(step, half, dtype=torch.int8)
+    sums = torch.empty(c, digits.shape[2], dtype=torch.int32)
+    for start in range(0, c, step):
+        part = pairs[start : start + step]
+        of_bits = torch._int_mm(torch.bitwise_and(part, 1, out=bits[: len(part)]), digits[0])
+        torch._int_mm(part, digits[1], out=sums[start : start + step]).add_(of_bits)
+    return sums
+
+
+class IntegerProduct:
+    """The product of features with packed signs or levels in integers of 8 bits, on a processor, without gradients.
+
+    For few samples, features are written as words, whose bytes are multiplied with signs held as bytes or pairs. For
+    more samples they are written as fewer digits, and signs that are no bytes are unpacked a chunk of classes at a
+    time. Samples of few signs are multiplied as numbers.
+
+    Args:
+        packed: uint8 [C, kind.num_bytes(d)].
+        num_signs: Signs or levels per class, d.
+        dtype: Type of the features and of the result, one of `NUM_DIGITS`.
+        kind: The levels.
+    """
+
+    def __init__(self, packed: Tensor, num_signs: int, dtype: torch.dtype, kind: Levels = SIGNS) -> None:
+        self._packed, self._num_signs, self._dtype, self._kind = packed, num_signs, dtype, kind
+        held = len(packed) * num_signs <= (_BYTE_SIGNS if kind is SIGNS else _BYTE_LEVELS)
+        self._bytes = unpack_levels(packed, num_signs, torch.int8, kind) if held else None
+        self._pairs = pack_pairs(packed, num_signs) if self._bytes is None and kind is SIGNS else None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Multiply features [M, d]: [M, C]."""
+        z, m = z.float(), len(z)
+        if not m:
+            product = z.new_empty(0, len(self._packed))
+        elif m <= _WORDS_UP_TO and self.knows_one:
+            product = self._product_of_words(z)
+        else:
+            product = self._product_of_many(z)
+        return product.to(self._dtype)
+
+    @property
+    def knows_one(self) -> bool:
+        """Whether `of_one` can be used."""
+        return self._bytes is not None or self._pairs is not None
+
+    def of_one(self, z: Tensor) -> tuple[Tensor, float]:
+        """Multiply the features of one sample, float32 [d]: scores [C], and the factor that they lack."""
+        parts = self._parts(z.view(1, -1))
+        largest = max(parts.abs().max().item(), _LEAST)
+        words = _as_words(torch.add(_carries()[0], parts, alpha=2.0**30 / largest))
+        products = self._products(words)[:, 0]
+        if self._pairs is None:
+            return products, largest
+        return products.sub_(z.sum().item() / (2 * largest)), -2 * largest
+
+    def _product_of_words(self, z: Tensor) -> Tensor:
+        parts = self._parts(z)
+        largest = parts.abs().amax(dim=(0, 2)).clamp_min_(_LEAST)
+        words = _as_words(torch.addcmul(_carries()[0], parts, (2.0**30 / largest).unsqueeze(-1)))
+        products = self._products(words).t()
+        product = torch.mul(products, largest.unsqueeze(-1), out=torch.empty(products.shape))
+        return product if self._pairs is None else torch.sub(z.sum(dim=1, keepdim=True), product, alpha=2)
+
+    def _parts(self, z: Tensor) -> Tensor:
+        """Bring features [M, d] into the order of bytes [1, M, d] or of pairs [2, M, d / 2]."""
+        if self._pairs is None:
+            return z.unsqueeze(0)
+        (m, d), half = z.shape, self._pairs.shape[1]
+        if d % 2:
+            z = F.pad(z, (0, 1))
+        halves = z.view(m, 2, half) if m == 1 else z.view(m, 2, half).transpose(0, 1).contiguous()
+        return torch.mm(_pair_steps(), halves.view(2, -1)).view(2, m, half)
+
+    def _products(self, words: Tensor) -> Tensor:
+        """Multiply words [1 or 2, M, k] with signs as bytes or the bits of pairs: float32 [C, M] in units of 2^30."""
+        parts, m, k = words.shape
+        if m > 1:
+            words = words.transpose(1, 2).contiguous()
+        digits = words.view(-1).view(torch.int8).view(parts, k, 4 * m)
+        if self._pairs is not None:
+            sums = _sums_of_pairs(self._pairs, digits)
+        elif self._bytes is not None:
+            sums = torch._int_mm(self._bytes, digits[0])
+        return torch.mv(sums.float().view(-1, 4), _byte_weights()).view(-1, m)
+
+    def _product_of_many(self, z: Tensor) -> Tensor:
+        (m, d), c = z.shape, len(self._packed)
+        if self._bytes is not None:
+            rows: Rows = partial(_part, self._bytes)
+        else:
+            z, rows = _fill_up(z, self._packed.shape[1], self._kind), _table_rows(self._packed, self._kind)
+        is_narrow = self._dtype == torch.float32 and d < min(_FLOATS_BELOW, _SIGNS_PER_SAMPLE * m)
+        return _product_of_floats(z, rows, c) if is_narrow else _product_of_digits(z, rows, c, NUM_DIGITS[self._dtype])
 
 
 def packed_product(
@@ -366,10 +407,8 @@ def packed_product(
 ) -> Callable[[Tensor], Tensor]:
     """Build the fastest product with packed signs or levels, from [M, d] to [M, C], without gradients.
 
-    Measured with `fixify bench head`: products of integers, where the processor has them. Up to `_BYTE_SIGNS` signs are
-    held as bytes. Few of them per class become numbers for many samples. More signs are held as pairs, 4 bits a sign,
-    for few samples; for more samples the table that unpacks them costs less than the second product. Levels are held
-    as bytes up to `_BYTE_LEVELS`; a table unpacks more.
+    It is an `IntegerProduct` where the processor multiplies such integers fast. Elsewhere few signs are held as
+    numbers, and more are unpacked a chunk at a time. Measured with `fixify bench head`.
 
     Args:
         packed: uint8 [C, kind.num_bytes(d)].
@@ -377,55 +416,12 @@ def packed_product(
         dtype: Type of the features and of the result.
         kind: The levels.
     """
-    c = len(packed)
-    is_possible = packed.device.type == "cpu" and dtype in TABLE_DIGITS and num_signs >= _FEWEST_SIGNS
-    if not is_possible or not has_fast_integers():
-        return lambda z: chunked_product(z, packed, kind)
-    held = c * num_signs <= (_BYTE_SIGNS if kind is SIGNS else _BYTE_LEVELS)
-    signs = unpack_levels(packed, num_signs, torch.int8, kind) if held else None
-    pairs = pack_pairs(packed, num_signs) if signs is None and kind is SIGNS else None
-    is_narrow = dtype == torch.float32 and num_signs < _FLOATS_BELOW
-
-    def multiply(z: Tensor) -> Tensor:
-        z = z.float()
-        if not len(z):
-            product = z.new_empty(0, c)
-        elif signs is not None and is_narrow and len(z) >= _FLOATS_FROM:
-            product = _product_in_floats(z, signs)
-        elif signs is not None:
-            product = byte_product(z, signs, TABLE_DIGITS[dtype])
-        elif pairs is not None and len(z) <= _PAIRS_UP_TO:
-            product = pair_product(z, pairs, PAIR_DIGITS[dtype])
-        else:
-            product = table_product(z, packed, TABLE_DIGITS[dtype], kind)
-        return product.to(dtype)
-
-    return multiply
-
-
-def table_or_bytes(table: Tensor, packed: Tensor, kind: Levels = SIGNS, *, unit: float) -> Callable[[Tensor], Tensor]:
-    """Build the product with signs or levels that are held as numbers anyway, from [M, d] to [M, C], without gradients.
-
-    For few samples, reading the numbers takes longest; so bytes are held beside them where integers are fast.
-
-    Args:
-        table: [C, d], levels times `unit`.
-        packed: The levels, uint8 [C, kind.num_bytes(d)].
-        kind: The levels.
-        unit: What levels are multiplied with.
-    """
-    if table.device.type != "cpu" or table.dtype != torch.float32 or table.numel() < _FEWEST_BYTES:
-        return lambda z: F.linear(z, table)
-    if table.shape[1] < _FEWEST_SIGNS or not has_fast_integers():
-        return lambda z: F.linear(z, table)
-    levels = unpack_levels(packed, table.shape[1], torch.int8, kind)
-
-    def multiply(z: Tensor) -> Tensor:
-        if 0 < len(z) <= _BYTES_UP_TO:
-            return _product_of_words(z, levels).mul_(unit)
-        return F.linear(z, table)
-
-    return multiply
+    is_possible = packed.device.type == "cpu" and dtype in NUM_DIGITS and num_signs >= _FEWEST_SIGNS
+    if is_possible and has_fast_integers():
+        return IntegerProduct(packed, num_signs, dtype, kind)
+    if len(packed) * num_signs <= _SMALL_TABLE:
+        return partial(F.linear, weight=unpack_levels(packed, num_signs, dtype, kind))
+    return lambda z: chunked_product(z, packed, kind)
 
 
 def chunked_product(z: Tensor, packed: Tensor, kind: Levels = SIGNS) -> Tensor:

@@ -8,6 +8,7 @@ from fixify.heads import signs as module
 from fixify.heads.codes import unpacked_levels
 from fixify.heads.levels import LEVELS, SIGNS
 from fixify.heads.signs import (
+    IntegerProduct,
     PackedLinear,
     chunked_product,
     has_fast_integers,
@@ -30,7 +31,7 @@ def test_value_and_gradient_are_those_of_the_unpacked_signs(draw, monkeypatch):
     packed = pack(7, 13)
     z = draw(3, 13, dtype=torch.float64).requires_grad_()
     expected = z @ unpack_signs(packed, 13, torch.float64).T
-    ours = PackedLinear.apply(z, packed)
+    ours = PackedLinear.apply(z, packed, 13)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     grads = [torch.autograd.grad(logits.sin().sum(), z)[0] for logits in (ours, expected)]
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-5)  # ours is summed in float32
@@ -56,17 +57,28 @@ def test_pairs_take_half_a_byte_per_sign():
     assert torch.equal(pairs[:, :10] >> 1, bits[:, 11:].char()) and not (pairs[:, 10] >> 1).any()
 
 
+def integers(**sizes):
+    """The product in integers, with other limits on what is held as bytes."""
+
+    def product(z, packed, d):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, size in sizes.items():
+                patch.setattr(module, name, size)
+            return IntegerProduct(packed, d, z.dtype)(z)
+
+    return product
+
+
 def products():
     """Every way of multiplying, as functions of z, packed signs and their number."""
     found = {"chunks": lambda z, packed, d: chunked_product(z, packed)}
     if has_fast_integers():
-        digits, pair_digits = (lambda z: module.TABLE_DIGITS[z.dtype]), (lambda z: module.PAIR_DIGITS[z.dtype])
         found |= {
-            "pairs": lambda z, packed, d: module.pair_product(z.float(), pack_pairs(packed, d), pair_digits(z)),
-            "table": lambda z, packed, d: module.table_product(z.float(), packed, digits(z)),
-            "bytes": lambda z, packed, d: module.byte_product(
-                z.float(), unpack_signs(packed, d, torch.int8), digits(z)
-            ),
+            "words with pairs": integers(_BYTE_SIGNS=0, _WORDS_UP_TO=99),
+            "words with bytes": integers(_WORDS_UP_TO=99),
+            "digits with a table": integers(_BYTE_SIGNS=0, _WORDS_UP_TO=0, _FLOATS_BELOW=0),
+            "digits with bytes": integers(_WORDS_UP_TO=0, _FLOATS_BELOW=0),
+            "numbers": integers(_BYTE_SIGNS=0, _WORDS_UP_TO=0, _FLOATS_BELOW=9999, _SIGNS_PER_SAMPLE=9999),
         }
     return found
 
@@ -74,7 +86,7 @@ def products():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", products())
 @pytest.mark.parametrize(
-    ("m", "c", "d"), [(1, 1, 64), (3, 1, 8), (1, 300, 64), (5, 70, 13), (33, 41, 200), (16, 900, 1280)]
+    ("m", "c", "d"), [(1, 1, 64), (3, 40, 8), (1, 300, 64), (5, 70, 13), (33, 41, 200), (16, 900, 1280)]
 )
 def test_every_product_is_as_exact_as_the_dense_one(name, m, c, d, dtype, draw, monkeypatch):
     monkeypatch.setattr(module, "_CACHED_BYTES", 1 << 14)  # several chunks
@@ -186,38 +198,39 @@ def test_value_and_gradient_are_those_of_the_unpacked_levels(kind, draw, monkeyp
     packed = torch.from_numpy(pack_levels(draw_levels(kind, 7, 13), kind))
     z = draw(3, 13, dtype=torch.float64).requires_grad_()
     expected = z @ unpack_levels(packed, 13, torch.float64, kind).T
-    ours = PackedLinear.apply(z, packed, kind)
+    ours = PackedLinear.apply(z, packed, 13, kind)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     grads = [torch.autograd.grad(logits.sin().sum(), z)[0] for logits in (ours, expected)]
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-4)  # ours is summed in float32
 
 
-@pytest.mark.skipif(not module.has_fast_integers(), reason="this processor has no fast products of 8-bit integers")
-@pytest.mark.parametrize("m", [0, 1, 3, 40])
-def test_bytes_beside_a_table_multiply_as_the_table(m, draw, monkeypatch):
-    monkeypatch.setattr(module, "_FEWEST_BYTES", 1)
-    packed = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (90, 25), dtype=np.uint8))
-    table = 0.0625 * unpack_signs(packed, 200, torch.float32)
-    z = draw(m, 200)
-    found = module.table_or_bytes(table, packed, unit=0.0625)(z)
-    torch.testing.assert_close(found, z @ table.T, rtol=0, atol=2e-6)
-    assert found.is_contiguous()
-
-
+@pytest.mark.skipif(not has_fast_integers(), reason="this processor has no fast products of 8-bit integers")
+@pytest.mark.parametrize("byte_signs", [0, 1 << 20])
 @pytest.mark.parametrize("magnitude", [1e-20, 1e30])
 @pytest.mark.parametrize("m", [1, 2, 9])
-def test_features_of_any_size_are_multiplied(m, magnitude, draw):
-    signs = (draw(50, 64) > 0).to(torch.int8) * 2 - 1
-    if not module.has_fast_integers():
-        pytest.skip("this processor has no fast products of 8-bit integers")
+def test_features_of_any_size_are_multiplied(m, magnitude, byte_signs, draw, monkeypatch):
+    monkeypatch.setattr(module, "_BYTE_SIGNS", byte_signs)
+    packed = pack(50, 64)
     z = draw(m, 64) * magnitude
-    exact = (z.double() @ signs.double().T) / magnitude
-    found = module.byte_product(z, signs, 3).double() / magnitude
-    assert (found - exact).abs().max() <= 1e-5
+    exact = (z.double() @ unpack_signs(packed, 64, torch.float64).T) / magnitude
+    product = IntegerProduct(packed, 64, torch.float32)
+    assert (product(z).double() / magnitude - exact).abs().max() <= 1e-5
+    scores, factor = product.of_one(z[0])
+    assert (scores.double() * factor / magnitude - exact[0]).abs().max() <= 1e-5
 
 
-def test_samples_of_few_signs_become_numbers(draw, monkeypatch):
-    monkeypatch.setattr(module, "_CACHED_FLOATS", 70)
-    signs = (draw(50, 30) > 0).to(torch.int8) * 2 - 1
-    z = draw(4, 30)
-    torch.testing.assert_close(module._product_in_floats(z, signs), z @ signs.float().T)
+@pytest.mark.skipif(not has_fast_integers(), reason="this processor has no fast products of 8-bit integers")
+@pytest.mark.parametrize(("c", "bits"), [(50, 9), (51, 5)])
+def test_few_signs_are_bytes_and_more_take_four_bits(c, bits, monkeypatch):
+    monkeypatch.setattr(module, "_BYTE_SIGNS", 50 * 80)
+    product = IntegerProduct(pack(c, 80), 80, torch.float32)
+    held = sum(value.nbytes for value in vars(product).values() if isinstance(value, torch.Tensor))
+    assert 8 * held == c * 80 * bits  # with the packed signs themselves
+
+
+@pytest.mark.parametrize("integers", [True, False])
+def test_few_signs_become_numbers_once_where_integers_are_slow(integers, draw, monkeypatch):
+    monkeypatch.setattr(module, "has_fast_integers", lambda: integers)
+    packed, z = pack(50, 30), draw(4, 30)
+    product = packed_product(packed, 30, torch.float32)
+    torch.testing.assert_close(product(z), z @ unpack_signs(packed, 30, torch.float32).T)
