@@ -242,7 +242,7 @@ def gentler(lr: float | None, *, taught: bool) -> str:
 
     Args:
         lr: The peak learning rate; None if it is unknown.
-        taught: Whether the run has a teacher already.
+        taught: Whether the run has a teacher already, other than the start itself.
     """
     rate = "" if lr is None else f": --lr {lr / 10:.1g}"
     teacher = "" if taught else ", or learn from the original too: --distill ORIGINAL"

@@ -265,7 +265,7 @@ class _Run:
                 Warned(
                     f"After the first epoch validation top-1 is {now:.2f} %, {start.val_top1 - now:.2f} points below "
                     f"the start. The start is kept as {self.output.best_path.name} until a validation is better. "
-                    f"{gentler(self.options.peak_rate, taught=self.opened.teacher is not None)}"
+                    f"{gentler(self.options.peak_rate, taught=self._learns_from_another())}"
                 )
             )
 
@@ -287,10 +287,14 @@ class _Run:
             advice=self._advice() if best is progress.start else None,
         )
 
+    def _learns_from_another(self) -> bool:
+        """Check that there is a teacher, and that it is not the start."""
+        return self.opened.teacher is not None and not self.opened.taught_by_start
+
     def _advice(self) -> str:
         return (
             f"No validation was better than the start: {self.output.best_path.name} is the model before training. "
-            f"{gentler(self.options.peak_rate, taught=self.opened.teacher is not None)}"
+            f"{gentler(self.options.peak_rate, taught=self._learns_from_another())}"
         )
 
     def interruption(self) -> TrainingError:

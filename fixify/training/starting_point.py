@@ -98,7 +98,8 @@ def _gains_from_last_blocks(
     measured = bool(heads) and all(head.matched for head in heads) and opened.teacher is not None
     num_logits = options.batch_size * max((head.num_classes for head in heads), default=0)
     unfit = options.shard or options.share_classes or options.compile or num_logits >= BLOCKED_FROM
-    if not measured or unfit or options.epochs == 0:
+    unlike = options.unlabelled or options.loss != "cross-entropy"  # the runs that were measured
+    if not measured or unfit or unlike:
         return False
     device = next(model.parameters()).device
     few = torch.zeros(2, *opened.preprocessing["input_size"], device=device)

@@ -104,24 +104,32 @@ def test_matched_codes_with_a_teacher_train_the_last_blocks_first(
     model.classifier = FixedClassifier(matched, codes=torch.arange(4))
     assert epochs(taught) == LAST_BLOCK_EPOCHS
     assert epochs(replace(taught, teacher=None)) == epochs(taught, OPTIONS.replace(last_block_epochs=0)) == 0
+    assert epochs(taught, OPTIONS.replace(unlabelled=True)) == 0
     assert epochs(taught, OPTIONS.replace(compile=True)) == epochs(taught, OPTIONS.replace(batch_size=1 << 22)) == 0
     monkeypatch.setattr(last_block, "_MAX_BYTES", 1)  # the features of all images do not fit
     assert epochs(taught) == 0
 
 
-def test_a_run_records_its_rate_and_resumes_with_it(run: Run, new_model: Any, tmp_path: Path) -> None:
+def test_a_run_records_its_rate_and_resumes_with_it(
+    run: Run, new_model: Any, stripes: Any, preprocessing: Any, tmp_path: Path
+) -> None:
     run(tmp_path, OPTIONS, new_model(fixed=False))
     stored = json.loads((tmp_path / "run.json").read_text())
     assert stored["options"]["lr"] == GENTLE_RATE
     assert f"lr: {GENTLE_RATE}" in (tmp_path / "recipe.yaml").read_text()
     # A run of an older version, whose defaults were others and which had no distillation.
     old = tmp_path / "old"
-    run(old, OPTIONS.replace(lr=USUAL_RATE, distill_weight=USUAL_TEACHING), new_model(fixed=False))
+    usual = OPTIONS.replace(lr=USUAL_RATE, distill_weight=USUAL_TEACHING, freeze_bn=False)
+    run(old, usual, new_model(fixed=False))
     state, stored = torch.load(old / "state.pt", weights_only=True), json.loads((old / "run.json").read_text())
-    del state["recipe"]["distill_weight"], stored["options"]["distill_weight"]
+    for name in ("distill_weight", "freeze_bn", "last_block_copies"):
+        del state["recipe"][name], stored["options"][name]
     write_sealed(old, state)
     (old / "run.json").write_text(json.dumps(stored))
     assert run(old, OPTIONS, new_model(fixed=False), resume=True).history
+    assert resolved_options(
+        OPTIONS, new_model(fixed=False), OpenedInputs(*stripes, preprocessing), old, resume=True
+    ) == (usual.replace(last_block_epochs=0))
 
 
 def test_the_original_is_the_file_of_the_recorded_name_and_hash_beside_the_checkpoint(
@@ -153,6 +161,19 @@ def test_each_reference_is_opened_once(tiny: Path, tmp_path: Path, monkeypatch: 
         opened.clear()
         fixify.finetune(slim, tiny / "data", tmp_path / name, options, against=against)
         assert opened == [original]
+
+
+def test_signs_learn_from_their_start_if_the_original_is_not_there(tiny: Path, tmp_path: Path) -> None:
+    slim = tmp_path / "signs.fixed.safetensors"
+    fixify.convert(tiny / "learned.pth", slim, head="binary")
+    options = OPTIONS.replace(img_size=32, batch_size=4)
+    fixify.finetune(slim, tiny / "data", tmp_path / "run", options)
+    stored = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert stored["teacher"]["name"] == slim.name
+    assert (stored["options"]["distill_weight"], stored["options"]["freeze_bn"]) == (USUAL_TEACHING, True)
+    assert fixify.finetune(slim, tiny / "data", tmp_path / "run", resume=True).history
+    fixify.finetune(slim, tiny / "data", tmp_path / "alone", options, distill=False)
+    assert json.loads((tmp_path / "alone" / "run.json").read_text()).get("teacher") is None
 
 
 def test_who_has_a_teacher_by_default(converted: Path, tmp_path: Path) -> None:
