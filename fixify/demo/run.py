@@ -47,7 +47,7 @@ SHIPPED = Path(__file__).with_name("glyphs500.pth")
 DEFAULT_FOLDER = Path("fixify-demo")
 LETTERS = "letters224"
 """Name of the checkpoint that reads letters and digits: C = 224 classes, N = 256 features."""
-LAST_BLOCK_EPOCHS, LAST_BLOCK_RATE = 100, 0.1
+LAST_BLOCK_EPOCHS, LAST_BLOCK_RATE = 60, 0.1
 """Epochs of the last blocks alone, which cost little because features are computed once; and their learning rate."""
 LAST_BLOCK_COPIES, TEACHING = 6, 0.9
 """Augmented copies of each image that the last blocks learn from; and the weight of the original's answers."""

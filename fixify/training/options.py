@@ -128,7 +128,7 @@ class FinetuneOptions(CheckedOptions):
     freeze_bn: bool | None = option(
         None,
         "Keep the running statistics of all batch norms and of the head. Default: for heads with one bit per weight or "
-        "more.",
+        "more, if --lr is not given.",
     )
     grad_accum: int = option(1, "Steps whose gradients make one update.", ge=1)
     clip_grad: float | None = option(

@@ -80,7 +80,8 @@ def resolved_options(
         if not options.from_scratch and starts_near(heads):
             # The start alone would teach a model to stay what it is.
             weight = USUAL_TEACHING if opened.taught_by_start else GENTLE_TEACHING
-            usual |= {"lr": GENTLE_RATE, "distill_weight": weight, "freeze_bn": True}
+            # With kept statistics a high rate diverges, so they are kept at the default rate alone.
+            usual |= {"lr": GENTLE_RATE, "distill_weight": weight, "freeze_bn": "lr" in missing}
         elif "last_block_epochs" in missing and _gains_from_last_blocks(heads, model, opened, options):
             usual["last_block_epochs"] = LAST_BLOCK_EPOCHS
     # A run of an older version may lack an option, which then had the usual value.

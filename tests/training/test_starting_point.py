@@ -69,6 +69,8 @@ def test_what_follows_from_the_head_unless_it_is_given(
     ):
         resolved = resolved_options(OPTIONS, model, opened, tmp_path, resume=False)
         assert resolved == OPTIONS.replace(lr=rate, distill_weight=weight, freeze_bn=near, last_block_epochs=0)
+        with_rate = resolved_options(OPTIONS.replace(lr=0.3), model, opened, tmp_path, resume=False)
+        assert (with_rate.lr, with_rate.freeze_bn) == (0.3, False)
         given = OPTIONS.replace(lr=0.3, distill_weight=0.7, freeze_bn=not near, last_block_epochs=2)
         assert resolved_options(given, model, opened, tmp_path, resume=False) == given
     from_scratch = resolved_options(TrainOptions.create(model="resnet18"), learned, opened, tmp_path, resume=False)
