@@ -211,7 +211,7 @@ class _Epoch:
         progress.lr = base_rate(engine.optimiser)
         if apply:
             engine.scaler.step(engine.optimiser)
-            if engine.signs is not None and options.lr is not None:
+            if engine.signs is not None and isinstance(options.lr, float):
                 schedule_signs(engine.signs, progress.lr / options.lr)
                 engine.scaler.step(engine.signs)
             engine.scaler.update()
