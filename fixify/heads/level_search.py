@@ -84,7 +84,7 @@ def choose_levels(
             q = nearest_levels(wanted / step.clamp_min(1e-30), levels)
             q, steps[part] = _descend(q, (vectors[part] @ towards).T.contiguous(), within, levels, _SWEEPS)
         packed[part] = pack_levels(q.T.to(torch.int8).numpy(), levels)
-        on_progress(what, part.stop, 2 * c)
+        on_progress(what, max(1, part.stop // 2), c)
     longest = steps.max()
     steps = row_scale_steps(steps) * (longest / GAIN_STEPS)
     for part in blocks:
@@ -96,7 +96,7 @@ def choose_levels(
             fields = (vectors[part] @ towards).T.contiguous()
             q, _ = _descend(q, fields, within, levels, _LAST_SWEEPS, steps[part])
         packed[part] = pack_levels(q.T.to(torch.int8).numpy(), levels)
-        on_progress(what, c + part.stop, 2 * c)
+        on_progress(what, (c + part.stop) // 2, c)
     return packed, steps
 
 
