@@ -138,11 +138,12 @@ class Trial:
         )
 
     def bytes_per_class(self, c: int, n: int) -> float:
-        """Count all that is stored: codes, lengths, biases, the mean of the features and what is learned beside."""
+        """Count all that is stored: codes, lengths, biases, statistics of the features, and what is learned beside."""
         if self.signs == 0:
             return 4.0 * (n + 1)
         codes = (0.0 if self.scratch else 4.0) if self.signs < 0 else math.ceil(self.signs / 8) + self.gains
-        return codes + 4 * (self.bias or self.signs < 0) + 4 * n / c + 2 * self.rank * (c + n) / c
+        of_features = 4 * n / c * (2 if self.signs < 0 else 1)
+        return codes + 4 * (self.bias or self.signs < 0) + of_features + 2 * self.rank * (c + n) / c
 
 
 PLAIN = Trial()
@@ -154,6 +155,7 @@ TRIALS = {
     for trial in (
         PLAIN,
         Trial(gains=True, bias=True),
+        Trial(margin=0.1),
         Trial(learn=0.7),
         Trial(learn=1.0),
         Trial(learn=0.7, latent_rate=0.3),
