@@ -199,6 +199,7 @@ TRIALS = {
         Trial(scratch=True, learn=1.0, warmup=0.2),
         SCRATCH,
         replace(SCRATCH, begin="flat", restart=True),
+        replace(SCRATCH, begin="flat", restart=True, latent_rate=10, margin=0.1),
         replace(SCRATCH, signs=24),
         replace(SCRATCH, signs=120),
     )
@@ -328,7 +329,7 @@ def trained(model: nn.Module, task: Task, trial: Trial, seed: int, lr: float, te
         images, labels = to_input(task.train[picked]), task.train_labels[picked]
         logits = model(images)
         moved = logits
-        if trial.margin:
+        if trial.margin and not isinstance(head, nn.Linear):
             alpha = (head.fixed if isinstance(head, SignHead) else head).scale
             if isinstance(head, SignHead) and head.fixed.gains is not None:
                 alpha = alpha * head.fixed.row_scales[labels][:, None]
