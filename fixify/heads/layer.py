@@ -120,6 +120,8 @@ class FixedClassifier(nn.Module):
     those of `scaled_features` in training mode, the unchanged input in eval mode."""
     synchronized: bool = False
     """Whether the running statistics are those of the batches of all processes of torch.distributed's default group."""
+    keeps_statistics: bool = False
+    """Whether the running statistics stay as they are in training mode."""
 
     _prepared: PreparedHead | None = None  # of the last evaluation
     _checksum: int | None = None  # of the stored codes; see `check_codes`
@@ -489,7 +491,7 @@ class FixedClassifier(nn.Module):
         Returns:
             [..., N], standardised and normalised as the spec says, times the scale.
         """
-        return self._scaled(self._channels_last(x), update=self.training)
+        return self._scaled(self._channels_last(x), update=self.training and not self.keeps_statistics)
 
     def loss(
         self,

@@ -155,7 +155,7 @@ def make_engine(model: nn.Module, opened: OpenedInputs, options: FinetuneOptions
         check_cosine_heads(model)
     if options.sync_bn and distributed.world_size() > 1:
         model = synchronize_batch_norm(model, device)
-    frozen = freeze_(model, options.freeze)
+    frozen = freeze_(model, options.freeze, statistics=bool(options.freeze_bn))
     if options.learn_signs is not None:
         learn_signs_(model)
     if options.channels_last:

@@ -181,7 +181,7 @@ class _Epoch:
                         self.deferred, features, targets, options, engine.margin, shared=engine.loss_plan.shared
                     )
                 else:
-                    logits, auxiliary = _split_outputs(forward(images))
+                    logits, auxiliary = split_outputs(forward(images))
                     loss = training_loss(logits, targets, teacher_logits, options, engine.margin)
                     for other in auxiliary:
                         loss = loss + _AUXILIARY_WEIGHT * training_loss(other, targets, teacher_logits, options)
@@ -211,8 +211,8 @@ class _Epoch:
         progress.lr = base_rate(engine.optimiser)
         if apply:
             engine.scaler.step(engine.optimiser)
-            if engine.signs is not None and options.lr is not None and options.learn_signs is not None:
-                schedule_signs(engine.signs, options.learn_signs * progress.lr / options.lr)
+            if engine.signs is not None and options.learn_signs is not None:
+                schedule_signs(engine.signs, options.learn_signs * progress.lr / options.peak_rate)
                 engine.scaler.step(engine.signs)
             engine.scaler.update()
         self._zero_gradients()
@@ -252,7 +252,7 @@ def _place(engine: Engine, progress: Progress, batch: int) -> str:
     return f"epoch {progress.epoch + 1}, batch {batch + 1} of {len(engine.loader)}"
 
 
-def _split_outputs(outputs: Any) -> tuple[Tensor, list[Tensor]]:
+def split_outputs(outputs: Any) -> tuple[Tensor, list[Tensor]]:
     """Split off the logits of auxiliary classifiers, which torchvision's GoogLeNet and Inception have in training."""
     if isinstance(outputs, Tensor):
         return outputs, []

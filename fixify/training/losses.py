@@ -243,7 +243,7 @@ def plan_loss(
         "a teacher has logits of all classes": has_teacher,
         "--compile compiles a model that returns logits": options.compile,
         "--shard shards a model that returns logits": options.shard,
-        "the last blocks are trained alone first (--last-block-epochs)": options.last_block_epochs > 0,
+        "the last blocks are trained alone first (--last-block-epochs)": bool(options.last_block_epochs),
         "the signs of the head are learned (--learn-signs)": options.learn_signs is not None,
     }
     reason = next((text for text, applies in reasons.items() if applies), None)

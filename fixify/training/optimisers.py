@@ -16,6 +16,7 @@ from timm.scheduler import MultiStepLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import dispatch_clip_grad
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fixify._values import counted
 from fixify.errors import HeadSpecError, UsageError
@@ -97,8 +98,8 @@ class Frozen:
 
     Attributes:
         stages: Names of the frozen stages, the first at the input.
-        modules: The largest modules that are frozen as a whole. They stay in eval mode, so that batch norms keep their
-            statistics and nothing is dropped.
+        modules: The largest modules that are frozen as a whole, and the batch norms that keep their statistics. They
+            stay in eval mode, so that nothing is dropped either.
     """
 
     stages: tuple[str, ...] = ()
@@ -111,18 +112,22 @@ class Frozen:
             module.eval()
 
 
-def freeze_(model: nn.Module, depth: int) -> Frozen:
+def freeze_(model: nn.Module, depth: int, *, statistics: bool = False) -> Frozen:
     """Freeze the first stages of a model: its coarse groups from the stem on, without the classifier.
 
     Args:
         model: Its parameters in those stages no longer require gradients.
         depth: How many stages to freeze; 0 freezes nothing.
+        statistics: Keep the running statistics of all batch norms and fixed heads too. Their weights and biases learn.
 
     Raises:
         UsageError: the model has fewer stages, or does not define them (see `number_groups`).
     """
+    for head in _heads(model):
+        head.keeps_statistics = statistics
+    norms = tuple(module for module in model.modules() if statistics and isinstance(module, _BatchNorm))
     if depth == 0:
-        return Frozen()
+        return Frozen(modules=norms)
     stages = _stages(model)
     labels = _stage_labels(stages)
     if depth > len(stages):
@@ -135,7 +140,7 @@ def freeze_(model: nn.Module, depth: int) -> Frozen:
     for names in stages[:depth]:
         for name in names:
             parameters[name].requires_grad_(False)
-    return Frozen(tuple(labels[:depth]), tuple(_frozen_modules(model)))
+    return Frozen(tuple(labels[:depth]), (*_frozen_modules(model), *norms))
 
 
 def _stages(model: nn.Module) -> list[list[str]]:
@@ -307,7 +312,9 @@ def make_optimiser(
 ) -> torch.optim.Optimizer:
     """Create timm's optimiser of the name `options.opt`, over `parameter_groups`."""
     groups = parameter_groups(model, options, part=part)
-    return create_optimizer_v2(groups, opt=options.opt, lr=options.lr, momentum=options.momentum, weight_decay=0.0)
+    return create_optimizer_v2(
+        groups, opt=options.opt, lr=options.peak_rate, momentum=options.momentum, weight_decay=0.0
+    )
 
 
 def make_sign_optimiser(model: nn.Module, rate: float) -> torch.optim.Optimizer:

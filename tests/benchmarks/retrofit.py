@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from fixify.data import open_train_val
 from fixify.heads import FixedClassifier, HeadSpec, replacement, wide_blocks
+from fixify.heads.kinds import BINARY
 from fixify.training import FinetuneOptions
 from fixify.training.optimisers import parameter_groups
 
@@ -194,7 +195,7 @@ def matched(old: Old, *, calibrated: bool) -> nn.Module:
 
 def binary(old: Old, bits: int) -> nn.Module:
     c, n = old.weight.shape
-    spec = HeadSpec("binary", n, c, bits_per_class=bits, gains=True, standardize="center")
+    spec = HeadSpec("binary", n, c, **BINARY.default_options(n, has_features=True, bits_per_class=bits))
     return replacement(spec, old.weight, old.bias, features=old.features).head
 
 
