@@ -149,6 +149,7 @@ class Trial:
 PLAIN = Trial()
 LEARNED = Trial(learn=1.0, latent_rate=5, begin="flat", margin=0.1)
 SCRATCH = Trial(scratch=True, warmup=0.2, learn=1.0, latent_rate=5)
+TWO_RUNS = replace(SCRATCH, begin="flat", restart=True, latent_rate=10, margin=0.1)
 EARLY = (0.1, 0.2, 0.3, 0.4)
 TRIALS = {
     trial.name: trial
@@ -199,7 +200,8 @@ TRIALS = {
         Trial(scratch=True, learn=1.0, warmup=0.2),
         SCRATCH,
         replace(SCRATCH, begin="flat", restart=True),
-        replace(SCRATCH, begin="flat", restart=True, latent_rate=10, margin=0.1),
+        TWO_RUNS,
+        replace(TWO_RUNS, signs=120),
         replace(SCRATCH, signs=24),
         replace(SCRATCH, signs=120),
     )
