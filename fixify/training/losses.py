@@ -248,7 +248,7 @@ def plan_loss(
         "--compile compiles a model that returns logits": options.compile,
         "--shard shards a model that returns logits": options.shard,
         "the last blocks are trained alone first (--last-block-epochs)": bool(options.last_block_epochs),
-        "the signs of the head are learned (--learn-signs)": options.learn_signs,
+        "the signs of the head are learned (--learn-signs)": options.learn_signs is not None,
     }
     reason = next((text for text, applies in reasons.items() if applies), None)
     if not heads:
