@@ -407,7 +407,10 @@ def _spec_for(
     options: dict[str, Any] = {
         "standardize": config.standardize,
         **KINDS[kind].default_options(
-            site.num_features, has_features=has_features, bits_per_weight=config.bits_per_weight
+            site.num_features,
+            has_features=has_features,
+            bits_per_weight=config.bits_per_weight,
+            bits_per_class=config.bits_per_class,
         ),
     }
     if not config.standardize:

@@ -329,12 +329,14 @@ def test_binary_heads_answer_nearly_as_the_old_ones(ref: str, size: int) -> None
         assert head.spec.bits_per_class == head.in_features
         assert not head.spec.normalize and not head.spec.standardize and head.spec.gains
         assert torch.equal(head.bias, layer.bias)
-        # Signs of random vectors are at cosine sqrt(2 / pi) = 0.80 with them; N is large enough to be near.
+        # Signs of random vectors are at cosine sqrt(2 / pi) = 0.80 with them, and a little less where they heed the
+        # direction of the features' mean; N is large enough to be near.
         vectors = layer.weight.reshape(NUM_CLASSES, -1)
         cosines = nn.functional.cosine_similarity(head.codebook(), vectors - vectors.mean(dim=0))
-        assert cosines.mean() == pytest.approx(0.8, abs=0.03)
-        difference = (head(given) - layer(given)).transpose(1, -1)  # the mean over classes is free
-        assert (difference - difference.mean(dim=-1, keepdim=True)).std() < layer(given).std()
+        assert 0.74 < cosines.mean() < 0.81
+        some = torch.randn(given.shape, generator=torch.Generator().manual_seed(2))
+        difference = (head(some) - layer(some)).transpose(1, -1)  # the mean over classes is free
+        assert (difference - difference.mean(dim=-1, keepdim=True)).std() < 0.8 * layer(some).std()
     assert model(x).shape == before.shape
     # What is loaded needs no old weights: codes and gains come with the state dict.
     records = [

@@ -1,13 +1,14 @@
 """Encoding: the signs or levels of a `binary` head, taken from the class vectors of the classifier that it replaces.
 
-With S the second moment of the (standardised) features and B the first d columns of a rotation, the signs s and the
-length g of a class with vector w minimise
+With S the second moment of the (standardised) features and B the first d columns of a rotation, the signs or levels q
+and the step size g of a class with vector w minimise
 
-    (w - g B s)^T S (w - g B s)
+    (w - g B q)^T S (w - g B q)
 
-by coordinate descent over the signs, started at those of B^T w. Without features S is the identity, and the start is
-the solution. The features of a trained network vary in few directions (about 30 of 256 on our glyphs), so weighting
-with S gains more than twice the bits without it. Levels are chosen in the same way (`fixify.heads.level_search`).
+by coordinate descent, started at the rounded B^T w (`fixify.heads.level_search`). Without S they are rounded. The
+features of a trained network vary in few directions (about 30 of 256 on our glyphs), so weighting with S gains more
+than twice the bits without it. Answers to samples then decide about the classes that are near the top for them
+(`fixify.heads.answer_search`).
 """
 
 from __future__ import annotations
@@ -20,20 +21,13 @@ from torch import Tensor
 
 from fixify._watch import OnProgress, unwatched
 from fixify.errors import HeadSpecError
+from fixify.heads.answer_search import Answers, refine_levels_
 from fixify.heads.codes import first_repeated
 from fixify.heads.kinds import BINARY
-from fixify.heads.level_search import best_length, choose_levels, row_scale_steps
+from fixify.heads.level_search import CenteredRows, choose_levels, row_scale_steps, separate_levels_
 from fixify.heads.levels import SIGNS
 from fixify.heads.spec import HeadSpec
 from fixify.heads.statistics import is_finite
-
-_SIGN_SWEEPS = 8
-_AT_ONCE = 1 << 33
-"""Multiplications of one sweep, C d^2, up to which all classes descend at once, coordinate by coordinate: 1,000 classes
-x 2,048 signs. Beyond, the table of all classes no longer fits a cache, and a sweep over 20,000 x 1,280 took 40 s."""
-_CLASSES_AT_ONCE = 1 << 15
-_CLASSES_PER_BLOCK = 2048
-_SIGNS_PER_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -58,12 +52,10 @@ def encode(
     class_vectors: Tensor,
     *,
     feature_moment: Tensor | None = None,
+    answers: Answers | None = None,
     on_progress: OnProgress = unwatched,
 ) -> BinaryCodes:
     """Choose signs or levels, and row scales, for the classes of a classifier that is being replaced.
-
-    Up to C d^2 = 2^33 (1,000 classes of 2,048 signs) all classes descend at once. Beyond, classes descend in blocks and
-    coordinates in groups, with the same steps in the same order; only the rounding differs.
 
     Args:
         spec: A head spec of kind "binary".
@@ -71,6 +63,8 @@ def encode(
             coordinates: weight * std. The mean over classes is removed here, since softmax does not see it.
         feature_moment: Second moment S [N, N] of the centered features in the same coordinates, if known (no labels
             needed). Few images give a moment of low rank: shrink it towards its diagonal.
+        answers: What the old classifier answers to some samples, for a last search; their features are in the same
+            coordinates. They need `feature_moment`.
         on_progress: Called with the number of classes that are done.
 
     Raises:
@@ -88,36 +82,22 @@ def encode(
     ):
         raise HeadSpecError(f"The feature moment must be finite, [{n}, {n}]; got shape {list(feature_moment.shape)}.")
     vectors = class_vectors.detach().to(device="cpu", dtype=torch.float32)
-    mean = vectors.mean(dim=0)
     rotation = BINARY.rotation(spec)
     directions = torch.eye(n) if rotation is None else torch.from_numpy(rotation.basis())
-    moment = torch.eye(n) if feature_moment is None else feature_moment.detach().to("cpu", torch.float32)
-    within = directions.T @ moment @ directions
-    d = within.shape[0]
-    levels = BINARY.levels(spec)
-    if levels is not SIGNS:
-        within_features = None if feature_moment is None else within
-        codes, lengths = choose_levels(vectors - mean, directions, within_features, levels, on_progress)
-        return BinaryCodes(codes, *_gains(lengths, d * levels.mean_square))
-    in_blocks = c * d * d > _AT_ONCE
-    step = _CLASSES_PER_BLOCK if in_blocks else _CLASSES_AT_ONCE
-    towards = moment @ directions
-    fields = None if in_blocks else (vectors - mean) @ towards
-    packed, lengths = np.empty((c, -(-d // 8)), dtype=np.uint8), torch.empty(c)
-    for start in range(0, c, step):
-        part = slice(start, start + step)
-        centered = vectors[part] - mean
-        signs = torch.where(centered @ directions < 0, -1.0, 1.0)
-        if fields is not None:
-            signs, lengths[part] = _descend(signs, fields[part], within)
-        elif feature_moment is not None:
-            signs, lengths[part] = _descend_in_blocks(signs, centered @ towards, within)
-        else:
-            lengths[part] = (centered @ directions).abs().mean(dim=1)
-        packed[part] = np.packbits(signs.numpy() < 0, axis=1)
-        on_progress("choosing signs", min(start + step, c), c)
-    _separate_(packed, d)
-    return BinaryCodes(packed, *_gains(lengths, d))
+    moment = None if feature_moment is None else feature_moment.detach().to("cpu", torch.float32)
+    levels, d = BINARY.levels(spec), directions.shape[1]
+    rows = CenteredRows(vectors, vectors.mean(dim=0))
+    codes, lengths = choose_levels(rows, directions, moment, levels, on_progress)
+    gains, scale = _gains(lengths, d * levels.mean_square)
+    if answers is not None:
+        if moment is None:
+            raise HeadSpecError("The answers to samples are heeded beside the feature moment; give both.")
+        refine_levels_(codes, lengths, rows, directions, moment, levels, answers)
+    if levels is SIGNS:
+        separate_(codes, d)
+    else:
+        separate_levels_(codes, d, levels)
+    return BinaryCodes(codes, gains, scale)
 
 
 def _gains(lengths: Tensor, squares: float) -> tuple[np.ndarray, float]:
@@ -135,80 +115,7 @@ def _gains(lengths: Tensor, squares: float) -> tuple[np.ndarray, float]:
     return row_scale_steps(lengths).to(torch.uint8).numpy(), longest * squares**0.5
 
 
-def _descend(signs: Tensor, fields: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimise `g^2 s^T G s - 2 g h^T s` over signs s and length g of each class, by coordinate descent.
-
-    Args:
-        signs: Start, float32 [k, d] of +-1; changed in place.
-        fields: h, [k, d].
-        within: G, [d, d].
-
-    Returns:
-        Signs [k, d] and lengths [k].
-    """
-    products = signs @ within
-    for _ in range(_SIGN_SWEEPS):
-        lengths = _best_length(signs, fields, products)
-        changed = False
-        for i in range(signs.shape[1]):
-            pull = fields[:, i] - lengths * (products[:, i] - within[i, i] * signs[:, i])
-            change = torch.where(pull < 0, -1.0, 1.0) - signs[:, i]
-            if bool(change.any()):
-                changed = True
-                products += change[:, None] * within[i]
-                signs[:, i] += change
-        if not changed:
-            break
-    return signs, _best_length(signs, fields, signs @ within)
-
-
-def _descend_in_blocks(signs: Tensor, fields: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimise as `_descend` does, in groups of coordinates: one large product per group, small ones inside it.
-
-    A sweep that changes no sign of a class leaves its length as it is, and the next one would change none either; such
-    classes take no part in further sweeps.
-
-    Args:
-        signs: Start, float32 [k, d] of +-1.
-        fields: h, [k, d].
-        within: G, [d, d].
-
-    Returns:
-        Signs [k, d] and lengths [k].
-    """
-    signs, fields = signs.T.contiguous(), fields.T.contiguous()  # a coordinate of all classes is contiguous
-    along, square = (fields * signs).sum(dim=0), ((within @ signs) * signs).sum(dim=0)  # h^T s and s^T G s
-    active = torch.arange(signs.shape[1])
-    for _ in range(_SIGN_SWEEPS):
-        s, h = signs[:, active], fields[:, active]
-        lengths = best_length(along[active], square[active])
-        changed = torch.zeros(len(active), dtype=torch.bool)
-        for start in range(0, len(s), _SIGNS_PER_BLOCK):
-            group = slice(start, min(start + _SIGNS_PER_BLOCK, len(s)))
-            inner = within[group, group]
-            products, changes = within[group] @ s, torch.zeros_like(s[group])
-            for i, own_weight in enumerate(inner.diagonal().tolist()):
-                others = products[i] - own_weight * s[start + i]
-                if i:
-                    others.addmv_(changes[:i].T, inner[i, :i])
-                pull = h[start + i] - lengths * others
-                torch.sub(torch.where(pull < 0, -1.0, 1.0), s[start + i], out=changes[i])
-            along[active] += (h[group] * changes).sum(dim=0)
-            square[active] += (changes * (2.0 * products + inner @ changes)).sum(dim=0)
-            s[group] += changes
-            changed |= changes.any(dim=0)
-        signs[:, active] = s
-        active = active[changed]
-        if not len(active):
-            break
-    return signs.T.contiguous(), best_length((fields * signs).sum(dim=0), ((within @ signs) * signs).sum(dim=0))
-
-
-def _best_length(signs: Tensor, fields: Tensor, products: Tensor) -> Tensor:
-    return best_length((fields * signs).sum(dim=1), (products * signs).sum(dim=1))
-
-
-def _separate_(packed: np.ndarray, num_signs: int) -> None:
+def separate_(packed: np.ndarray, num_signs: int) -> None:
     """Change signs of classes until no two classes have equal signs, which could never be told apart.
 
     Of each group of equals the first is kept. For the others, the last bits are counted through until the code is free.

@@ -1,9 +1,9 @@
-"""The search for the levels of a `binary` head with `bits_per_weight`, under the features' covariance.
+"""The search for the signs or levels of a `binary` head, under the features' covariance.
 
-With S the second moment of the features in the coordinates of the levels, a class of vector w gets the levels q and the
-step size g that lower
+With S the second moment of the features and B the coordinates of the levels, a class of vector w gets the levels q and
+the step size g that lower
 
-    (w - g q)^T S (w - g q).
+    (w - g B q)^T S (w - g B q).
 
 Coordinate descent starts at the rounded vector: each coordinate takes the best level given all others, and after each
 sweep the step size is the best one for the levels. (Rounding with error feedback, as LDLQ of arXiv:2307.13304 does,
@@ -12,6 +12,8 @@ make up for it.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,24 +34,46 @@ _COORDINATES_PER_BLOCK = 64
 _ROUNDINGS = 12  # rounds of levels and step sizes where coordinates do not depend on each other
 
 
+@dataclass(frozen=True)
+class CenteredRows:
+    """Class vectors [C, N] without their mean [N], made when they are asked for: no second copy of a large classifier.
+
+    >>> CenteredRows(torch.eye(2), torch.full((2,), 0.5))[1:]
+    tensor([[-0.5000,  0.5000]])
+    """
+
+    vectors: Tensor
+    mean: Tensor
+
+    def __len__(self) -> int:
+        """Return C."""
+        return len(self.vectors)
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        """Return some rows, [k, N]."""
+        return self.vectors[rows] - self.mean
+
+
 def choose_levels(
-    vectors: Tensor, directions: Tensor, moment: Tensor | None, levels: Levels, on_progress: OnProgress
+    vectors: CenteredRows | Tensor, directions: Tensor, moment: Tensor | None, levels: Levels, on_progress: OnProgress
 ) -> tuple[np.ndarray, Tensor]:
     """Choose the levels and the step size of each class.
 
     Args:
         vectors: Class vectors without their mean, float32 [C, N].
         directions: The coordinates that the levels are in, orthonormal columns, [N, d].
-        moment: S in these coordinates, [d, d]; None: the identity.
+        moment: S, [N, N]; None: the identity.
         levels: Which levels there are.
         on_progress: Called with the number of classes that are done.
 
     Returns:
-        Packed levels, uint8 [C, bytes], no two classes the same, and step sizes float32 [C]: whole steps of 1/255 of
-        the largest.
+        Packed levels, uint8 [C, bytes], and step sizes float32 [C]: whole steps of 1/255 of the largest.
     """
     c, d = len(vectors), directions.shape[1]
     packed, steps = np.empty((c, levels.num_bytes(d)), dtype=np.uint8), torch.empty(c)
+    what = "choosing signs" if levels is SIGNS else "choosing levels"
+    towards = directions if moment is None else moment @ directions
+    within = directions.T @ towards
     blocks = [slice(start, min(start + _CLASSES_PER_BLOCK, c)) for start in range(0, c, _CLASSES_PER_BLOCK)]
     for part in blocks:
         wanted = (vectors[part] @ directions).T.contiguous()  # a coordinate of all classes is contiguous
@@ -57,22 +81,22 @@ def choose_levels(
         if moment is None:
             q, steps[part] = _round(wanted, step, levels)
         else:
-            q = _nearest(wanted / step.clamp_min(1e-30), levels)
-            q, steps[part] = _descend(q, moment @ wanted, moment, levels, _SWEEPS)
+            q = nearest_levels(wanted / step.clamp_min(1e-30), levels)
+            q, steps[part] = _descend(q, (vectors[part] @ towards).T.contiguous(), within, levels, _SWEEPS)
         packed[part] = pack_levels(q.T.to(torch.int8).numpy(), levels)
-        on_progress("choosing levels", part.stop, 2 * c)
+        on_progress(what, max(1, part.stop // 2), c)
     longest = steps.max()
     steps = row_scale_steps(steps) * (longest / GAIN_STEPS)
     for part in blocks:
         wanted = (vectors[part] @ directions).T.contiguous()
         if moment is None:
-            q = _nearest(wanted / steps[part].clamp_min(1e-30), levels)
+            q = nearest_levels(wanted / steps[part].clamp_min(1e-30), levels)
         else:
             q = torch.from_numpy(unpacked_levels(packed[part], d, levels)).float().T.contiguous()
-            q, _ = _descend(q, moment @ wanted, moment, levels, _LAST_SWEEPS, steps[part])
+            fields = (vectors[part] @ towards).T.contiguous()
+            q, _ = _descend(q, fields, within, levels, _LAST_SWEEPS, steps[part])
         packed[part] = pack_levels(q.T.to(torch.int8).numpy(), levels)
-        on_progress("choosing levels", c + part.stop, 2 * c)
-    separate_levels_(packed, d, levels)
+        on_progress(what, (c + part.stop) // 2, c)
     return packed, steps
 
 
@@ -93,7 +117,7 @@ def round_classes(wanted: Tensor, levels: Levels, longest: float | None = None) 
     gains = None
     if longest is not None:
         steps = (step / longest * GAIN_STEPS).round().clamp(1, GAIN_STEPS)
-        q, gains = _nearest(columns / (steps * (longest / GAIN_STEPS)), levels), steps.to(torch.uint8)
+        q, gains = nearest_levels(columns / (steps * (longest / GAIN_STEPS)), levels), steps.to(torch.uint8)
     return pack_levels(q.T.to(torch.int8).numpy(), levels), gains
 
 
@@ -102,8 +126,13 @@ def row_scale_steps(lengths: Tensor) -> Tensor:
     return (lengths / float(lengths.max()) * GAIN_STEPS).round().clamp(1, GAIN_STEPS)
 
 
-def _nearest(wanted: Tensor, levels: Levels) -> Tensor:
-    """Round to the nearest levels."""
+def nearest_levels(wanted: Tensor, levels: Levels) -> Tensor:
+    """Round to the nearest levels.
+
+    >>> from fixify.heads.levels import LEVELS
+    >>> nearest_levels(torch.tensor([-9.0, 0.4, 2.2]), LEVELS[2])
+    tensor([-3.,  1.,  3.])
+    """
     if levels.spacing == 2:
         return wanted.mul(0.5).floor_().mul_(2.0).add_(1.0).clamp_(-levels.largest, levels.largest)
     return wanted.round().clamp_(-levels.largest, levels.largest)
@@ -113,7 +142,7 @@ def _round(wanted: Tensor, step: Tensor, levels: Levels) -> tuple[Tensor, Tensor
     """Round each coordinate [d, k] on its own, with the step size [k] that then fits best."""
     q = wanted
     for _ in range(_ROUNDINGS):
-        q = _nearest(wanted / step.clamp_min(1e-30), levels)
+        q = nearest_levels(wanted / step.clamp_min(1e-30), levels)
         step = best_length((q * wanted).sum(dim=0), q.square().sum(dim=0))
     return q, step
 
@@ -152,7 +181,7 @@ def _descend(
                 pull = pulls[i]
                 if i:
                     pull.addmv_(changes[:i].T, inner[i, :i], alpha=-1.0)
-                new = _nearest(pull / own_weight + part[start + i], levels)
+                new = nearest_levels(pull / own_weight + part[start + i], levels)
                 torch.sub(new, part[start + i], out=changes[i])
             along[active] += (h[group] * changes).sum(dim=0)
             square[active] += (changes * (2.0 * products + inner @ changes)).sum(dim=0)

@@ -101,6 +101,8 @@ class FinetuneOptions(CheckedOptions):
     margin: str | None = option(
         None, "Margin that the right class has to keep: cosface:0.35 or arcface:0.5.", metavar="NAME:MARGIN"
     )
+    # With many more classes than features, fixed codes are hard to reach. See `fixify.heads.learned_signs`.
+    learn_signs: bool = option(False, "Learn the signs of a binary head too; they are stored as before, one bit each.")
     sched: Literal["cosine", "linear", "step", "multistep", "constant"] = option(
         "cosine", "Schedule of the learning rate after the warmup."
     )
@@ -321,6 +323,16 @@ class FinetuneOptions(CheckedOptions):
             for name, (applies, why) in reasons.items():
                 if applies:
                     yield Conflict(("margin", name), f"margin {self.margin} cannot be combined with {name}: {why}")
+        if self.learn_signs:
+            reasons = {
+                "ema_decay": (self.ema_decay is not None, "an average of signs is no sign"),
+                "share_classes": (self.share_classes, "codes that are learned are not shared"),
+                "shard": (self.shard, "a sharded model has no whole codes"),
+                "compile": (self.compile, "a compiled model must not change"),
+            }
+            for name, (applies, why) in reasons.items():
+                if applies:
+                    yield Conflict(("learn_signs", name), f"learn_signs cannot be combined with {name}: {why}")
         for name in ("mixup", "cutmix"):
             if self.share_classes and getattr(self, name) > 0:
                 yield Conflict(
@@ -439,6 +451,12 @@ class TrainOptions(FinetuneOptions):
 
     def _conflicts(self) -> Iterator[Conflict]:
         yield from super()._conflicts()
+        if self.learn_signs:
+            yield Conflict(
+                ("learn_signs",),
+                "learn_signs needs a binary head, which takes its signs from a learned classifier",
+                "Train a learned head for a part of the epochs, convert it (--head binary), and finetune it.",
+            )
         if (self.mean is None) != (self.std is None):
             yield Conflict(("mean", "std"), "mean and std belong together; give both")
         if self.std is not None and min(self.std) <= 0:

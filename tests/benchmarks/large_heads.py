@@ -74,7 +74,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     bias = torch.zeros(c)
     if case["kind"] == "binary":
         standardize = "center" if samples else False
-        spec = HeadSpec("binary", n, c, bits_per_class=n, gains=True, normalize=bool(samples), standardize=standardize)
+        spec = HeadSpec("binary", n, c, bits_per_class=n, gains=True, normalize=False, standardize=standardize)
     else:
         spec = HeadSpec("hadamard", n, c, standardize=True, seed=case["seed"])
     wall, processor = time.perf_counter(), time.process_time()

@@ -25,22 +25,27 @@ from torch import Tensor, nn
 from fixify.checkpoints.learned import read_original
 from fixify.heads import HeadSpec
 from fixify.heads.fitting import replacement
+from fixify.heads.kinds import BINARY
 from fixify.metrics import eval_mode
 
 CROPS = 24
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
-def crops(size: int) -> list[list[Image.Image]]:
-    """Return the crops of each image; their sides are 35 to 100 % of its shorter side."""
+def scikit_images() -> list[Path]:
+    """List the images that come with scikit-image."""
     package = find_spec("skimage")
     if package is None or package.origin is None:
         raise SystemExit("pip install scikit-image")
+    folder = Path(package.origin).parent / "data"
+    return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+
+
+def crops(size: int, paths: list[Path]) -> list[list[Image.Image]]:
+    """Return the crops of each image; their sides are 35 to 100 % of its shorter side."""
     draw = random.Random(0)
     found = []
-    for path in sorted((Path(package.origin).parent / "data").iterdir()):
-        if path.suffix not in SUFFIXES:
-            continue
+    for path in paths:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
         if min(image.size) < 100:
@@ -55,8 +60,11 @@ def crops(size: int) -> list[list[Image.Image]]:
     return found
 
 
-def features_of(checkpoint: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the classifier's weight [C, N] and bias [C], and its input features [images, crops, N]."""
+def features_of(checkpoint: Path, paths: list[Path] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the classifier's weight [C, N] and bias [C], and its input features [images, crops, N].
+
+    The images are scikit-image's unless others are named.
+    """
     original = read_original(checkpoint)
     (site,) = original.sites
     facts = original.preprocessing
@@ -65,7 +73,7 @@ def features_of(checkpoint: Path) -> tuple[Tensor, Tensor, Tensor]:
     layer = model.get_submodule(site.path)
     layer.register_forward_pre_hook(lambda _layer, inputs: seen.append(inputs[0]))
     with eval_mode(model), torch.no_grad():
-        for some in crops(facts["input_size"][-1]):
+        for some in crops(facts["input_size"][-1], scikit_images() if paths is None else paths):
             pixels = torch.stack([torch.frombuffer(bytearray(one.tobytes()), dtype=torch.uint8) for one in some])
             images = pixels.reshape(CROPS, *some[0].size, 3).movedim(-1, 1).float() / 255
             model((images - mean) / std)
@@ -82,7 +90,7 @@ def heads(old: Old) -> dict[str, tuple[float, nn.Module]]:
         made[f"int{bits}"] = n * bits / 8 + 2, rounded(old, bits)
     made["binary, no images"] = n / 8 + 1, replacement(signs, old.weight, old.bias).head
     for bits in (n, n // 2, n // 4):
-        spec = HeadSpec("binary", n, c, bits_per_class=bits, gains=True, standardize="center")
+        spec = HeadSpec("binary", n, c, **BINARY.default_options(n, has_features=True, bits_per_class=bits))
         head = replacement(spec, old.weight, old.bias, features=old.features).head
         made[f"binary {bits}, calibrated"] = bits / 8 + 1, head
     made[f"truncated SVD, rank {rank}, float16"] = 2.0 * rank * (c + n) / c, low_rank(old, rank)

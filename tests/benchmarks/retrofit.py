@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from fixify.data import open_train_val
 from fixify.heads import FixedClassifier, HeadSpec, replacement, wide_blocks
+from fixify.heads.kinds import BINARY
 from fixify.training import FinetuneOptions
 from fixify.training.optimisers import parameter_groups
 
@@ -83,14 +84,15 @@ class Old:
 
 
 def read_task(name: str, cache: Path) -> Task:
-    """Read `kanji` (2,965 classes), `kanji-200` (the first 200 of them) or `fashion-mnist`."""
+    """Read `kanji` (2,965 classes), `kanji-512` or `kanji-200` (the first of them), or `fashion-mnist`."""
     if name == "fashion-mnist":
         train, val = (opened.images for opened in open_train_val(name))
         images = [F.pad(torch.from_numpy(split.pixels.copy()), (2, 2, 2, 2)) for split in (train, val)]
         labels = [torch.from_numpy(split.labels) for split in (train, val)]
         return _task(images[0], labels[0], images[1], labels[1], 10, 700, 234)
     train, train_labels, val, val_labels = (torch.from_numpy(array) for array in kanji.load(cache))
-    classes, base_steps, steps = (2965, 972, 324) if name == "kanji" else (200, 350, 175)
+    sizes = {"kanji": (2965, 972, 324), "kanji-512": (512, 350, 175), "kanji-200": (200, 350, 175)}
+    classes, base_steps, steps = sizes[name]
     kept, held_out = train_labels < classes, val_labels < classes
     return _task(train[kept], train_labels[kept], val[held_out], val_labels[held_out], classes, base_steps, steps)
 
@@ -193,7 +195,7 @@ def matched(old: Old, *, calibrated: bool) -> nn.Module:
 
 def binary(old: Old, bits: int) -> nn.Module:
     c, n = old.weight.shape
-    spec = HeadSpec("binary", n, c, bits_per_class=bits, gains=True, standardize="center")
+    spec = HeadSpec("binary", n, c, **BINARY.default_options(n, has_features=True, bits_per_class=bits))
     return replacement(spec, old.weight, old.bias, features=old.features).head
 
 

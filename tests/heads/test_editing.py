@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fixify.errors import HeadSpecError
-from fixify.heads import FixedClassifier, HeadSpec, replacement
+from fixify.heads import FixedClassifier, HeadSpec, encode, replacement
 from fixify.heads.editing import add_classes, keep_classes, merge_classes
 from fixify.heads.levels import LEVELS
 from fixify.heads.signs import pack_levels
@@ -140,10 +140,18 @@ def test_vectors_choose_the_codes(make_head: Callable[[str], FixedClassifier], n
     assert near > arbitrary + 0.05
 
 
+def rounded(spec: HeadSpec, weight: torch.Tensor) -> FixedClassifier:
+    """Make a head whose classes were rounded on their own, as those that are added are."""
+    made = encode(spec, weight)
+    return FixedClassifier(
+        spec, codes=torch.from_numpy(made.codes), gains=torch.from_numpy(made.gains), scale=made.scale
+    )
+
+
 def test_lengths_of_vectors_become_row_scales(make_head: Callable[[str], FixedClassifier]) -> None:
     spec = HeadSpec(**CASES["binary"])
     weight = torch.randn(90, 64, generator=torch.Generator().manual_seed(0))
-    head = replacement(spec, weight).head
+    head = rounded(spec, weight)
     again = add_classes(head, 2, weight[:2] - weight.mean(dim=0), lengths=True)
     assert head.gains is not None and again.gains is not None
     assert (again.gains[-2:].int() - head.gains[:2].int()).abs().max() <= 1
@@ -156,7 +164,7 @@ def test_levels_are_chosen_as_for_the_old_classes(bits: float) -> None:
     """A class that is added with the vector of an old one gets its levels and its step size, but for rounding."""
     spec = HeadSpec("binary", num_features=64, num_classes=90, bits_per_weight=bits, gains=True, normalize=False)
     weight = torch.randn(90, 64, generator=torch.Generator().manual_seed(0))
-    head = replacement(spec, weight).head.eval()
+    head = rounded(spec, weight).eval()
     rows = slice(3, 7)
     again = add_classes(head, 4, weight[rows] - weight.mean(dim=0), lengths=True)
     assert head.gains is not None and again.gains is not None

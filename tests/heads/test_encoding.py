@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from fixify.errors import HeadSpecError
 from fixify.heads import FixedClassifier, HeadSpec, codebook, encode, level_search
 from fixify.heads import encoding as module
+from fixify.heads.answer_search import Answers
 from fixify.heads.codes import unpacked_levels
 from fixify.heads.kinds import BINARY, GAIN_STEPS
 from fixify.heads.levels import LEVELS
@@ -101,25 +102,25 @@ def _moment(n: int) -> torch.Tensor:
     return mix @ mix.T
 
 
-@pytest.mark.parametrize("moment", [None, _moment(150)], ids=["without features", "with features"])
-@pytest.mark.parametrize("classes_at_once", [1 << 12, 7])
-def test_large_heads_descend_in_the_same_steps(
-    draw, moment: torch.Tensor | None, classes_at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Coordinates are grouped and classes split; only the rounding differs."""
-    n, c = 150, 30
-    vectors, spec = draw(c, n), spec_of(n, c, n)
-    small = encode(spec, vectors, feature_moment=moment)
-    monkeypatch.setattr(module, "_AT_ONCE", 0)
-    monkeypatch.setattr(module, "_CLASSES_PER_BLOCK", classes_at_once)
-    large = encode(spec, vectors, feature_moment=moment)
-    assert np.array_equal(large.codes, small.codes)
-    assert np.array_equal(large.gains, small.gains)
-    assert large.scale == pytest.approx(small.scale, rel=1e-5)
+def test_answers_need_a_metric(draw) -> None:
+    vectors = draw(30, 16)
+    answers = Answers.of(draw(96, 16, seed=1), torch.zeros(16), torch.ones(16), vectors, None)
+    with pytest.raises(HeadSpecError, match="give both"):
+        encode(spec_of(16, 30, 16), vectors, answers=answers)
+
+
+@pytest.mark.parametrize("bits", [8, 20])
+def test_codes_chosen_by_answers_are_all_different(draw, bits: int) -> None:
+    """Classes that are equal are told apart after the last search too."""
+    vectors = draw(30, 20)
+    vectors[20:] = vectors[:10]
+    answers = Answers.of(draw(200, 20, seed=1), torch.zeros(20), torch.ones(20), vectors, None)
+    codes = encode(spec_of(20, 30, bits), vectors, feature_moment=_moment(20), answers=answers).codes
+    assert len(np.unique(codes, axis=0)) == 30
 
 
 def _separated_one_by_one(packed: np.ndarray, num_signs: int) -> np.ndarray:
-    """What `_separate_` does, without its memory of where each group of equals stopped."""
+    """What `separate_` does, without its memory of where each group of equals stopped."""
     taken: set[bytes] = set()
     made = []
     for first in packed:
@@ -138,7 +139,7 @@ def test_groups_of_equal_classes_are_separated_as_one_by_one() -> None:
     packed = np.random.default_rng(0).integers(0, 4, (200, 1), dtype=np.uint8) << 3
     packed = np.concatenate((packed, np.full((200, 1), 5, dtype=np.uint8)), axis=1)
     expected = _separated_one_by_one(packed, 16)
-    module._separate_(packed, 16)
+    module.separate_(packed, 16)
     assert np.array_equal(packed, expected)
     assert len(np.unique(packed, axis=0)) == 200
 
@@ -149,7 +150,7 @@ def test_thousands_of_equal_classes_take_as_many_steps(monkeypatch: pytest.Monke
     packbits = np.packbits
     monkeypatch.setattr(module.np, "packbits", lambda bits: (steps.append(1), packbits(bits))[1])
     packed = np.zeros((3000, 4), dtype=np.uint8)
-    module._separate_(packed, 32)
+    module.separate_(packed, 32)
     assert len(np.unique(packed, axis=0)) == 3000
     assert len(steps) < 3000
 
@@ -157,7 +158,7 @@ def test_thousands_of_equal_classes_take_as_many_steps(monkeypatch: pytest.Monke
 def test_progress_ends_at_the_number_of_classes(draw) -> None:
     told: list[tuple[str, int, int]] = []
     encode(spec_of(20, 40, 20), draw(40, 20), on_progress=lambda *now: told.append(now))
-    assert told[-1][1:] == (40, 40)
+    assert told[-1][1] == told[-1][2]
 
 
 # --- Levels
@@ -238,12 +239,15 @@ def test_equal_classes_get_different_levels(bits: float) -> None:
         encode(level_spec(16, 3, bits), torch.ones(3, 16))
 
 
-@pytest.mark.parametrize("classes_at_once", [1 << 12, 7])
-def test_classes_do_not_depend_on_each_other(draw, classes_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    vectors, moment = draw(30, 150), _moment(150)
-    whole = encode(level_spec(150, 30, 2), vectors, feature_moment=moment)
-    monkeypatch.setattr(level_search, "_CLASSES_PER_BLOCK", classes_at_once)
-    parts = encode(level_spec(150, 30, 2), vectors, feature_moment=moment)
+@pytest.mark.parametrize("with_features", [False, True])
+@pytest.mark.parametrize("spec", [level_spec(152, 30, 2), spec_of(152, 30, 152), spec_of(152, 30, 40)], ids=repr)
+def test_classes_do_not_depend_on_each_other(
+    draw, spec: HeadSpec, with_features: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors, moment = draw(30, 152), _moment(152) if with_features else None
+    whole = encode(spec, vectors, feature_moment=moment)
+    monkeypatch.setattr(level_search, "_CLASSES_PER_BLOCK", 7)
+    parts = encode(spec, vectors, feature_moment=moment)
     assert (whole.codes != parts.codes).mean() < 0.01  # rounding may turn a tie
     assert parts.scale == pytest.approx(whole.scale, rel=1e-4)
 

