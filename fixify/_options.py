@@ -42,6 +42,10 @@ _ALLOWED = {
 }
 
 
+_NUMBER_OR_WORD = ("constrained-float", "literal['auto']")
+"""The alternatives of an option that takes a number or a word; mistakes are told of the number."""
+
+
 @dataclass(frozen=True)
 class Conflict:
     """Options that exclude each other.
@@ -224,6 +228,10 @@ def _mistakes(validate: Callable[[dict[str, Any]], object], values: Mapping[str,
         found: list[Mistake] = []
         for problem in error.errors(include_url=False):
             path, given = problem["loc"], problem["input"]
+            if path and path[-1] in _NUMBER_OR_WORD:  # what pydantic adds for each alternative of a union
+                if path[-1] != _NUMBER_OR_WORD[0]:
+                    continue
+                path = path[:-1]
             if problem["type"] == CONFLICT:
                 conflicts: list[Conflict] = problem["ctx"]["conflicts"]
                 found += [Mistake(path, CONFLICT, each.sentence, given, each.options, each.hint) for each in conflicts]

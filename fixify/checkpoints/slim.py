@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -331,6 +331,7 @@ def save(
     refuse_existing(Path(path), force=force)
     _refuse_unstorable(model)
     info = getattr(model, "fixify_info", None)
+    info = _with_learned_signs(info, model) if isinstance(info, SlimInfo) else info
     if not isinstance(info, SlimInfo) or arch is not None or not _describes(info, model):
         info = describe(model, arch)
     changes = {"labels": labels, "training": None if training is None else dict(training)}
@@ -484,6 +485,17 @@ def _describes(info: SlimInfo, model: nn.Module) -> bool:
         return False
     heads = {path or BARE_PATH: head for path, head in model.named_modules() if isinstance(head, FixedClassifier)}
     return {record.path: record.spec for record in info.heads} == {path: head.spec for path, head in heads.items()}
+
+
+def _with_learned_signs(info: SlimInfo, model: nn.Module) -> SlimInfo:
+    """Take over the digests of heads whose signs were learned; see `FixedClassifier.learn_signs_`."""
+    heads = {path or BARE_PATH: head.spec for path, head in model.named_modules() if isinstance(head, FixedClassifier)}
+    records = []
+    for record in info.heads:
+        spec = heads.get(record.path, record.spec)
+        is_relearned = replace(spec, digest=record.spec.digest) == record.spec
+        records.append(replace(record, spec=spec) if is_relearned else record)
+    return info.model_copy(update={"heads": tuple(records)})
 
 
 def _name_in_timm(model: nn.Module) -> str | None:

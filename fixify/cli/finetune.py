@@ -55,7 +55,8 @@ def finetune(
         typer.Option(
             "--no-distill",
             help="No teacher. Default: the original, if it is known (--against, or beside SLIM under its recorded name "
-            "and hash) and the codes are matched to it or have one bit per weight or more.",
+            "and hash) and the codes are matched to it or have one bit per weight or more. With one bit or more and no "
+            "original: the checkpoint itself.",
             rich_help_panel=PANELS["distillation"],
         ),
     ] = False,

@@ -187,7 +187,7 @@ def parameters(options: type[CheckedOptions], names: tuple[str, ...] = ()) -> di
         if not flag.names:
             continue
         spellings = flag.names
-        if kind is bool and info.default is True:
+        if kind is bool and info.default is not False:
             spellings = tuple(f"{spelling}/--no-{spelling.removeprefix('--')}" for spelling in flag.names)
         shown = typer.Option(
             *spellings,
@@ -235,8 +235,11 @@ def _plain_type(hint: Any) -> Any:
 
 
 def _choices(hint: Any) -> list[str]:
+    """List the values of a `Literal`; none if something else is allowed too."""
     if get_origin(hint) is Literal:
         return [str(value) for value in get_args(hint)]
+    if sum(argument is not type(None) for argument in get_args(hint)) > 1 and get_origin(hint) is not tuple:
+        return []
     return [choice for argument in get_args(hint) for choice in _choices(argument)]
 
 

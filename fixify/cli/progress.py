@@ -260,6 +260,14 @@ class TrainingDisplay(RunDisplay):
             self.output.warn(event.text)
         elif isinstance(event, training.RunStarted):
             self._start(event)
+        elif isinstance(event, training.RateChosen):
+            tried = ", ".join(f"{loss:.4f} at {rate:g}" for rate, loss in event.losses)
+            why = (
+                "the lowest loss after a few steps"
+                if min(event.losses, key=_loss)[0] == event.lr
+                else ("the lowest rate, because none improved")
+            )
+            self.output.say(f"learning rate {event.lr:g}, {why}: {event.before:.4f} before, {tried}")
         elif isinstance(event, training.Evaluating):
             self._evaluating(event)
         elif isinstance(event, training.OriginalEvaluated):
@@ -337,6 +345,10 @@ class TrainingDisplay(RunDisplay):
         if event.is_best:
             self._best = event.record
         return event.record
+
+
+def _loss(tried: tuple[float, float]) -> float:
+    return tried[1]
 
 
 def _left_out(record: EpochRecord) -> str:

@@ -102,6 +102,7 @@ def make_loader(
     augmentation: Augmentation | None = None,
     unreadable: UnreadableImages | None = None,
     shard: Shard | None = None,
+    copy: int | None = None,
 ) -> ImageLoader:
     """Make batches of images and labels for a model.
 
@@ -113,12 +114,14 @@ def make_loader(
         workers: Loader processes; 0 loads in this process.
         device: Where the batches will be used. For CUDA they are copied there ahead of time (timm's prefetcher).
         seed: Decides order, augmentation and mixing, together with the epoch.
-        augmentation: Used only in training. None means `Augmentation()`.
+        augmentation: Used only in training, and with `copy`. None means `Augmentation()`.
         unreadable: Counts the images that cannot be read. None allows none. In training the next readable image of the
             data replaces an unreadable one (as in timm), so that batches keep their size; otherwise it is left out.
         shard: Which process this is, of several that run together. In training, k processes with batches of B images
             see the same images, augmented, mixed and erased alike, as one process with batches of k * B. Otherwise
             each image is in exactly one shard, and a shard may be empty.
+        copy: Outside of training: augment each image as in training in this epoch, but erase and mix nothing. None:
+            do not augment.
 
     Returns:
         An iterable over (images float32 [B, channels, height, width], labels int64 [B]). With Mixup or CutMix the
@@ -138,16 +141,18 @@ def make_loader(
         seed=seed,
         even=training and augmentation.mixes,
         shard=shard or Shard(),
+        copy=copy,
     )
+    augmented = training or copy is not None
     reading = Reading(workers)
     loader: Any = DataLoader(
         _TransformedImages(
             opened.images,
             "L" if channels_of(preprocessing) == 1 else "RGB",
-            _training_transform(preprocessing, augmentation) if training else _evaluation_transform(preprocessing),
-            random=training,
+            _training_transform(preprocessing, augmentation) if augmented else _evaluation_transform(preprocessing),
+            random=augmented,
             reading=reading,
-            shorter_side=_shorter_side(preprocessing, augmentation if training else None),
+            shorter_side=_shorter_side(preprocessing, augmentation if augmented else None),
         ),
         batch_sampler=keys,
         num_workers=workers,

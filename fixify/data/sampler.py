@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 from torch.utils.data import Sampler
 
 from fixify._values import counted
@@ -38,6 +39,7 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
         even: Round the batch size down to an even number; timm's Mixup pairs the images of a batch.
         shard: Which process this is. In training the processes together read the batches that one process with
             batches of batch_size * shard.count images would read. Otherwise process r reads images r, r + count, ...
+        copy: Outside of training: give the images the seeds of this epoch; None: all get 0.
 
     Attributes:
         batch_size: Images per batch of this process, after the adjustments above.
@@ -52,9 +54,18 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, *, training: bool, seed: int, even: bool, shard: Shard
+        self,
+        num_images: int,
+        batch_size: int,
+        *,
+        training: bool,
+        seed: int,
+        even: bool,
+        shard: Shard,
+        copy: int | None = None,
     ) -> None:
         self.num_images = num_images
+        self.copy = copy
         self.training = training
         self.seed = seed
         self.shard = shard
@@ -80,8 +91,11 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         if not self.training:
             indices = self._own_indices()
+            drawn = np.zeros(self.num_images, np.uint32)
+            if self.copy is not None:
+                drawn = derive_seeds(self.seed, self.copy, Stream.IMAGES, count=self.num_images)
             for start in range(self.first_batch * self.batch_size, len(indices), self.batch_size):
-                yield [(index, 0) for index in indices[start : start + self.batch_size]]
+                yield [(index, int(drawn[index])) for index in indices[start : start + self.batch_size]]
             return
         order = permutation(self.seed, self.epoch, Stream.ORDER, count=self.num_images)
         seeds = derive_seeds(self.seed, self.epoch, Stream.IMAGES, count=self.num_images)

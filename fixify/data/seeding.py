@@ -37,6 +37,7 @@ class Stream(enum.IntEnum):
     INIT = 9  # initial weights of a network trained from scratch
     ERASING = 10
     LAST_BLOCK_ORDER = 11  # order of the features in that stage
+    RATE_SEARCH = 12  # images that are held out to compare learning rates
 
 
 def derive_seed(*parts: int) -> int:

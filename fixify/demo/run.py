@@ -1,7 +1,7 @@
 """Run the demo: draw the data, convert a checkpoint, fine-tune it, and measure it on held-out typefaces.
 
 It does what a user would type, `fixify convert`, `fixify finetune` and `fixify eval`, through the same functions, and
-plots the accuracy and the bytes per class.
+plots the accuracy against the bytes per class.
 """
 
 from __future__ import annotations
@@ -47,12 +47,22 @@ SHIPPED = Path(__file__).with_name("glyphs500.pth")
 DEFAULT_FOLDER = Path("fixify-demo")
 LETTERS = "letters224"
 """Name of the checkpoint that reads letters and digits: C = 224 classes, N = 256 features."""
-LAST_BLOCK_EPOCHS, LAST_BLOCK_RATE = 30, 0.2
+LAST_BLOCK_EPOCHS, LAST_BLOCK_RATE = 60, 0.1
 """Epochs of the last blocks alone, which cost little because features are computed once; and their learning rate."""
+LAST_BLOCK_COPIES, TEACHING = 6, 0.9
+"""Augmented copies of each image that the last blocks learn from; and the weight of the original's answers."""
 EPOCHS, RATE = 0, 0.005
 """Epochs of the whole network after that, which does not gain from them; and their learning rate."""
-MANY_LAST_BLOCK_EPOCHS = 10
-"""Epochs of the last blocks with more classes than features and twice as many images."""
+MANY_LAST_BLOCK_EPOCHS = 20
+"""Epochs of the last blocks with more classes than features and twice as many images, without copies."""
+UNTRAINED: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("64-signs", "64 signs per class", {"bits_per_class": 64}),
+    ("128-signs", "128 signs per class", {"bits_per_class": 128}),
+    ("signs", "1 bit per weight", {}),
+)
+"""Binary heads that are only calibrated: the end of the file's name, the name, and the options of `convert`."""
+ONE_SHOT = "signs"
+"""The one of them that has one bit per weight."""
 RESULTS = "demo.json"
 _CALIBRATION_IMAGES = 1024
 _MARK = "fixify.demo"
@@ -99,6 +109,23 @@ class ManyClasses:
 
 
 @dataclass(frozen=True)
+class Classifier:
+    """One point of the plot.
+
+    Attributes:
+        name: What kind of classifier it is.
+        bytes_per_class: What it stores for each class, without the bias.
+        top1: Its top-1 on the held-out typefaces, percent.
+        trained: Whether it was fine-tuned.
+    """
+
+    name: str
+    bytes_per_class: float
+    top1: float
+    trained: bool = False
+
+
+@dataclass(frozen=True)
 class DemoResult:
     """What the demo measured, all of it in this run.
 
@@ -111,7 +138,8 @@ class DemoResult:
         one_shot: A slim checkpoint that is never trained: a binary head, calibrated without labels.
         finetuned: The slim checkpoint after fine-tuning, which is the one to use.
         data: The images.
-        plot: The plot of accuracy and bytes per class.
+        plot: The plot of accuracy against bytes per class.
+        classifiers: What the plot shows: the original first, then the heads.
         savings: Parameters and bytes before and after.
         original_metrics: Metrics of the original on the held-out typefaces.
         converted_metrics: Metrics of the converted checkpoint before training.
@@ -133,6 +161,7 @@ class DemoResult:
     finetuned: Path
     data: GlyphData
     plot: Path
+    classifiers: tuple[Classifier, ...]
     savings: Savings
     original_metrics: Metrics
     converted_metrics: Metrics
@@ -159,6 +188,7 @@ class DemoResult:
                 plain[name] = value.to_dict()
         plain["many"] = None if self.many is None else asdict(self.many)
         plain["data"] = {**asdict(self.data), "folder": str(self.data.folder)}
+        plain["classifiers"] = [asdict(each) for each in self.classifiers]
         for name in ("history", "control_history"):
             plain[name] = [record.to_dict() for record in plain[name]]
         return plain
@@ -177,6 +207,8 @@ def demo_options(epochs: int = EPOCHS, *, seed: int = 0) -> FinetuneOptions:
         lr=RATE if epochs else LAST_BLOCK_RATE,
         warmup_epochs=0.25,
         last_block_epochs=0 if epochs else LAST_BLOCK_EPOCHS,
+        last_block_copies=LAST_BLOCK_COPIES,
+        distill_weight=TEACHING,
         scale=(0.8, 1.0),
         ratio=(0.9, 1.1),
         hflip=0.0,
@@ -247,19 +279,22 @@ class _Demo:
         tell(StageStarted("draw", "Drawing letters and digits"))
         data = self._draw("letters", letter_labels())
 
-        tell(StageStarted("convert", "Converting the checkpoint twice, calibrated on images without labels"))
+        tell(StageStarted("convert", "Converting the checkpoint, calibrated on images without labels"))
         original = folder / f"{LETTERS}.pth"
         write_letters(original)
         conversion = _convert(original, folder / f"{LETTERS}.fixed.safetensors", data)
-        signs = _convert(original, folder / f"{LETTERS}-signs.fixed.safetensors", data, head="binary")
+        untrained = {
+            end: _convert(original, folder / f"{LETTERS}-{end}.fixed.safetensors", data, head="binary", **options).path
+            for end, _, options in UNTRAINED
+        }
 
         tell(StageStarted("original", "Evaluating the original"))
         opened = open_model(original)
         train, val = open_train_val(str(data.folder))
         original_metrics = _evaluate(opened, val, tell)
 
-        tell(StageStarted("one-shot", "Evaluating 1-bit signs, without any training"))
-        one_shot_metrics = _evaluate(open_model(signs.path), val, tell)
+        tell(StageStarted("one-shot", "Evaluating signs, without any training"))
+        one_shot = {end: _evaluate(open_model(path), val, tell) for end, path in untrained.items()}
 
         tell(StageStarted("finetune", "Fine-tuning the Hadamard codes; the original teaches"))
         first = tuned = self._finetune(conversion.path, data, original, demo_options(0), "finetuned")
@@ -276,32 +311,25 @@ class _Demo:
         reloaded = _evaluate(open_model(tuned.best_path), val, tell)
         costs = self._many() if many else None
         plot = folder / "plot.png"
-        write_plot(
-            Curves(
-                original=original_metrics.top1,
-                fixed=[first.before.top1, *(record.val_top1 for record in history)],
-                control=[original_metrics.top1, *(record.val_top1 for record in controlled)] if controlled else [],
-                sizes=[
-                    ("original", _bytes_per_class(opened.model), original_metrics.top1),
-                    ("1 bit per weight, untrained", _bytes_per_class(load(signs.path)), one_shot_metrics.top1),
-                    ("Hadamard codes, fine-tuned", _bytes_per_class(load(tuned.best_path)), reloaded.top1),
-                ],
-                num_images=original_metrics.num_images,
-            ),
-            plot,
-        )
+        classifiers = [Classifier("original, float16", _bytes_per_class(opened.model), original_metrics.top1)]
+        for end, name, _ in UNTRAINED:
+            classifiers.append(Classifier(name, _bytes_per_class(load(untrained[end])), one_shot[end].top1))
+        size = _bytes_per_class(load(tuned.best_path))
+        classifiers.append(Classifier("Hadamard codes", size, reloaded.top1, trained=True))
+        write_plot(classifiers, original_metrics.num_images, plot)
         result = DemoResult(
             folder=folder,
             original=original,
             converted=conversion.path,
-            one_shot=signs.path,
+            one_shot=untrained[ONE_SHOT],
             finetuned=tuned.best_path,
             data=data,
             plot=plot,
+            classifiers=tuple(classifiers),
             savings=conversion.savings,
             original_metrics=original_metrics,
             converted_metrics=first.before,
-            one_shot_metrics=one_shot_metrics,
+            one_shot_metrics=one_shot[ONE_SHOT],
             finetuned_metrics=reloaded,
             history=history,
             control_history=controlled,
@@ -355,7 +383,7 @@ class _Demo:
         conversion = _convert(original, self.folder / f"{SHIPPED.stem}.fixed.safetensors", data)
         opened = open_model(original)
         metrics = _evaluate(opened, open_train_val(str(data.folder))[1], self.tell)
-        options = demo_options(0).replace(last_block_epochs=MANY_LAST_BLOCK_EPOCHS)
+        options = demo_options(0).replace(last_block_epochs=MANY_LAST_BLOCK_EPOCHS, last_block_copies=0)
         tuned = self._finetune(conversion.path, data, original, options, "many")
         return ManyClasses(data.num_classes, metrics.top1, tuned.after.val_top1, MANY_LAST_BLOCK_EPOCHS)
 
@@ -432,69 +460,45 @@ def _read_results(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-@dataclass(frozen=True)
-class Curves:
-    """What the plot shows.
+def write_plot(classifiers: Sequence[Classifier], num_images: int, path: Path) -> None:
+    """Draw the accuracy of classifiers against the bytes that they store for each class, and write it as PNG.
 
-    Attributes:
-        original: Top-1 of the original in percent.
-        fixed: Top-1 with the fixed head before training, after that of the last blocks, and after each epoch.
-        control: The same for the learned classifier trained in the same way; empty if it was left out.
-        sizes: (name, bytes per class, top-1) of each classifier, the original first.
+    Args:
+        classifiers: The original first.
         num_images: Number of held-out images behind each accuracy.
-    """
-
-    original: float
-    fixed: Sequence[float]
-    control: Sequence[float]
-    sizes: Sequence[tuple[str, float, float]]
-    num_images: int
-
-
-def write_plot(curves: Curves, path: Path) -> None:
-    """Draw the curves and write them as PNG.
+        path: Where to write.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    figure = Figure(figsize=(9.6, 3.9), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7.2, 4.0), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-
-    epochs = range(len(curves.fixed))
-    names = ["start", "last blocks", *(str(epoch) for epoch in epochs[1:])][: len(epochs)]
-    original = f"original {curves.original:.1f}"
-    left.axhline(curves.original, color=_QUIET, linewidth=1, linestyle=(0, (5, 3)), zorder=1, label=original)
-    if curves.control:
-        control = f"learned, trained in the same way {curves.control[-1]:.1f}"
-        left.plot(
-            epochs, curves.control, color=_LEARNED, marker="s", linewidth=1.5, markersize=4, zorder=2, label=control
-        )
-    fixed = f"fixed {curves.fixed[-1]:.1f}"
-    left.plot(epochs, curves.fixed, color=_FIXED, marker="o", linewidth=2, markersize=5, zorder=3, label=fixed)
-    left.legend(loc="lower right", frameon=False, fontsize=9, labelcolor="linecolor")
-    left.set_xticks(list(epochs), names)
-    left.set_ylim(-3, 109)
-    left.set_xlim(-0.15, len(curves.fixed) - 0.85)
-    left.set_xlabel("epochs of fine-tuning")
-    left.set_title(f"top-1 on typefaces held out ({curves.num_images:,} images), %", loc="left", fontsize=10)
-
-    for place, (name, size, top1) in enumerate(curves.sizes):
-        colour = _FIXED if place else _LEARNED
-        right.plot([size], [top1], marker="o", markersize=7, color=colour, linestyle="none")
-        side, above = ("right", 10) if place == 0 else ("center", -18)
-        label = f"{name}: {top1:.1f}"
-        right.annotate(label, (size, top1), (0, above), textcoords="offset points", ha=side, fontsize=9)
-    right.set_xscale("log", base=2)
-    right.set_xlim(0.1, 1024)
-    right.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
-    lowest = min((top1 for _, _, top1 in curves.sizes), default=0.0)
-    right.set_ylim(lowest - 2, 100.2)
-    right.set_xlabel("bytes per class")
-    right.set_title("the same top-1 against stored bytes, %", loc="left", fontsize=10)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e5e7eb", linewidth=0.8)
-        axes.set_axisbelow(True)
+    axes = figure.subplots()
+    original, *heads = classifiers
+    axes.axhline(original.top1, color=_QUIET, linewidth=1, linestyle=(0, (5, 3)), zorder=1)
+    untrained = sorted((each.bytes_per_class, each.top1) for each in heads if not each.trained)
+    axes.plot(*zip(*untrained, strict=True), color=_FIXED, linewidth=1.5, zorder=2)
+    for each in classifiers:
+        colour = _LEARNED if each is original else _FIXED
+        axes.plot(
+            [each.bytes_per_class], [each.top1], marker="s" if each.trained else "o", markersize=7, color=colour,
+            linestyle="none", zorder=3,
+        )  # fmt: skip
+        state = "" if each is original else ", fine-tuned" if each.trained else ", untrained"
+        label = f"{each.name}{state}\n{each.top1:.2f} %, {each.bytes_per_class:g} bytes"
+        side, offset = ("right", (8, 8)) if each is original else ("left", (6, -22))
+        place = (each.bytes_per_class, each.top1)
+        axes.annotate(label, place, offset, textcoords="offset points", ha=side, fontsize=8)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(1, 1024)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
+    lowest, highest = (choose(each.top1 for each in classifiers) for choose in (min, max))
+    margin = max(0.1, highest - lowest)
+    axes.set_ylim(lowest - 0.35 * margin, highest + 0.25 * margin)
+    axes.set_xlabel("bytes per class")
+    axes.set_title(f"top-1 on typefaces held out ({num_images:,} images), %", loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e5e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")

@@ -2,8 +2,8 @@
 
 This package knows nothing of files, model libraries or the command line. Imports point downwards: `streams`,
 `constructions`, `levels`, `matrices`, `codes`, `kinds`, `spec` and `signs`, `product`, `statistics`, `normalisation`,
-`prepared`, `loss`, `layer`, `cosines` and `matching`, `level_search`, `encoding`, `fitting`. The names are imported
-when they are first used: `HeadSpec` needs neither torch nor NumPy.
+`level_search`, `encoding`, `learned_signs`, `prepared`, `loss`, `layer`, `cosines` and `matching`, `fitting`. The names
+are imported when they are first used: `HeadSpec` needs neither torch nor NumPy.
 """
 
 from typing import TYPE_CHECKING

@@ -25,7 +25,7 @@ SKETCH_TOLERANCE = 1e-4
 """In units of sqrt(C), the standard deviation of a sketch's numbers. Two LAPACKs differ by 1e-6 at most in float32. A
 codebook of another seed agrees in one number by chance once in 10,000, and in all 32 never."""
 
-_CHUNK_BYTES = 1 << 24
+_CHUNK_BYTES = 1 << 20
 _ROTATION_BLOCK = 1
 
 

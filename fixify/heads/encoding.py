@@ -94,7 +94,7 @@ def encode(
             raise HeadSpecError("The answers to samples are heeded beside the feature moment; give both.")
         refine_levels_(codes, lengths, rows, directions, moment, levels, answers)
     if levels is SIGNS:
-        _separate_(codes, d)
+        separate_(codes, d)
     else:
         separate_levels_(codes, d, levels)
     return BinaryCodes(codes, gains, scale)
@@ -115,7 +115,7 @@ def _gains(lengths: Tensor, squares: float) -> tuple[np.ndarray, float]:
     return row_scale_steps(lengths).to(torch.uint8).numpy(), longest * squares**0.5
 
 
-def _separate_(packed: np.ndarray, num_signs: int) -> None:
+def separate_(packed: np.ndarray, num_signs: int) -> None:
     """Change signs of classes until no two classes have equal signs, which could never be told apart.
 
     Of each group of equals the first is kept. For the others, the last bits are counted through until the code is free.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from fixify.errors import CodebookMismatchError, HeadSpecError
 from fixify.heads.kinds import GAIN_STEPS, codebook
+from fixify.heads.learned_signs import latent_of, packed_signs, signs_of
+from fixify.heads.levels import SIGNS
 from fixify.heads.loss import Margin, Reduction, SoftTarget, cross_entropy
 from fixify.heads.normalisation import NORM_EPSILON, ScaledDirections
 from fixify.heads.prepared import PreparedHead, is_traced, prepare
@@ -75,7 +78,7 @@ class FixedClassifier(nn.Module):
     running mean, and `num_batches_tracked` [] (if `spec.standardize`), `spread` [N], the running std (unless that is
     "center"), `codes` (code indices [C] if `spec.matched`, packed signs uint8 [C, ceil(d / 8)] if binary, or packed
     levels), and `gains` uint8 [C] (if `spec.gains`), the row scales in steps of 1/255. The properties `mean`, `std` and
-    `row_scales` read them.
+    `row_scales` read them. `learn_signs_` makes the signs of a binary head learnable.
 
     Stored signs and levels stay packed in memory, 1 to 4 bits each (1.6 for 1.58): twice, in the buffer `codes` and for
     the product. In training up to 2^24 of them are numbers too, as are up to 2^19 before the mode is set. In
@@ -110,12 +113,15 @@ class FixedClassifier(nn.Module):
     num_batches_tracked: Tensor | None
     codes: Tensor | None
     gains: Tensor | None
+    latent: nn.Parameter | None  # [C, d], while signs are learned: they are its signs
 
     deferred: bool = False
     """Whether `forward` returns features instead of logits, for code that passes them to `losses_of_scaled` or `top_k`:
     those of `scaled_features` in training mode, the unchanged input in eval mode."""
     synchronized: bool = False
     """Whether the running statistics are those of the batches of all processes of torch.distributed's default group."""
+    keeps_statistics: bool = False
+    """Whether the running statistics stay as they are in training mode."""
 
     _prepared: PreparedHead | None = None  # of the last evaluation
     _checksum: int | None = None  # of the stored codes; see `check_codes`
@@ -157,6 +163,7 @@ class FixedClassifier(nn.Module):
         self.register_buffer("spread", new(spec.num_features) if spec.standardize is True else None)
         count = torch.zeros((), dtype=torch.int64, device=device) if spec.standardize else None
         self.register_buffer("num_batches_tracked", count)
+        self.register_parameter("latent", None)
         self.register_buffer("codes", self._new_codes(stored, device))
         self.register_buffer("gains", None)
         if spec.gains:
@@ -201,7 +208,61 @@ class FixedClassifier(nn.Module):
                 self.bias.zero_()
             if self.codes is not None and self.product.stored is not None:
                 self.codes.copy_(torch.from_numpy(self.product.stored.astype(str(self.codes.dtype).split(".")[1])))
+            if self.latent is not None and self.product.stored is not None:
+                self.latent.copy_(latent_of(self.product.stored, self.product.num_kept))
         self.reset_statistics()
+
+    def learn_signs_(self) -> FixedClassifier:
+        """Make the signs of a binary head learnable, until `hold_signs_`.
+
+        In training mode the codes are then the signs of `latent`, a parameter [C, d] that starts at the signs
+        themselves, and gradients pass through the sign unchanged (Courbariaux, Bengio & David, "BinaryConnect", NIPS
+        2015). `eval()` stores the signs, and spec and codes are the new ones from then on. Call this before the
+        optimiser is made. Only the signs of `latent` count: Adam at a rate of 0.1 moves them well, SGD hardly.
+
+        Returns:
+            The head itself.
+
+        Raises:
+            HeadSpecError: The head stores no signs, or they have not been loaded.
+        """
+        product = self.product
+        if product.packed is None or product.levels is not SIGNS or product.stored is None:
+            raise HeadSpecError(
+                f"Only stored signs can be learned; this head of kind {self.spec.kind!r} has none.",
+                hint="Convert with: fixify convert SOURCE --head binary",
+            )
+        if self.latent is None:
+            latent = latent_of(product.stored, product.num_kept).to(self.scale.device, self.scale.dtype)
+            self.latent = nn.Parameter(latent)
+        return self
+
+    def hold_signs_(self) -> FixedClassifier:
+        """Store the signs that were learned, and hold them from now on.
+
+        Returns:
+            The head itself.
+        """
+        if self.latent is not None:
+            self._store_signs(self.latent)
+            self.latent = None
+        return self
+
+    def _store_signs(self, latent: Tensor) -> None:
+        stored = packed_signs(latent)
+        if self.codes is None or self.product.stored is None or np.array_equal(stored, self.product.stored):
+            return
+        self.spec = replace(self.spec, digest=None).resolve(stored)
+        self.codes.copy_(torch.from_numpy(stored))
+        self._checksum = _checksum(stored)
+        self.product.rebuild(stored, device=self.scale.device, dtype=self.scale.dtype)
+
+    def _refuse_learned_signs(self) -> None:
+        if self.latent is not None and self.training:
+            raise HeadSpecError(
+                "The signs of this head are being learned, and only `forward` knows those of this step.",
+                hint="Call the head itself, or first hold_signs_() or eval().",
+            )
 
     def shardable_(self) -> FixedClassifier:
         """Give the scale one dimension, [1] instead of [], so that `torch.distributed.fsdp.fully_shard` accepts it.
@@ -312,8 +373,10 @@ class FixedClassifier(nn.Module):
         return prepared
 
     def train(self, mode: bool = True) -> FixedClassifier:
-        """Set the mode, as `nn.Module.train`; what was prepared for the other mode is dropped."""
+        """Set the mode, as `nn.Module.train`; drop what the other one prepared, and store signs that are learned."""
         self._prepared = None
+        if self.latent is not None and not mode:
+            self._store_signs(self.latent)
         super().train(mode)
         self.product.hold_numbers(mode, self.scale.dtype)
         return self
@@ -329,7 +392,12 @@ class FixedClassifier(nn.Module):
 
     def _formula(self, x: Tensor) -> Tensor:
         """Compute the logits by the formula, with gradients."""
-        logits = self.product(self.scaled_features(x))
+        scaled = self.scaled_features(x)
+        if self.latent is not None and self.training:
+            unit = 1.0 if self.product.table is None else self.product.unit
+            logits = F.linear(self.product.rotate(scaled), (signs_of(self.latent) * unit).to(scaled.dtype))
+        else:
+            logits = self.product(scaled)
         if self.gains is not None:
             logits = logits * (self.gains.to(logits.dtype) * (1.0 / GAIN_STEPS))
         if self.bias is not None:
@@ -382,12 +450,13 @@ class FixedClassifier(nn.Module):
             Values [..., k], largest first, and classes int64 [..., k]; with channel_dim=1 [B, k, ...].
 
         Raises:
-            HeadSpecError: `k` is out of range, or the codes have not been loaded.
+            HeadSpecError: `k` is out of range, the codes have not been loaded, or signs are being learned.
 
         >>> head = FixedClassifier(HeadSpec("identity", num_features=4, num_classes=3, normalize=False), scale=1.0)
         >>> head.top_k(torch.tensor([3.0, 1.0, 2.0, 0.0]), 2).classes
         tensor([0, 2])
         """
+        self._refuse_learned_signs()
         if not 1 <= k <= self.out_features:
             raise HeadSpecError(f"k must be between 1 and the {self.out_features} classes, got {k}.")
         x = self._channels_last(x)
@@ -422,7 +491,7 @@ class FixedClassifier(nn.Module):
         Returns:
             [..., N], standardised and normalised as the spec says, times the scale.
         """
-        return self._scaled(self._channels_last(x), update=self.training)
+        return self._scaled(self._channels_last(x), update=self.training and not self.keeps_statistics)
 
     def loss(
         self,
@@ -445,14 +514,15 @@ class FixedClassifier(nn.Module):
             target: Labels, int64 [...], as `F.cross_entropy` takes them. For features [B, N] also distributions [B, C],
                 or a `SoftTarget` of few classes.
             label_smoothing: Weight of the uniform distribution, 0 to 1.
-            margin: `CosFace` or `ArcFace`; for labels, normalised features and codes of one length.
+            margin: `CosFace` or `ArcFace`; for labels and normalised features.
             reduction: "mean", "sum", or "none": the losses in the shape of the labels.
             group: Processes that share the classes: each computes the logits of its share for the samples of all. Every
                 process calls this with the same number of samples, and gets the loss of its own. Gradients are those of
                 the sum over processes, which DistributedDataParallel averages as it averages others.
 
         Raises:
-            HeadSpecError: The target does not fit, or a margin is given to a head whose logits are no cosines.
+            HeadSpecError: The target does not fit, a margin is given to a head whose logits are no cosines, or signs
+                are being learned.
 
         >>> head = FixedClassifier(HeadSpec("hadamard", num_features=64, num_classes=1000, bias=False))
         >>> x, y = torch.randn(5, 64), torch.arange(5)
@@ -461,8 +531,8 @@ class FixedClassifier(nn.Module):
         """
         if not 0 <= label_smoothing <= 1:
             raise HeadSpecError(f"label_smoothing must lie in 0 .. 1, got {label_smoothing}.")
-        if margin is not None and (not self.spec.normalize or self.gains is not None):
-            raise HeadSpecError("A margin needs normalised features and codes of one length.")
+        if margin is not None and not self.spec.normalize:
+            raise HeadSpecError("A margin needs normalised features.")
         z = self.scaled_features(x)
         losses, _ = self.losses_of_scaled(z, target, label_smoothing=label_smoothing, margin=margin, group=group)
         if reduction == "none":
@@ -493,6 +563,7 @@ class FixedClassifier(nn.Module):
         Raises:
             HeadSpecError: See `loss`.
         """
+        self._refuse_learned_signs()
         if isinstance(target, Tensor) and not target.is_floating_point():
             if target.shape != z.shape[:-1]:
                 raise HeadSpecError(f"Expected labels of shape {list(z.shape[:-1])}, got {list(target.shape)}.")
@@ -552,7 +623,9 @@ class FixedClassifier(nn.Module):
         if tensor is not None and codes is not None and not codes.is_meta:
             memory_dtype = getattr(torch, tensor.memory_dtype or tensor.dtype or "")
             stored = codes.detach().to("cpu", memory_dtype).numpy()
-            spec = self.spec.resolve(stored)  # before anything is overwritten
+            # The signs that a run learns are not those that it began with.
+            wanted = self.spec if self.latent is None else replace(self.spec, digest=None)
+            spec = wanted.resolve(stored)  # before anything is overwritten
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.scale.is_meta:
             return

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -27,8 +28,12 @@ Reduction = Literal["mean", "sum", "none"]
 
 BLOCK_LOGITS = 1 << 17
 """Logits of a block, over the batch: 0.5 MB in float32, which stays in a core's cache."""
+PAIR_LOGITS = 1 << 18
+"""Logits of a block of codes and their negatives; half as many scores are held."""
 _LEAST_CLASSES = 512
 """Classes of a block, however large the batch."""
+_LARGEST_EXPONENT = 66.0
+"""Logits up to which exponentials need no shift: the sum of 10^7 of them, e^82, is below the largest float32, e^88."""
 
 
 @dataclass(frozen=True)
@@ -118,17 +123,6 @@ class _Job:
     exclude: bool
     needs_total: bool
 
-    def is_quick(self, z: Tensor) -> bool:
-        """Check whether `CodeProduct.pair_logits` and `pair_gradient`, of fewer passes, do for these features."""
-        product = self.product
-        return (
-            product.has_pairs
-            and self.gains is None
-            and product.right is not None
-            and z.dtype == product.right.dtype == torch.promote_types(z.dtype, torch.float32)
-            and not torch.is_autocast_enabled(z.device.type)
-        )
-
     def logits(self, scores: Tensor, bias: Tensor | None, block: CodeBlock, z: Tensor) -> Tensor:
         """Compute the logits of a block, in float32 at least, in the memory of its scores if these are no part of z."""
         logits = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
@@ -174,12 +168,8 @@ class _Summarise(torch.autograd.Function):
         largest = torch.full((len(z),), -torch.inf, dtype=wide, device=z.device)
         exponentials, total = torch.zeros_like(largest), torch.zeros_like(largest)
         picked = largest.new_zeros(len(z), 1 if soft else job.target.shape[1])
-        is_quick = job.is_quick(z)
         for block, inside, place in job.places():
-            if is_quick:
-                logits = job.product.pair_logits(z, block, None if bias is None else bias[block.classes])
-            else:
-                logits = job.logits(job.product.block_product(z, block), bias, block, z)
+            logits = job.logits(job.product.block_product(z, block), bias, block, z)
             if job.needs_total:
                 total += logits.sum(dim=1)
             if soft:
@@ -212,14 +202,10 @@ class _Summarise(torch.autograd.Function):
         z = z.detach().requires_grad_(z_grad is not None)
         enabled, dtype = ctx.autocast
         with torch.autocast(kind, dtype=dtype, enabled=enabled):
-            is_quick = job.is_quick(z)
             for block, inside, place in job.places():
-                if is_quick:
-                    grad = job.product.pair_logits(z, block, None if bias is None else bias[block.classes])
-                else:
-                    with torch.enable_grad():
-                        scores = job.product.block_product(z, block)
-                    grad = job.logits(scores, bias, block, z)
+                with torch.enable_grad():
+                    scores = job.product.block_product(z, block)
+                grad = job.logits(scores, bias, block, z)
                 grad.sub_(shift).exp_()
                 if job.exclude:
                     grad.scatter_(1, place, torch.where(inside, 0.0, grad.gather(1, place)))
@@ -232,13 +218,196 @@ class _Summarise(torch.autograd.Function):
                     grad += of_total[:, None]
                 if bias_grad is not None:
                     bias_grad[block.classes] = grad.sum(dim=0).to(bias_grad.dtype)
-                if z_grad is not None and is_quick:
-                    z_grad += job.product.pair_gradient(grad, block)
-                elif z_grad is not None:
+                if z_grad is not None:
                     if job.gains is not None:
                         grad *= job.gains[block.classes]
                     z_grad += torch.autograd.grad(scores, z, grad.to(scores.dtype))[0]
         return None if z_grad is None else z_grad.to(z.dtype), bias_grad, None
+
+
+class _SummarisePairs(torch.autograd.Function):
+    """Compute a `LogitSummary` where codes are rows of Hadamard blocks and their negatives, in fewer passes.
+
+    The logits of a Hadamard block are s + b for its N rows and b' - s for their negatives, so the exponentials of both
+    are products of those of the scores, of the biases, and of a reciprocal: their sums are two products with vectors.
+    Logits must be small enough for exponentials without a shift; see `_are_small`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, bias: Tensor | None, job: _Job) -> tuple[Tensor, ...]:
+        pairs = _Pairs(job, z, bias)
+        exponentials, total = z.new_zeros(len(z)), z.new_zeros(len(z))
+        largest = torch.full_like(total, -torch.inf)
+        picked = z.new_zeros(job.target.numel())
+        for part in pairs.parts():
+            scores, spare = part.scores(z)
+            for sign, entries, place in part.targets:
+                picked[entries] = sign * scores[place]
+            if job.needs_total:
+                total += part.sum_of_biases
+                if part.surplus is not None:
+                    total += torch.mv(scores, part.surplus)
+            torch.add(scores, part.biases[0], out=spare)
+            largest = torch.maximum(largest, part.exclude(spare, 1, -torch.inf).amax(dim=1))
+            torch.sub(part.biases[1], scores, out=spare)
+            largest = torch.maximum(largest, part.exclude(spare, -1, -torch.inf).amax(dim=1))
+            torch.reciprocal(scores.exp_(), out=spare)
+            exponentials += torch.mv(part.exclude(scores, 1, 0.0), part.factors[0])
+            exponentials += torch.mv(part.exclude(spare, -1, 0.0), part.factors[1])
+        picked = picked.view(job.target.shape)
+        if bias is not None:
+            picked += pairs.is_own * bias[job.target]
+        ctx.job = job
+        ctx.save_for_backward(z, bias, exponentials)
+        ctx.mark_non_differentiable(largest)
+        return exponentials.log(), picked, total, largest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (z, bias, exponentials), job = ctx.saved_tensors, ctx.job
+        of_lse, of_picked, of_total, _ = grads
+        pairs = _Pairs(job, z, bias)
+        weights = torch.where(exponentials > 0, of_lse / exponentials, 0.0)
+        of_picked = of_picked.flatten()
+        z_grad = torch.zeros_like(z) if ctx.needs_input_grad[0] else None
+        bias_grad = torch.zeros_like(bias) if ctx.needs_input_grad[1] else None
+        for part in pairs.parts():
+            positive, negative = part.scores(z)
+            torch.reciprocal(positive.exp_(), out=negative)
+            part.exclude(positive, 1, 0.0)
+            part.exclude(negative, -1, 0.0)
+            if bias_grad is not None:
+                sums = torch.stack((torch.mv(positive.t(), weights), torch.mv(negative.t(), weights)))
+                bias_grad[part.block.classes] = part.in_order(sums.mul_(part.factors))
+            if z_grad is not None:
+                grad = positive.mul_(part.factors[0]).addcmul_(negative, part.factors[1], value=-1.0)
+                grad.mul_(weights[:, None])
+                for sign, entries, place in part.targets:
+                    grad.index_put_(place, sign * of_picked[entries], accumulate=True)
+                if job.needs_total and part.surplus is not None:
+                    grad.addr_(of_total, part.surplus)
+                z_grad += part.gradient(grad, negative)
+        if bias_grad is not None:
+            bias_grad.index_add_(0, job.target.flatten(), (pairs.is_own.flatten() * of_picked).to(bias_grad.dtype))
+            if job.needs_total:
+                for block in job.blocks:
+                    bias_grad[block.classes] += of_total.sum()
+        return z_grad, bias_grad, None
+
+
+class _Pairs:
+    """What `_SummarisePairs` needs of all blocks; `parts` yields it for one block after another.
+
+    Attributes:
+        is_own: Whether the target is in one of the blocks, [B, k].
+    """
+
+    def __init__(self, job: _Job, z: Tensor, bias: Tensor | None) -> None:
+        n, c = z.shape[1], job.product.spec.num_classes
+        self.job = job
+        padded = F.pad(z.new_zeros(c) if bias is None else bias.detach(), (0, -c % (2 * n)), value=-torch.inf)
+        self.biases = padded.view(-1, 2, n).transpose(0, 1).contiguous()
+        self.factors = self.biases.exp()
+        bounds = z.new_tensor([block.first_block for block in job.blocks], dtype=torch.int64)
+        ends = z.new_tensor([block.end_block for block in job.blocks], dtype=torch.int64)
+        target = job.target.flatten()
+        code, row = target // (2 * n), target % (2 * n)
+        part = torch.searchsorted(bounds, code, right=True) - 1
+        own = (part >= 0) & (code < ends[part.clamp_min(0)])
+        self.is_own = own.view(job.target.shape)
+        # The targets of each block and sign are neighbours in this order.
+        group = torch.where(own, 2 * part + (row >= n), 2 * len(job.blocks))
+        self._order = torch.argsort(group, stable=True)
+        self._starts = torch.searchsorted(group[self._order], torch.arange(2 * len(bounds) + 1)).tolist()
+        column = (code - bounds[part.clamp_min(0)]) * n + row % n
+        self._place = (self._order // job.target.shape[1], column[self._order])
+        most = max(block.end_block - block.first_block for block in job.blocks)
+        self.memory = z.new_empty(2 * len(z) * most * n)
+
+    def parts(self) -> Iterator[_PairsOfBlock]:
+        for i, block in enumerate(self.job.blocks):
+            targets = []
+            for sign, start, end in zip((1, -1), self._starts[2 * i :], self._starts[2 * i + 1 :], strict=False):
+                if end > start:
+                    place = tuple(index[start:end] for index in self._place)
+                    targets.append((sign, self._order[start:end], place))
+            yield _PairsOfBlock(self, block, targets)
+
+
+class _PairsOfBlock:
+    """The logits of k Hadamard blocks: their biases, and where targets are.
+
+    Attributes:
+        block: The block.
+        targets: For both signs of a code, if there are any: the sign, positions in the flattened targets, and the
+            indices of their scores.
+        biases: Those of rows and of negatives, [2, k N]; -inf where there is no class.
+        factors: Their exponentials.
+        surplus: 1 where a row has a class and its negative has none, else 0: [k N]; None if all have.
+    """
+
+    def __init__(self, pairs: _Pairs, block: CodeBlock, targets: list[tuple[int, Tensor, tuple[Tensor, ...]]]) -> None:
+        self._pairs, self.block, self.targets = pairs, block, targets
+        codes = slice(block.first_block, block.end_block)
+        self.biases, self.factors = (each[:, codes].flatten(1) for each in (pairs.biases, pairs.factors))
+        self.surplus: Tensor | None = None
+        if block.num_classes < self.biases.numel():
+            exist = (self.biases > -torch.inf).to(self.biases.dtype)
+            self.surplus = exist[0] - exist[1]
+
+    @property
+    def sum_of_biases(self) -> Tensor:
+        """The sum of the biases of its classes, []."""
+        return self.in_order(self.biases).sum()
+
+    def scores(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the scores of the rows, and give as much memory: [B, k N]."""
+        found, spare = self._pairs.job.product.pair_scores(z, self.block, self._pairs.memory)
+        return found.flatten(1), spare.flatten(1)
+
+    def gradient(self, grad: Tensor, spare: Tensor) -> Tensor:
+        """Multiply the gradient of the scores with the rows: [B, k N] to [B, N]."""
+        shape = (len(grad), -1, self._pairs.biases.shape[2])
+        return self._pairs.job.product.pair_gradient(grad.view(shape), spare.view(shape), self.block)
+
+    def exclude(self, values: Tensor, sign: int, value: float) -> Tensor:
+        """Change what belongs to the target's class, if it is left out, in values of codes of a sign, [B, k N]."""
+        if self._pairs.job.exclude:
+            for each, _, place in self.targets:
+                if each == sign:
+                    values[place] = value
+        return values
+
+    def in_order(self, of_signs: Tensor) -> Tensor:
+        """Bring numbers [2, k N] into the order of classes."""
+        n = self._pairs.biases.shape[2]
+        return of_signs.view(2, -1, n).transpose(0, 1).reshape(-1)[: self.block.num_classes]
+
+
+def _may_be_pairs(product: CodeProduct, z: Tensor, gains: Tensor | None, target: Tensor) -> bool:
+    """Check whether `_SummarisePairs` can compute this but for the size of its logits."""
+    return (
+        product.has_pairs
+        and gains is None
+        and not target.is_floating_point()
+        and not torch.compiler.is_compiling()
+        and z.device.type == "cpu"  # elsewhere, `_are_small` would wait for the device
+        and not torch.is_autocast_enabled("cpu")
+        and product.right is not None
+        and z.dtype == product.right.dtype == torch.promote_types(z.dtype, torch.float32)
+    )
+
+
+@torch.no_grad()
+def _are_small(product: CodeProduct, z: Tensor, bias: Tensor | None) -> bool:
+    """Check that the sum of the exponentials of all logits, and its reciprocal, are numbers without a shift."""
+    if not len(z):
+        return False
+    largest = float(torch.linalg.vector_norm(z, dim=1).max()) / product.prescale  # codes have norm 1
+    if bias is not None:
+        largest += float(bias.abs().max())
+    return largest <= _LARGEST_EXPONENT
 
 
 def summarise(
@@ -267,16 +436,20 @@ def summarise(
             of the sum of what the processes compute; that of the bias is 0 outside the own classes.
     """
     z = product.rotate(z)
-    # A product under autocast computes gradients in half precision; their sum must not.
-    blocks = product.blocks(max(_LEAST_CLASSES, BLOCK_LOGITS // max(1, len(z) * _size(group))))
+    are_pairs = _may_be_pairs(product, z, gains, target)
+    logits = PAIR_LOGITS if are_pairs else BLOCK_LOGITS
+    blocks = product.blocks(max(_LEAST_CLASSES, logits // max(1, len(z) * _size(group))))
     if group is None or _size(group) == 1:
-        return LogitSummary(*_Summarise.apply(z, bias, _Job(product, blocks, gains, target, exclude, needs_total)))
+        job = _Job(product, blocks, gains, target, exclude, needs_total)
+        function = _SummarisePairs if are_pairs and _are_small(product, z, bias) else _Summarise
+        return LogitSummary(*function.apply(z, bias, job))
     own = blocks[dist.get_rank(group) :: _size(group)]
     everyone = _gather(target, group).flatten(0, 1)
     job = _Job(product, own, gains, everyone, exclude, needs_total)
     z = _Gather.apply(z, group)
     if own:
-        log_sum_exp, picked, total, largest = _Summarise.apply(z, bias, job)
+        function = _SummarisePairs if are_pairs and _are_small(product, z, bias) else _Summarise
+        log_sum_exp, picked, total, largest = function.apply(z, bias, job)
     else:  # more processes than blocks
         total = z.sum(dim=1).to(torch.promote_types(z.dtype, torch.float32)) * 0.0
         total = total if bias is None else total + bias.sum() * 0.0  # a gradient, as DistributedDataParallel wants
@@ -334,6 +507,7 @@ def cross_entropy(
     log_sum_exp, picked, total = found.log_sum_exp, found.target, found.total
     if margin is not None:
         of_target, scale = picked[:, 0], margin[1].to(picked.dtype)
+        scale = scale if gains is None else scale * gains[classes[:, 0]]
         offset = torch.zeros_like(of_target) if bias is None else bias[classes[:, 0]].to(picked.dtype)
         moved = margin[0].apply((of_target - offset) / scale) * scale + offset
         log_sum_exp, total = torch.logaddexp(log_sum_exp, moved), total + moved - of_target

@@ -6,6 +6,7 @@ for Kronecker products). That costs N (a + b) multiplications for N scores inste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -305,45 +306,46 @@ class CodeProduct(nn.Module):
         uses_rows = self.right is not None and self.table is None and self.packed is None and self.index is None
         return uses_rows and self.spec.num_classes > self.spec.num_features
 
-    def pair_logits(self, z: Tensor, block: CodeBlock, bias: Tensor | None) -> Tensor:
-        """Compute `block_product(z, block) + bias` without gradients, in fewer passes.
+    def pair_scores(self, z: Tensor, block: CodeBlock, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Multiply features with the rows of a block, and not with their negatives, without gradients.
 
         Args:
             z: [B, N], in the type of the tables.
-            block: One of `blocks` of a product that `has_pairs`.
-            bias: [k], of the block's classes.
+            block: One of `blocks` of a product that `has_pairs`: k Hadamard blocks.
+            memory: At least 2 B k N numbers that are overwritten; new memory for each block would cost page faults.
 
         Returns:
-            [B, k]; the caller may change it.
+            The scores and a tensor of undefined numbers, both [B, k, N] in `memory`.
         """
-        scores = _block_scores(z, self.left, _given(self.right), self._signs_of(block))
-        _, blocks, n = scores.shape
-        logits = z.new_empty(len(z), blocks, 2, n)
-        plus, minus = logits.unbind(dim=2)
-        if bias is None:
-            plus.copy_(scores)
-            torch.neg(scores, out=minus)
+        right, signs = _given(self.right), self._signs_of(block)
+        shape = (len(z), block.end_block - block.first_block, z.shape[1])
+        found, spare = (part.view(shape) for part in memory[: 2 * math.prod(shape)].chunk(2))
+        b = right.shape[0]
+        if signs is None:
+            spare.copy_(z.unsqueeze(1))
         else:
-            of_plus, of_minus = _padded(bias, 2 * n * blocks).view(blocks, 2, n).unbind(dim=1)
-            torch.add(scores, of_plus, out=plus)
-            torch.sub(of_minus, scores, out=minus)
-        return logits.view(len(z), -1)[:, : block.num_classes]
+            torch.mul(z.unsqueeze(1), signs, out=spare)
+        torch.mm(spare.view(-1, b), right.t(), out=found.view(-1, b))
+        if self.left is None:
+            return found, spare
+        _multiply_left(self.left, found, spare, b)
+        return spare, found
 
-    def pair_gradient(self, grad: Tensor, block: CodeBlock) -> Tensor:
-        """Multiply with the codes of a block, the gradient of `block_product`: [B, k] to [B, N].
+    def pair_gradient(self, grad: Tensor, spare: Tensor, block: CodeBlock) -> Tensor:
+        """Compute the gradient of `pair_scores`: [B, k, N] to [B, N].
 
         Args:
-            grad: [B, k].
+            grad: [B, k, N]; overwritten.
+            spare: [B, k, N]; overwritten.
             block: One of `blocks` of a product that `has_pairs`.
         """
-        n, right, signs = self.spec.num_features, _given(self.right), self._signs_of(block)
-        blocks, b = block.end_block - block.first_block, right.shape[0]
-        plus, minus = _padded(grad, 2 * n * blocks).view(len(grad), blocks, 2, n).unbind(dim=2)
-        z = (plus - minus).view(-1, n // b, b)
+        right, signs = _given(self.right), self._signs_of(block)
+        b = right.shape[0]
         if self.left is not None:
-            z = torch.bmm(self.left.t().expand(len(z), -1, -1), z)
-        z = torch.mm(z.view(-1, b), right).view(len(grad), blocks, n)
-        return z[:, 0] if signs is None else z.mul_(signs).sum(dim=1)
+            _multiply_left(self.left.t(), grad, spare, b)
+            grad, spare = spare, grad
+        torch.mm(grad.view(-1, b), right, out=spare.view(-1, b))
+        return spare[:, 0] if signs is None else spare.mul_(signs).sum(dim=1)
 
     def _signs_of(self, block: CodeBlock) -> Tensor | None:
         return None if self.block_signs is None else self.block_signs[block.first_block : block.end_block]
@@ -367,15 +369,17 @@ class CodeProduct(nn.Module):
         return scores.flatten(-2)[..., first : first + count]
 
 
+def _multiply_left(left: Tensor, z: Tensor, out: Tensor, b: int) -> None:
+    """Multiply each [a, b] of z with `left` [a, a]."""
+    a = len(left)
+    z = z.view(-1, a, b)
+    torch.bmm(left.expand(len(z), a, a), z, out=out.view(-1, a, b))
+
+
 def _given(table: Tensor | None) -> Tensor:
     if table is None:
         raise HeadSpecError("This product has no Hadamard matrix.")
     return table
-
-
-def _padded(rows: Tensor, size: int) -> Tensor:
-    """Append zeros to the last dimension up to a size, without a copy where none are missing."""
-    return rows if rows.shape[-1] == size else F.pad(rows, (0, size - rows.shape[-1]))
 
 
 def _block_scores(z: Tensor, left: Tensor | None, right: Tensor, block_signs: Tensor | None) -> Tensor:

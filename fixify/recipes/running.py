@@ -138,6 +138,9 @@ def starting_options(recipe: Recipe, section: str, stored: _Options | None) -> t
         UsageError: the recipe has no such section.
     """
     wanted: _Options = section_of(recipe, section)
+    if isinstance(wanted, FinetuneOptions) and wanted.lr is not None and wanted.last_block_epochs is None:
+        # A recipe with a rate means what it meant before this default existed; so do those that runs recorded.
+        wanted = wanted.replace(last_block_epochs=0)
     if stored is None:
         return wanted, None
     start = stored.replace(**{option: getattr(wanted, option) for _, option in recipe.overridden})

@@ -29,6 +29,7 @@ _EXPORTS = {
     "ReferenceModel": "fixify.training.teacher",
     "RunFacts": "fixify.training.facts",
     "RunOutput": "fixify.training.facts",
+    "RateChosen": "fixify.training.events",
     "RunStarted": "fixify.training.events",
     "SaveModel": "fixify.training.facts",
     "Step": "fixify.training.events",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from fixify.training.events import LastBlockEpoch as LastBlockEpoch
     from fixify.training.events import Listener as Listener
     from fixify.training.events import OriginalEvaluated as OriginalEvaluated
+    from fixify.training.events import RateChosen as RateChosen
     from fixify.training.events import RunStarted as RunStarted
     from fixify.training.events import Step as Step
     from fixify.training.events import Validated as Validated

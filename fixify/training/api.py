@@ -28,6 +28,7 @@ from fixify.surgery import HeadConfig, fix_classifier_
 from fixify.training import distributed
 from fixify.training.events import Listener, Warned
 from fixify.training.facts import Inputs, NamedFile, OpenedInputs, Recorded, RunFacts, RunOutput, SaveModel
+from fixify.training.last_block import uncalibrated_heads
 from fixify.training.options import FinetuneOptions, TrainOptions
 from fixify.training.run import FinetuneResult, train_model
 from fixify.training.run_folder import BEST_FILE, LAST_FILE, stored_options
@@ -63,13 +64,14 @@ def finetune(
         data_name: See `fixify.data.open_data`.
         out_dir: Folder of the run; None: see `finetune_folder`.
         options: How to train; None takes the defaults, or with `resume` those that the run was started with. The
-            defaults of `lr` and `distill_weight` depend on the head.
+            defaults of `lr`, `distill_weight` and `freeze_bn` depend on the head.
         against: The original, a checkpoint or a model name. It is evaluated once on the validation data before
             training, and `options.max_drop` is measured from it. None takes the teacher if `max_drop` has no number.
         distill: The teacher, a checkpoint or a model name, usually the original; `options.distill_weight` is its
             weight. With `options.unlabelled` the data may be any images; see `fixify.data.open_unlabelled`. None takes
             the original for most heads that were converted from it (`fixify.training.starting_point.default_teacher`):
-            `against`, or the file that the checkpoint was made from if it lies beside it unchanged. False takes none.
+            `against`, or the file that the checkpoint was made from if it lies beside it unchanged; without it, for
+            heads with one bit per weight or more, the checkpoint itself. False takes none.
         resume: Continue the run in `out_dir`.
         force: Replace the run in `out_dir`.
         download: Allow downloading `torch/...` data.
@@ -107,10 +109,12 @@ def finetune(
         class_names = val.recorded_names if val.labelled else _class_names(info)
         known, note = None, None
         if distill is None:
-            chosen, known = _default_teacher(inputs, info, val, options, out, on_event, resume=resume or restarted)
+            chosen, known = _default_teacher(
+                inputs, info, val, options, out, on_event, resume=resume or restarted, model=model
+            )
             if chosen is not None:
                 inputs = replace(inputs, distill=chosen)
-                note = f"learning from the original's answers: {Path(chosen).name} (--no-distill: from the labels)"
+                note = _teacher_note(chosen, source)
         teacher, original = _open_references(inputs, val, options, on_event, teacher=known)
         if original is None and options.max_drop is not None and options.original_top1 is None:
             original = teacher
@@ -205,6 +209,7 @@ def _default_teacher(
     on_event: Listener | None,
     *,
     resume: bool,
+    model: nn.Module,
 ) -> tuple[Path | str | None, ReferenceModel | None]:
     """Choose the teacher of a run for which nobody named one.
 
@@ -219,7 +224,8 @@ def _default_teacher(
     def choose() -> Path | str | None:
         if not may_have_teacher(out, resume=resume):
             return None
-        chosen = default_teacher(Path(inputs.checkpoint or ""), info, inputs.against, options)
+        calibrated = not uncalibrated_heads(model)
+        chosen = default_teacher(Path(inputs.checkpoint or ""), info, inputs.against, options, calibrated=calibrated)
         if chosen is not None and chosen != inputs.against:
             try:
                 opened.append(open_reference(chosen, val, options))
@@ -231,6 +237,15 @@ def _default_teacher(
 
     chosen = distributed.on_rank_zero(choose)
     return chosen, opened[0] if opened else None
+
+
+def _teacher_note(teacher: Path | str, slim: Path) -> str:
+    if teacher == slim:
+        return (
+            f"the original is not known: learning from the labels and the answers of {slim.name} itself (--distill "
+            "ORIGINAL: from the original's; --no-distill: from the labels alone)"
+        )
+    return f"learning from the original's answers: {Path(teacher).name} (--no-distill: from the labels)"
 
 
 @contextmanager

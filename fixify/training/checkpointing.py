@@ -340,6 +340,7 @@ def engine_state(engine: Engine) -> dict[str, Any]:
         ),
         "scaler": engine.scaler.state_dict(),
         "ema": None if engine.ema is None else engine.ema.module.state_dict(),
+        **({} if engine.signs is None else {"signs": engine.signs.state_dict()}),
     }
 
 
@@ -357,6 +358,8 @@ def load_engine_state(engine: Engine, state: dict[str, Any]) -> None:
     engine.scaler.load_state_dict(state["scaler"])
     if engine.ema is not None:
         engine.ema.module.load_state_dict(state["ema"])
+    if engine.signs is not None:
+        engine.signs.load_state_dict(state["signs"])
 
 
 def check_stored_run(stored: StoredState, facts: RunFacts, options: FinetuneOptions) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +21,15 @@ from fixify.heads import FixedClassifier
 from fixify.training import distributed
 from fixify.training.facts import OpenedInputs
 from fixify.training.losses import HeadMargin, LossPlan, check_cosine_heads, make_margin, plan_loss
-from fixify.training.optimisers import Frozen, freeze_, make_optimiser, make_schedule
+from fixify.training.optimisers import (
+    Frozen,
+    freeze_,
+    hold_signs_,
+    learn_signs_,
+    make_optimiser,
+    make_schedule,
+    make_sign_optimiser,
+)
 from fixify.training.options import FinetuneOptions
 from fixify.training.parallel import (
     ReplicatedModel,
@@ -51,6 +60,7 @@ class Engine:
         parallel: The model wrapped for several processes, while they train.
         loss_plan: Whether the loss is computed without logits.
         margin: Of the right class in the loss; None without `options.margin`.
+        signs: Updates the signs of the heads; None without `options.learn_signs`.
     """
 
     model: nn.Module
@@ -67,6 +77,7 @@ class Engine:
     parallel: ReplicatedModel | ShardedModel | None = None
     loss_plan: LossPlan = field(default_factory=LossPlan)
     margin: HeadMargin | None = None
+    signs: torch.optim.Optimizer | None = None
 
     @property
     def evaluated(self) -> nn.Module:
@@ -75,6 +86,10 @@ class Engine:
 
     def model_to_save(self) -> nn.Module:
         """Return the model that rank 0 writes a checkpoint of; every process must call this."""
+        if self.options.learn_signs:
+            held = copy.deepcopy(self.model)
+            hold_signs_(held)
+            return held
         if not self.options.shard:
             return self.evaluated
         weights = gather_weights(self.model)
@@ -140,7 +155,9 @@ def make_engine(model: nn.Module, opened: OpenedInputs, options: FinetuneOptions
         check_cosine_heads(model)
     if options.sync_bn and distributed.world_size() > 1:
         model = synchronize_batch_norm(model, device)
-    frozen = freeze_(model, options.freeze)
+    frozen = freeze_(model, options.freeze, statistics=bool(options.freeze_bn))
+    if options.learn_signs:
+        learn_signs_(model)
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
     unsharded = None
@@ -184,6 +201,7 @@ def make_engine(model: nn.Module, opened: OpenedInputs, options: FinetuneOptions
         unsharded=unsharded,
         loss_plan=loss_plan,
         margin=margin,
+        signs=make_sign_optimiser(model) if options.learn_signs else None,
     )
 
 

@@ -63,6 +63,21 @@ class RunStarted:
 
 
 @dataclass(frozen=True)
+class RateChosen:
+    """The learning rate was found by a test (`lr="auto"`).
+
+    Attributes:
+        lr: The rate.
+        before: Loss on held-out training images without training.
+        losses: (rate, the same loss after a few steps) of each rate that was tried.
+    """
+
+    lr: float
+    before: float
+    losses: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
 class Evaluating:
     """Some of the images were evaluated.
 
@@ -227,7 +242,7 @@ def gentler(lr: float | None, *, taught: bool) -> str:
 
     Args:
         lr: The peak learning rate; None if it is unknown.
-        taught: Whether the run has a teacher already.
+        taught: Whether the run has a teacher already, other than the start itself.
     """
     rate = "" if lr is None else f": --lr {lr / 10:.1g}"
     teacher = "" if taught else ", or learn from the original too: --distill ORIGINAL"
@@ -253,6 +268,7 @@ class EpochEnded:
 Event = (
     Warned
     | RunStarted
+    | RateChosen
     | Evaluating
     | OriginalEvaluated
     | Evaluated

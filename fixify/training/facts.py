@@ -179,6 +179,12 @@ class OpenedInputs:
     given: Inputs | None = None
     teacher_note: str | None = None
 
+    @property
+    def taught_by_start(self) -> bool:
+        """Whether the teacher is the checkpoint that training starts from."""
+        given = self.given
+        return given is not None and given.distill is not None and given.distill == given.checkpoint
+
     def check(self, options: FinetuneOptions) -> None:
         """Check that the options and the data have the reference models that they need.
 

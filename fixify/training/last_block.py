@@ -3,16 +3,17 @@
 After a head swap the end of a network has to change most. Training only that part costs a fraction of a full step: the
 images are read and run through the rest of the network once, not in every epoch.
 
-Both look at some training images, preprocessed as in validation. Neither stores anything in between: a run that stops
-in one of them repeats it exactly. Several processes compute the features of the last blocks together; everything else
-each of them does by itself, and rank 0's result is taken.
+Both look at some training images, preprocessed as in validation; the last blocks also learn from augmented copies of
+them if the options ask for some. Neither stores anything in between: a run that stops in one of them repeats it
+exactly. Several processes compute the features of the last blocks together; everything else each of them does by
+itself, and rank 0's result is taken.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -24,10 +25,11 @@ from torchvision.models.feature_extraction import NodePathTracer
 
 from fixify.data import ImageLoader, Shard, Subset, make_loader
 from fixify.data.seeding import Stream, derive_seed, permutation, seeded_torch
-from fixify.errors import DataError, TrainingError, UsageError
+from fixify.errors import DataError, NoClassifierError, TrainingError, UsageError
 from fixify.features import record_inputs
 from fixify.heads import FixedClassifier
 from fixify.metrics import Precision, autocast, eval_mode
+from fixify.models.classifiers import find_classifiers
 from fixify.training import distributed
 from fixify.training.engine import Engine
 from fixify.training.events import Calibrated, Evaluating, LastBlockEpoch, Listener
@@ -79,32 +81,41 @@ class Preparation:
             raise DataError("The first images that were drawn cannot be read.", hint="See the warnings above.")
         few = few.to(engine.device)
         split = split_model(engine.model, few)
-        features = self._features(split, min(len(self.data), max_images(split, few)))
-        self._train_tail(split, features)
+        self._train_tail(split, self._features(split, few))
         broadcast_parameters(engine.model)
         if engine.ema is not None:
             engine.ema.set(engine.model)
 
-    def _features(self, split: SplitModel, count: int) -> Features:
-        """Compute the features of `count` training images, together with the other processes."""
+    def _features(self, split: SplitModel, few: Tensor) -> list[Features]:
+        """Compute the features of training images, then of their augmented copies, together with the other processes.
+
+        Args:
+            split: The model.
+            few: Images that show how large features are.
+        """
+        engine, options, copies = self.engine, self.engine.options, self.engine.options.last_block_copies
+        count = min(len(self.data), max(1, max_images(split, few) // (1 + copies)))
+        total, found = count * (1 + copies), list[Features]()
 
         def tell(images: int) -> None:
-            self.on_event(Evaluating("features", min(images * distributed.world_size(), count), count))
+            done = count * len(found) + min(images * distributed.world_size(), count)
+            self.on_event(Evaluating("features", done, total))
             self.stop.check()
 
-        engine = self.engine
-        with self._some_images(Stream.LAST_BLOCK, count, distributed.local_shard()) as loader:
-            own = compute_features(
-                split, loader, engine.teacher, device=engine.device, amp=engine.options.amp, on_batch=tell
-            )
-            for _ in range(len(loader) - loader.own_batches):
-                self.stop.check()
-        return gather_features(own)
+        for copy in (None, *range(copies)):
+            with self._some_images(Stream.LAST_BLOCK, count, distributed.local_shard(), copy) as loader:
+                own = compute_features(
+                    split, loader, engine.teacher, device=engine.device, amp=options.amp, on_batch=tell
+                )
+                for _ in range(len(loader) - loader.own_batches):
+                    self.stop.check()
+            found.append(gather_features(own))
+        return found
 
-    def _train_tail(self, split: SplitModel, features: Features) -> None:
-        """Train the tail with the optimiser, rates and schedule of the options."""
+    def _train_tail(self, split: SplitModel, copies: Sequence[Features]) -> None:
+        """Train the tail with the optimiser, rates and schedule of the options. The copies take turns by epoch."""
         engine, options = self.engine, self.engine.options
-        device, epochs, count = engine.device, options.last_block_epochs, len(features.targets)
+        device, epochs, count = engine.device, options.last_block_epochs or 0, len(copies[0].targets)
         size = min(options.batch_size * distributed.world_size(), count)
         steps = count // size
         own = options.replace(
@@ -116,6 +127,7 @@ class Preparation:
         engine.frozen.train(split.tail)
         for epoch in range(epochs):
             order, total = permutation(own.seed, epoch, Stream.LAST_BLOCK_ORDER, count=count), 0.0
+            features = copies[epoch % len(copies)]
             for step in range(steps):
                 self.stop.check()
                 batch = features.batch(order[step * size : (step + 1) * size].tolist(), device)
@@ -145,8 +157,10 @@ class Preparation:
             yield batch
 
     @contextmanager
-    def _some_images(self, stream: int, count: int, shard: Shard | None = None) -> Iterator[ImageLoader]:
-        """Open a loader of the first `count` training images in a seeded order."""
+    def _some_images(
+        self, stream: int, count: int, shard: Shard | None = None, copy: int | None = None
+    ) -> Iterator[ImageLoader]:
+        """Open a loader of the first `count` training images in a seeded order, or of an augmented copy of them."""
         options = self.engine.options
         order = permutation(options.seed, 0, stream, count=len(self.data))
         picked = replace(self.data, images=Subset(self.data.images, order[:count].tolist()))
@@ -159,6 +173,9 @@ class Preparation:
             device=self.engine.device,
             unreadable=self.engine.loader.unreadable,
             shard=shard,
+            seed=options.seed,
+            augmentation=options.augmentation(),
+            copy=copy,
         )
         try:
             yield loader
@@ -262,15 +279,27 @@ def _leaf_types(model: nn.Module) -> list[type[nn.Module]]:
     return [*leaves, *modal, *get_notrace_modules()]
 
 
+def _classifier_paths(model: nn.Module) -> set[str]:
+    """Return the paths of the fixed heads; without any, those of the learned classifiers, as far as they are known."""
+    fixed = {path for path, module in model.named_modules() if isinstance(module, FixedClassifier)}
+    if fixed:
+        return fixed
+    try:
+        return {site.path for site in find_classifiers(model)}
+    except NoClassifierError:
+        return set()  # neither timm's nor torchvision's: all weights are counted
+
+
 def _split_graph(model: nn.Module, graph: fx.Graph) -> SplitModel | None:
     nodes = list(graph.nodes)
+    classifiers = _classifier_paths(model)
     place = {node: index for index, node in enumerate(nodes)}
     weights, counted = [0] * len(nodes), set[int]()
     for index in reversed(range(len(nodes))):
         node = nodes[index]
         if node.op == "call_module":
             module = model.get_submodule(str(node.target))
-            if not isinstance(module, FixedClassifier):
+            if str(node.target) not in classifiers:
                 new = [p for p in module.parameters() if id(p) not in counted]
                 counted |= {id(p) for p in new}
                 weights[index] = sum(p.numel() for p in new)
@@ -318,7 +347,7 @@ _MAX_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Features:
-    """The outputs of the front on images without augmentation.
+    """The outputs of the front on images.
 
     Attributes:
         inputs: What the tail gets, [n, ...].

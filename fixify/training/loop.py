@@ -21,7 +21,7 @@ from fixify.training.engine import Engine, head_scale
 from fixify.training.events import Listener, Step, Warned
 from fixify.training.interrupt import Stopped, StopRequest
 from fixify.training.losses import blocked_loss, training_loss
-from fixify.training.optimisers import base_rate, clip_gradients
+from fixify.training.optimisers import base_rate, clip_gradients, schedule_signs
 from fixify.training.parallel import local_part
 from fixify.training.run_folder import is_logged
 
@@ -105,7 +105,7 @@ class _Epoch:
         accum = self.options.grad_accum
         engine.frozen.train(engine.model)
         engine.loader.set_epoch(progress.epoch, progress.batch)
-        engine.optimiser.zero_grad(set_to_none=True)
+        self._zero_gradients()
         if self._validation_is_due() and validate():  # a signal stopped the run before this validation
             return True
         pending = _PendingLosses(engine, progress, self.on_event)
@@ -181,7 +181,7 @@ class _Epoch:
                         self.deferred, features, targets, options, engine.margin, shared=engine.loss_plan.shared
                     )
                 else:
-                    logits, auxiliary = _split_outputs(forward(images))
+                    logits, auxiliary = split_outputs(forward(images))
                     loss = training_loss(logits, targets, teacher_logits, options, engine.margin)
                     for other in auxiliary:
                         loss = loss + _AUXILIARY_WEIGHT * training_loss(other, targets, teacher_logits, options)
@@ -211,14 +211,22 @@ class _Epoch:
         progress.lr = base_rate(engine.optimiser)
         if apply:
             engine.scaler.step(engine.optimiser)
+            if engine.signs is not None:
+                schedule_signs(engine.signs, progress.lr / options.peak_rate)
+                engine.scaler.step(engine.signs)
             engine.scaler.update()
-        engine.optimiser.zero_grad(set_to_none=True)
+        self._zero_gradients()
         progress.updates += 1
         engine.schedule.step_update(progress.updates)
         if engine.parallel is not None:
             engine.parallel.after_update()
         if apply and engine.ema is not None:
             engine.ema.update(engine.model, step=progress.updates)
+
+    def _zero_gradients(self) -> None:
+        self.engine.optimiser.zero_grad(set_to_none=True)
+        if self.engine.signs is not None:
+            self.engine.signs.zero_grad(set_to_none=True)
 
     def _skip(self, problem: str, batch: int) -> None:
         """Warn that a step is skipped, or stop if too many were."""
@@ -244,7 +252,7 @@ def _place(engine: Engine, progress: Progress, batch: int) -> str:
     return f"epoch {progress.epoch + 1}, batch {batch + 1} of {len(engine.loader)}"
 
 
-def _split_outputs(outputs: Any) -> tuple[Tensor, list[Tensor]]:
+def split_outputs(outputs: Any) -> tuple[Tensor, list[Tensor]]:
     """Split off the logits of auxiliary classifiers, which torchvision's GoogLeNet and Inception have in training."""
     if isinstance(outputs, Tensor):
         return outputs, []

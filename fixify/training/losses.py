@@ -89,8 +89,9 @@ class HeadMargin:
             targets: int64 [B].
         """
         place, scale = targets[:, None], self.head.scale.float()
-        bias = self.head.bias
+        bias, lengths = self.head.bias, self.head.row_scales
         offset = torch.zeros_like(scale) if bias is None else bias[place].float()
+        scale = scale if lengths is None else scale * lengths[place]
         cosine = (logits.gather(1, place) - offset) / scale
         return logits.scatter(1, place, self.margin.apply(cosine) * scale + offset)
 
@@ -124,7 +125,6 @@ def make_margin(
         for text, found in (
             ("several heads", len(heads) > 1),
             ("no norm of the features", not head.spec.normalize),
-            ("codes of several lengths", head.spec.gains),
         )
         if found
     ]
@@ -243,7 +243,8 @@ def plan_loss(
         "a teacher has logits of all classes": has_teacher,
         "--compile compiles a model that returns logits": options.compile,
         "--shard shards a model that returns logits": options.shard,
-        "the last blocks are trained alone first (--last-block-epochs)": options.last_block_epochs > 0,
+        "the last blocks are trained alone first (--last-block-epochs)": bool(options.last_block_epochs),
+        "the signs of the head are learned (--learn-signs)": options.learn_signs,
     }
     reason = next((text for text, applies in reasons.items() if applies), None)
     if not heads:

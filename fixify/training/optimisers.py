@@ -16,9 +16,10 @@ from timm.scheduler import MultiStepLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import dispatch_clip_grad
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fixify._values import counted
-from fixify.errors import UsageError
+from fixify.errors import HeadSpecError, UsageError
 from fixify.heads import FixedClassifier
 from fixify.models.classifiers import find_classifiers
 from fixify.training.options import FinetuneOptions
@@ -97,8 +98,8 @@ class Frozen:
 
     Attributes:
         stages: Names of the frozen stages, the first at the input.
-        modules: The largest modules that are frozen as a whole. They stay in eval mode, so that batch norms keep their
-            statistics and nothing is dropped.
+        modules: The largest modules that are frozen as a whole, and the batch norms that keep their statistics. They
+            stay in eval mode, so that nothing is dropped either.
     """
 
     stages: tuple[str, ...] = ()
@@ -111,18 +112,22 @@ class Frozen:
             module.eval()
 
 
-def freeze_(model: nn.Module, depth: int) -> Frozen:
+def freeze_(model: nn.Module, depth: int, *, statistics: bool = False) -> Frozen:
     """Freeze the first stages of a model: its coarse groups from the stem on, without the classifier.
 
     Args:
         model: Its parameters in those stages no longer require gradients.
         depth: How many stages to freeze; 0 freezes nothing.
+        statistics: Keep the running statistics of all batch norms and fixed heads too. Their weights and biases learn.
 
     Raises:
         UsageError: the model has fewer stages, or does not define them (see `number_groups`).
     """
+    for head in _heads(model):
+        head.keeps_statistics = statistics
+    norms = tuple(module for module in model.modules() if statistics and isinstance(module, _BatchNorm))
     if depth == 0:
-        return Frozen()
+        return Frozen(modules=norms)
     stages = _stages(model)
     labels = _stage_labels(stages)
     if depth > len(stages):
@@ -135,7 +140,7 @@ def freeze_(model: nn.Module, depth: int) -> Frozen:
     for names in stages[:depth]:
         for name in names:
             parameters[name].requires_grad_(False)
-    return Frozen(tuple(labels[:depth]), tuple(_frozen_modules(model)))
+    return Frozen(tuple(labels[:depth]), (*_frozen_modules(model), *norms))
 
 
 def _stages(model: nn.Module) -> list[list[str]]:
@@ -195,7 +200,7 @@ def parameter_groups(
 
     Vectors, scalars, biases, and what the model's `no_weight_decay()` names are not decayed (timm's rule). The scale of
     a fixed head only sets the temperature of the softmax, so it is not decayed either, unless `options.decay_alpha`
-    asks for the paper's way.
+    asks for the paper's way. Latent weights of signs are left out: see `make_sign_optimiser`.
 
     Args:
         model: The whole model, which defines names and layers.
@@ -211,10 +216,13 @@ def parameter_groups(
     patterns = no_weight_decay()
     layer_scales = _layer_scales(model, options)
     scales = {id(head.scale) for head in _heads(model)} if options.decay_alpha else set()
+    latents = _latents(model)
     decayed, plain, head, alpha = range(4)
     groups: dict[tuple[int, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or (wanted is not None and id(parameter) not in wanted):
+            continue
+        if id(parameter) in latents:
             continue
         if id(parameter) in scales:
             kind = alpha
@@ -240,6 +248,10 @@ def _head_parameters(model: nn.Module) -> set[int]:
     return {id(parameter) for head in _heads(model) for parameter in head.parameters()}
 
 
+def _latents(model: nn.Module) -> set[int]:
+    return {id(head.latent) for head in _heads(model) if head.latent is not None}
+
+
 def _heads(model: nn.Module) -> list[FixedClassifier]:
     return [module for module in model.modules() if isinstance(module, FixedClassifier)]
 
@@ -257,14 +269,15 @@ def clip_gradients(model: nn.Module, options: FinetuneOptions) -> None:
     """Clip the gradients by `options.clip_grad` and `clip_mode`; do nothing without `clip_grad`.
 
     Adaptive clipping leaves heads alone, as in the paper (Brock et al. 2021, section 4) and in timm. It would limit
-    each step of a fixed head's scale to a part of the scale, which defeats `head_lr_scale`.
+    each step of a fixed head's scale to a part of the scale, which defeats `head_lr_scale`. The gradients of latent
+    weights of signs are never clipped, and do not count.
     """
     if options.clip_grad is None:
         return
     if options.shard:
         clip_sharded_gradients_(model, options.clip_grad)
         return
-    exempt = _head_parameters(model) if options.clip_mode == "agc" else set()
+    exempt = _head_parameters(model) if options.clip_mode == "agc" else _latents(model)
     dispatch_clip_grad(
         [parameter for parameter in model.parameters() if id(parameter) not in exempt],
         options.clip_grad,
@@ -272,12 +285,56 @@ def clip_gradients(model: nn.Module, options: FinetuneOptions) -> None:
     )
 
 
+def learn_signs_(model: nn.Module) -> None:
+    """Make the signs of all fixed heads of a model learnable, before its optimiser is made.
+
+    Raises:
+        UsageError: it has no fixed head, or one without stored signs.
+    """
+    heads = _heads(model)
+    if not heads:
+        raise UsageError("--learn-signs needs a binary head; this model has a learned classifier.")
+    for head in heads:
+        try:
+            head.learn_signs_()
+        except HeadSpecError as error:
+            raise UsageError(f"--learn-signs is not possible. {error.message}", hint=error.hint) from error
+
+
+def hold_signs_(model: nn.Module) -> None:
+    """Store the signs that were learned, and hold them."""
+    for head in _heads(model):
+        head.hold_signs_()
+
+
 def make_optimiser(
     model: nn.Module, options: FinetuneOptions, *, part: nn.Module | None = None
 ) -> torch.optim.Optimizer:
     """Create timm's optimiser of the name `options.opt`, over `parameter_groups`."""
     groups = parameter_groups(model, options, part=part)
-    return create_optimizer_v2(groups, opt=options.opt, lr=options.lr, momentum=options.momentum, weight_decay=0.0)
+    return create_optimizer_v2(
+        groups, opt=options.opt, lr=options.peak_rate, momentum=options.momentum, weight_decay=0.0
+    )
+
+
+_SIGN_RATE = 0.1
+"""Peak learning rate of latent weights, which begin at +-1. Measured on 2,965 kanji, 64 signs per class, 324 steps, as
+top-1: 0.02: 95.1, 0.1: 97.1, 0.3: 96.6 %."""
+
+
+def make_sign_optimiser(model: nn.Module) -> torch.optim.Optimizer:
+    """Create the optimiser of the latent weights of signs that are learned: Adam, whatever the network's is.
+
+    Only the signs of these weights count. Adam moves all of them by about its rate, however small their gradients are.
+    """
+    latents = [head.latent for head in _heads(model) if head.latent is not None]
+    return torch.optim.Adam(latents, lr=_SIGN_RATE)
+
+
+def schedule_signs(signs: torch.optim.Optimizer, share: float) -> None:
+    """Set the learning rate of signs to a share of its peak: the share that the network's rate has of its own."""
+    for group in signs.param_groups:
+        group["lr"] = _SIGN_RATE * share
 
 
 def base_rate(optimiser: torch.optim.Optimizer) -> float:

@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 
     from fixify.data import Augmentation
 
-USUAL_RATE, GENTLE_RATE = 0.05, 0.001
+USUAL_RATE, GENTLE_RATE = 0.05, 0.0003
 """Peak learning rates of finetuning: of most heads, and of those that start near the original.
 
 See `fixify.training.starting_point`.
 """
 USUAL_TEACHING, GENTLE_TEACHING = 0.5, 1.0
 """The teacher's weight in the loss, for the same heads."""
+LAST_BLOCK_EPOCHS = 30
+"""Epochs of the last blocks that come first for matched heads with a teacher."""
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 PATIENCE = ("nan_skip", "max_unreadable")
 """Options that say what a run tolerates; a run may be resumed with other values of them."""
@@ -73,15 +77,17 @@ class FinetuneOptions(CheckedOptions):
     from_scratch: ClassVar[bool] = False
     """Whether a run starts from random weights; else its start is a candidate for the best checkpoint."""
     machine: ClassVar[tuple[str, ...]] = ("workers", "device", "save_minutes", "share_classes")
+    follow_from_start: ClassVar[tuple[str, ...]] = ("lr", "distill_weight", "freeze_bn", "last_block_epochs")
+    """Options whose None stands for what follows from the head and the teacher; see `starting_point`."""
 
     epochs: int = option(5, "Passes over the training images; 0 trains only the last blocks.", ge=0)
     batch_size: int = option(64, "Images per step of each process.", flags=("-b", "--batch-size"), ge=1)
     # See `fixify.training.starting_point`.
-    lr: float | None = option(
+    lr: Rate | Literal["auto"] | None = option(
         None,
-        f"Peak learning rate. Default: {USUAL_RATE:g}; {GENTLE_RATE:g} for heads with one bit per weight or more.",
-        gt=0,
-        allow_inf_nan=False,
+        "Peak learning rate; auto: the best of a few in a short test. "
+        f"Default: {USUAL_RATE:g}; {GENTLE_RATE:g} for heads with one bit per weight or more.",
+        metavar="RATE|auto",
     )
     opt: str = option("sgd", "Optimiser, by timm's name; sgd has Nesterov momentum.")
     momentum: float = option(0.9, "Momentum, for optimisers that have one.", ge=0, lt=1)
@@ -95,6 +101,8 @@ class FinetuneOptions(CheckedOptions):
     margin: str | None = option(
         None, "Margin that the right class has to keep: cosface:0.35 or arcface:0.5.", metavar="NAME:MARGIN"
     )
+    # With many more classes than features, fixed codes are hard to reach. See `fixify.heads.learned_signs`.
+    learn_signs: bool = option(False, "Learn the signs of a binary head too; they are stored as before, one bit each.")
     sched: Literal["cosine", "linear", "step", "multistep", "constant"] = option(
         "cosine", "Schedule of the learning rate after the warmup."
     )
@@ -118,6 +126,12 @@ class FinetuneOptions(CheckedOptions):
     )
     # The stem is one stage; each stage of a network or block of a transformer is another. See `optimisers`.
     freeze: int = option(0, "Freeze the first N stages and the statistics of their batch norms.", ge=0)
+    # See `fixify.training.starting_point`.
+    freeze_bn: bool | None = option(
+        None,
+        "Keep the running statistics of all batch norms and of the head. Default: for heads with one bit per weight or "
+        "more, if --lr is not given.",
+    )
     grad_accum: int = option(1, "Steps whose gradients make one update.", ge=1)
     clip_grad: float | None = option(
         None, "Largest gradient norm, or value (see --clip-mode).", gt=0, allow_inf_nan=False
@@ -139,13 +153,18 @@ class FinetuneOptions(CheckedOptions):
     )
     val_every: int | None = option(None, "Validate every N updates too, not only after each epoch.", ge=1)
     # Runs over features that are computed once, without augmentation, for as many images as fit into 2 GiB.
-    last_block_epochs: int = option(
-        0, "First train only the last blocks for N epochs, on features computed once.", ge=0
+    last_block_epochs: int | None = option(
+        None,
+        f"First train only the last blocks for N epochs, on features computed once. Default: {LAST_BLOCK_EPOCHS} for "
+        "matched codes with a teacher, if the features of all images fit into 2 GiB; else 0.",
+        ge=0,
     )
+    # The images themselves and their copies take turns, one per epoch.
+    last_block_copies: int = option(0, "Augmented copies of each image that the last blocks learn from too.", ge=0)
     distill_weight: float | None = option(
         None,
         f"The teacher's weight in the loss; the labels have the rest. Default: {USUAL_TEACHING:g}; {GENTLE_TEACHING:g} "
-        "for heads with one bit per weight or more.",
+        "for heads with one bit per weight or more that learn from the original.",
         panel="distillation",
         gt=0,
         le=1,
@@ -258,7 +277,7 @@ class FinetuneOptions(CheckedOptions):
         return value
 
     def _conflicts(self) -> Iterator[Conflict]:
-        if self.epochs == 0 and self.last_block_epochs == 0:
+        if self.epochs == 0 and not self.last_block_epochs:
             yield Conflict(
                 ("epochs", "last_block_epochs"),
                 "epochs 0 trains only the last blocks and needs last_block_epochs",
@@ -268,7 +287,7 @@ class FinetuneOptions(CheckedOptions):
                 ("warmup_epochs", "epochs"),
                 f"warmup_epochs ({self.warmup_epochs:g}) must be less than epochs ({self.epochs})",
             )
-        lr = USUAL_RATE if self.lr is None else self.lr
+        lr = self.peak_rate
         if self.min_lr > lr:
             yield Conflict(("min_lr", "lr"), f"min_lr ({self.min_lr:g}) must not be above lr ({lr:g})")
         if self.sched == "multistep" and not self.decay_milestones:
@@ -304,6 +323,16 @@ class FinetuneOptions(CheckedOptions):
             for name, (applies, why) in reasons.items():
                 if applies:
                     yield Conflict(("margin", name), f"margin {self.margin} cannot be combined with {name}: {why}")
+        if self.learn_signs:
+            reasons = {
+                "ema_decay": (self.ema_decay is not None, "an average of signs is no sign"),
+                "share_classes": (self.share_classes, "codes that are learned are not shared"),
+                "shard": (self.shard, "a sharded model has no whole codes"),
+                "compile": (self.compile, "a compiled model must not change"),
+            }
+            for name, (applies, why) in reasons.items():
+                if applies:
+                    yield Conflict(("learn_signs", name), f"learn_signs cannot be combined with {name}: {why}")
         for name in ("mixup", "cutmix"):
             if self.share_classes and getattr(self, name) > 0:
                 yield Conflict(
@@ -316,12 +345,24 @@ class FinetuneOptions(CheckedOptions):
                 f"batch_size must be even with mixup or cutmix, not {self.batch_size}",
             )
 
+    @property
+    def peak_rate(self) -> float:
+        """The peak learning rate; where it is not a number, the usual one."""
+        if self.lr is None or self.lr == "auto":
+            default = type(self).model_fields["lr"].default
+            return USUAL_RATE if default is None else float(default)
+        return self.lr
+
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """Return `recipe()` of the defaults; where they depend on the head, those of most heads."""
+        """Return `recipe()` of the defaults; where they depend on the start, those of most heads."""
         found = super().defaults()
-        usual = {"lr": USUAL_RATE, "distill_weight": USUAL_TEACHING}
-        return found | {name: value for name, value in usual.items() if found[name] is None}
+        return found | {name: value for name, value in cls.usual_values().items() if found[name] is None}
+
+    @staticmethod
+    def usual_values() -> dict[str, Any]:
+        """Return the values of `follow_from_start` for most heads."""
+        return {"lr": USUAL_RATE, "distill_weight": USUAL_TEACHING, "freeze_bn": False, "last_block_epochs": 0}
 
     def augmentation(self) -> Augmentation:
         """Return the options that concern training images."""
@@ -393,7 +434,7 @@ class TrainOptions(FinetuneOptions):
 
     epochs: int = option(90, "Passes over the training images.", ge=0)
     batch_size: int = option(256, "Images per step of each process.", flags=("-b", "--batch-size"), ge=1)
-    lr: float = option(0.1, "Peak learning rate.", gt=0, allow_inf_nan=False)
+    lr: Rate | Literal["auto"] = option(0.1, "Peak learning rate; auto: the best of a few in a short test.")
     distill_weight: float = option(
         USUAL_TEACHING,
         "The teacher's weight in the loss; the labels have the rest.",
@@ -401,11 +442,21 @@ class TrainOptions(FinetuneOptions):
         gt=0,
         le=1,
     )
+    last_block_epochs: int = option(
+        0, "First train only the last blocks for N epochs, on features computed once.", ge=0
+    )
+    freeze_bn: bool = option(False, "Keep the running statistics of all batch norms and of the head.")
     scale: tuple[float, float] = option((0.08, 1.0), "Area of the random crop, from and to.", panel="augmentation")
     color_jitter: float = option(0.4, "Strength of the colour jitter.", panel="augmentation", ge=0)
 
     def _conflicts(self) -> Iterator[Conflict]:
         yield from super()._conflicts()
+        if self.learn_signs:
+            yield Conflict(
+                ("learn_signs",),
+                "learn_signs needs a binary head, which takes its signs from a learned classifier",
+                "Train a learned head for a part of the epochs, convert it (--head binary), and finetune it.",
+            )
         if (self.mean is None) != (self.std is None):
             yield Conflict(("mean", "std"), "mean and std belong together; give both")
         if self.std is not None and min(self.std) <= 0:

@@ -212,7 +212,7 @@ def check_shard(options: FinetuneOptions) -> None:
         )
     reasons = {
         "--ema-decay": (options.ema_decay is not None, "the average is a second model, which no process has whole"),
-        "--last-block-epochs": (options.last_block_epochs > 0, "splitting off the last blocks needs a whole model"),
+        "--last-block-epochs": (bool(options.last_block_epochs), "splitting off the last blocks needs a whole model"),
         "--compile": (options.compile, "a whole graph cannot gather the shards"),
         "--amp fp16": (options.amp == "fp16", "each process would scale its own shards; use bf16"),
         f"--clip-mode {options.clip_mode}": (options.clip_mode != "norm", "sharded gradients are clipped by norm"),

@@ -32,6 +32,7 @@ from fixify.training.failures import Failure, machine_failure
 from fixify.training.interrupt import RESUME_HINT, Stopped, StopRequest, stop_on_signals
 from fixify.training.last_block import Preparation
 from fixify.training.loop import train_epoch
+from fixify.training.optimisers import hold_signs_
 from fixify.training.options import FinetuneOptions, TrainOptions
 from fixify.training.run_folder import begins_anew, claim_folder, write_recipe, write_run
 from fixify.training.starting_point import resolved_options
@@ -109,7 +110,8 @@ def train_model(
         DataError: too many images cannot be read.
     """
     opened.check(options)
-    options = resolved_options(options, model, output.folder, resume=output.resume)
+    tells = on_event if on_event is not None and distributed.is_rank_zero() else _ignore
+    options = resolved_options(options, model, opened, output.folder, resume=output.resume, on_event=tells)
     with stop_on_signals() as stop:
         run = _Run(model, opened, options, output, RunFacts.of(opened) if facts is None else facts, on_event, stop)
         try:
@@ -241,6 +243,8 @@ class _Run:
                 except Stopped:
                     keeper.write_state()
                     raise
+        if self.options.learn_signs:
+            hold_signs_(self.engine.model)
         return self._result()
 
     def _validate(self) -> bool:
@@ -264,7 +268,7 @@ class _Run:
                 Warned(
                     f"After the first epoch validation top-1 is {now:.2f} %, {start.val_top1 - now:.2f} points below "
                     f"the start. The start is kept as {self.output.best_path.name} until a validation is better. "
-                    f"{gentler(self.options.lr, taught=self.opened.teacher is not None)}"
+                    f"{gentler(self.options.peak_rate, taught=self._learns_from_another())}"
                 )
             )
 
@@ -286,10 +290,14 @@ class _Run:
             advice=self._advice() if best is progress.start else None,
         )
 
+    def _learns_from_another(self) -> bool:
+        """Check that there is a teacher, and that it is not the start."""
+        return self.opened.teacher is not None and not self.opened.taught_by_start
+
     def _advice(self) -> str:
         return (
             f"No validation was better than the start: {self.output.best_path.name} is the model before training. "
-            f"{gentler(self.options.lr, taught=self.opened.teacher is not None)}"
+            f"{gentler(self.options.peak_rate, taught=self._learns_from_another())}"
         )
 
     def interruption(self) -> TrainingError:

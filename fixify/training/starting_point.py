@@ -1,30 +1,38 @@
 """What follows from where a run starts: defaults of its options, and the teacher that it has if nobody names one.
 
 A learned classifier, and a head that stores at least one sign per weight of it, start near the original. The rates that
-other heads need would first destroy what such a head knows, so it trains gently. Where the original is at hand, these
-heads and those with matched codes learn from its answers. tests/benchmarks/gentle.py measured both.
+other heads need would first destroy what such a head knows, so it trains gently: at a low rate, with the running
+statistics that the network has, and with a teacher. The teacher is the original where it is at hand, else the start
+itself. Heads with matched codes learn from the original too, and train the last blocks first.
+tests/benchmarks/gentle.py measured all of this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fixify._files import sha256_of
 from fixify.checkpoints.header import SlimInfo
+from fixify.errors import UsageError
 from fixify.heads import FixedClassifier, HeadSpec, kind_of
 from fixify.training import distributed
+from fixify.training.events import Listener
+from fixify.training.facts import OpenedInputs
+from fixify.training.last_block import max_images, split_model
 from fixify.training.losses import BLOCKED_FROM
 from fixify.training.options import (
     GENTLE_RATE,
     GENTLE_TEACHING,
-    USUAL_RATE,
+    LAST_BLOCK_EPOCHS,
     USUAL_TEACHING,
     FinetuneOptions,
 )
+from fixify.training.rate_search import find_rate
 from fixify.training.run_folder import RUN_FILE, begins_anew, stored_options
 from fixify.training.run_records import StartedRun, read_run_file
 
@@ -34,20 +42,31 @@ def starts_near(specs: Iterable[HeadSpec]) -> bool:
     return all(kind_of(spec).num_stored_signs(spec) >= spec.num_classes * spec.num_features for spec in specs)
 
 
-def resolved_options(options: FinetuneOptions, model: nn.Module, folder: Path, *, resume: bool) -> FinetuneOptions:
-    """Return the options with those that follow from the head: `lr` and `distill_weight`.
+def resolved_options(
+    options: FinetuneOptions,
+    model: nn.Module,
+    opened: OpenedInputs,
+    folder: Path,
+    *,
+    resume: bool,
+    on_event: Listener = lambda _event: None,
+) -> FinetuneOptions:
+    """Return the options with those that follow from the start (`FinetuneOptions.follow_from_start`).
 
     Args:
-        options: Where these are None, they follow from the head.
+        options: Where these are None, they follow from the head and the teacher. An `lr` of "auto" is found by a test.
         model: The model that is trained.
+        opened: The training images, and the teacher.
         folder: Folder of the run.
         resume: Whether the run in the folder goes on, with its own.
+        on_event: Called with the rate that was found.
 
     Raises:
-        UsageError: the learning rate and another option exclude each other.
+        UsageError: the learning rate and another option exclude each other, or "auto" is not possible here.
+        DataError: "auto", and there are too few images, or too many cannot be read.
         TrainingError, FormatError: the run in the folder cannot be read.
     """
-    missing = [name for name in ("lr", "distill_weight") if getattr(options, name) is None]
+    missing = [name for name in FinetuneOptions.follow_from_start if getattr(options, name) in (None, "auto")]
     if not missing:
         return options
 
@@ -55,36 +74,65 @@ def resolved_options(options: FinetuneOptions, model: nn.Module, folder: Path, *
         return stored_options(folder, type(options)) if (folder / RUN_FILE).exists() else None
 
     stored = distributed.on_rank_zero(read) if resume else None
-    heads = (module.spec for module in model.modules() if isinstance(module, FixedClassifier))
+    usual = {**options.usual_values(), "lr": options.peak_rate}
+    if stored is None:
+        heads = [module.spec for module in model.modules() if isinstance(module, FixedClassifier)]
+        if not options.from_scratch and starts_near(heads):
+            # The start alone would teach a model to stay what it is.
+            weight = USUAL_TEACHING if opened.taught_by_start else GENTLE_TEACHING
+            # With kept statistics a high rate diverges, so they are kept at the default rate alone.
+            usual |= {"lr": GENTLE_RATE, "distill_weight": weight, "freeze_bn": "lr" in missing}
+        elif "last_block_epochs" in missing and _gains_from_last_blocks(heads, model, opened, options):
+            usual["last_block_epochs"] = LAST_BLOCK_EPOCHS
     # A run of an older version may lack an option, which then had the usual value.
-    near = stored is None and starts_near(heads)
-    usual = {
-        "lr": GENTLE_RATE if near else USUAL_RATE,
-        "distill_weight": GENTLE_TEACHING if near else USUAL_TEACHING,
-    }
     was = {} if stored is None else {name: getattr(stored, name) for name in missing}
-    return options.replace(**{name: usual[name] if was.get(name) is None else was[name] for name in missing})
+    resolved = options.replace(**{name: usual[name] if was.get(name) is None else was[name] for name in missing})
+    if options.lr == "auto" and was.get("lr") is None:
+        return resolved.replace(lr=find_rate(model, opened, resolved, on_event))
+    return resolved
+
+
+def _gains_from_last_blocks(
+    heads: Sequence[HeadSpec], model: nn.Module, opened: OpenedInputs, options: FinetuneOptions
+) -> bool:
+    """Check that all heads are matched and have a teacher, and that the last blocks can learn from all images."""
+    measured = bool(heads) and all(head.matched for head in heads) and opened.teacher is not None
+    num_logits = options.batch_size * max((head.num_classes for head in heads), default=0)
+    unfit = options.shard or options.share_classes or options.compile or num_logits >= BLOCKED_FROM
+    unlike = options.unlabelled or options.loss != "cross-entropy"  # the runs that were measured
+    if not measured or unfit or unlike:
+        return False
+    device = next(model.parameters()).device
+    few = torch.zeros(2, *opened.preprocessing["input_size"], device=device)
+    try:
+        split = split_model(model, few)
+    except UsageError:
+        return False
+    return max_images(split, few) >= len(opened.train)
 
 
 def default_teacher(
-    slim: Path, info: SlimInfo, against: Path | str | None, options: FinetuneOptions
+    slim: Path, info: SlimInfo, against: Path | str | None, options: FinetuneOptions, *, calibrated: bool = True
 ) -> Path | str | None:
-    """Return the original of a head that knows its classes; None for other heads, and where a teacher does not fit.
+    """Return the teacher of a head that knows its classes; None for other heads, and where a teacher does not fit.
 
-    These heads start near the original, or their codes were matched to its class vectors.
+    It is the original. A head that starts near it learns from its own start if the original is not known.
 
     Args:
         slim: The slim checkpoint.
         info: What it says about itself.
         against: The original, if it was named.
         options: A teacher needs labels, the cross-entropy, and memory for the logits of all classes.
+        calibrated: Whether the heads have statistics; without them the start's own answers are worth less.
     """
+    near = starts_near(head.spec for head in info.heads)
     knows_classes = all(head.spec.matched or starts_near([head.spec]) for head in info.heads)
     if options.unlabelled or options.loss != "cross-entropy" or not knows_classes:
         return None
     if options.share_classes or options.batch_size * info.num_classes >= BLOCKED_FROM:
         return None
-    return recorded_original(slim, info) if against is None else against
+    original = recorded_original(slim, info) if against is None else against
+    return slim if original is None and near and calibrated else original
 
 
 def recorded_original(slim: Path, info: SlimInfo) -> Path | None:

@@ -1,6 +1,6 @@
 """Measure whether `finetune` harms a head that starts near the original, and whether the original as teacher helps.
 
-    python tests/benchmarks/gentle.py --out gentle.jsonl --lr 0.001 0.005 --distill 0 1
+    python tests/benchmarks/gentle.py --out gentle.jsonl --teachers start original --epochs 1 5 20
     python tests/benchmarks/gentle.py --table gentle.jsonl
 
 Each trial is one `fixify.training.train_model` with the defaults of `finetune`, except for what the command line names.
@@ -17,6 +17,7 @@ report). Each trial is added to --out, and a trial that is there already is not 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import tempfile
@@ -36,13 +37,15 @@ from fixify.demo.run import SHIPPED, letter_labels, write_letters
 from fixify.heads import HeadSpec, replacement
 from fixify.metrics import evaluate
 from fixify.training import FinetuneOptions, OpenedInputs, ReferenceModel, RunOutput, train_model
+from fixify.training.options import USUAL_TEACHING
 
+TEACHERS = ("none", "original", "start")
 DATA = ("glyphs", "letters", "kanji-200", "fashion-mnist")
 HEADS = ("learned", "binary", "hadamard")
 CPU = torch.device("cpu")
 CALIBRATION_IMAGES, TRAIN_IMAGES = 1024, 4500
 LETTERS = {"hflip": 0.0, "scale": (0.8, 1.0)}
-KEYS = ("data", "head", "epochs", "lr", "distill", "seed", "set")
+KEYS = ("data", "head", "epochs", "lr", "teacher", "distill", "seed", "set")
 PLAIN = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "interpolation": "bilinear", "crop_pct": 1.0}
 
 
@@ -140,11 +143,16 @@ def top1(model: nn.Module, data: OpenedData, preprocessing: dict) -> float:
     return evaluate(model, loader, device=CPU).top1
 
 
-def trial(task: Task, old: Old, head: str, options: FinetuneOptions, *, taught: bool) -> dict:
+def trial(task: Task, old: Old, head: str, options: FinetuneOptions, taught_by: str) -> dict:
     """Fine-tune one head, and measure it before and after."""
     model = with_head(task.network(), head, old)
     before = [top1(model, data, task.preprocessing) for data in (task.tune, task.val)]
-    teacher = ReferenceModel("original", "0" * 64, task.network(), task.preprocessing) if taught else None
+    teacher = None
+    if taught_by != "none":
+        taught = task.network() if taught_by == "original" else copy.deepcopy(model)
+        teacher = ReferenceModel(taught_by, "0" * 64, taught, task.preprocessing)
+    if taught_by == "start" and options.distill_weight is None:
+        options = options.replace(distill_weight=USUAL_TEACHING)  # as `finetune` does
     with tempfile.TemporaryDirectory() as folder:
         opened = OpenedInputs(task.train, task.tune, task.preprocessing, teacher=teacher)
         output = RunOutput(Path(folder), save=lambda _model, _path, _record: None, force=True)
@@ -167,9 +175,18 @@ def run(arguments: argparse.Namespace) -> None:
         task = read(name, arguments.cache)
         old = task.old()
         for values in itertools.product(
-            [name], arguments.heads, arguments.epochs, arguments.lr, arguments.distill, arguments.seeds, [others]
+            [name],
+            arguments.heads,
+            arguments.epochs,
+            arguments.lr,
+            arguments.teachers,
+            arguments.distill,
+            arguments.seeds,
+            [others],
         ):
             entry = dict(zip(KEYS, values, strict=True))
+            if entry["teacher"] == "none":
+                entry["distill"] = None
             if entry in done:
                 continue
             given = {} if name == "fashion-mnist" else LETTERS
@@ -177,14 +194,14 @@ def run(arguments: argparse.Namespace) -> None:
                 epochs=entry["epochs"],
                 seed=entry["seed"],
                 lr=entry["lr"],
-                distill_weight=entry["distill"] or None,
+                distill_weight=entry["distill"],
                 workers=0,
                 device="cpu",
                 channels_last=True,
                 **given,
                 **others,
             )
-            entry |= trial(task, old, entry["head"], options, taught=entry["distill"] > 0)
+            entry |= trial(task, old, entry["head"], options, entry["teacher"])
             with arguments.out.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
             print(json.dumps(entry), flush=True)
@@ -195,13 +212,31 @@ def entries(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def rate(text: str) -> float | str | None:
+    """Read a learning rate: a number, auto, or default."""
+    return {"default": None, "auto": "auto"}[text] if text in ("default", "auto") else float(text)
+
+
 def print_table(path: Path) -> None:
     """Print one row per trial."""
-    columns = ("data", "head", "epochs", "learning rate", "teacher's weight", "others", "before", "after", "change")
-    print(f"| {' | '.join(columns)} | change on the other third |\n|" + "---|" * 10)
+    columns = (
+        "data",
+        "head",
+        "epochs",
+        "learning rate",
+        "teacher",
+        "its weight",
+        "others",
+        "before",
+        "after",
+        "change",
+    )
+    print(f"| {' | '.join(columns)} | change on the other third |\n|" + "---|" * (len(columns) + 1))
     for e in sorted(entries(path), key=lambda e: [DATA.index(e["data"]), HEADS.index(e["head"]), e["epochs"]]):
         others = ", ".join(f"{name} {value}" for name, value in e["set"].items())
-        what = f"{e['data']} | {e['head']} | {e['epochs']} | {e['lr'] or 'default'} | {e['distill']:g} | {others}"
+        weight = "default" if e["distill"] is None else f"{e['distill']:g}"
+        taught = f"{e['teacher']} | {'' if e['teacher'] == 'none' else weight}"
+        what = f"{e['data']} | {e['head']} | {e['epochs']} | {e['lr'] or 'default'} | {taught} | {others}"
         changes = f"{e['top1'] - e['before']:+.2f} | {e['tuned_on'] - e['tuned_before']:+.2f}"
         print(f"| {what} | {e['before']:.2f} | {e['top1']:.2f} | {changes} |")
 
@@ -211,10 +246,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=DATA, choices=DATA)
     parser.add_argument("--heads", nargs="+", default=HEADS[:2], choices=HEADS)
-    parser.add_argument("--lr", nargs="+", type=lambda text: None if text == "default" else float(text), default=[None])
+    parser.add_argument("--lr", nargs="+", type=rate, default=[None])
     parser.add_argument("--epochs", nargs="+", type=int, default=[5])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--distill", nargs="+", type=float, default=[0.0], help="weights of the teacher; 0: none")
+    parser.add_argument("--teachers", nargs="+", default=["none"], choices=TEACHERS, help="start: the head itself")
+    parser.add_argument("--distill", nargs="+", type=float, default=[None], help="weights of the teacher")
     parser.add_argument("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="other options of finetune")
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmark"), help="folder of images and networks")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark/gentle.jsonl"))

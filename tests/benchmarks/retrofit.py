@@ -84,14 +84,15 @@ class Old:
 
 
 def read_task(name: str, cache: Path) -> Task:
-    """Read `kanji` (2,965 classes), `kanji-200` (the first 200 of them) or `fashion-mnist`."""
+    """Read `kanji` (2,965 classes), `kanji-512` or `kanji-200` (the first of them), or `fashion-mnist`."""
     if name == "fashion-mnist":
         train, val = (opened.images for opened in open_train_val(name))
         images = [F.pad(torch.from_numpy(split.pixels.copy()), (2, 2, 2, 2)) for split in (train, val)]
         labels = [torch.from_numpy(split.labels) for split in (train, val)]
         return _task(images[0], labels[0], images[1], labels[1], 10, 700, 234)
     train, train_labels, val, val_labels = (torch.from_numpy(array) for array in kanji.load(cache))
-    classes, base_steps, steps = (2965, 972, 324) if name == "kanji" else (200, 350, 175)
+    sizes = {"kanji": (2965, 972, 324), "kanji-512": (512, 350, 175), "kanji-200": (200, 350, 175)}
+    classes, base_steps, steps = sizes[name]
     kept, held_out = train_labels < classes, val_labels < classes
     return _task(train[kept], train_labels[kept], val[held_out], val_labels[held_out], classes, base_steps, steps)
 

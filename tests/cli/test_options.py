@@ -32,7 +32,7 @@ def test_every_field_has_a_help_that_ends_with_its_default(options: type[Checked
 
 def test_a_help_in_full() -> None:
     fields = FinetuneOptions.model_fields
-    assert help_of(fields["lr"]).startswith("Peak learning rate. Default: 0.05; 0.001 for heads with")
+    assert help_of(fields["lr"]).endswith("Default: 0.05; 0.0003 for heads with one bit per weight or more.")
     assert help_of(fields["momentum"]) == "Momentum, for optimisers that have one. Default: 0.9."
     assert help_of(fields["seed"]).endswith(" Default: 0.")
     assert help_of(fields["scale"]).endswith(" Default: 0.5 1.")

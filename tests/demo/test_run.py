@@ -26,6 +26,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoResult]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(glyphs, "VARIANTS", {"train": 1, "val": 1})
         patch.setattr(run, "LAST_BLOCK_EPOCHS", 3)
+        patch.setattr(run, "LAST_BLOCK_COPIES", 1)
         patch.setattr(run, "MANY_LAST_BLOCK_EPOCHS", 1)
         yield run_demo(tmp_path_factory.mktemp("demo") / "here", epochs=1, faces=FEW)
 
@@ -57,6 +58,10 @@ def test_everything_is_measured_and_written(result: DemoResult) -> None:
     assert result.many.original_top1 > 95
     assert (result.folder / "glyphs500.pth").read_bytes() == SHIPPED.read_bytes()  # what the README goes on with
     assert (result.folder / "glyphs" / "train").is_dir()
+    original, *signs, tuned = result.classifiers
+    assert [each.bytes_per_class for each in result.classifiers] == [512, 9, 17, 33, 2]
+    assert (original.top1, tuned.top1) == (result.original_metrics.top1, result.finetuned_metrics.top1)
+    assert signs[-1].top1 == result.one_shot_metrics.top1 and not any(each.trained for each in (original, *signs))
     with Image.open(result.plot) as image:
         assert image.size[0] > 1000
     stored = json.loads((result.folder / "demo.json").read_text())

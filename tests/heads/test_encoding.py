@@ -120,7 +120,7 @@ def test_codes_chosen_by_answers_are_all_different(draw, bits: int) -> None:
 
 
 def _separated_one_by_one(packed: np.ndarray, num_signs: int) -> np.ndarray:
-    """What `_separate_` does, without its memory of where each group of equals stopped."""
+    """What `separate_` does, without its memory of where each group of equals stopped."""
     taken: set[bytes] = set()
     made = []
     for first in packed:
@@ -139,7 +139,7 @@ def test_groups_of_equal_classes_are_separated_as_one_by_one() -> None:
     packed = np.random.default_rng(0).integers(0, 4, (200, 1), dtype=np.uint8) << 3
     packed = np.concatenate((packed, np.full((200, 1), 5, dtype=np.uint8)), axis=1)
     expected = _separated_one_by_one(packed, 16)
-    module._separate_(packed, 16)
+    module.separate_(packed, 16)
     assert np.array_equal(packed, expected)
     assert len(np.unique(packed, axis=0)) == 200
 
@@ -150,7 +150,7 @@ def test_thousands_of_equal_classes_take_as_many_steps(monkeypatch: pytest.Monke
     packbits = np.packbits
     monkeypatch.setattr(module.np, "packbits", lambda bits: (steps.append(1), packbits(bits))[1])
     packed = np.zeros((3000, 4), dtype=np.uint8)
-    module._separate_(packed, 32)
+    module.separate_(packed, 32)
     assert len(np.unique(packed, axis=0)) == 3000
     assert len(steps) < 3000
 

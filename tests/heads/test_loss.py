@@ -84,6 +84,7 @@ def assert_same(head, x, ours, plain, **tolerance):
 @pytest.fixture(autouse=True, params=[1, 1 << 18], ids=["small blocks", "one block"])
 def _block_size(request, monkeypatch):
     monkeypatch.setattr(loss_module, "BLOCK_LOGITS", request.param)
+    monkeypatch.setattr(loss_module, "PAIR_LOGITS", request.param)
     monkeypatch.setattr(loss_module, "_LEAST_CLASSES", 7 if request.param == 1 else 512)
 
 
@@ -129,7 +130,7 @@ def test_distributions_over_all_classes_and_over_few(name, smoothing):
 
 @pytest.mark.parametrize("margin", [CosFace(0.35), ArcFace(0.5), ArcFace(3.0)], ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("name", ["blocks", "matched", "no bias", "orthogonal", "simplex", "fast, few classes"])
+@pytest.mark.parametrize("name", ["blocks", "fast", "matched", "no bias", "orthogonal", "simplex", "fast, few classes"])
 def test_margins(name, margin, smoothing):
     head = make(name)
     x, y = batch(head)
@@ -170,9 +171,10 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(loss, few)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 64.0, 5000.0])
-def test_large_logits_neither_overflow_nor_vanish(scale):
-    head = make("blocks", dtype=torch.float32)
+@pytest.mark.parametrize("name", ["blocks", "fast"])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 62.0, 64.0, 5000.0])
+def test_large_logits_neither_overflow_nor_vanish(scale, name):
+    head = make(name, dtype=torch.float32)
     with torch.no_grad():
         head.scale.fill_(scale)
     x, y = batch(head, dtype=torch.float32)
@@ -226,9 +228,10 @@ def test_an_empty_batch():
     assert head.loss(torch.zeros(0, 16, dtype=torch.float64), torch.zeros(0, dtype=torch.int64), reduction="sum") == 0
 
 
+@pytest.mark.parametrize("name", ["blocks", "fast"])
 @pytest.mark.parametrize("margin", [None, CosFace(0.2)])
-def test_which_samples_are_right(margin):
-    head = make("blocks")
+def test_which_samples_are_right(margin, name):
+    head = make(name)
     x, y = batch(head, size=40)
     y[::2] = head(x[::2]).argmax(dim=1)
     _, right = head.losses_of_scaled(head.scaled_features(x), y, margin=margin)
@@ -280,7 +283,7 @@ def test_the_backward_pass_keeps_no_logits(monkeypatch):
 def one_process(rank, size, folder, names):
     """Compute losses and gradients of this process's share of a batch, with its share of the classes."""
     torch.set_num_threads(1)
-    loss_module.BLOCK_LOGITS, loss_module._LEAST_CLASSES = 1, 7
+    loss_module.BLOCK_LOGITS, loss_module.PAIR_LOGITS, loss_module._LEAST_CLASSES = 1, 1, 7
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     answers = {}
     for name, margin in names:

@@ -187,21 +187,23 @@ def test_identity_is_a_slice_without_tables(features, n, lead, data):
 
 
 @pytest.mark.parametrize(("n", "c"), [(64, 100), (64, 128), (64, 700), (96, 96 * 6), (20, 33)])
-@pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("size", [1, 300, 10**6])
-def test_pairs_of_codes_give_the_scores_and_gradients_of_their_blocks(n, c, has_bias, size, draw, monkeypatch):
+def test_pairs_of_codes_give_the_scores_and_gradients_of_their_blocks(n, c, size, draw, monkeypatch):
     monkeypatch.setattr(module, "prefers_dense", lambda *_: False)
     product = CodeProduct(HeadSpec("hadamard", n, c).resolve(), dtype=torch.float64)
     assert product.has_pairs
     z = draw(3, n, dtype=torch.float64).requires_grad_()
-    bias = draw(c, dtype=torch.float64, seed=1) if has_bias else None
+    memory = torch.empty(2 * 3 * (c + 2 * n), dtype=torch.float64)
     for block in product.blocks(size):
         expected = product.block_product(z, block)
-        of_block = None if bias is None else bias[block.classes]
-        found = product.pair_logits(z.detach(), block, of_block)
-        torch.testing.assert_close(found, expected.detach() + (0 if of_block is None else of_block))
+        scores, spare = product.pair_scores(z.detach(), block, memory)
+        assert scores.shape == spare.shape and scores.data_ptr() != spare.data_ptr()
+        of_pairs = torch.stack((scores, -scores), dim=2).view(3, -1)[:, : block.num_classes]
+        torch.testing.assert_close(of_pairs, expected.detach())
         grad = draw(3, block.num_classes, dtype=torch.float64, seed=2)
-        torch.testing.assert_close(product.pair_gradient(grad, block), torch.autograd.grad(expected, z, grad)[0])
+        whole = torch.nn.functional.pad(grad, (0, 2 * scores[0].numel() - block.num_classes)).view(3, -1, 2, n)
+        found = product.pair_gradient((whole[:, :, 0] - whole[:, :, 1]).contiguous(), torch.empty_like(spare), block)
+        torch.testing.assert_close(found, torch.autograd.grad(expected, z, grad)[0])
 
 
 @pytest.mark.parametrize(

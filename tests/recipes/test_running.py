@@ -105,6 +105,12 @@ def test_a_resumed_run_keeps_its_options_but_for_overrides(tmp_path: Path) -> No
     assert starting_options(read_recipe(None, ["finetune.lr=0.001"]), "finetune", None)[1] is None
 
 
+def test_a_recipe_with_a_rate_means_what_it_meant_before_the_last_blocks_came_first(tmp_path: Path) -> None:
+    for given, expected in (({"lr": 0.5}, 0), ({}, None), ({"lr": 0.5, "last_block_epochs": 3}, 3)):
+        recipe = read_recipe(write(tmp_path / "mine.yaml", finetune={"epochs": 3, **given}))
+        assert starting_options(recipe, "finetune", None)[0].last_block_epochs == expected
+
+
 OPTIONS = TrainOptions.create(model="test_resnet", in_chans=1, epochs=1, seed=3)
 
 

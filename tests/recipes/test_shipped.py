@@ -122,7 +122,8 @@ def test_each_does_a_real_step(name: str, tiny: Path, tmp_path: Path) -> None:
 
     # The run can be repeated from what it left, to the last bit.
     stored = read_recipe(tmp_path / "run" / "recipe.yaml")
-    chosen = {name: getattr(stored.finetune, name) for name in ("lr", "distill_weight")}  # by the head, if not given
+    # By the head, if not given.
+    chosen = {name: getattr(stored.finetune, name) for name in FinetuneOptions.follow_from_start}
     assert None not in chosen.values()
     assert stored.finetune == short.replace(workers=None, device="auto", **chosen)
     again = stored.finetune.replace(workers=0, device="cpu")

@@ -79,11 +79,15 @@ class Small(nn.Module):
         return logits
 
 
-def make_model(*, fixed: bool = True, standardize: bool = True, kind: str = "hadamard", **given: Any) -> nn.Module:
+def make_model(
+    *, fixed: bool = True, standardize: bool = True, kind: str = "hadamard", signs: int = 0, **given: Any
+) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Small(**given)
-    if fixed:
+    if signs:
+        fix_classifier_(model, "binary", bits_per_class=signs)
+    elif fixed:
         fix_classifier_(model, HeadSpec(kind, 32, NUM_CLASSES, standardize=standardize))
     return model
 

@@ -128,3 +128,19 @@ def test_frozen_blocks_among_the_last_ones(run: Any, tmp_path: Path, resnet: nn.
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed >= {"fc.scale", "fc.bias"}
     assert all(key.startswith("fc.") for key in changed)
+
+
+def test_frozen_statistics_stay_while_everything_else_learns(run: Any, tmp_path: Path, new_model: Any) -> None:
+    options = OPTIONS.replace(freeze=0, freeze_bn=True, last_block_epochs=1)
+    model = new_model()
+    run(tmp_path / "two", options, model)
+    start, end = new_model().state_dict(), model.state_dict()
+    kept = [name for name in start if name.startswith("body.") and ("running_" in name or "num_batches" in name)]
+    assert kept and all(torch.equal(start[name], end[name]) for name in kept)
+    for name in ("body.1.weight", "body.3.weight", "fc.scale"):
+        assert not torch.equal(start[name], end[name])
+    longer = new_model()
+    run(tmp_path / "three", options.replace(epochs=3), longer)
+    assert torch.equal(longer.fc.center, end["fc.center"])  # as calibration left it, before training
+    run(tmp_path / "free", options.replace(freeze_bn=False), model)
+    assert not torch.equal(model.fc.center, longer.fc.center)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import signal
 from collections.abc import Callable
@@ -169,3 +170,42 @@ def test_a_loss_that_is_not_finite_is_told(run: Run, tmp_path: Path) -> None:
 def test_no_epochs_at_all_are_refused() -> None:
     with pytest.raises(UsageError, match="last_block_epochs"):
         OPTIONS.replace(epochs=0, last_block_epochs=0)
+
+
+def test_copies_are_augmented_and_take_turns(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Tensor] = []
+    real = last_block.compute_features
+
+    def compute(*given: Any, **named: Any) -> Any:
+        features = real(*given, **named)
+        made.append(features.inputs)
+        return features
+
+    monkeypatch.setattr(last_block, "compute_features", compute)
+    options = ALONE.replace(last_block_copies=2, last_block_epochs=3, mixup=0.0)
+    run(tmp_path / "a", options)
+    assert len(made) == 3 and len({features.shape for features in made}) == 1
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(made, 2))
+    run(tmp_path / "b", options)
+    assert all(torch.equal(a, b) for a, b in zip(made[:3], made[3:], strict=True)) and same(
+        tmp_path / "a", tmp_path / "b"
+    )
+    run(tmp_path / "plain", options.replace(last_block_copies=0))
+    assert torch.equal(made[6], made[0]) and not same(tmp_path / "a", tmp_path / "plain")
+
+
+def test_copies_share_the_memory_of_the_features(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(last_block, "_MAX_BYTES", 20 * 8 * 7 * 7 * 4)
+    listen = lambda e: seen.append(e.images) if isinstance(e, LastBlockEpoch) else None  # noqa: E731
+    run(tmp_path, ALONE.replace(last_block_copies=1), on_event=listen)
+    assert seen == [10, 10]
+
+
+def test_a_learned_classifier_does_not_count_as_a_last_block() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("test_efficientnet", num_classes=1000).eval()  # most of its weights
+    split = split_model(model, torch.randn(2, 3, 64, 64))
+    own = {id(parameter) for parameter in split.tail.parameters()}
+    assert {id(model.classifier.weight), id(model.conv_head.weight)} < own

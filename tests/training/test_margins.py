@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fixify._files import sha256_of
 from fixify.errors import UsageError
-from fixify.heads import ArcFace, CosFace, FixedClassifier, HeadSpec
+from fixify.heads import ArcFace, CosFace, FixedClassifier, HeadSpec, replacement
 from fixify.recipes import read_recipe
 from fixify.training import FinetuneOptions, losses
 from fixify.training.losses import HeadMargin, make_margin, training_loss
@@ -51,10 +51,15 @@ def test_what_excludes_them(other: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("margin", [CosFace(0.3), ArcFace(0.6)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_loss_with_logits_is_that_of_the_head(margin: Any, bias: bool) -> None:
+@pytest.mark.parametrize(("bias", "lengths"), [(True, False), (False, False), (True, True)])
+def test_the_loss_with_logits_is_that_of_the_head(margin: Any, bias: bool, lengths: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     head = FixedClassifier(HeadSpec("hadamard", 32, 40, bias=bias), scale=7.0)
+    if lengths:
+        spec = HeadSpec("binary", 32, 40, bits_per_class=32, gains=True)
+        vectors = torch.randn(40, 32, generator=generator) * torch.rand(40, 1, generator=generator).add(0.5)
+        head = replacement(spec, vectors, scale=7.0).head
+        assert head.row_scales is not None and float(head.row_scales.min()) < 0.7
     if head.bias is not None:
         head.bias.data = torch.randn(40, generator=generator)
     labels = torch.randint(40, (6,), generator=generator)
@@ -110,9 +115,6 @@ def test_heads_that_cannot_have_one(new_model: Any) -> None:
     model = new_model()
     model.fc = FixedClassifier(HeadSpec("hadamard", 32, 4, normalize=False))
     with pytest.raises(UsageError, match=r"fc .*norm"):
-        margin_of(model)
-    model.fc = FixedClassifier(HeadSpec("binary", 32, 4, bits_per_class=32, gains=True))
-    with pytest.raises(UsageError, match=r"fc .*lengths"):
         margin_of(model)
     with pytest.raises(UsageError, match="output"):
         margin_of(nn.Sequential(new_model(), nn.ReLU()))

@@ -56,6 +56,8 @@ EVERYTHING = FinetuneOptions.create(
     auto_augment="rand-m3",
     clip_grad=1.0,
     distill_weight=0.5,
+    freeze_bn=False,
+    last_block_epochs=0,
     workers=0,
     device="cpu",
 )

@@ -60,7 +60,8 @@ def test_what_is_logged(watched: tuple[Path, FinetuneResult, Recorder]) -> None:
     out, result, recorder = watched
     (started,) = recorder.runs
     assert (started.name, started.resumed, started.first_step) == (out.name, False, 0)
-    assert started.config["options"] == OPTIONS.replace(distill_weight=0.5).recipe()
+    resolved = OPTIONS.replace(distill_weight=0.5, freeze_bn=False, last_block_epochs=0)
+    assert started.config["options"] == resolved.recipe()
     assert "class_names" not in started.config
     training = [(step, values) for step, values in recorder.values if "train/loss" in values]
     assert [step for step, _ in training] == LOGGED

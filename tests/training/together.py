@@ -29,7 +29,7 @@ def one_run(
     """Do a run of the tiny network in the process group."""
     losses.BLOCKED_FROM = blocked_from
     if block_classes is not None:
-        loss._LEAST_CLASSES, loss.BLOCK_LOGITS = block_classes, 1
+        loss._LEAST_CLASSES, loss.BLOCK_LOGITS, loss.PAIR_LOGITS = block_classes, 1, 1
     events: list[str] = []
     result: Any = "done"
     chosen = FinetuneOptions.create(**{"workers": 0, "device": "cpu", **options}).for_this_process()
