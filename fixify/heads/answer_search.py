@@ -32,9 +32,10 @@ _METRIC_SAMPLES = 0.3
 kanji, on 512 samples that took no part, with 1,536 others: 1: 0.0301, 0.3: 0.0275, 0.1: 0.0309; without this search
 0.0306."""
 SAMPLES_PER_FEATURE = 6
-"""Samples for each feature that the search needs and takes. With fewer, what is learned of them by heart does not hold
-for others. With 2 (2,000 classes of ddddocr's reader) the divergence on others rose from 0.0293 to 0.0316 nats with a
-weight of 1, and more with less."""
+"""Samples for each feature that the search needs. With fewer, what they teach by heart does not hold for others.
+With 2 (2,000 classes of ddddocr's reader) the divergence on others rose from 0.0293 to 0.0316 nats with a weight of 1,
+and more with less."""
+_MOST_SAMPLES_PER_FEATURE = 12
 _SWEEPS = 2
 _COORDINATES_PER_BLOCK = 64
 _ROWS_AT_ONCE = 64
@@ -65,10 +66,10 @@ class Answers:
             weight: Its weight, float32 [C, N].
             bias: Its bias, [C].
         """
-        needed = SAMPLES_PER_FEATURE * features.shape[1]
-        if len(features) < needed:
+        n = features.shape[1]
+        if len(features) < SAMPLES_PER_FEATURE * n:
             return None
-        features = features[:needed]
+        features = features[: _MOST_SAMPLES_PER_FEATURE * n]
         chances, classes = [], []
         for rows in features.split(_ROWS_AT_ONCE):
             logits = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
