@@ -13,8 +13,8 @@
 
 `kanji`: the networks of tests/benchmarks/retrofit.py, N = 256, C = 2,965; top-1 on held-out typefaces. `lite0`:
 EfficientNet-Lite0, crops of half of scikit-image's photographs calibrate, agreement is counted on the other half.
-`lite0-others`: 27 wallpapers (packages: tests/benchmarks/photographs.py) calibrate, and agreement is counted on all of scikit-image's. `ddddocr`: see tests/benchmarks/ddddocr_lines.py. Nothing is trained but kanji's
-own networks.
+`lite0-others`: 27 wallpapers (packages: tests/benchmarks/photographs.py) calibrate, and agreement is counted on all of
+scikit-image's. `ddddocr`: see tests/benchmarks/ddddocr_lines.py. Nothing is trained but kanji's own networks.
 """
 
 from __future__ import annotations
