@@ -117,7 +117,7 @@ def finetune(
                 note = _teacher_note(chosen, source)
         teacher, original = _open_references(inputs, val, options, on_event, teacher=known)
         if original is None and options.max_drop is not None and options.original_top1 is None:
-            original = teacher
+            original = None if inputs.distill == source else teacher  # the start is no measure of what was lost
         opened = OpenedInputs(train, val, info.data_config, original, teacher, inputs, note)
         facts = replace(
             RunFacts.of(opened),

@@ -86,7 +86,7 @@ class Engine:
 
     def model_to_save(self) -> nn.Module:
         """Return the model that rank 0 writes a checkpoint of; every process must call this."""
-        if self.options.learn_signs:
+        if self.options.learn_signs is not None:
             held = copy.deepcopy(self.model)
             hold_signs_(held)
             return held
@@ -156,7 +156,7 @@ def make_engine(model: nn.Module, opened: OpenedInputs, options: FinetuneOptions
     if options.sync_bn and distributed.world_size() > 1:
         model = synchronize_batch_norm(model, device)
     frozen = freeze_(model, options.freeze, statistics=bool(options.freeze_bn))
-    if options.learn_signs:
+    if options.learn_signs is not None:
         learn_signs_(model)
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -201,7 +201,7 @@ def make_engine(model: nn.Module, opened: OpenedInputs, options: FinetuneOptions
         unsharded=unsharded,
         loss_plan=loss_plan,
         margin=margin,
-        signs=make_sign_optimiser(model) if options.learn_signs else None,
+        signs=None if options.learn_signs is None else make_sign_optimiser(model, options.learn_signs),
     )
 
 

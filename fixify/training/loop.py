@@ -211,8 +211,8 @@ class _Epoch:
         progress.lr = base_rate(engine.optimiser)
         if apply:
             engine.scaler.step(engine.optimiser)
-            if engine.signs is not None:
-                schedule_signs(engine.signs, progress.lr / options.peak_rate)
+            if engine.signs is not None and options.learn_signs is not None:
+                schedule_signs(engine.signs, options.learn_signs * progress.lr / options.peak_rate)
                 engine.scaler.step(engine.signs)
             engine.scaler.update()
         self._zero_gradients()

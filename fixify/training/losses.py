@@ -191,6 +191,8 @@ def training_loss(
 BLOCKED_FROM = 1 << 23
 """Logits of a batch (images x classes) from which the loss is computed block by block (`fixify.heads.loss`): from about
 there on it is faster, and always smaller. See tests/benchmarks/README.md."""
+PAIRS_FROM = 1 << 21
+"""The same where codes are rows of Hadamard blocks and their negatives, whose exponentials are computed together."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def plan_loss(
     device: torch.device,
     has_teacher: bool,
 ) -> LossPlan:
-    """Decide how the loss is computed. Below `BLOCKED_FROM` logits the model does not run, unless classes are shared.
+    """Decide how the loss is computed. Where logits are few the model does not run, unless classes are shared.
 
     Args:
         model: The model, on `device`.
@@ -236,7 +238,9 @@ def plan_loss(
             "--share-classes needs several processes, and this is one.",
             hint="Add --nproc-per-node N, or leave out --share-classes.",
         )
-    if options.batch_size * classes < BLOCKED_FROM and not shared:
+    num_logits = options.batch_size * classes
+    early = num_logits >= PAIRS_FROM and _gains_early(heads, options, device)
+    if num_logits < BLOCKED_FROM and not early and not shared:
         return LossPlan()
     reasons = {
         "the cosine loss needs all cosines": options.loss != "cross-entropy",
@@ -244,7 +248,7 @@ def plan_loss(
         "--compile compiles a model that returns logits": options.compile,
         "--shard shards a model that returns logits": options.shard,
         "the last blocks are trained alone first (--last-block-epochs)": bool(options.last_block_epochs),
-        "the signs of the head are learned (--learn-signs)": options.learn_signs,
+        "the signs of the head are learned (--learn-signs)": options.learn_signs is not None,
     }
     reason = next((text for text, applies in reasons.items() if applies), None)
     if not heads:
@@ -258,6 +262,13 @@ def plan_loss(
     if shared:
         raise UsageError(f"--share-classes is not possible: {reason}.", hint="Leave out --share-classes.")
     return LossPlan(note=f"loss of {classes:,} classes: with all logits in memory, because {reason}")
+
+
+def _gains_early(heads: Sequence[FixedClassifier], options: FinetuneOptions, device: torch.device) -> bool:
+    """Check whether the loss in blocks is the faster one from `PAIRS_FROM` logits on; see `fixify.heads.loss`."""
+    mixes = options.mixup > 0 or options.cutmix > 0  # targets are distributions then
+    pairs = bool(heads) and all(head.product.has_pairs and head.gains is None for head in heads)
+    return pairs and device.type == "cpu" and options.amp == "none" and not mixes
 
 
 def blocked_loss(

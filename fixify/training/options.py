@@ -102,7 +102,14 @@ class FinetuneOptions(CheckedOptions):
         None, "Margin that the right class has to keep: cosface:0.35 or arcface:0.5.", metavar="NAME:MARGIN"
     )
     # With many more classes than features, fixed codes are hard to reach. See `fixify.heads.learned_signs`.
-    learn_signs: bool = option(False, "Learn the signs of a binary head too; they are stored as before, one bit each.")
+    learn_signs: float | None = option(
+        None,
+        "Learn the signs of a binary head too: peak rate of their latent weights, which begin at +-1. With many more "
+        "classes than features, try 0.1.",
+        metavar="RATE",
+        gt=0,
+        allow_inf_nan=False,
+    )
     sched: Literal["cosine", "linear", "step", "multistep", "constant"] = option(
         "cosine", "Schedule of the learning rate after the warmup."
     )
@@ -323,7 +330,7 @@ class FinetuneOptions(CheckedOptions):
             for name, (applies, why) in reasons.items():
                 if applies:
                     yield Conflict(("margin", name), f"margin {self.margin} cannot be combined with {name}: {why}")
-        if self.learn_signs:
+        if self.learn_signs is not None:
             reasons = {
                 "ema_decay": (self.ema_decay is not None, "an average of signs is no sign"),
                 "share_classes": (self.share_classes, "codes that are learned are not shared"),
@@ -451,7 +458,7 @@ class TrainOptions(FinetuneOptions):
 
     def _conflicts(self) -> Iterator[Conflict]:
         yield from super()._conflicts()
-        if self.learn_signs:
+        if self.learn_signs is not None:
             yield Conflict(
                 ("learn_signs",),
                 "learn_signs needs a binary head, which takes its signs from a learned classifier",

@@ -243,7 +243,7 @@ class _Run:
                 except Stopped:
                     keeper.write_state()
                     raise
-        if self.options.learn_signs:
+        if self.engine.signs is not None:
             hold_signs_(self.engine.model)
         return self._result()
 

@@ -138,22 +138,25 @@ class Trial:
         )
 
     def bytes_per_class(self, c: int, n: int) -> float:
-        """Count all that is stored: codes, lengths, biases, the mean of the features and what is learned beside."""
+        """Count all that is stored: codes, lengths, biases, statistics of the features, and what is learned beside."""
         if self.signs == 0:
             return 4.0 * (n + 1)
         codes = (0.0 if self.scratch else 4.0) if self.signs < 0 else math.ceil(self.signs / 8) + self.gains
-        return codes + 4 * (self.bias or self.signs < 0) + 4 * n / c + 2 * self.rank * (c + n) / c
+        of_features = 4 * n / c * (2 if self.signs < 0 else 1)
+        return codes + 4 * (self.bias or self.signs < 0) + of_features + 2 * self.rank * (c + n) / c
 
 
 PLAIN = Trial()
 LEARNED = Trial(learn=1.0, latent_rate=5, begin="flat", margin=0.1)
 SCRATCH = Trial(scratch=True, warmup=0.2, learn=1.0, latent_rate=5)
+TWO_RUNS = replace(SCRATCH, begin="flat", restart=True, latent_rate=10, margin=0.1)
 EARLY = (0.1, 0.2, 0.3, 0.4)
 TRIALS = {
     trial.name: trial
     for trial in (
         PLAIN,
         Trial(gains=True, bias=True),
+        Trial(margin=0.1),
         Trial(learn=0.7),
         Trial(learn=1.0),
         Trial(learn=0.7, latent_rate=0.3),
@@ -185,8 +188,8 @@ TRIALS = {
         replace(LEARNED, signs=56),
         replace(LEARNED, signs=120),
         Trial(rematch=EARLY),
-        Trial(signs=-1),
-        Trial(signs=-1, rematch=EARLY),
+        Trial(signs=-1, head_rate=30),
+        Trial(signs=-1, head_rate=30, rematch=EARLY),
         Trial(scratch=True, signs=0),
         Trial(scratch=True, signs=-1),
         Trial(scratch=True, signs=256, warmup=0.1),
@@ -197,6 +200,8 @@ TRIALS = {
         Trial(scratch=True, learn=1.0, warmup=0.2),
         SCRATCH,
         replace(SCRATCH, begin="flat", restart=True),
+        TWO_RUNS,
+        replace(TWO_RUNS, signs=120),
         replace(SCRATCH, signs=24),
         replace(SCRATCH, signs=120),
     )
@@ -326,7 +331,7 @@ def trained(model: nn.Module, task: Task, trial: Trial, seed: int, lr: float, te
         images, labels = to_input(task.train[picked]), task.train_labels[picked]
         logits = model(images)
         moved = logits
-        if trial.margin:
+        if trial.margin and not isinstance(head, nn.Linear):
             alpha = (head.fixed if isinstance(head, SignHead) else head).scale
             if isinstance(head, SignHead) and head.fixed.gains is not None:
                 alpha = alpha * head.fixed.row_scales[labels][:, None]

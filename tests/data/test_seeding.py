@@ -25,3 +25,13 @@ def test_seeds_do_not_depend_on_numpys_version() -> None:
     assert derive_seed(1, 2, Stream.IMAGES) == 830043460
     np.testing.assert_array_equal(derive_seeds(1, 2, Stream.ORDER, count=2), [1596810411, 3615836353])
     np.testing.assert_array_equal(permutation(1, 2, Stream.INIT, count=6), [3, 5, 0, 1, 2, 4])
+
+
+def test_a_copy_has_the_seeds_of_its_epoch_in_order_and_in_any_shard() -> None:
+    def keys(copy: int | None, shard: Shard = Shard()) -> list[tuple[int, int]]:  # noqa: B008
+        sampler = BatchSampler(5, 2, training=False, seed=3, even=False, shard=shard, copy=copy)
+        return [key for batch in sampler for key in batch]
+
+    seeds = derive_seeds(3, 1, Stream.IMAGES, count=5).tolist()
+    assert keys(1) == list(enumerate(seeds)) and keys(None) == [(index, 0) for index in range(5)]
+    assert sorted(keys(1, Shard(0, 2)) + keys(1, Shard(1, 2))) == keys(1) != keys(2)

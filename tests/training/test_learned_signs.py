@@ -14,7 +14,7 @@ from fixify import convert, load
 from fixify.checkpoints.slim import read_info
 from fixify.errors import UsageError
 from fixify.heads import FixedClassifier
-from fixify.training import FinetuneOptions, TrainOptions, finetune, optimisers
+from fixify.training import FinetuneOptions, TrainOptions, finetune
 from fixify.training.optimisers import (
     clip_gradients,
     learn_signs_,
@@ -27,7 +27,7 @@ QUICK = {"epochs": 8, "batch_size": 8, "lr": 0.05, "no_aug": True, "workers": 0,
 
 
 def options(**given: Any) -> FinetuneOptions:
-    return FinetuneOptions.create(**{**QUICK, "learn_signs": True, **given})
+    return FinetuneOptions.create(**{**QUICK, "learn_signs": 0.1, **given})
 
 
 def read(path: Path) -> Any:
@@ -53,7 +53,7 @@ def test_signs_change_and_are_stored(run: Any, model: Any, tmp_path: Path, more:
 
 def test_without_it_they_stay(run: Any, model: Any, tmp_path: Path) -> None:
     before = model.fc.codes.clone()
-    run(tmp_path, options(learn_signs=False), model)
+    run(tmp_path, options(learn_signs=None), model)
     assert torch.equal(model.fc.codes, before)
 
 
@@ -76,12 +76,11 @@ def test_latent_weights_have_an_optimiser_of_their_own(model: Any) -> None:
     latent = model.fc.latent
     groups = parameter_groups(model, options(weight_decay=0.1))
     assert not any(parameter is latent for group in groups for parameter in group["params"])
-    signs = make_sign_optimiser(model)
     moves = []
-    for factor, share in ((1e-4, 1.0), (1e3, 1.0), (1.0, 0.5)):
+    for factor, rate in ((1e-4, 0.2), (1e3, 0.2), (1.0, 0.1)):
         before = latent.detach().clone()
-        signs = make_sign_optimiser(model)
-        schedule_signs(signs, share)
+        signs = make_sign_optimiser(model, 1.0)
+        schedule_signs(signs, rate)
         latent.grad = factor * torch.ones_like(latent)
         signs.step()
         moves.append(float((before - latent.detach()).abs().max()))
@@ -118,21 +117,20 @@ def test_what_excludes_it(other: dict[str, Any]) -> None:
 
 def test_several_processes_learn_the_same_signs(processes: Any, run: Any, new_model: Any, tmp_path: Path) -> None:
     plain = {"batch_norm": False, "dropout": 0.0}
-    given = {**QUICK, "batch_size": 4, "learn_signs": True, "model": {**plain, "signs": 16}}
+    given = {**QUICK, "batch_size": 4, "learn_signs": 0.3, "model": {**plain, "signs": 16}}
     told = processes.together(tmp_path, {"two": given})["two"]
     assert [each["result"] for each in told] == ["done", "done"]
     first, second = (each["state"] for each in told)
     assert torch.equal(first["fc.codes"], second["fc.codes"])
     one = new_model(**plain, signs=16)
-    run(tmp_path / "one", options(), one)
+    run(tmp_path / "one", options(learn_signs=0.3), one)
     same = (first["fc.codes"] == one.fc.codes).float().mean()
     assert float(same) > 0.9 and not torch.equal(one.fc.codes, new_model(**plain, signs=16).fc.codes)
 
 
-def test_from_files(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimisers, "_SIGN_RATE", 1.0)  # few steps
+def test_from_files(tiny: Path, tmp_path: Path) -> None:
     convert(tiny / "learned.pth", tmp_path / "tiny.fixed.safetensors", head="binary", bits_per_class=16)
-    given = options(img_size=32, batch_size=4)
+    given = options(img_size=32, batch_size=4, learn_signs=1.0)  # few steps
     result = finetune(tmp_path / "tiny.fixed.safetensors", str(tiny / "data"), tmp_path / "run", given, distill=False)
     before, after = read_info(tmp_path / "tiny.fixed.safetensors"), read_info(result.last_path)
     assert after.heads[0].spec.digest != before.heads[0].spec.digest
@@ -142,4 +140,4 @@ def test_from_files(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_from_scratch_there_are_no_signs_to_begin_with() -> None:
     with pytest.raises(UsageError, match="learn_signs"):
-        TrainOptions.create(model="resnet18", learn_signs=True)
+        TrainOptions.create(model="resnet18", learn_signs=0.1)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fixify.errors import UsageError
+from fixify.heads import FixedClassifier, HeadSpec
 from fixify.many_classes import ends_in_its_head
 from fixify.training import FinetuneOptions, distributed, losses
 
@@ -80,6 +81,21 @@ def test_where_logits_are_needed_the_run_says_why(new_model: Any, given: dict[st
 def plan_of(model: nn.Module, given: FinetuneOptions, *, has_teacher: bool = False) -> Any:
     device = torch.device("cpu")
     return losses.plan_loss(model, given, input_size=(1, 16, 16), device=device, has_teacher=has_teacher)
+
+
+@pytest.mark.parametrize(
+    ("classes", "given", "wins"),
+    [(1200, {}, True), (200, {}, False), (1200, {"amp": "bf16"}, False), (1200, {"mixup": 0.2}, False)],
+)
+def test_codes_and_their_negatives_win_from_fewer_logits(
+    classes: int, given: dict[str, Any], wins: bool, new_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "PAIRS_FROM", 8 * classes)
+    model = new_model()
+    model.fc = nn.Sequential(nn.Linear(32, 256), FixedClassifier(HeadSpec("hadamard", 256, classes)))
+    assert plan_of(model, options(**given)).blocked == wins
+    monkeypatch.setattr(losses, "PAIRS_FROM", 8 * classes + 1)
+    assert not plan_of(model, options(**given)).blocked
 
 
 def test_teachers_and_learned_classifiers(new_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

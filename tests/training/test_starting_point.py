@@ -14,6 +14,7 @@ import torch
 
 import fixify
 from fixify.checkpoints.slim import read_info
+from fixify.errors import UsageError
 from fixify.heads import FixedClassifier, HeadSpec
 from fixify.training import FinetuneOptions, FinetuneResult, OpenedInputs, ReferenceModel, api, last_block
 from fixify.training.facts import Inputs
@@ -174,6 +175,8 @@ def test_signs_learn_from_their_start_if_the_original_is_not_there(tiny: Path, t
     assert stored["teacher"]["name"] == slim.name
     assert (stored["options"]["distill_weight"], stored["options"]["freeze_bn"]) == (USUAL_TEACHING, True)
     assert fixify.finetune(slim, tiny / "data", tmp_path / "run", resume=True).history
+    with pytest.raises(UsageError, match="--max-drop"):  # the start does not stand for the original
+        fixify.finetune(slim, tiny / "data", tmp_path / "goal", options.replace(max_drop=5.0))
     fixify.finetune(slim, tiny / "data", tmp_path / "alone", options, distill=False)
     assert json.loads((tmp_path / "alone" / "run.json").read_text()).get("teacher") is None
 
