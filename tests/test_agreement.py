@@ -41,7 +41,7 @@ def test_as_many_images_are_held_out_as_can_show_it(target: float) -> None:
     assert lower_bound(wanted, wanted) > target and lower_bound(wanted - 1, wanted) > target
 
 
-@pytest.mark.parametrize(("n", "c"), [(64, 10), (256, 500), (386, 1000), (1280, 1000), (120, 18385), (16, 9)])
+@pytest.mark.parametrize(("n", "c"), [(64, 10), (256, 500), (386, 1000), (120, 18385), (16, 9)])
 def test_candidates_are_heads_from_large_to_small(n: int, c: int) -> None:
     site = ClassifierSite("fc", "Linear", n, c, channel_dim=-1, has_bias=True, num_parameters=c * (n + 1))
     weight = torch.randn(c, n, generator=torch.Generator().manual_seed(0))

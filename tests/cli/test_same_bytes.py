@@ -21,6 +21,7 @@ for number, head in enumerate(("hadamard", "orthogonal")):
 """
 
 
+@pytest.mark.slow
 def test_converting_in_other_processes(tiny: Path, tmp_path: Path) -> None:
     found = []
     for number, threads in ((1, 1), (2, 2)):

@@ -125,7 +125,8 @@ def test_shards_do_what_copies_do_and_validate_fewer_images_than_processes(done:
 def test_other_processes_need_the_same_images_per_step(
     run: Any, tmp_path: Path, stripes: Any, preprocessing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = FinetuneOptions.create(**HERE, epochs=1, batch_size=16, lr=0.05, distill_weight=0.5)
+    options = FinetuneOptions.create(**HERE, epochs=1, batch_size=16, lr=0.05)
+    options = options.replace(**{**options.usual_values(), "lr": 0.05})  # what a run records
     run(tmp_path, options)
     stored = newest_state(tmp_path, torch.device("cpu"))
     facts = RunFacts.of(OpenedInputs(*stripes, preprocessing))
