@@ -25,6 +25,8 @@ _CHUNK = 1 << 22
 _CACHED_FLOATS = 1 << 17
 _CACHED_BYTES = 1 << 20
 """Unpacked signs that stay in the second-level cache beside the products, as floating-point numbers and integers."""
+_CACHED_PAIRS = 1 << 19
+"""Bytes of pairs that stay there beside their first bits."""
 _FEWEST_SIGNS = 8
 """Signs per class from which integers are used. `torch._int_mm` is wrong where rows are of length 1 (torch 2.14)."""
 _SMALL_TABLE = 1 << 19
@@ -306,7 +308,7 @@ def _pair_steps() -> Tensor:
 def _sums_of_pairs(pairs: Tensor, digits: Tensor) -> Tensor:
     """Multiply the first bits of pairs int8 [C, h], and the pairs, with digits int8 [2, h, k]: int32 [C, k]."""
     c, half = pairs.shape
-    step = min(c, max(32, _CACHED_BYTES // half))
+    step = min(c, max(32, _CACHED_PAIRS // half))
     bits = torch.empty(step, half, dtype=torch.int8)
     sums = torch.empty(c, digits.shape[2], dtype=torch.int32)
     for start in range(0, c, step):

@@ -90,6 +90,7 @@ def products():
 )
 def test_every_product_is_as_exact_as_the_dense_one(name, m, c, d, dtype, draw, monkeypatch):
     monkeypatch.setattr(module, "_CACHED_BYTES", 1 << 14)  # several chunks
+    monkeypatch.setattr(module, "_CACHED_PAIRS", 1 << 14)
     monkeypatch.setattr(module, "_CACHED_FLOATS", 1 << 12)
     packed = pack(c, d)
     z = draw(m, d)
