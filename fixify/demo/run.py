@@ -486,8 +486,10 @@ def write_plot(classifiers: Sequence[Classifier], num_images: int, path: Path) -
         )  # fmt: skip
         state = "" if each is original else ", fine-tuned" if each.trained else ", untrained"
         label = f"{each.name}{state}\n{each.top1:.2f} %, {each.bytes_per_class:g} bytes"
-        side, offset = ("right", (8, 8)) if each is original else ("left", (6, -22))
         place = (each.bytes_per_class, each.top1)
+        side, offset = ("right", (8, -24)) if each is original else ("left", (6, -22))
+        if place == untrained[-1]:
+            offset = (6, 8)  # below it, it would meet the label of the size before
         axes.annotate(label, place, offset, textcoords="offset points", ha=side, fontsize=8)
     axes.set_xscale("log", base=2)
     axes.set_xlim(1, 1024)
