@@ -113,7 +113,7 @@ class _Trial:
     def __init__(self, engine: Engine, opened: OpenedInputs, held_out: ImageLoader) -> None:
         if engine.loss_plan.blocked:
             raise UsageError(
-                "lr auto needs the logits of a batch, which do not fit into memory with so many classes.",
+                "lr auto needs the logits of a batch; with so many classes the loss is computed without them.",
                 hint="Give the rate: --lr RATE",
             )
         self.engine, self.held_out, options = engine, held_out, engine.options
