@@ -25,16 +25,17 @@ import torch
 import torch.nn.functional as F
 from retrofit import (
     BASE_RATE,
-    BATCH,
     MARKS,
-    TEMPERATURE,
     Old,
     Task,
+    batches,
+    distillation,
     matched,
     new_model,
     old_classifier,
     read,
     read_task,
+    set_rates,
     to_input,
     top1,
 )
@@ -278,8 +279,7 @@ def class_means(model: nn.Module, task: Task, images: int, seed: int) -> Tensor:
 def trained(model: nn.Module, task: Task, trial: Trial, seed: int, lr: float, teacher: nn.Module | None) -> list[float]:
     """Train, and return top-1 after each of MARKS of the steps."""
     steps = round((task.base_steps * trial.scratch + task.steps) * trial.budget)
-    generator = torch.Generator().manual_seed(1000 + seed)
-    order = torch.empty(0, dtype=torch.int64)
+    picks = batches(task, seed)
     marks = {max(1, round(mark * steps)) for mark in MARKS[1:]}
     seen: list[float] = []
     average = None
@@ -321,12 +321,8 @@ def trained(model: nn.Module, task: Task, trial: Trial, seed: int, lr: float, te
         if trial.restart:
             first = round(trial.warmup * steps)
             at, of = (step, first) if step <= first else (step - first, steps - first)
-        rate = min(1.0, at / (0.1 * of)) * 0.5 * (1 + math.cos(math.pi * (at - 1) / of))
-        for group, peak in zip(optimiser.param_groups, peaks, strict=True):
-            group["lr"] = rate * peak
-        if len(order) < BATCH:
-            order = torch.randperm(len(task.train), generator=generator)
-        picked, order = order[:BATCH], order[BATCH:]
+        set_rates(optimiser, peaks, at, of)
+        picked = next(picks)
         model.train()
         images, labels = to_input(task.train[picked]), task.train_labels[picked]
         logits = model(images)
@@ -341,10 +337,7 @@ def trained(model: nn.Module, task: Task, trial: Trial, seed: int, lr: float, te
         if trial.fade is not None:
             weight *= max(0.0, 1 - (step - 1) / (trial.fade * steps))
         if teacher is not None and weight > 0:
-            with torch.no_grad():
-                wanted = (teacher(images) / TEMPERATURE).softmax(dim=1)
-            distance = F.kl_div((logits / TEMPERATURE).log_softmax(dim=1), wanted, reduction="batchmean")
-            loss = (1 - weight) * loss + weight * TEMPERATURE**2 * distance
+            loss = (1 - weight) * loss + weight * distillation(logits, teacher, images)
         optimiser.zero_grad()
         loss.backward()
         if trial.sgd and isinstance(head, SignHead) and head.latent.requires_grad:

@@ -21,7 +21,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -125,6 +125,28 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * right / len(images)
 
 
+def batches(task: Task, seed: int) -> Iterator[Tensor]:
+    """Yield the training images of each step, by number."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    while True:
+        order = torch.randperm(len(task.train), generator=generator)
+        yield from order[: len(order) // BATCH * BATCH].split(BATCH)
+
+
+def set_rates(optimiser: torch.optim.Optimizer, peaks: Sequence[float], step: int, steps: int) -> None:
+    """Warm up for a tenth of the steps, and fall as a cosine."""
+    rate = min(1.0, step / (0.1 * steps)) * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+    for group, peak in zip(optimiser.param_groups, peaks, strict=True):
+        group["lr"] = rate * peak
+
+
+def distillation(logits: Tensor, teacher: nn.Module, images: Tensor) -> Tensor:
+    """Compute the distillation loss of `finetune --distill`."""
+    with torch.no_grad():
+        wanted = (teacher(images) / TEMPERATURE).softmax(dim=1)
+    return TEMPERATURE**2 * F.kl_div((logits / TEMPERATURE).log_softmax(dim=1), wanted, reduction="batchmean")
+
+
 def train(
     model: nn.Module,
     task: Task,
@@ -142,26 +164,18 @@ def train(
     options = FinetuneOptions(weight_decay=0.05, head_lr_scale=head_lr_scale)
     optimiser = torch.optim.AdamW(parameter_groups(model, options), lr=lr)
     peaks = [group.get("lr_scale", 1.0) * group["lr"] for group in optimiser.param_groups]
-    generator = torch.Generator().manual_seed(1000 + seed)
-    order = torch.empty(0, dtype=torch.int64)
+    picks = batches(task, seed)
     marks = {max(1, round(mark * steps)) for mark in MARKS}
     seen = []
     for step in range(1, steps + 1):
-        rate = min(1.0, step / (0.1 * steps)) * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
-        for group, peak in zip(optimiser.param_groups, peaks, strict=True):
-            group["lr"] = rate * peak
-        if len(order) < BATCH:
-            order = torch.randperm(len(task.train), generator=generator)
-        picked, order = order[:BATCH], order[BATCH:]
+        set_rates(optimiser, peaks, step, steps)
+        picked = next(picks)
         model.train()
         images = to_input(task.train[picked])
         logits = model(images)
         loss = F.cross_entropy(logits, task.train_labels[picked])
         if teacher is not None:
-            with torch.no_grad():
-                wanted = (teacher(images) / TEMPERATURE).softmax(dim=1)
-            distance = F.kl_div((logits / TEMPERATURE).log_softmax(dim=1), wanted, reduction="batchmean")
-            loss = 0.5 * loss + 0.5 * TEMPERATURE**2 * distance
+            loss = 0.5 * loss + 0.5 * distillation(logits, teacher, images)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -13,8 +13,8 @@ FOLDER = Path(heads.__file__).parent
 LIGHT = {"kinds", "spec", "__init__"}
 ORDER = [
     "streams", "constructions", "levels", "matrices", "codes", "kinds", "spec", "signs", "product", "statistics",
-    "normalisation", "level_search", "answer_search", "encoding", "learned_signs", "prepared", "loss", "layer",
-    "cosines", "matching", "fitting", "editing", "__init__",
+    "normalisation", "level_search", "answer_search", "encoding", "learned_signs", "prepared", "pair_sums", "loss",
+    "layer", "cosines", "matching", "fitting", "editing", "__init__",
 ]  # fmt: skip
 
 
