@@ -21,11 +21,9 @@ from fixify.heads.constructions import Construction, elementary, order_of
 from fixify.heads.kinds import SpecFields, default_codes, kind_of
 from fixify.heads.levels import SIGNS, Levels
 from fixify.heads.matrices import block_signs, rows
-from fixify.heads.signs import PackedLinear, unpack_levels
+from fixify.heads.signs import SMALL_TABLE, PackedLinear, unpack_levels
 
 _TABLES = ("left", "right", "rotation_signs", "block_signs", "index", "class_signs", "table", "packed")
-_SMALL_TABLE = 1 << 19
-"""Stored signs or levels that are held as numbers too (2 MB in float32) before a mode was set, as in a new head."""
 _TRAINING_TABLE = 1 << 24
 """Stored signs or levels held as numbers in training (64 MB in float32); more are unpacked in chunks."""
 
@@ -192,7 +190,7 @@ class CodeProduct(nn.Module):
         if self.packed is None or self.packed.is_meta:
             return
         size = len(self.packed) * self.num_kept
-        hold = size <= _SMALL_TABLE if self._holds_numbers is None else self._holds_numbers
+        hold = size <= SMALL_TABLE if self._holds_numbers is None else self._holds_numbers
         if hold == (self.table is not None):
             return
         self.revision += 1

@@ -29,8 +29,8 @@ _CACHED_PAIRS = 1 << 19
 """Bytes of pairs that stay there beside their first bits."""
 _FEWEST_SIGNS = 8
 """Signs per class from which integers are used. `torch._int_mm` is wrong where rows are of length 1 (torch 2.14)."""
-_SMALL_TABLE = 1 << 19
-"""Signs or levels that are held as numbers, 2 MB in float32, where integers are not fast."""
+SMALL_TABLE = 1 << 19
+"""Signs or levels that are held as numbers, 2 MB in float32: where integers are not fast, and in a new head."""
 _BYTE_SIGNS = 1 << 21
 """Signs up to which each is held as a byte, 2 MB, for few samples; more take 4 bits each."""
 _BYTE_LEVELS = 1 << 24
@@ -421,7 +421,7 @@ def packed_product(
     is_possible = packed.device.type == "cpu" and dtype in NUM_DIGITS and num_signs >= _FEWEST_SIGNS
     if is_possible and has_fast_integers():
         return IntegerProduct(packed, num_signs, dtype, kind)
-    if len(packed) * num_signs <= _SMALL_TABLE:
+    if len(packed) * num_signs <= SMALL_TABLE:
         return partial(F.linear, weight=unpack_levels(packed, num_signs, dtype, kind))
     return lambda z: chunked_product(z, packed, kind)
 

@@ -494,7 +494,7 @@ def test_many_signs_are_never_unpacked_at_once(monkeypatch, features):
 def test_signs_are_numbers_in_training_only(dtype, features, monkeypatch):
     """Training rounds as it always has, and evaluation holds no numbers."""
     table = make(BINARY).to(dtype)
-    monkeypatch.setattr(product_module, "_SMALL_TABLE", 0)
+    monkeypatch.setattr(product_module, "SMALL_TABLE", 0)
     packed = make(BINARY).to(dtype)
     assert packed.product.packed is not None
     packed.train()
