@@ -277,6 +277,13 @@ class TrainingDisplay(RunDisplay):
             self.output.say(f"{when}: top-1 {event.metrics.top1:.2f} %, loss {event.metrics.loss:.4f}")
         elif isinstance(event, training.Calibrated):
             self.output.say(f"feature statistics taken from {_images(event.images, 'training image')}")
+        elif isinstance(event, training.ClassifierConverted):
+            self.say(
+                f"step {event.step:,}: the learned classifier became a {event.head} head of {event.bytes_per_class} "
+                f"bytes per class, fitted on {_images(event.images, 'training image')}"
+            )
+            if event.loss_note is not None:
+                self.output.say(event.loss_note)
         elif isinstance(event, training.LastBlockEpoch):
             where = f"last blocks, epoch {event.epoch + 1}/{event.epochs}"
             self.output.say(f"{where}: loss {event.loss:.4f} on the features of {_images(event.images)}")
@@ -296,6 +303,8 @@ class TrainingDisplay(RunDisplay):
             self.output.say(event.loss_note)
         if event.teacher_note is not None:
             self.output.say(event.teacher_note)
+        if event.convert_at is not None and event.first_step < event.convert_at:
+            self.output.say(f"the classifier is learned for {event.convert_at:,} steps, then converted")
         if event.frozen:
             self.output.say(
                 f"training {event.trainable:,} of {event.parameters:,} parameters; frozen: {'; '.join(event.frozen)}"

@@ -38,6 +38,7 @@ class Stream(enum.IntEnum):
     ERASING = 10
     LAST_BLOCK_ORDER = 11  # order of the features in that stage
     RATE_SEARCH = 12  # images that are held out to compare learning rates
+    CONVERSION = 13  # images on which a run converts its learned classifier
 
 
 def derive_seed(*parts: int) -> int:

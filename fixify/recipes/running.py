@@ -269,7 +269,8 @@ def compared(options: TrainOptions, scales: Sequence[float] = ()) -> dict[str, T
             "The recipe trains a learned head, and a comparison needs a fixed one.",
             hint="Add --set train.head=auto, or hadamard, orthogonal, simplex.",
         )
-    found = {FIXED: options, LEARNED: options.replace(head="learned")}
+    # A margin is one of cosines, which a learned classifier does not have.
+    found = {FIXED: options, LEARNED: options.replace(head="learned", margin=None)}
     for scale in scales:
         name = f"scale-{scale:g}"
         if name in found:

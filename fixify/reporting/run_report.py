@@ -237,6 +237,10 @@ def _facts(run: Run) -> dict[str, str]:
         "data": facts.data or None,
         "images": " and ".join(counts) or None,
         "classes": classes,
+        "classifier": next(
+            (f"learned, converted after step {each.step:,}" for each in run.history if each.classifier == "converted"),
+            None,
+        ),
         "original": None if facts.original is None else facts.original.name,
         "teacher": None if facts.teacher is None else facts.teacher.name,
         "device": facts.device,

@@ -11,6 +11,7 @@ _EXPORTS = {
     "BEST_FILE": "fixify.training.run_folder",
     "LAST_FILE": "fixify.training.run_folder",
     "Calibrated": "fixify.training.events",
+    "ClassifierConverted": "fixify.training.events",
     "EpochEnded": "fixify.training.events",
     "EpochRecord": "fixify.training.events",
     "EpochStarted": "fixify.training.events",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from fixify.training.api import finetune_folder as finetune_folder
     from fixify.training.api import train_from_scratch as train_from_scratch
     from fixify.training.events import Calibrated as Calibrated
+    from fixify.training.events import ClassifierConverted as ClassifierConverted
     from fixify.training.events import EpochEnded as EpochEnded
     from fixify.training.events import EpochRecord as EpochRecord
     from fixify.training.events import EpochStarted as EpochStarted

@@ -299,7 +299,8 @@ def train_from_scratch(
     Under torchrun all of its processes train. With a fixed head the run leaves best.fixed.safetensors and
     last.fixed.safetensors, slim checkpoints. With a learned one it leaves best.safetensors and last.safetensors, whose
     architecture `fixify convert` and the other commands recognise. To compare the two, train twice:
-    `options.replace(head="learned")` changes nothing else.
+    `options.replace(head="learned")` changes nothing else. A binary head is a learned one for the first steps
+    (`options.convert_after`); checkpoints are written from then on.
 
     Args:
         data_name: See `fixify.data.open_data`.
@@ -366,6 +367,7 @@ class NewNetwork:
         preprocessing: timm's data configuration.
         num_classes: Number of classes.
         info: The info of its slim checkpoints; None with a learned head.
+        converts: Whether the learned head becomes a fixed one in the run.
     """
 
     model: nn.Module
@@ -373,11 +375,12 @@ class NewNetwork:
     preprocessing: Preprocessing
     num_classes: int
     info: SlimInfo | None
+    converts: bool = False
 
     @property
     def suffix(self) -> str:
         """File suffix of its checkpoints."""
-        return LEARNED_SUFFIX if self.info is None else FIXED_SUFFIX
+        return LEARNED_SUFFIX if self.info is None and not self.converts else FIXED_SUFFIX
 
 
 def new_network(options: TrainOptions, class_names: list[str], *, numbered: bool = False) -> NewNetwork:
@@ -413,8 +416,9 @@ def new_network(options: TrainOptions, class_names: list[str], *, numbered: bool
         config["std"] = list(options.std)
     check_input_size(model, config["input_size"])
     labels = None if numbered else class_names
-    info = None if options.head == "learned" else _fix_(model, architecture, config, options, labels)
-    return NewNetwork(model, architecture, config, num_classes, info)
+    model.fixify_origin = Origin(architecture, config, labels, {}, "float32")  # type: ignore[assignment]
+    info = None if options.head == "learned" or options.converts else _fix_(model, architecture, options)
+    return NewNetwork(model, architecture, config, num_classes, info, options.converts)
 
 
 def _architecture(options: TrainOptions) -> Architecture:
@@ -447,9 +451,7 @@ def _size_argument(architecture: Architecture) -> str | None:
     return "img_size" if config is not None and config.fixed_input_size else None
 
 
-def _fix_(
-    model: nn.Module, architecture: Architecture, config: Preprocessing, options: TrainOptions, labels: list[str] | None
-) -> SlimInfo:
+def _fix_(model: nn.Module, architecture: Architecture, options: TrainOptions) -> SlimInfo:
     """Give a new network the fixed head that the options say, with codes in class order."""
     head = HeadConfig.create(
         head=options.head,
@@ -461,13 +463,13 @@ def _fix_(
         standardize=options.head_standardize,
     )
     fix_classifier_(model, head, arch=architecture)
-    model.fixify_origin = Origin(architecture, config, labels, {}, "float32")  # type: ignore[assignment]
     return describe(model)
 
 
 def _saver(network: NewNetwork, labels: list[str] | None) -> SaveModel:
     def save_fixed(model: nn.Module, path: Path, record: dict[str, Any]) -> None:
-        model.fixify_info = network.info  # type: ignore[assignment]  # a moving average is another object
+        if network.info is not None:  # else the conversion described it
+            model.fixify_info = network.info  # type: ignore[assignment]  # a moving average is another object
         save(model, path, force=True, training=record)
 
     def save_learned(model: nn.Module, path: Path, record: dict[str, Any]) -> None:
@@ -482,7 +484,8 @@ def _saver(network: NewNetwork, labels: list[str] | None) -> SaveModel:
             force=True,
         )
 
-    chosen: Callable[[nn.Module, Path, dict[str, Any]], None] = save_learned if network.info is None else save_fixed
+    is_fixed = network.suffix == FIXED_SUFFIX
+    chosen: Callable[[nn.Module, Path, dict[str, Any]], None] = save_fixed if is_fixed else save_learned
     if network.info is not None:
         network.model.fixify_info = network.info  # type: ignore[assignment]
     return chosen

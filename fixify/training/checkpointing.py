@@ -30,6 +30,7 @@ from fixify.training import distributed
 from fixify.training.engine import Engine, head_scale
 from fixify.training.events import EpochEnded, EpochRecord, Listener, Validated, Warned, best_of
 from fixify.training.facts import Machine, Recorded, RunFacts, RunOutput, this_machine
+from fixify.training.head_conversion import HeadConversion
 from fixify.training.options import PATIENCE, FinetuneOptions
 from fixify.training.parallel import gather_optimiser_state, gather_weights, load_gathered, local_part
 from fixify.training.run_folder import (
@@ -146,7 +147,7 @@ class StoredState:
 
 
 # What a state says of its run; tensors, keys of several types and lists that hold themselves are not comparable.
-_PLAIN = ("version", "recipe", "facts", "machine", *(each.name for each in fields(Recorded)))
+_PLAIN = ("version", "recipe", "facts", "machine", "heads", *(each.name for each in fields(Recorded)))
 _DEPTH = 12
 
 
@@ -439,6 +440,7 @@ class RunKeeper:
         facts: What the run is; part of every file, and compared when resuming.
         on_event: Called with every validation and warning.
         unreadable: The images of "train" and "val" that cannot be read; they are counted and listed.
+        conversion: Converts the classifier in the run; None if it does not.
 
     Attributes:
         progress: How far the run is.
@@ -452,7 +454,9 @@ class RunKeeper:
         facts: RunFacts,
         on_event: Listener,
         unreadable: dict[str, UnreadableImages],
+        conversion: HeadConversion | None = None,
     ) -> None:
+        self.conversion = conversion
         self.engine, self.options = engine, engine.options
         self.output, self.facts, self.on_event, self.unreadable = output, facts, on_event, unreadable
         self.progress = Progress()
@@ -478,6 +482,8 @@ class RunKeeper:
         self.saved = self.progress.epoch, self.progress.batch
 
     def _load(self, state: dict[str, Any]) -> None:
+        if self.conversion is not None and "heads" in state:
+            self.conversion.restore(state["heads"], state["model"])
         load_engine_state(self.engine, state)
         self.progress = Progress.from_dict(state["progress"])
         self.engine.schedule.step_update(self.progress.updates)  # of the learning rates that the optimiser's state has
@@ -499,6 +505,7 @@ class RunKeeper:
             {
                 "version": _VERSION,
                 **engine_state(self.engine),
+                **self._converted_heads(),
                 "progress": asdict(self.progress),
                 "recipe": self.options.recipe(),
                 "facts": self.facts.to_dict(),
@@ -506,6 +513,10 @@ class RunKeeper:
             }
         )
         self.saved = self.progress.epoch, self.progress.batch
+
+    def _converted_heads(self) -> dict[str, Any]:
+        """Describe the heads that the classifier was converted to, if it was."""
+        return {} if self.conversion is None or self.engine.awaits_conversion else {"heads": self.conversion.records()}
 
     def _share_unreadable(self) -> None:
         """Tell every process which images the others could not read."""
@@ -524,14 +535,17 @@ class RunKeeper:
         if any(self.progress.unreadable.values()):
             write_unreadable(self.output.folder, self.progress.unreadable)
 
-    def record(self, metrics: Metrics, confusions: Confusions, *, fraction: float, seconds: float) -> None:
-        """Add a validation to the history, and write every file.
+    def record(
+        self, metrics: Metrics, confusions: Confusions, *, fraction: float, seconds: float, converted: bool = False
+    ) -> None:
+        """Add a validation to the history, and write every file; no checkpoints while the run awaits a conversion.
 
         Args:
             metrics: Metrics of `engine.evaluated`.
             confusions: Its predictions per class.
             fraction: Part of the epoch that was done; 1 ends it.
             seconds: Time since the epoch started.
+            converted: Whether the classifier was just converted.
 
         Raises:
             TrainingError: some weights are not finite; nothing is written.
@@ -539,7 +553,7 @@ class RunKeeper:
         """
         progress = self.progress
         self._share_unreadable()
-        record = self._epoch_record(metrics, fraction=fraction, seconds=seconds)
+        record = self._epoch_record(metrics, fraction=fraction, seconds=seconds, converted=converted)
         to_save = self.engine.model_to_save()
         check_weights(self.engine.evaluated, progress.updates)
         progress.history.append(record)
@@ -547,7 +561,8 @@ class RunKeeper:
             progress.next_epoch()
         is_best = progress.best() is record
         # The state comes after the checkpoints: after a crash between them, the same steps write the same files again.
-        distributed.on_rank_zero(lambda: self._save(to_save, record, is_best=is_best))
+        if record.classifier != "learned":
+            distributed.on_rank_zero(lambda: self._save(to_save, record, is_best=is_best))
         self._write_files(record, confusions)
         self.on_event(EpochEnded(record, is_best) if fraction == 1 else Validated(record, is_best))
 
@@ -575,7 +590,9 @@ class RunKeeper:
         self.write_logs()
         distributed.on_rank_zero(lambda: write_confusions(self.output.folder, record.step, confusions))
 
-    def _epoch_record(self, metrics: Metrics, *, fraction: float, seconds: float) -> EpochRecord:
+    def _epoch_record(
+        self, metrics: Metrics, *, fraction: float, seconds: float, converted: bool = False
+    ) -> EpochRecord:
         progress, parallel = self.progress, self.engine.parallel
         gradient_bytes, statistics_bytes = (None, None) if parallel is None else parallel.bytes_per_update()
         return EpochRecord(
@@ -596,6 +613,7 @@ class RunKeeper:
             val_unreadable=len(self.unreadable["val"]),
             gradient_bytes=gradient_bytes,
             statistics_bytes=statistics_bytes,
+            classifier="learned" if self.engine.awaits_conversion else "converted" if converted else None,
         )
 
     def _save(self, model: nn.Module, record: EpochRecord, *, is_best: bool) -> None:
@@ -629,8 +647,9 @@ class RunKeeper:
         return original is not None and allowed is not None and original - top1 <= allowed + _ROUNDING
 
     def has_reached_goal(self) -> bool:
-        """Check whether the top-1 of the last validation is enough."""
-        return bool(self.progress.history) and self.is_enough(self.progress.history[-1].val_top1)
+        """Check whether the top-1 of the last validation is enough, and of a classifier that stays."""
+        last = self.progress.history[-1] if self.progress.history else None
+        return last is not None and last.classifier != "learned" and self.is_enough(last.val_top1)
 
 
 NOT_FINITE_HINT = "Try a lower --lr, a longer --warmup-epochs, or --clip-grad 1."

@@ -29,6 +29,7 @@ from fixify.training.optimisers import (
     make_optimiser,
     make_schedule,
     make_sign_optimiser,
+    take_over_state,
 )
 from fixify.training.options import FinetuneOptions
 from fixify.training.parallel import (
@@ -60,7 +61,7 @@ class Engine:
         parallel: The model wrapped for several processes, while they train.
         loss_plan: Whether the loss is computed without logits.
         margin: Of the right class in the loss; None without `options.margin`.
-        signs: Updates the signs of the heads; None without `options.learn_signs`.
+        signs: Updates the signs of the heads; None without `options.learn_signs`, and while the classifier is learned.
     """
 
     model: nn.Module
@@ -84,9 +85,14 @@ class Engine:
         """The model that is measured and saved: the moving average if there is one, else the trained model."""
         return self.model if self.ema is None else self.ema.module
 
+    @property
+    def awaits_conversion(self) -> bool:
+        """Whether the classifier is still the learned one that the run converts."""
+        return self.options.converts and head_scale(self.model) is None
+
     def model_to_save(self) -> nn.Module:
         """Return the model that rank 0 writes a checkpoint of; every process must call this."""
-        if self.options.learn_signs is not None:
+        if self.signs is not None:
             held = copy.deepcopy(self.model)
             hold_signs_(held)
             return held
@@ -104,9 +110,48 @@ class Engine:
             # The decay warms up as 1 - (1 + step)^(-2/3). A constant one would keep the start for many steps.
             self.ema = ModelEmaV3(self.model, decay=self.options.ema_decay, use_warmup=True)
 
+    def fit_to_head_(self, opened: OpenedInputs, updates: int) -> None:
+        """Set up anew what depends on the classifier, after it was replaced; every process must call this.
+
+        The optimiser keeps what it knows of the other parameters. The moving average starts anew at the model.
+
+        Args:
+            opened: The images, and the teacher.
+            updates: Updates so far, for the learning rate.
+
+        Raises:
+            UsageError: the options do not fit the new classifier.
+        """
+        options = self.options
+        for module in self.model.modules():
+            if isinstance(module, FixedClassifier):
+                module.keeps_statistics = bool(options.freeze_bn)
+        if options.learn_signs is not None:
+            learn_signs_(self.model)
+            self.signs = make_sign_optimiser(self.model, options.learn_signs)
+        input_size = opened.preprocessing["input_size"]
+        self.margin = make_margin(self.model, options, input_size=input_size, device=self.device)
+        self.loss_plan = plan_loss(
+            self.model, options, input_size=input_size, device=self.device, has_teacher=opened.teacher is not None
+        )
+        previous, self.optimiser = self.optimiser, make_optimiser(self.model, options)
+        take_over_state(self.optimiser, previous)
+        self.schedule = make_schedule(self.optimiser, options, self.updates_per_epoch)
+        self.schedule.step_update(updates)
+        if self.parallel is not None:
+            self.parallel.close()
+            self.parallel = None  # before the next one: both would average the gradients
+            self.parallel = ReplicatedModel(self.model, options, self.device)
+        self.start_average()
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Updates of the weights in one epoch."""
+        return updates_per_epoch(self.loader, self.options)
+
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Wrap training and its validations; within the block nothing may change the model's modules."""
+        """Wrap training and its validations; within the block only `fit_to_head_` may change the model's modules."""
         if self.options.grad_checkpointing:
             checkpoint_activations_(self.model)
         with self._parallel():
@@ -130,7 +175,8 @@ class Engine:
         try:
             yield
         finally:
-            self.parallel.close()
+            if self.parallel is not None:
+                self.parallel.close()
             self.parallel = None
 
     @contextlib.contextmanager
@@ -142,6 +188,11 @@ class Engine:
             yield
 
 
+def updates_per_epoch(loader: ImageLoader, options: FinetuneOptions) -> int:
+    """Count the updates of the weights in one epoch."""
+    return -(-len(loader) // options.grad_accum)
+
+
 def make_engine(model: nn.Module, opened: OpenedInputs, options: FinetuneOptions) -> Engine:
     """Set up training, with the model on its device; without average and teacher, which start later.
 
@@ -149,6 +200,7 @@ def make_engine(model: nn.Module, opened: OpenedInputs, options: FinetuneOptions
         UsageError: the options do not fit the model or this machine.
     """
     device = options.resolved_device()
+    begin = options.before_conversion()
     if options.grad_checkpointing:
         check_checkpointing(model)
     if options.loss == "cosine":
@@ -156,7 +208,7 @@ def make_engine(model: nn.Module, opened: OpenedInputs, options: FinetuneOptions
     if options.sync_bn and distributed.world_size() > 1:
         model = synchronize_batch_norm(model, device)
     frozen = freeze_(model, options.freeze, statistics=bool(options.freeze_bn))
-    if options.learn_signs is not None:
+    if begin.learn_signs is not None:
         learn_signs_(model)
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -167,7 +219,7 @@ def make_engine(model: nn.Module, opened: OpenedInputs, options: FinetuneOptions
     else:
         model = model.to(device)
     input_size = opened.preprocessing["input_size"]
-    margin = make_margin(model, options, input_size=input_size, device=device)
+    margin = make_margin(model, begin, input_size=input_size, device=device)
     loader = make_loader(
         opened.train,
         opened.preprocessing,
@@ -183,7 +235,7 @@ def make_engine(model: nn.Module, opened: OpenedInputs, options: FinetuneOptions
     optimiser = make_optimiser(model, options)
     loss_plan = plan_loss(
         model,
-        options,
+        begin,
         input_size=input_size,
         device=device,
         has_teacher=opened.teacher is not None,
@@ -191,7 +243,7 @@ def make_engine(model: nn.Module, opened: OpenedInputs, options: FinetuneOptions
     return Engine(
         model=model,
         optimiser=optimiser,
-        schedule=make_schedule(optimiser, options, -(-len(loader) // options.grad_accum)),
+        schedule=make_schedule(optimiser, options, updates_per_epoch(loader, options)),
         scaler=torch.amp.GradScaler(device.type, enabled=options.amp == "fp16"),
         ema=None,
         loader=loader,
@@ -201,7 +253,7 @@ def make_engine(model: nn.Module, opened: OpenedInputs, options: FinetuneOptions
         unsharded=unsharded,
         loss_plan=loss_plan,
         margin=margin,
-        signs=None if options.learn_signs is None else make_sign_optimiser(model, options.learn_signs),
+        signs=None if begin.learn_signs is None else make_sign_optimiser(model, begin.learn_signs),
     )
 
 

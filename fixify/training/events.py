@@ -41,6 +41,7 @@ class RunStarted:
         config: What determines the result: data, model and options, JSON-safe.
         loss_note: How the loss of very many classes is computed, for a person; None with few.
         teacher_note: What the run learns from by default, for a person; None if a person chose it.
+        convert_at: Updates after which the learned classifier becomes a fixed head; None if it does not.
     """
 
     epochs: int
@@ -60,6 +61,7 @@ class RunStarted:
     config: dict[str, Any]
     loss_note: str | None = None
     teacher_note: str | None = None
+    convert_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,25 @@ class Calibrated:
     """The statistics of standardising heads were computed from this number of training images."""
 
     images: int
+
+
+@dataclass(frozen=True)
+class ClassifierConverted:
+    """The learned classifier, with which the run began, became a fixed head; its validation follows.
+
+    Attributes:
+        step: Updates before it.
+        head: The kind of the head.
+        bytes_per_class: Bytes of the codes of a class, its length included.
+        images: Training images on which it was fitted to the learned classifier.
+        loss_note: See `RunStarted`.
+    """
+
+    step: int
+    head: str
+    bytes_per_class: int
+    images: int
+    loss_note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -196,6 +217,8 @@ class EpochRecord:
             counted where they are sent. None in one process, before training, and with `shard`.
         statistics_bytes: Bytes of running statistics per update: those of batch norms, and 2N + 1 numbers per fixed
             head. None as for `gradient_bytes`.
+        classifier: In a run that converts its classifier: "learned" before that, "converted" for the validation that
+            follows it. None later, and in other runs.
     """
 
     epoch: Count
@@ -215,6 +238,7 @@ class EpochRecord:
     val_unreadable: Count = 0
     gradient_bytes: Number | None = None
     statistics_bytes: Number | None = None
+    classifier: Literal["learned", "converted"] | None = None
 
     @property
     def epochs(self) -> float:
@@ -223,17 +247,23 @@ class EpochRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as a line of metrics.jsonl holds it; a number that is not finite becomes None."""
-        return {name: finite_or_none(value) for name, value in asdict(self).items()}
+        values = asdict(self)
+        if self.classifier is None:
+            del values["classifier"]  # as in the runs that convert nothing
+        return {name: finite_or_none(value) for name, value in values.items()}
 
 
 def best_of(start: EpochRecord | None, history: Sequence[EpochRecord]) -> EpochRecord | None:
     """Return the validation with the highest top-1; of equal ones that with the lowest loss, then the first.
 
+    Validations of a learned classifier that the run converts are no candidates.
+
     Args:
         start: The validation before training; None if it is no candidate.
         history: The validations since then.
     """
-    candidates = history if start is None else [start, *history]
+    fixed = [record for record in history if record.classifier != "learned"]
+    candidates = fixed if start is None else [start, *fixed]
     return max(candidates, key=lambda record: (record.val_top1, -record.val_loss), default=None)
 
 
@@ -273,6 +303,7 @@ Event = (
     | OriginalEvaluated
     | Evaluated
     | Calibrated
+    | ClassifierConverted
     | LastBlockEpoch
     | EpochStarted
     | Step

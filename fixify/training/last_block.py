@@ -59,8 +59,8 @@ class Preparation:
         engine = self.engine
         if not uncalibrated_heads(engine.model):
             return False
-        with self._some_images(Stream.CALIBRATION, engine.options.calibration_images) as loader:
-            images = calibrate_heads_(engine.model, self._stoppable(loader), device=engine.device)
+        with self.some_images(Stream.CALIBRATION, engine.options.calibration_images) as loader:
+            images = calibrate_heads_(engine.model, self.stoppable(loader), device=engine.device)
         broadcast_parameters(engine.model)
         self.on_event(Calibrated(images))
         return True
@@ -75,7 +75,7 @@ class Preparation:
             Stopped: a signal asked to stop.
         """
         engine = self.engine
-        with self._some_images(Stream.LAST_BLOCK, 2) as loader:
+        with self.some_images(Stream.LAST_BLOCK, 2) as loader:
             few = next((images for images, _ in loader), None)
         if few is None:
             raise DataError("The first images that were drawn cannot be read.", hint="See the warnings above.")
@@ -103,7 +103,7 @@ class Preparation:
             self.stop.check()
 
         for copy in (None, *range(copies)):
-            with self._some_images(Stream.LAST_BLOCK, count, distributed.local_shard(), copy) as loader:
+            with self.some_images(Stream.LAST_BLOCK, count, distributed.local_shard(), copy) as loader:
                 own = compute_features(
                     split, loader, engine.teacher, device=engine.device, amp=options.amp, on_batch=tell
                 )
@@ -151,13 +151,14 @@ class Preparation:
                 )
             self.on_event(LastBlockEpoch(epoch, epochs, count, total / steps))
 
-    def _stoppable(self, loader: ImageLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    def stoppable(self, loader: ImageLoader) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of a loader; before each, a signal may stop the run."""
         for batch in loader:
             self.stop.check()
             yield batch
 
     @contextmanager
-    def _some_images(
+    def some_images(
         self, stream: int, count: int, shard: Shard | None = None, copy: int | None = None
     ) -> Iterator[ImageLoader]:
         """Open a loader of the first `count` training images in a seeded order, or of an augmented copy of them."""

@@ -50,6 +50,8 @@ def train_epoch(
     on_event: Listener,
     validate: Callable[[], bool],
     state_writer: StateWriter,
+    *,
+    pause_at: int | None = None,
 ) -> bool:
     """Train the rest of the epoch that `progress` is in, and keep `progress` up to date.
 
@@ -61,9 +63,10 @@ def train_epoch(
         validate: Called within the epoch every `options.val_every` updates, but not at its end. It adds a record to
             `progress.history` and returns whether the accuracy is high enough to stop.
         state_writer: Asked after every update whether to write the state.
+        pause_at: Return after so many updates since the start of the run, unless they end the epoch.
 
     Returns:
-        Whether the accuracy is high enough; if not, the epoch is complete.
+        Whether the accuracy is high enough; if not, the epoch is complete, or training paused.
 
     Raises:
         TrainingError: a loss is not finite, and `options.nan_skip` steps were skipped before.
@@ -72,7 +75,7 @@ def train_epoch(
         DataError: too many images cannot be read.
         OutputError: the state cannot be written.
     """
-    return _Epoch(engine, progress, on_event).train(stop, validate, state_writer)
+    return _Epoch(engine, progress, on_event).train(stop, validate, state_writer, pause_at)
 
 
 @contextlib.contextmanager
@@ -100,7 +103,9 @@ class _Epoch:
         self.batches = len(engine.loader)
         self.deferred = only_head(engine.model) if engine.loss_plan.blocked else None
 
-    def train(self, stop: StopRequest, validate: Callable[[], bool], state_writer: StateWriter) -> bool:
+    def train(
+        self, stop: StopRequest, validate: Callable[[], bool], state_writer: StateWriter, pause_at: int | None
+    ) -> bool:
         engine, progress, batches = self.engine, self.progress, self.batches
         accum = self.options.grad_accum
         engine.frozen.train(engine.model)
@@ -136,6 +141,9 @@ class _Epoch:
             if last_of_group and state_writer.state_is_due():
                 pending.read()  # a state must not hold weights whose loss is not finite
                 state_writer.write_state()
+            if last_of_group and progress.updates == pause_at and progress.batch < batches:
+                pending.read()
+                return False
             if last_of_group and self._validation_is_due():
                 pending.read()
                 if validate():

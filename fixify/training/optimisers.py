@@ -317,6 +317,24 @@ def make_optimiser(
     )
 
 
+def take_over_state(optimiser: torch.optim.Optimizer, previous: torch.optim.Optimizer) -> None:
+    """Give a new optimiser what a previous one knows of the parameters that both have: moments and counts of updates.
+
+    Learning rates are left out: they follow from the schedule.
+
+    Args:
+        optimiser: The new one, which has not made an update.
+        previous: One of the same class and options.
+    """
+    group_of = {id(parameter): group for group in previous.param_groups for parameter in group["params"]}
+    for group in optimiser.param_groups:
+        known = [parameter for parameter in group["params"] if id(parameter) in group_of]
+        if known:
+            before = group_of[id(known[0])]
+            group.update({name: before[name] for name in before if name not in ("params", "lr", "initial_lr")})
+        optimiser.state.update({each: previous.state[each] for each in known if each in previous.state})
+
+
 def make_sign_optimiser(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     """Create the optimiser of the latent weights of signs that are learned: Adam, whatever the network's is.
 

@@ -353,6 +353,15 @@ class FinetuneOptions(CheckedOptions):
             )
 
     @property
+    def converts(self) -> bool:
+        """Whether the run begins with a learned classifier and converts it; see `fixify.training.head_conversion`."""
+        return False
+
+    def before_conversion(self) -> Self:
+        """Return the options that hold while the classifier is a learned one that the run converts later."""
+        return self
+
+    @property
     def peak_rate(self) -> float:
         """The peak learning rate; where it is not a number, the usual one."""
         if self.lr is None or self.lr == "auto":
@@ -414,8 +423,11 @@ class TrainOptions(FinetuneOptions):
     256, rate 0.1, timm's crops and colour jitter. The paper trains the scale at the rate of the weights, that is with
     head_lr_scale 1.
 
-    With a learned head the other `head_...` options have no effect. The rest of the network starts from the same
-    weights with either head.
+    With a learned head the other options of a head have no effect: `head_...`, `bits_per_class`, `convert_after` and
+    `learn_signs`. The rest of the network starts from the same weights with either head.
+
+    A binary head takes its signs from a learned classifier. So the run begins with one, and converts it after a share
+    of the steps, under the same schedule. `learn_signs` and `margin` hold from there on.
     """
 
     section: ClassVar[str] = "train"
@@ -423,8 +435,14 @@ class TrainOptions(FinetuneOptions):
 
     model: str = option(..., "Architecture of timm or torchvision: resnet18, torchvision/resnet18.", min_length=1)
     model_args: dict[str, Any] = Field(default_factory=dict, description="Arguments of its builder.")
-    head: Literal["learned", "auto", "hadamard", "orthogonal", "simplex", "identity"] = option(
-        "auto", "The classifier: learned, or the kind of a fixed one; auto is hadamard where such a matrix is known."
+    head: Literal["learned", "auto", "hadamard", "orthogonal", "simplex", "binary", "identity"] = option(
+        "auto",
+        "The classifier: learned, or the kind of a fixed one; auto is hadamard where such a matrix is known. binary is "
+        "a learned one at first; see convert_after.",
+    )
+    bits_per_class: int | None = option(None, "Signs per class of a binary head. Default: one per feature.", ge=1)
+    convert_after: float = option(
+        0.2, "Share of the steps after which a learned classifier becomes the binary head.", gt=0, lt=1
     )
     head_standardize: bool = option(True, "Standardise each feature by its running mean and std; not in the paper.")
     head_scale: float | None = option(
@@ -458,13 +476,40 @@ class TrainOptions(FinetuneOptions):
 
     def _conflicts(self) -> Iterator[Conflict]:
         yield from super()._conflicts()
-        if self.learn_signs is not None:
-            yield Conflict(
-                ("learn_signs",),
-                "learn_signs needs a binary head, which takes its signs from a learned classifier",
-                "Train a learned head for a part of the epochs, convert it (--head binary), and finetune it.",
-            )
+        if self.converts:
+            reasons = {
+                "loss": (self.loss == "cosine", "the learned classifier of its first steps has no cosines"),
+                "compile": (self.compile, "a compiled model must not change"),
+                "shard": (self.shard, "a sharded classifier is not converted"),
+                "share_classes": (self.share_classes, "the classes of a learned classifier are not shared"),
+                "epochs": (self.epochs == 0, "without epochs there is no classifier to convert"),
+            }
+            for name, (applies, why) in reasons.items():
+                if applies:
+                    yield Conflict(
+                        (name, "head"),
+                        f"head binary cannot be combined with {name} {getattr(self, name)}".lower() + f": {why}",
+                    )
+        elif self.head != "learned":
+            for name in ("learn_signs", "bits_per_class"):
+                if getattr(self, name) is not None:
+                    yield Conflict(
+                        (name, "head"),
+                        f"{name} needs head binary, whose signs come from a learned classifier, not head {self.head}",
+                        "Add head: binary.",
+                    )
         if (self.mean is None) != (self.std is None):
             yield Conflict(("mean", "std"), "mean and std belong together; give both")
         if self.std is not None and min(self.std) <= 0:
             yield Conflict(("std",), f"std must be positive, not {min(self.std):g}")
+
+    @property
+    def converts(self) -> bool:
+        """Whether the run begins with a learned classifier and converts it."""
+        return self.head == "binary"
+
+    def before_conversion(self) -> Self:
+        """Return the options that hold while the classifier is a learned one, which has neither signs nor cosines."""
+        if self.converts:
+            return self.replace(learn_signs=None, margin=None)
+        return self.replace(learn_signs=None) if self.head == "learned" else self

@@ -29,12 +29,13 @@ from fixify.training.events import (
 )
 from fixify.training.facts import OpenedInputs, RunFacts, RunOutput, describe_model
 from fixify.training.failures import Failure, machine_failure
+from fixify.training.head_conversion import HeadConversion, check_conversion
 from fixify.training.interrupt import RESUME_HINT, Stopped, StopRequest, stop_on_signals
 from fixify.training.last_block import Preparation
 from fixify.training.loop import train_epoch
 from fixify.training.optimisers import hold_signs_
 from fixify.training.options import FinetuneOptions, TrainOptions
-from fixify.training.run_folder import begins_anew, claim_folder, write_recipe, write_run
+from fixify.training.run_folder import add_to_run, begins_anew, claim_folder, write_recipe, write_run
 from fixify.training.starting_point import resolved_options
 from fixify.training.teacher import Teacher
 from fixify.training.validation import Validation, warn_of_unreadable
@@ -146,6 +147,8 @@ class _Run:
         self.opened, self.options, self.output, self.facts, self.stop = opened, options, output, facts, stop
         tells = on_event is not None and distributed.is_rank_zero()
         self.on_event: Listener = stop.on_hangup(on_event) if tells and on_event is not None else _ignore
+        if isinstance(options, TrainOptions) and options.converts:
+            check_conversion(model, opened, options)
         self.engine = make_engine(model, opened, options)
         self.engine.loader.unreadable.on_found = warn_of_unreadable("training", self.on_event)
         self.engine.loader.unreadable.on_remark = lambda text: self.on_event(Warned(text))
@@ -153,7 +156,10 @@ class _Run:
         self.validation.without_logits = self.engine.loss_plan.blocked
         self.preparation = Preparation(self.engine, opened, stop, self.on_event)
         unreadable = {"train": self.engine.loader.unreadable, "val": self.validation.unreadable}
-        self.keeper = RunKeeper(self.engine, output, facts, self.on_event, unreadable)
+        self.conversion: HeadConversion | None = None
+        if isinstance(options, TrainOptions) and options.converts:
+            self.conversion = HeadConversion(self.engine, opened, options, self.preparation, self.on_event)
+        self.keeper = RunKeeper(self.engine, output, facts, self.on_event, unreadable, self.conversion)
         self._lock = FolderLock(output.folder)
 
     def check_recorded(self) -> None:
@@ -172,6 +178,7 @@ class _Run:
         if self._resumes():
             self.engine.start_average()
             self.keeper.resume()
+            self.validation.without_logits = self.engine.loss_plan.blocked
             self._announce(resumed=True)
             self._label_validation()
         else:
@@ -215,7 +222,7 @@ class _Run:
             metrics = self.validation.measure(self.engine.model, "before")
             self.on_event(Evaluated(metrics, calibrated=True))
         self.engine.start_average()
-        is_enough = keeper.is_enough(metrics.top1)
+        is_enough = not self.engine.awaits_conversion and keeper.is_enough(metrics.top1)
         if not from_scratch and not is_enough:
             keeper.start_from(metrics)
         distributed.on_rank_zero(self._write_about)  # again, with these metrics
@@ -237,7 +244,7 @@ class _Run:
             while keeper.progress.epoch < self.options.epochs and not keeper.has_reached_goal():
                 self.on_event(EpochStarted(keeper.progress.epoch, self.options.epochs))
                 try:
-                    if not train_epoch(self.engine, keeper.progress, self.stop, self.on_event, self._validate, keeper):
+                    if not self._train_epoch():
                         self._validate()
                         self._compare_with_start()
                 except Stopped:
@@ -247,7 +254,42 @@ class _Run:
             hold_signs_(self.engine.model)
         return self._result()
 
-    def _validate(self) -> bool:
+    def _train_epoch(self) -> bool:
+        """Train the rest of an epoch, and convert the classifier when that is due.
+
+        Returns:
+            Whether the accuracy is high enough to stop; if not, the epoch is complete.
+        """
+        at = None if self.conversion is None else self.conversion.at
+        while True:
+            if self._conversion_is_due() and self._convert():
+                return True
+            progress, events = self.keeper.progress, self.on_event
+            if train_epoch(self.engine, progress, self.stop, events, self._validate, self.keeper, pause_at=at):
+                return True
+            if not self._conversion_is_due():
+                return False
+
+    def _conversion_is_due(self) -> bool:
+        """Check whether the classifier is to be converted here. At the end of an epoch its validation comes first."""
+        progress = self.keeper.progress
+        return (
+            self.conversion is not None
+            and progress.updates >= self.conversion.at
+            and progress.batch < len(self.engine.loader)
+            and not any(record.classifier == "converted" for record in progress.history)
+        )
+
+    def _convert(self) -> bool:
+        """Convert the classifier, unless the state has the converted one already, and measure the model."""
+        if self.conversion is not None and self.engine.awaits_conversion:
+            self.conversion.convert(self.keeper.progress.updates)
+            self.validation.without_logits = self.engine.loss_plan.blocked
+            model = describe_model(self.engine.model, self.facts.architecture)
+            distributed.on_rank_zero(lambda: add_to_run(self.output.folder, {"model": model}))
+        return self._validate(converted=True)
+
+    def _validate(self, *, converted: bool = False) -> bool:
         """Measure the model, and return whether the accuracy is high enough to stop."""
         started, progress = time.perf_counter(), self.keeper.progress
         metrics = self.validation.measure(self.engine.evaluated, "validation")
@@ -256,6 +298,7 @@ class _Run:
             self.validation.confusions(),
             fraction=progress.batch / len(self.engine.loader),
             seconds=progress.seconds + time.perf_counter() - started,
+            converted=converted,
         )
         return self.keeper.has_reached_goal()
 
@@ -382,6 +425,7 @@ class _Run:
                 frozen=self.engine.frozen.stages,
                 loss_note=self.engine.loss_plan.note,
                 teacher_note=self.opened.teacher_note,
+                convert_at=None if self.conversion is None else self.conversion.at,
                 folder=self.output.folder,
                 first_step=self.keeper.progress.updates,
                 resumed=resumed,

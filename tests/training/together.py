@@ -12,7 +12,7 @@ import torch
 
 from fixify.errors import FixifyError
 from fixify.heads import loss
-from fixify.training import FinetuneOptions, distributed, losses
+from fixify.training import FinetuneOptions, TrainOptions, distributed, losses
 
 
 def one_run(
@@ -24,6 +24,7 @@ def one_run(
     output: dict[str, Any] | None = None,
     blocked_from: int = losses.BLOCKED_FROM,
     block_classes: int | None = None,
+    kind: str = "finetune",
     **options: Any,
 ) -> dict[str, Any]:
     """Do a run of the tiny network in the process group."""
@@ -32,7 +33,11 @@ def one_run(
         loss._LEAST_CLASSES, loss.BLOCK_LOGITS, loss.PAIR_LOGITS = block_classes, 1, 1
     events: list[str] = []
     result: Any = "done"
-    chosen = FinetuneOptions.create(**{"workers": 0, "device": "cpu", **options}).for_this_process()
+    options = {"workers": 0, "device": "cpu", **options}
+    if kind == "train":
+        options["model"] = "tiny"
+    options_class = TrainOptions if kind == "train" else FinetuneOptions
+    chosen = options_class.create(**options).for_this_process()
     network = shared["make_model"](**(model or {}))
     data = shared["_stripes"](44, 0, "train"), shared["_stripes"](val_images, 1, "val")
     run = shared["Runs"](None, data, shared["PREPROCESSING"], shared["save_weights_"])
