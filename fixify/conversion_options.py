@@ -44,6 +44,7 @@ class HeadConfig(CheckedOptions):
         f"Bits that a binary head stores for each weight: {', '.join(f'{rate:g}' for rate in RATES)}; above 1 they "
         "are levels instead of signs. Fewer than 1: --bits-per-class. Default: 1.",
     )
+    gains: bool = option(True, "Store a length of each class's code, one byte, in a binary head.", flags=())
     match: bool = option(True, "Give each class the code nearest to its old class vector, not the next one.")
     wide_search: bool = option(
         False,

@@ -415,6 +415,8 @@ def _spec_for(
     }
     if not config.standardize:
         options["standardize"] = False
+    if not config.gains:
+        options.pop("gains", None)
     if config.bits_per_class is not None:
         options["bits_per_class"] = config.bits_per_class
     spec = HeadSpec(

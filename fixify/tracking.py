@@ -123,6 +123,8 @@ class Tracking:
         elif isinstance(event, Step):
             self._step(event)
         elif isinstance(event, (Validated, EpochEnded)):
+            if event.record.classifier == "converted" and event.record.fraction == 0:
+                return  # the epoch that ended before it has the step's value
             self._log(event.record.step, _values_of_record(event.record))
 
     def _start(self, event: RunStarted) -> None:

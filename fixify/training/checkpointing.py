@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fixify._values import Count, counted
 from fixify.data import Unreadable, UnreadableImages
-from fixify.errors import TrainingError
+from fixify.errors import CodebookMismatchError, FormatError, HeadSpecError, TrainingError
 from fixify.metrics import Confusions, Metrics
 from fixify.training import distributed
 from fixify.training.engine import Engine, head_scale
@@ -483,7 +483,10 @@ class RunKeeper:
 
     def _load(self, state: dict[str, Any]) -> None:
         if self.conversion is not None and "heads" in state:
-            self.conversion.restore(state["heads"], state["model"])
+            try:
+                self.conversion.restore(state["heads"], state["model"])
+            except (FormatError, HeadSpecError, CodebookMismatchError) as error:
+                raise ValueError(error.message) from error  # `StoredState.load` names the file
         load_engine_state(self.engine, state)
         self.progress = Progress.from_dict(state["progress"])
         self.engine.schedule.step_update(self.progress.updates)  # of the learning rates that the optimiser's state has

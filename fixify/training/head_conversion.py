@@ -45,6 +45,7 @@ def head_config(options: TrainOptions) -> HeadConfig:
         head=options.head,
         seed=options.head_seed,
         bits_per_class=options.bits_per_class,
+        gains=options.learn_signs is None,  # lengths that stay while the signs change do harm
         alpha=options.head_scale,
         fixed_scale=options.head_fixed_scale,
         bias=options.head_bias,
@@ -136,11 +137,15 @@ class HeadConversion:
             DataError: too many images cannot be read.
             Stopped: a signal asked to stop.
         """
-        engine = self.engine
+        engine, model = self.engine, self.engine.model
         images, features = self._features()
+        layers: dict[str, Any] = {
+            site.path: model.get_submodule(site.path) for site in find_classifiers(model, _architecture(model))
+        }
+        vectors = {path: layer.weight.detach().flatten(1) for path, layer in layers.items()}
         converted = torch.load(io.BytesIO(distributed.on_rank_zero(lambda: self._convert(features))), weights_only=True)
         self._adopt(converted["heads"], converted["tensors"])
-        engine.fit_to_head_(self.opened, updates)
+        engine.fit_to_head_(self.opened, updates, vectors)
         spec = self._records[0].spec
         per_class = kind_of(spec).bytes_per_class(spec)
         self.on_event(ClassifierConverted(updates, spec.kind, per_class, images, engine.loss_plan.note))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 from fixify.cli.output import Output
 from fixify.cli.progress import Pace, TrainingDisplay, as_time
 from fixify.metrics import Metrics
-from fixify.training import EpochEnded, EpochRecord, Evaluated, Evaluating, RunStarted, Step
+from fixify.training import ClassifierConverted, EpochEnded, EpochRecord, Evaluated, Evaluating, RunStarted, Step
 
 STARTED = RunStarted(
     epochs=5,
@@ -161,3 +162,15 @@ def test_elsewhere_a_line_every_half_minute(capsys: pytest.CaptureFixture[str]) 
     )
     assert lines[-1] == "epoch 1/5: loss 1.2500, validation top-1 75.00 %, loss 1.0000, 1204 images/s (best)"
     assert not any("━" in line for line in lines)
+
+
+def test_a_conversion_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    show = TrainingDisplay(Output(as_json=False))
+    show(dataclasses.replace(STARTED, convert_at=120))
+    show(ClassifierConverted(120, "binary", 9, 512, "loss of 1,000 classes"))
+    show(dataclasses.replace(STARTED, convert_at=120, first_step=120, resumed=True))
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("120 steps" in line for line in lines) == 1
+    (place,) = [number for number, line in enumerate(lines) if line.startswith("step 120:")]
+    assert "binary head of 9 bytes per class" in lines[place] and "512 training images" in lines[place]
+    assert lines[place + 1] == "loss of 1,000 classes"

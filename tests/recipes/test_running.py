@@ -15,6 +15,9 @@ import fixify
 from fixify.errors import OutputExistsError, TrainingError, UsageError
 from fixify.recipes import RecipeError, read_recipe
 from fixify.recipes.running import compared, default_folder, plan_comparison, starting_options
+from fixify.reporting.comparison import write_comparison
+from fixify.reporting.run_report import report_runs
+from fixify.reporting.runs import read_runs
 from fixify.training import EpochEnded, Event, FinetuneOptions, TrainOptions
 
 QUICK = {"epochs": 1, "batch_size": 4, "img_size": 32, "no_aug": True}
@@ -126,6 +129,26 @@ def test_compared_runs_differ_in_the_head_alone() -> None:
         compared(OPTIONS, (1, 1.0))
     with pytest.raises(UsageError, match="head_scale"):
         compared(OPTIONS, (-1,))
+
+
+def test_signs_are_compared_with_a_learned_classifier_without_a_margin() -> None:
+    signs = OPTIONS.replace(head="binary", bits_per_class=8, learn_signs=0.1, margin="cosface:0.1")
+    runs = compared(signs, (10,))
+    assert runs["fixed"] == signs and runs["learned"] == signs.replace(head="learned", margin=None)
+    assert runs["scale-10"].head == "binary"
+
+
+def test_a_learned_run_and_one_that_converts_side_by_side(tiny: Path, tmp_path: Path) -> None:
+    signs = {**NETWORK, "head": "binary", "bits_per_class": 16, "margin": "cosface:0.1", "learn_signs": 0.1}
+    recipe = read_recipe(write(tmp_path / "mine.yaml", data=str(tiny / "data"), train=signs), ["train.epochs=2"])
+    planned = plan_comparison(recipe, tmp_path / "both", **MACHINE)
+    planned.train()
+    again = fixify.train(tmp_path / "both" / "fixed" / "recipe.yaml", tmp_path / "again", **MACHINE)
+    assert same(tmp_path / "both" / "fixed" / "last.fixed.safetensors", again.last_path)
+    written = write_comparison(planned.folder, planned.folders)
+    assert [row.head for row in written.rows] == ["learned", "binary"]
+    (fact,) = [run.facts["classifier"] for run in report_runs(read_runs([tmp_path / "again"])).runs]
+    assert "step 1" in fact  # of the two epochs' 4 steps
 
 
 def test_a_comparison_that_was_stopped_continues(tiny: Path, tmp_path: Path) -> None:

@@ -198,6 +198,19 @@ def test_a_run_that_stops_at_the_conversion_is_resumed(
         assert_same(tmp_path / "whole", folder)
 
 
+def test_latent_weights_begin_at_the_sizes_of_the_old_ones(run: Any, model: Any, tmp_path: Path) -> None:
+    latents: list[torch.Tensor] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, ClassifierConverted):
+            latents.append(model.fc.latent.detach().clone())
+
+    run(tmp_path, options(learn_signs=0.1), model, on_event=listen)
+    sizes = latents[0].abs()
+    assert float(sizes.std()) > 0.1
+    torch.testing.assert_close(sizes.mean(dim=1), torch.ones(4))
+
+
 def test_moments_of_the_other_parameters_stay(new_model: Any) -> None:
     for name in ("momentum", "adamw", "lamb"):
         given, network = options(opt=name, layer_decay=None), new_model(fixed=False)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fixify.errors import FixifyError, TrainingError
-from fixify.training import FinetuneOptions, FinetuneResult
+from fixify.training import FinetuneOptions, FinetuneResult, TrainOptions
 from fixify.training.run_folder import write_sealed
 
 Run = Callable[..., FinetuneResult]
@@ -74,3 +74,34 @@ def test_the_entry_is_named(run: Run, tmp_path: Path, state: Any, entry: Any, va
     write_sealed(tmp_path, changed(state, entry, value))
     with pytest.raises(TrainingError, match=named):
         run(tmp_path, PLAIN, resume=True)
+
+
+CONVERTS = TrainOptions.create(
+    model="tiny", head="binary", epochs=2, batch_size=22, lr=0.05, no_aug=True, workers=0, device="cpu"
+)
+HEADS = [
+    ("heads",), ("heads", 0), ("heads", 0, "path"), ("heads", 0, "spec"), ("heads", 0, "spec", "num_classes"),
+    ("heads", 0, "spec", "digest"), ("heads", 0, "channel_dim"), ("model", "fc.codes"), ("model", "fc.scale"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory, run: Run, new_model: Any) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("converted")
+    run(out, CONVERTS, new_model(fixed=False))
+    content: dict[str, Any] = torch.load(io.BytesIO((out / "state.pt").read_bytes()), weights_only=True)
+    return content
+
+
+@pytest.mark.parametrize("entry", HEADS, ids=lambda entry: ".".join(map(str, entry)))
+def test_heads_of_a_converted_classifier(
+    run: Run, new_model: Any, tmp_path: Path, converted: dict[str, Any], entry: Any
+) -> None:
+    for value in ODD[:-1]:
+        write_sealed(tmp_path, changed(converted, entry, value))
+        try:
+            run(tmp_path, CONVERTS, new_model(fixed=False), resume=True)
+        except FixifyError as error:
+            assert str(tmp_path) in str(error)
+        else:  # as it was, or a digest that was not recorded
+            assert entry[-1] in ("channel_dim", "digest") and value in (-1, None)
