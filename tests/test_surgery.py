@@ -202,6 +202,9 @@ def test_config_and_head_spec() -> None:
     config = HeadConfig(head="binary", bits_per_class=20)
     assert fix_classifier_(_classifier(64, 30), config).fc.spec.bits_per_class == 20
     assert fix_classifier_(_classifier(64, 30), config, seed=5).fc.spec.seed == 5
+    assert fix_classifier_(_classifier(64, 30), config).fc.gains is not None
+    assert fix_classifier_(_classifier(64, 30), config, gains=False).fc.gains is None
+    assert fix_classifier_(_classifier(64, 30), "hadamard", gains=False).fc.gains is None
     model = timm.create_model("resnet10t", num_classes=7)
     spec = HeadSpec("orthogonal", model.num_features, 7, seed=9, standardize=True)
     fix_classifier_(model, spec)

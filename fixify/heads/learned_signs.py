@@ -26,8 +26,8 @@ def latent_of(packed: np.ndarray, num_signs: int) -> Tensor:
 def sizes_of(coordinates: Tensor) -> Tensor:
     """Return sizes of latent weights from the coordinates of old class vectors, [C, d]: positive, of mean 1 per class.
 
-    A sign that stands for a small coordinate changes sooner. In the benchmark of many classes, where a run converts its
-    classifier, that ends at 98.3 instead of 98.1 % (2,965 kanji, 64 signs, one seed; all sizes 1: 98.1).
+    A sign that stands for a small coordinate changes sooner. Where a run converts its classifier that ends at 98.3 %,
+    and sizes of 1 at 98.1 (2,965 kanji, 64 signs, tests/benchmarks/many_classes.py, one seed).
     """
     sizes = coordinates.abs()
     return (sizes / sizes.mean(dim=1, keepdim=True).clamp_min(1e-30)).clamp_min(1e-6)

@@ -126,7 +126,7 @@ class ClassifierConverted:
     Attributes:
         step: Updates before it.
         head: The kind of the head.
-        bytes_per_class: Bytes of the codes of a class, its length included.
+        bytes_per_class: Bytes of the code of a class.
         images: Training images on which it was fitted to the learned classifier.
         loss_note: See `RunStarted`.
     """

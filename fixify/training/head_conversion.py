@@ -40,12 +40,17 @@ _TRIAL_SAMPLES = 16
 
 
 def head_config(options: TrainOptions) -> HeadConfig:
-    """Return the head that the options ask for, which takes its signs from a learned classifier."""
+    """Return the head that the options ask for, which takes its signs from a learned classifier.
+
+    Its codes have no lengths: those of a classifier that is not done yet do harm, at once and later. 500 characters, 64
+    signs, after a fifth of the steps, one seed: 69.9 % before the conversion, 58.2 after it, 52.8 with lengths; 2,965
+    kanji in the end: 98.8 and 95.9.
+    """
     return HeadConfig.create(
         head=options.head,
         seed=options.head_seed,
         bits_per_class=options.bits_per_class,
-        gains=options.learn_signs is None,  # lengths that stay while the signs change do harm
+        gains=False,
         alpha=options.head_scale,
         fixed_scale=options.head_fixed_scale,
         bias=options.head_bias,

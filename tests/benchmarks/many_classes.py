@@ -207,6 +207,7 @@ TRIALS = {
         replace(ONE_RUN, latent_rate=5),
         replace(ONE_RUN, margin=0.0),
         replace(ONE_RUN, latent_rate=5, signs=56, gains=True),
+        replace(ONE_RUN, begin="flat"),
         replace(ONE_RUN, begin="flat", margin=0.0),
         replace(ONE_RUN, begin="flat", latent_rate=5, margin=0.0),
         replace(ONE_RUN, begin="flat", signs=56, gains=True),

@@ -44,7 +44,7 @@ def test_a_help_in_full() -> None:
 @pytest.mark.parametrize(
     ("options", "without"),
     [
-        (ConvertOptions, set()),
+        (ConvertOptions, {"gains"}),
         (
             FinetuneOptions,
             {"warmup_lr", "calibration_images", "interpolation", "remode", "mixup_prob", "mixup_switch_prob"},

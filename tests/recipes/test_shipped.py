@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import fixify
@@ -39,7 +40,8 @@ NAMES = shipped.recipe_names()
 RETROFITS = [name for name in NAMES if read_recipe(name).convert is not None]
 LANGUAGE = [name for name in NAMES if read_recipe(name).language is not None]
 MANY = "identities"  # its million classes are too many for these tests; it has its own
-FROM_SCRATCH = [name for name in NAMES if read_recipe(name).train is not None and name != MANY]
+SIGNS = "glyphs-signs"  # a learned classifier at first; it has its own too
+FROM_SCRATCH = [name for name in NAMES if read_recipe(name).train is not None and name not in (MANY, SIGNS)]
 # A second each.
 QUICK = ("digits-resnet20", "fashion-mnist-resnet20", "glyphs-test-efficientnet", "paper-resnet56-cifar10")
 # Table 1 of the paper, its section 4.2, and what trains on a CPU: classes; parameters, learned and fixed.
@@ -55,6 +57,7 @@ COUNTS = {
     "paper-resnet56-cifar10": (10, 855_770, 855_131),
     "paper-shufflenet-imagenet": (1000, 1_826_554, 866_555),
 }
+OTHERWISE_ALIKE = {SIGNS: "glyphs-test-efficientnet"}
 SHORT = {"epochs": 1, "warmup_epochs": 0, "batch_size": 8, "grad_accum": 1, "img_size": 32, "crop_pct": 1.0}
 
 
@@ -98,7 +101,7 @@ def test_what_was_measured_can_be_repeated(name: str) -> None:
         for what in ("the hardware", "the time"):
             assert re.search(WANTED[what], measured.conditions), what
         if isinstance(measured, Measured):
-            assert measured.num_classes == COUNTS[name][0]
+            assert measured.num_classes == COUNTS[OTHERWISE_ALIKE.get(name, name)][0]
             assert read_recipe(name, measured.set).train is not None
     # `fixify recipes show` prints the file as it is.
     lines = find_recipe(name).read_text().splitlines()
@@ -186,6 +189,26 @@ def test_that_of_many_identities_learns_without_logits(tmp_path: Path, monkeypat
     assert info.labels is None and info.num_classes == 2000
     assert (info.training or {})["class_names"] is None
     assert fixify.train(MANY, out, data=data, device="cpu", resume=True).after == result.after
+
+
+def test_that_of_signs_converts_its_classifier(tmp_path: Path) -> None:
+    options, other = (read_recipe(name).train for name in (SIGNS, OTHERWISE_ALIKE[SIGNS]))
+    assert options is not None and other is not None and options.converts
+    same = {name: value for name, value in other.recipe().items() if not name.startswith("head")}
+    own = {name: value for name, value in options.recipe().items() if name in same}
+    heads = {"bits_per_class", "calibration_images", "learn_signs", "margin", "decay_alpha"}
+    assert {name for name in same if own[name] != same[name]} <= heads
+    generator, small = np.random.default_rng(0), {"epochs": 2, "batch_size": 4, "workers": 0, "device": "cpu"}
+    for label in range(20):
+        for split in ("train", "val"):
+            (tmp_path / "data" / split / str(label)).mkdir(parents=True)
+            image = Image.fromarray(generator.integers(0, 256, (32, 32), dtype=np.uint8))
+            image.save(tmp_path / "data" / split / str(label) / "0.png")
+    result = fixify.train(SIGNS, tmp_path / "run", data=tmp_path / "data", **small)
+    assert isinstance(result, FinetuneResult)
+    assert [record.classifier for record in result.history] == ["converted", None, None]
+    (head,) = read_info(result.best_path).heads
+    assert (head.spec.kind, head.spec.bits_per_class, head.spec.gains) == ("binary", options.bits_per_class, False)
 
 
 def test_the_plain_one_spells_the_defaults_out(tiny: Path, tmp_path: Path) -> None:

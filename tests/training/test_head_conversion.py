@@ -104,7 +104,7 @@ def test_the_run_goes_from_a_learned_to_a_fixed_head(run: Any, model: Any, tmp_p
     (converted,) = [event for event in events if isinstance(event, ClassifierConverted)]
     per_epoch = 3 if more.get("grad_accum") else 5
     assert converted.step == (4 if more.get("grad_accum") else 8)
-    assert (converted.head, converted.bytes_per_class, converted.images) == ("binary", 3, 44)
+    assert (converted.head, converted.bytes_per_class, converted.images) == ("binary", 2, 44)
     assert [event.convert_at for event in events if isinstance(event, RunStarted)] == [converted.step]
     assert saved[:2] == ["learned False", "converted True"] and len(saved) == 6
     lines = metrics(tmp_path)
@@ -114,6 +114,7 @@ def test_the_run_goes_from_a_learned_to_a_fixed_head(run: Any, model: Any, tmp_p
     assert result.after.classifier != "learned"
     head = model.fc
     assert isinstance(head, FixedClassifier) and head.latent is None
+    assert not head.spec.gains
     assert head.spec.bias is more.get("head_bias", True) and head.spec.standardize == (
         more.get("head_standardize", True) and "center"
     )
