@@ -50,6 +50,7 @@ class RunHere:
         num_features: N of the network.
         standardized: Whether the fixed head standardises its features; the paper's does not.
         measured: The figures.
+        signs: Signs per class of a classifier that the runs converted; None if they have a fixed one from the start.
     """
 
     recipe: str
@@ -58,6 +59,14 @@ class RunHere:
     num_features: int
     standardized: bool
     measured: Measured
+    signs: int | None = None
+
+    @property
+    def head(self) -> str:
+        """What is compared with the learned classifier, in two or three words."""
+        if self.signs is not None:
+            return f"{self.signs} learned signs"
+        return "standardised head" if self.standardized else "paper head"
 
     @property
     def learned(self) -> Spread:
@@ -93,6 +102,7 @@ class RunHere:
             "network": self.network,
             "num_features": self.num_features,
             "standardized": self.standardized,
+            "head": self.head,
             **self.measured.model_dump(mode="json"),
             "gap": {"best": list(self.measured.best_gaps), "last": list(self.measured.last_gaps)},
             "over_seeds": {
@@ -140,7 +150,8 @@ def _run_here(recipe: str, measured: Measured) -> RunHere:
     architecture = parse_architecture(options.model, **options.model_args)
     model = build(architecture, num_classes=measured.num_classes, meta=True)
     (site,) = find_classifiers(model, architecture)
-    return RunHere(recipe, read.data, options.model, site.num_features, options.head_standardize, measured)
+    signs = (options.bits_per_class or site.num_features) if options.converts else None
+    return RunHere(recipe, read.data, options.model, site.num_features, options.head_standardize, measured, signs)
 
 
 def run_here_tables(found: Sequence[RunHere]) -> list[Table | str]:
@@ -148,10 +159,9 @@ def run_here_tables(found: Sequence[RunHere]) -> list[Table | str]:
     title = "Learned against fixed, run here: validation top-1 after the last epoch, %"
     made = new_table("data", "network", ">learned", ">fixed", ">fixed - learned", title=title)
     for row in found:
-        head = f"{'standardised' if row.standardized else 'paper'} head"
         made.add_row(
             f"{row.measured.data}\nC = {row.measured.num_classes}, N = {row.num_features}",
-            "\n".join((row.network, head, *row.changed)),
+            "\n".join((row.network, row.head, *row.changed)),
             row.learned.lines(),
             row.fixed.lines(),
             row.gap.lines("+.1f"),
