@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fixify.errors import CodebookMismatchError, HeadSpecError
 from fixify.heads.kinds import GAIN_STEPS, codebook
-from fixify.heads.learned_signs import latent_of, packed_signs, signs_of, sizes_of
+from fixify.heads.learned_signs import latent_of, packed_signs, signs_of
 from fixify.heads.levels import SIGNS
 from fixify.heads.loss import Margin, Reduction, SoftTarget, cross_entropy
 from fixify.heads.normalisation import NORM_EPSILON, ScaledDirections
@@ -212,17 +212,13 @@ class FixedClassifier(nn.Module):
                 self.latent.copy_(latent_of(self.product.stored, self.product.num_kept))
         self.reset_statistics()
 
-    def learn_signs_(self, class_vectors: Tensor | None = None) -> FixedClassifier:
+    def learn_signs_(self) -> FixedClassifier:
         """Make the signs of a binary head learnable, until `hold_signs_`.
 
         In training mode the codes are then the signs of `latent`, a parameter [C, d] that starts at the signs
         themselves, and gradients pass through the sign unchanged (Courbariaux, Bengio & David, "BinaryConnect", NIPS
         2015). `eval()` stores the signs, and spec and codes are the new ones from then on. Call this before the
         optimiser is made. Only the signs of `latent` count: Adam at a rate of 0.1 moves them well, SGD hardly.
-
-        Args:
-            class_vectors: Weight of the classifier that the signs were taken from, [C, N], if it is at hand. The sizes
-                of `latent` then are those of its coordinates, with mean 1 per class; else all are 1.
 
         Returns:
             The head itself.
@@ -238,9 +234,6 @@ class FixedClassifier(nn.Module):
             )
         if self.latent is None:
             latent = latent_of(product.stored, product.num_kept).to(self.scale.device, self.scale.dtype)
-            if class_vectors is not None:
-                vectors = class_vectors.detach().to(latent) * (1.0 if self.spread is None else floor_std(self.spread))
-                latent *= sizes_of(product.rotate(vectors - vectors.mean(dim=0)))
             self.latent = nn.Parameter(latent)
         return self
 

@@ -22,17 +22,6 @@ def latent_of(packed: np.ndarray, num_signs: int) -> Tensor:
     return torch.from_numpy(1.0 - 2.0 * negative.astype(np.float32))
 
 
-@torch.no_grad()
-def sizes_of(coordinates: Tensor) -> Tensor:
-    """Return sizes of latent weights from the coordinates of old class vectors, [C, d]: positive, of mean 1 per class.
-
-    A sign that stands for a small coordinate changes sooner. Where a run converts its classifier that ends at 98.3 %,
-    and sizes of 1 at 98.1 (2,965 kanji, 64 signs, tests/benchmarks/many_classes.py, one seed).
-    """
-    sizes = coordinates.abs()
-    return (sizes / sizes.mean(dim=1, keepdim=True).clamp_min(1e-30)).clamp_min(1e-6)
-
-
 def signs_of(latent: Tensor) -> Tensor:
     """Return the signs +-1 of latent weights; gradients pass unchanged."""
     signs = torch.where(latent < 0, -1.0, 1.0).to(latent.dtype)

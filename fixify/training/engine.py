@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fixify.data import ImageLoader, UnreadableImages, make_loader
@@ -110,9 +110,7 @@ class Engine:
             # The decay warms up as 1 - (1 + step)^(-2/3). A constant one would keep the start for many steps.
             self.ema = ModelEmaV3(self.model, decay=self.options.ema_decay, use_warmup=True)
 
-    def fit_to_head_(
-        self, opened: OpenedInputs, updates: int, class_vectors: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def fit_to_head_(self, opened: OpenedInputs, updates: int) -> None:
         """Set up anew what depends on the classifier, after it was replaced; every process must call this.
 
         The optimiser keeps what it knows of the other parameters. The moving average starts anew at the model.
@@ -120,7 +118,6 @@ class Engine:
         Args:
             opened: The images, and the teacher.
             updates: Updates so far, for the learning rate.
-            class_vectors: See `fixify.training.optimisers.learn_signs_`.
 
         Raises:
             UsageError: the options do not fit the new classifier.
@@ -130,7 +127,7 @@ class Engine:
             if isinstance(module, FixedClassifier):
                 module.keeps_statistics = bool(options.freeze_bn)
         if options.learn_signs is not None:
-            learn_signs_(self.model, class_vectors)
+            learn_signs_(self.model)
             self.signs = make_sign_optimiser(self.model, options.learn_signs)
         input_size = opened.preprocessing["input_size"]
         self.margin = make_margin(self.model, options, input_size=input_size, device=self.device)

@@ -142,15 +142,11 @@ class HeadConversion:
             DataError: too many images cannot be read.
             Stopped: a signal asked to stop.
         """
-        engine, model = self.engine, self.engine.model
+        engine = self.engine
         images, features = self._features()
-        layers: dict[str, Any] = {
-            site.path: model.get_submodule(site.path) for site in find_classifiers(model, _architecture(model))
-        }
-        vectors = {path: layer.weight.detach().flatten(1) for path, layer in layers.items()}
         converted = torch.load(io.BytesIO(distributed.on_rank_zero(lambda: self._convert(features))), weights_only=True)
         self._adopt(converted["heads"], converted["tensors"])
-        engine.fit_to_head_(self.opened, updates, vectors)
+        engine.fit_to_head_(self.opened, updates)
         spec = self._records[0].spec
         per_class = kind_of(spec).bytes_per_class(spec)
         self.on_event(ClassifierConverted(updates, spec.kind, per_class, images, engine.loss_plan.note))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import MultiStepLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import dispatch_clip_grad
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fixify._values import counted
@@ -285,22 +285,18 @@ def clip_gradients(model: nn.Module, options: FinetuneOptions) -> None:
     )
 
 
-def learn_signs_(model: nn.Module, class_vectors: Mapping[str, Tensor] | None = None) -> None:
+def learn_signs_(model: nn.Module) -> None:
     """Make the signs of all fixed heads of a model learnable, before its optimiser is made.
-
-    Args:
-        model: The model.
-        class_vectors: By the path of a head the weight of the classifier that it replaced, as far as known, [C, N].
 
     Raises:
         UsageError: it has no fixed head, or one without stored signs.
     """
-    heads = {path: module for path, module in model.named_modules() if isinstance(module, FixedClassifier)}
+    heads = _heads(model)
     if not heads:
         raise UsageError("--learn-signs needs a binary head; this model has a learned classifier.")
-    for path, head in heads.items():
+    for head in heads:
         try:
-            head.learn_signs_((class_vectors or {}).get(path))
+            head.learn_signs_()
         except HeadSpecError as error:
             raise UsageError(f"--learn-signs is not possible. {error.message}", hint=error.hint) from error
 

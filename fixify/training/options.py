@@ -231,7 +231,10 @@ class FinetuneOptions(CheckedOptions):
         allow_inf_nan=False,
     )  # fmt: skip
     calibration_images: int = option(
-        512, "Training images that give the statistics of an uncalibrated head.", flags=(), ge=2
+        512,
+        "Training images that give the statistics of an uncalibrated head, or to which a converted one is fitted.",
+        flags=(),
+        ge=2,
     )
 
     no_aug: bool = option(False, "Only resize the images.", panel="augmentation")

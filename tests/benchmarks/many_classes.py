@@ -150,9 +150,9 @@ class Trial:
 PLAIN = Trial()
 LEARNED = Trial(learn=1.0, latent_rate=5, begin="flat", margin=0.1)
 SCRATCH = Trial(scratch=True, warmup=0.2, learn=1.0, latent_rate=5)
-ONE_RUN = replace(SCRATCH, margin=0.1, latent_rate=10)
+ONE_RUN = replace(SCRATCH, begin="flat", latent_rate=10, margin=0.1)
 """What `fixify train` does with `head: binary`."""
-TWO_RUNS = replace(ONE_RUN, begin="flat", restart=True)
+TWO_RUNS = replace(ONE_RUN, restart=True)
 EARLY = (0.1, 0.2, 0.3, 0.4)
 TRIALS = {
     trial.name: trial
@@ -204,13 +204,12 @@ TRIALS = {
         SCRATCH,
         ONE_RUN,
         replace(ONE_RUN, signs=120),
-        replace(ONE_RUN, latent_rate=5),
         replace(ONE_RUN, margin=0.0),
-        replace(ONE_RUN, latent_rate=5, signs=56, gains=True),
-        replace(ONE_RUN, begin="flat"),
-        replace(ONE_RUN, begin="flat", margin=0.0),
-        replace(ONE_RUN, begin="flat", latent_rate=5, margin=0.0),
-        replace(ONE_RUN, begin="flat", signs=56, gains=True),
+        replace(ONE_RUN, latent_rate=5, margin=0.0),
+        replace(ONE_RUN, signs=56, gains=True),
+        replace(ONE_RUN, begin="old"),
+        replace(ONE_RUN, begin="old", latent_rate=5),
+        replace(ONE_RUN, begin="old", latent_rate=5, signs=56, gains=True),
         replace(SCRATCH, begin="flat", restart=True),
         TWO_RUNS,
         replace(TWO_RUNS, signs=120),

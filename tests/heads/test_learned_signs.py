@@ -51,21 +51,6 @@ def test_packing_is_the_inverse_and_leaves_no_equals() -> None:
     assert len({row.tobytes() for row in equal}) == 100
 
 
-@pytest.mark.parametrize("bits", [SIGNS, FEATURES])
-def test_old_class_vectors_give_the_sizes(bits: int) -> None:
-    head, plain = binary_head(bits), binary_head(bits).learn_signs_()
-    vectors = features(CLASSES, FEATURES)
-    vectors[3] = vectors.mean(dim=0)  # nothing but the mean, which does not count
-    head.learn_signs_(vectors)
-    assert head.latent is not None and plain.latent is not None
-    assert torch.equal(head.latent.sign(), plain.latent)
-    sizes = head.latent.detach().abs()
-    torch.testing.assert_close(sizes.mean(dim=1)[4:], torch.ones(CLASSES - 4))
-    wanted = head.product.rotate(vectors - vectors.mean(dim=0)).abs()
-    assert torch.equal(sizes[4:].argsort(dim=1), wanted[4:].argsort(dim=1))
-    assert head.eval().spec == plain.eval().spec
-
-
 def test_nothing_changes_until_signs_do() -> None:
     head, other = binary_head(), binary_head().learn_signs_()
     x = features(7, FEATURES)
