@@ -13,7 +13,8 @@ FOLDER = Path(heads.__file__).parent
 LIGHT = {"kinds", "spec", "__init__"}
 ORDER = [
     "streams", "constructions", "levels", "matrices", "codes", "kinds", "spec", "signs", "product", "statistics",
-    "normalisation", "level_search", "answer_search", "encoding", "learned_signs", "prepared", "pair_sums", "loss",
+    "normalisation", "training_step", "level_search", "answer_search", "encoding", "learned_signs", "prepared",
+    "pair_sums", "loss",
     "layer", "cosines", "matching", "fitting", "editing", "__init__",
 ]  # fmt: skip
 
