@@ -81,7 +81,8 @@ def test_command() -> None:
     assert [row["counted"]["parameters"] for row in data["table1"]][:2] == [855_770, 800_032]
     assert data["table2"][0]["paper"]["fixed"] == "81.2"
     assert [row["ours"] for row in data["table1"]] == [None] * 5  # no CIFAR, no ImageNet
-    assert {"digits-resnet20"} <= {row["recipe"] for row in data["run_here"]}
+    heads = {(row["recipe"], row["head"]) for row in data["run_here"]}
+    assert {("digits-resnet20", "paper head"), ("glyphs-signs", "64 learned signs")} <= heads
 
 
 def test_a_row_whose_recipe_was_run_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
