@@ -247,10 +247,7 @@ class EpochRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as a line of metrics.jsonl holds it; a number that is not finite becomes None."""
-        values = asdict(self)
-        if self.classifier is None:
-            del values["classifier"]  # as in the runs that convert nothing
-        return {name: finite_or_none(value) for name, value in values.items()}
+        return {name: finite_or_none(value) for name, value in asdict(self).items()}
 
 
 def best_of(start: EpochRecord | None, history: Sequence[EpochRecord]) -> EpochRecord | None:
