@@ -20,8 +20,9 @@ from fixify.bare_conversion import (
 )
 from fixify.checkpoints import check_finite, read_labels
 from fixify.checkpoints.encoder import read_encoder, with_classifier
-from fixify.checkpoints.learned import REFERENCE_CODE, Original, read_original
+from fixify.checkpoints.learned import Original, read_original
 from fixify.checkpoints.matrix import is_matrix
+from fixify.checkpoints.recognition import REFERENCE_CODE
 from fixify.checkpoints.slim import (
     DTYPES,
     SUFFIX,

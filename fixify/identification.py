@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fixify.catalogue.matches import Candidate, Identification
 from fixify.checkpoints import open_source
-from fixify.checkpoints.learned import explaining_parts, stated
+from fixify.checkpoints.recognition import explaining_parts, stated
 from fixify.checkpoints.remarks import remarks_on
 from fixify.errors import ArchitectureError
-from fixify.models.identify import Candidate, Identification
-from fixify.models.identify import identify as identify_shapes
+from fixify.lookup import identify as identify_shapes
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from fixify.catalogue.skeleton import ClassifierSite
 from fixify.errors import FormatError
 from fixify.heads.kinds import KINDS
 from fixify.heads.spec import choose_kind
@@ -18,7 +19,18 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fixify.heads import FixedClassifier
-    from fixify.models.classifiers import ClassifierSite
+
+T = TypeVar("T")
+
+
+class Sized(Protocol):
+    """What is asked of a tensor here."""
+
+    def numel(self) -> int:
+        """Count its elements."""
+
+    def element_size(self) -> int:
+        """Return the bytes of an element."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,7 @@ class Savings:
         """
         made = list(heads)
         return cls._of_changes(
-            original,
+            count_parameters(original),
             sites,
             learned,
             backbone_bytes=count_bytes(backbone.values()),
@@ -99,24 +111,23 @@ class Savings:
     @classmethod
     def project(
         cls,
-        original: nn.Module,
+        num_parameters: int,
         sites: Sequence[ClassifierSite],
-        learned: Mapping[str, torch.Tensor] | None = None,
+        learned: Mapping[str, Sized],
     ) -> Savings:
         """Calculate what `fixify convert` would save with its defaults, without building a head.
 
         Args:
-            original: The model with its learned classifier; the meta device is enough.
+            num_parameters: Parameters of the model with its learned classifier.
             sites: Its classifier layers.
-            learned: The original's state dict as it is stored; default: the model's own.
+            learned: Its state dict as it is stored; tensors without values are enough.
         """
-        state = original.state_dict() if learned is None else learned
         sizes = [(site.num_features, site.num_classes) for site in sites]
         return cls._of_changes(
-            original,
+            num_parameters,
             sites,
-            state,
-            backbone_bytes=count_bytes(state.values()) - _classifier_bytes(state, sites),
+            learned,
+            backbone_bytes=count_bytes(learned.values()) - _classifier_bytes(learned, sites),
             head_parameters=sum(1 + num_classes for _, num_classes in sizes),
             head_bytes=sum(KINDS[choose_kind(*size)[0]].planned_bytes(*size) for size in sizes),
         )
@@ -124,15 +135,14 @@ class Savings:
     @classmethod
     def _of_changes(
         cls,
-        original: nn.Module,
+        parameters: int,
         sites: Sequence[ClassifierSite],
-        learned: Mapping[str, torch.Tensor],
+        learned: Mapping[str, Sized],
         *,
         backbone_bytes: int,
         head_parameters: int,
         head_bytes: int,
     ) -> Savings:
-        parameters = count_parameters(original)
         classifier = sum(site.num_parameters for site in sites)
         return cls(
             parameters_before=parameters,
@@ -175,12 +185,12 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Count the bytes of the elements of some tensors."""
+def count_bytes(tensors: Iterable[Sized]) -> int:
+    """Count the bytes of the elements of some tensors; tensors without values are enough."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def under(tensors: Mapping[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
+def under(tensors: Mapping[str, T], path: str) -> dict[str, T]:
     """Return the entries of a state dict that belong to the module at `path`."""
     return {key: tensor for key, tensor in tensors.items() if key.startswith(f"{path}.")}
 
@@ -190,5 +200,5 @@ def classifier_weights(site: ClassifierSite) -> int:
     return site.num_parameters - (site.num_classes if site.has_bias else 0)
 
 
-def _classifier_bytes(tensors: Mapping[str, torch.Tensor], sites: Sequence[ClassifierSite]) -> int:
+def _classifier_bytes(tensors: Mapping[str, Sized], sites: Sequence[ClassifierSite]) -> int:
     return sum(count_bytes(under(tensors, site.path).values()) for site in sites)

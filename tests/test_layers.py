@@ -10,8 +10,10 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from tools.headers import outlines_of, write_header
 
 import fixify
+from fixify.catalogue.shipped import is_current
 from fixify.cli.app import COMMANDS
 
 PACKAGE = Path(fixify.__file__).parent
@@ -149,6 +151,37 @@ SLIM = Path(__file__).parent / "golden" / "v1-binary.fixed.safetensors"
 
 def test_help_completion_and_inspect_import_neither_torch_nor_timm() -> None:
     done = subprocess.run([sys.executable, "-c", f"SLIM = {str(SLIM)!r}\n{LIGHT}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+WITHOUT_LIBRARIES = """
+import contextlib, io, sys
+from fixify.cli.app import main
+for arguments in COMMANDS:
+    sys.argv = ["fixify", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            main()
+        except SystemExit as end:
+            assert not end.code, (arguments, said.getvalue())
+    heavy = {'torch', 'timm', 'torchvision', 'matplotlib', 'scipy'} & set(sys.modules)
+    assert not heavy, (arguments, heavy)
+"""
+
+
+@pytest.mark.skipif(not is_current(), reason="the shipped index is of other versions of the libraries")
+def test_plan_of_a_known_network_imports_neither_torch_nor_timm(tmp_path: Path) -> None:
+    """A real process; nor do `report` and `identify`."""
+    net = str(write_header(tmp_path / "net.safetensors", outlines_of("mobilenetv4_conv_small", 10)))
+    tensors = {f"module.{key}": tensor for key, tensor in outlines_of("torchvision/resnet18", 10).items()}
+    wrapped = str(write_header(tmp_path / "wrapped.safetensors", tensors))
+    folder = tmp_path / "hub"
+    write_header(folder / "model.safetensors", outlines_of("resnet18"))
+    (folder / "config.json").write_text('{"architecture": "resnet18", "pretrained_cfg": {"tag": "a1_in1k"}}')
+    commands = [["plan", net], ["plan", net, "--json"], ["identify", net], ["report", net], ["plan", str(folder)]]
+    commands += [["plan", wrapped, "--arch", "torchvision/resnet18"]]
+    program = f"COMMANDS = {commands!r}\n{WITHOUT_LIBRARIES}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -13,21 +13,21 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fixify._values import counted
-from fixify.checkpoints.learned import (
-    Original,
+from fixify.catalogue.signature import is_counter
+from fixify.checkpoints.learned import Original
+from fixify.checkpoints.matrix import Matrix
+from fixify.checkpoints.recognition import (
     explaining_parts,
     image_statistics,
     recognise,
     renamed,
     with_stated_pooling,
 )
-from fixify.checkpoints.matrix import Matrix
 from fixify.checkpoints.remarks import remarks_on
 from fixify.checkpoints.resolve import open_source
 from fixify.checkpoints.source import Source, refuse_integers
 from fixify.errors import ArchitectureError, SourceError
 from fixify.models.architectures import Architecture, Preprocessing, build, parse_architecture, preprocessing
-from fixify.models.build import is_counter
 from fixify.models.classifiers import ClassifierSite, find_heads, is_auxiliary, is_projection
 from fixify.models.projection import build_with, output_width
 
@@ -248,4 +248,4 @@ def _refuse_incomplete(
         raise SourceError(
             f"{source.name} is not a complete {architecture.ref}: {wrong[0]} is missing or has another shape."
         )
-    refuse_integers(source.name, tensors, expected)
+    refuse_integers(source.name, tensors, {key for key, tensor in expected.items() if tensor.is_floating_point()})

@@ -9,11 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from math import prod
 
 from fixify._values import counted
+from fixify.checkpoints.outline import AnyTensor, dtype_name
 from fixify.errors import SourceError
 
 # Modules that people wrap a model in. A leading one is removed if all names are below it. No model of timm or
@@ -59,7 +58,7 @@ class Extras:
     left_out: tuple[str, ...] = ()
 
 
-def take_extras(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], Extras]:
+def take_extras(tensors: Mapping[str, AnyTensor], name: str) -> tuple[dict[str, AnyTensor], Extras]:
     """Separate from the network's tensors an input normalisation, a temperature, losses and metrics.
 
     Args:
@@ -73,6 +72,7 @@ def take_extras(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Ten
         SourceError: a normalisation or a temperature has values that mean nothing, or a loss holds a matrix, which can
             be the trained classifier.
 
+    >>> import torch
     >>> rest, found = take_extras({"model.fc.bias": torch.zeros(2), "temperature": torch.tensor([4.0])}, "model.pth")
     >>> list(rest), found.temperature
     (['model.fc.bias'], 4.0)
@@ -106,7 +106,7 @@ def take_extras(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Ten
     return rest, Extras(mean, std, temperature, tuple(applied), tuple(left_out))
 
 
-def refuse_unknown(outside: Mapping[str, Tensor], name: str) -> None:
+def refuse_unknown(outside: Mapping[str, AnyTensor], name: str) -> None:
     """Refuse floating-point tensors beside a wrapped network, because nobody can tell what they do to its answers.
 
     Raises:
@@ -133,7 +133,7 @@ def refuse_adapters(names: Iterable[str], name: str) -> None:
         )
 
 
-def fold_parametrizations(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def fold_parametrizations(tensors: Mapping[str, AnyTensor], name: str) -> tuple[dict[str, AnyTensor], tuple[str, ...]]:
     """Compute the weights of parametrized layers, exactly as torch does: weight and spectral normalisation, pruning.
 
     Args:
@@ -146,11 +146,12 @@ def fold_parametrizations(tensors: Mapping[str, Tensor], name: str) -> tuple[dic
     Raises:
         SourceError: a parametrization is of another kind.
 
+    >>> import torch
     >>> parts = {"fc.weight_g": torch.full((2, 1), 5.0), "fc.weight_v": torch.tensor([[3.0, 4.0], [0.0, 2.0]])}
     >>> fold_parametrizations(parts, "model.pth")[0]["fc.weight"].tolist()
     [[3.0, 4.0], [0.0, 5.0]]
     """
-    parts: dict[str, dict[str, Tensor]] = {}  # the plain name -> its parts
+    parts: dict[str, dict[str, AnyTensor]] = {}  # the plain name -> its parts
     owner: dict[str, str] = {}
     for key, tensor in tensors.items():
         found = _PARAMETRIZED.fullmatch(key)
@@ -166,7 +167,7 @@ def fold_parametrizations(tensors: Mapping[str, Tensor], name: str) -> tuple[dic
     if not parts:
         return dict(tensors), ()
     folded = {plain: _fold(plain, own, name) for plain, own in parts.items()}
-    result: dict[str, Tensor] = {}
+    result: dict[str, AnyTensor] = {}
     for key, tensor in tensors.items():
         plain = owner.get(key, "")
         path = key.rpartition(".")[0]
@@ -179,7 +180,7 @@ def fold_parametrizations(tensors: Mapping[str, Tensor], name: str) -> tuple[dic
     return result, tuple(f"{how} of {plain}" for plain, (_, how) in folded.items())
 
 
-def _read_temperature(value: Tensor, key: str, name: str) -> float | None:
+def _read_temperature(value: AnyTensor, key: str, name: str) -> float | None:
     """Read a temperature; None on the meta device.
 
     Raises:
@@ -199,7 +200,7 @@ def _describe_temperature(key: str, temperature: float | None) -> str:
 
 
 def _read_normalisation(
-    mean: Tensor, std: Tensor, keys: str, name: str
+    mean: AnyTensor, std: AnyTensor, keys: str, name: str
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     """Read an input normalisation, for values in 0..1 or in 0..255; None on the meta device.
 
@@ -228,7 +229,7 @@ def _without_wrappers(key: str) -> str:
     return ".".join(parts)
 
 
-def _normalisations(tensors: Mapping[str, Tensor], short: Mapping[str, str]) -> list[tuple[str, str]]:
+def _normalisations(tensors: Mapping[str, AnyTensor], short: Mapping[str, str]) -> list[tuple[str, str]]:
     found = []
     for key, brief in short.items():
         if brief.count(".") > 1:
@@ -245,15 +246,15 @@ def _normalisations(tensors: Mapping[str, Tensor], short: Mapping[str, str]) -> 
     return found
 
 
-def _per_channel(tensor: Tensor) -> bool:
+def _per_channel(tensor: AnyTensor) -> bool:
     return 0 < tensor.numel() <= _MAX_CHANNELS and tensor.numel() == max(tensor.shape, default=1)
 
 
-def _is_temperature(brief: str, tensor: Tensor) -> bool:
+def _is_temperature(brief: str, tensor: AnyTensor) -> bool:
     return brief.count(".") <= 1 and brief.rpartition(".")[2] in _TEMPERATURES and tensor.numel() == 1
 
 
-def _fold(plain: str, parts: Mapping[str, Tensor], name: str) -> tuple[Tensor, str]:
+def _fold(plain: str, parts: Mapping[str, AnyTensor], name: str) -> tuple[AnyTensor, str]:
     """Compute one weight from its parts."""
     match sorted(parts):
         case ["original0", "original1"] if _is_norm_of(parts["original0"], parts["original1"]):
@@ -265,7 +266,8 @@ def _fold(plain: str, parts: Mapping[str, Tensor], name: str) -> tuple[Tensor, s
         case ["orig", "u", "v"]:
             folded = _spectral_norm(parts["orig"], parts["u"], parts["v"])
         case ["mask", "orig"] if parts["mask"].shape == parts["orig"].shape:
-            return parts["orig"] * parts["mask"].to(parts["orig"].dtype), "pruning mask"
+            folded = parts["orig"]
+            return folded if folded.is_meta else folded * parts["mask"].to(folded.dtype), "pruning mask"
         case _:
             folded = None
     if folded is not None:
@@ -278,42 +280,46 @@ def _fold(plain: str, parts: Mapping[str, Tensor], name: str) -> tuple[Tensor, s
     )
 
 
-def _is_norm_of(g: Tensor, v: Tensor) -> bool:
+def _is_norm_of(g: AnyTensor, v: AnyTensor) -> bool:
     return g.numel() == 1 or (g.ndim == v.ndim and _kept(g, v) is not None)
 
 
-def _kept(g: Tensor, v: Tensor) -> int | None:
+def _kept(g: AnyTensor, v: AnyTensor) -> int | None:
     """Return the dimension over which the lengths differ; None if `g` has not the shape of lengths."""
     kept = [dim for dim, size in enumerate(g.shape) if size > 1]
     return kept[0] if len(kept) == 1 and g.shape[kept[0]] == v.shape[kept[0]] else None
 
 
-def _weight_norm(g: Tensor, v: Tensor) -> Tensor:
+def _weight_norm(g: AnyTensor, v: AnyTensor) -> AnyTensor:
     kept = _kept(g, v) if g.ndim == v.ndim else None
     if v.is_meta:
         return v
+    import torch
+
     g, v = _float32(g), _float32(v)
     if kept is None:  # one length for the whole weight
         return v * (g.reshape(()) / torch.linalg.vector_norm(v))
     return torch._weight_norm(v, g, kept)
 
 
-def _spectral_norm(original: Tensor, u: Tensor, v: Tensor) -> Tensor | None:
+def _spectral_norm(original: AnyTensor, u: AnyTensor, v: AnyTensor) -> AnyTensor | None:
     """Divide a weight by its largest singular value, as estimated by the vectors u and v; None if they do not fit."""
     for dim in (0, 1):  # 1 in transposed convolutions
         if original.ndim <= dim or u.shape != (original.shape[dim],):
             continue
-        matrix = original.movedim(dim, 0).flatten(1)
-        if v.shape == (matrix.shape[1],):
+        if v.shape == (prod(size for axis, size in enumerate(original.shape) if axis != dim),):
             if original.is_meta:
                 return original
+            import torch
+
+            matrix = original.movedim(dim, 0).flatten(1)
             return _float32(original) / torch.vdot(_float32(u), torch.mv(_float32(matrix), _float32(v)))
     return None
 
 
-def _float32(tensor: Tensor) -> Tensor:
+def _float32(tensor: AnyTensor) -> AnyTensor:
     """Return at least single precision: a weight is computed as the model in float32 computes it."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor if dtype_name(tensor) == "float64" else tensor.float()
 
 
 def _refusal(name: str, keys: list[str], what: str) -> SourceError:

@@ -1,27 +1,22 @@
 """Read a checkpoint from disk: one file, or a folder as the Hugging Face hub lays it out.
 
-A file's content, not its name, determines how it is read. safetensors headers are checked here and by the library
-(size, offsets, shapes) before anything is mapped; `fixify.checkpoints.pickles` reads what `torch.save` wrote.
+A file's content, not its name, determines how it is read. Headers of safetensors files are checked before anything
+else is read of them (`fixify.checkpoints.outline`); `fixify.checkpoints.pickles` reads what `torch.save` wrote. Reading
+a header needs no torch.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
-
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from typing import Any
 
 from fixify import _files
-from fixify._values import counted
-from fixify.checkpoints.header import LANGUAGE_KEY, MAX_HEADER, SLIM_KEY
-from fixify.checkpoints.keys import DTYPES, StateDict, clean, find_state_dict, unusual_dtype
+from fixify.checkpoints.header import LANGUAGE_KEY, SLIM_KEY
+from fixify.checkpoints.keys import StateDict, clean, find_state_dict
 from fixify.checkpoints.metadata import facts_of_config, facts_of_metadata, facts_of_training
-from fixify.checkpoints.pickles import LARGEST_COPY, MAX_ENTRIES, read_legacy, read_zip
+from fixify.checkpoints.outline import Outline, is_tensor, read_outlines
 from fixify.checkpoints.sniffing import kind_of
 from fixify.checkpoints.source import Facts, Source
 from fixify.errors import SourceError, UnsafeCheckpointError
@@ -37,10 +32,8 @@ WEIGHTS = (
 )
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".th")
 
-_STORED = {**DTYPES, "U16": torch.uint16, "U32": torch.uint32}  # codes of slim checkpoints too
 _MAX_JSON = 64 << 20
 _MAX_NAME = 200  # characters of a file's name
-_AGAIN = "Compare its size with the original, or download it again."
 
 
 def open_file(path: Path, *, ema: bool = False, meta: bool = False, name: str | None = None) -> Source:
@@ -49,7 +42,8 @@ def open_file(path: Path, *, ema: bool = False, meta: bool = False, name: str | 
     Args:
         path: The file.
         ema: Read the moving average of the weights.
-        meta: Read only names, shapes and dtypes: tensors are on the meta device, and there is no SHA-256.
+        meta: Read only names, shapes and dtypes: tensors are outlines (`fixify.checkpoints.outline.Outline`), and
+            there is no SHA-256.
         name: The name for messages and records; the file name if None.
 
     Raises:
@@ -179,114 +173,28 @@ def read_tree(path: Path, *, meta: bool) -> tuple[object, Facts]:
     """
     kind = kind_of(path)
     if kind == "safetensors":
-        contents = read_safetensors(path, meta=meta)
+        outlines, metadata = read_outlines(path)
         for key, what in (
             (SLIM_KEY, "a slim checkpoint already"),
             (LANGUAGE_KEY, "a language model, not an image model"),
         ):
-            if key in contents.metadata:
+            if key in metadata:
                 raise SourceError(f"{path} is {what}.", hint=f"Show what is in it: fixify inspect {path}")
-        return contents.tensors, facts_of_metadata(contents.metadata)
+        if meta:
+            return outlines, facts_of_metadata(metadata)
+        from fixify.checkpoints.safetensors_file import read_tensors
+
+        return read_tensors(path, outlines), facts_of_metadata(metadata)
+    from fixify.checkpoints.pickles import read_legacy, read_zip
+
     tree = read_zip(path, meta=meta) if kind == "zip" else read_legacy(path)
     for key, tensor in find_state_dict(tree, path.name).entries.items():
-        if isinstance(tensor, Tensor) and tensor.is_meta:
+        if is_tensor(tensor) and tensor.is_meta:
             raise SourceError(
                 f"{path} stores only the shape of {key}, no values: the model was on the meta device.",
                 hint="Save it after its weights were loaded.",
             )
     return tree, facts_of_training(tree)
-
-
-@dataclass(frozen=True)
-class SafetensorsContents:
-    """The content of one safetensors file.
-
-    Attributes:
-        tensors: Name -> tensor, in the order of their bytes.
-        metadata: String -> string.
-    """
-
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-
-
-def read_safetensors(path: Path, *, meta: bool = False) -> SafetensorsContents:
-    """Read a safetensors file.
-
-    Args:
-        path: The file.
-        meta: Read only the header: tensors are on the meta device.
-
-    Raises:
-        UnsafeCheckpointError: the header lies about what the file holds.
-        SourceError: the file cannot be read, is cut short, or holds a dtype that image models do not use.
-    """
-    _check_header_size(path)
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = list(file.offset_keys())
-            if len(names) > MAX_ENTRIES:
-                raise UnsafeCheckpointError(
-                    f"{path} was refused: it lists {len(names):,} tensors, more than any model has."
-                )
-            for name in names:
-                _check_tensor(path, name, file.get_slice(name))
-            if meta or path.stat().st_size <= LARGEST_COPY:
-                tensors = {name: on_meta(file, name) for name in names}
-            else:
-                tensors = {name: file.get_tensor(name) for name in names}
-            metadata = dict(file.metadata() or {})
-        return SafetensorsContents(tensors if meta else _read_tensors(path, tensors), metadata)
-    except SafetensorError as error:
-        raise _disagreement(path, str(error).removeprefix("Error while deserializing header: ")) from error
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
-
-
-def _read_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Read the tensors that are on the meta device into memory; the library would map them."""
-    read = {}
-    with open(path, "rb") as raw:
-        file = TensorFile(raw)
-        for name, tensor in tensors.items():
-            read[name] = torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
-            if tensor.is_meta:
-                try:
-                    file.read_into(name, read[name])
-                except EOFError as error:
-                    raise SourceError(f"{path}: {error}.", hint=_AGAIN) from error
-    return read
-
-
-class TensorFile:
-    """The tensors of a safetensors file, read into memory that the caller chooses; the library would map them.
-
-    A file that is cut off under a map ends the process (SIGBUS).
-
-    Args:
-        file: The file, open for reading in binary mode; its header was checked by the library.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        length = int.from_bytes(file.read(8), "little")
-        self._header = json.loads(file.read(length))
-        self._start = 8 + length
-
-    def read_into(self, name: str, tensor: Tensor) -> None:
-        """Fill a contiguous tensor on the CPU.
-
-        Raises:
-            EOFError: the file is too short.
-        """
-        content = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-        begin, end = self._header[name]["data_offsets"]
-        self._file.seek(self._start + begin)
-        if end - begin != content.nbytes or (content.nbytes and self._read(content.data) != content.nbytes):
-            raise EOFError("the file is cut short, or changed while it was read")
-
-    def _read(self, memory: memoryview) -> int:
-        return cast(Any, self._file).readinto(memory)
 
 
 def _open_shards(index: Path, *, ema: bool, meta: bool, name: str) -> Source:
@@ -302,7 +210,7 @@ def _open_shards(index: Path, *, ema: bool, meta: bool, name: str) -> Source:
             )
         with _files.unchanged(path, SourceError):
             held = find_state_dict(read_tree(path, meta=meta)[0], path.name).entries
-            found = {key: tensor for key in keys if isinstance(tensor := held.get(key), Tensor)}
+            found = {key: tensor for key in keys if is_tensor(tensor := held.get(key))}
             missing = [key for key in keys if key not in found]
             if missing:
                 raise SourceError(f"{index.name} says that {path} holds {missing[0]}, but it does not.")
@@ -313,9 +221,9 @@ def _open_shards(index: Path, *, ema: bool, meta: bool, name: str) -> Source:
     return Source(name=name, tensors=tensors, num_bytes=num_bytes, dropped=weights.dropped, extras=weights.extras)
 
 
-def _shapes_only(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Move tensors to the meta device, keeping only names, shapes and dtypes."""
-    return {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()}
+def _shapes_only(tensors: dict[str, Any]) -> dict[str, Outline]:
+    """Keep only names, shapes and dtypes of tensors."""
+    return {key: tensor if isinstance(tensor, Outline) else Outline.of(tensor) for key, tensor in tensors.items()}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -340,65 +248,3 @@ def _listing(folder: Path) -> list[Path]:
         return list(folder.iterdir())
     except OSError as error:
         raise SourceError(f"The folder {folder} cannot be read: {error.strerror or error}.") from error
-
-
-def on_meta(file: safe_open, name: str) -> Tensor:
-    """Return a tensor of a safetensors file without its values.
-
-    Raises:
-        SafetensorError: torch has no such type.
-    """
-    piece = file.get_slice(name)
-    if piece.get_dtype() not in _STORED:
-        raise SafetensorError(f"{name} has the type {piece.get_dtype()}")
-    return torch.empty(piece.get_shape(), dtype=_STORED[piece.get_dtype()], device="meta")
-
-
-def _check_tensor(path: Path, name: str, piece: Any) -> None:
-    if piece.get_dtype() not in _STORED:
-        raise unusual_dtype(path.name, name, piece.get_dtype())
-    # If one dimension is zero, any shape fits zero bytes, but torch still computes strides from the other dimensions.
-    if math.prod(max(size, 1) for size in piece.get_shape()) * 8 >= 1 << 63:
-        raise UnsafeCheckpointError(
-            f"{path} was refused: {name} has the shape {piece.get_shape()}, which no memory can hold.", hint=_AGAIN
-        )
-
-
-def _check_header_size(path: Path) -> None:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-    if len(start) < 8:
-        raise SourceError(
-            f"{path} is not a safetensors file: {counted(size, 'byte')}, too few for a header.", hint=_AGAIN
-        )
-    header = int.from_bytes(start, "little")
-    if header > MAX_HEADER:
-        raise UnsafeCheckpointError(
-            f"{path} was refused: it claims a header of {header} bytes; safetensors allows {MAX_HEADER}.",
-            hint=_AGAIN,
-        )
-    if header > size - 8:
-        raise SourceError(
-            f"{path} is cut short: its header has {header} bytes, and the whole file {size}.", hint=_AGAIN
-        )
-
-
-def _disagreement(path: Path, reason: str) -> SourceError:
-    size, described = path.stat().st_size, _described_bytes(path)
-    if described is not None and described > size:
-        return SourceError(f"{path} is cut short: its header describes {described} bytes, it has {size}.", hint=_AGAIN)
-    return UnsafeCheckpointError(
-        f"{path} was refused: its header does not describe what it holds ({reason}).", hint=_AGAIN
-    )
-
-
-def _described_bytes(path: Path) -> int | None:
-    """Return the file size that the header implies, for the message; None if the header cannot be read."""
-    with open(path, "rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-        try:
-            entries = json.loads(file.read(header)).values()
-            return 8 + header + max(entry["data_offsets"][1] for entry in entries if "data_offsets" in entry)
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            return None

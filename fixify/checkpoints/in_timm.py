@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
+from fixify.catalogue.signature import is_counter
 from fixify.checkpoints.files import CONFIG
 from fixify.checkpoints.header import FORMAT_VERSION, SLIM_KEY, read_header, read_metadata
 from fixify.checkpoints.hub import download
@@ -28,7 +29,7 @@ from fixify.checkpoints.slim import Origin, SlimInfo, main_dtype
 from fixify.description import BARE, Architecture, HeadRecord, check_arguments
 from fixify.errors import ArchitectureError, FormatError
 from fixify.models.architectures import build, known_architecture, preprocessing, timm_name
-from fixify.models.build import bounded, is_counter, load_weights
+from fixify.models.build import bounded, load_weights
 from fixify.models.classifiers import find_heads
 from fixify.models.projection import put_classifier_behind_
 from fixify.surgery import apply_heads_

@@ -6,9 +6,7 @@ import re
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from fixify._values import counted
 from fixify.checkpoints.extras import (
@@ -20,7 +18,9 @@ from fixify.checkpoints.extras import (
     refuse_unknown,
     take_extras,
 )
+from fixify.checkpoints.outline import DTYPES, AnyTensor, Outline, dtype_name, is_tensor, unusual_dtype
 from fixify.errors import SourceError, UnsafeCheckpointError
+from fixify.savings import count_bytes
 
 # Where training scripts store the weights and their moving average. The first key that is found is used.
 WEIGHTS_KEYS = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights", "params")
@@ -50,20 +50,6 @@ _LONGEST_NAME = 1_000  # characters; the longest name in timm has 80
 _MOST_WRAPPERS = 16  # around one another
 _FEW = 8  # the tensors of a classifier, at most
 _CLASSIFIERS = ("classifier", "fc", "head", "linear", "cls_head", "classification_head", "last_linear")
-# The dtypes of an image model's weights and counters. Others (float8, packed 4 bit, complex) mean nothing without the
-# scales or the code that belong to them.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True)
@@ -83,7 +69,7 @@ class StateDict:
     used_ema: bool = False
     has_ema: bool = False
     beside: tuple[str, ...] = ()
-    settings: Mapping[str, Tensor] = field(default_factory=dict)
+    settings: Mapping[str, AnyTensor] = field(default_factory=dict)
     joined: tuple[str, str] | None = None
 
 
@@ -114,6 +100,7 @@ def find_state_dict(tree: object, name: str, *, ema: bool = False) -> StateDict:
     Raises:
         SourceError: there are no weights.
 
+    >>> import torch
     >>> list(find_state_dict({"epoch": 3, "state_dict": {"fc.bias": torch.zeros(2)}}, "last.pth").entries)
     ['fc.bias']
     """
@@ -132,7 +119,7 @@ def find_state_dict(tree: object, name: str, *, ema: bool = False) -> StateDict:
     elif weights is not None:
         found = StateDict(_innermost(top[weights]), has_ema=average is not None)
         beside = [] if average is None else [f"{average} (averaged weights: --ema reads them)"]
-    elif any(isinstance(value, Tensor) for value in top.values()):
+    elif any(is_tensor(value) for value in top.values()):
         return StateDict(top)
     elif (parts := _two_parts(top)) is not None:
         found, weights, beside = _join(top, *parts), parts[0], []
@@ -160,7 +147,7 @@ class Weights:
         extras: What was applied of the tensors that the network itself does not have.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, AnyTensor]
     dropped: tuple[str, ...]
     used_ema: bool
     has_ema: bool
@@ -191,11 +178,11 @@ def clean(found: StateDict, name: str, *, file_bytes: int, ema: bool = False) ->
                 f"{name} holds an entry whose name has {len(key):,} characters: {key[:40]}...",
                 hint=f"Names of tensors have at most {_LONGEST_NAME:,} characters.",
             )
-        if isinstance(value, Tensor) and key.rpartition(".")[2] != "n_averaged":
+        if is_tensor(value) and key.rpartition(".")[2] != "n_averaged":
             tensors[key] = _plain(key, value, name)
         else:
             dropped.append(key)
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    claimed = count_bytes(tensors.values())
     if claimed > 4 * file_bytes + (1 << 20):
         raise UnsafeCheckpointError(
             f"{name} was refused: its tensors claim {claimed} bytes and the file has {file_bytes}.",
@@ -228,7 +215,7 @@ def clean(found: StateDict, name: str, *, file_bytes: int, ema: bool = False) ->
     )
 
 
-def strip_wrappers(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def strip_wrappers(tensors: Mapping[str, AnyTensor], name: str) -> tuple[dict[str, AnyTensor], tuple[str, ...]]:
     """Strip the prefixes of wrapping modules from the names.
 
     A leading wrapper is removed if every name is below it, or if the tensors outside it include no weight matrix (the
@@ -244,6 +231,7 @@ def strip_wrappers(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, 
     Raises:
         SourceError: two tensors have the same name after stripping.
 
+    >>> import torch
     >>> tensors, outside = strip_wrappers({"module.fc.weight": torch.ones(2, 2), "module.fc.bias": torch.ones(2)}, "")
     >>> list(tensors)
     ['fc.weight', 'fc.bias']
@@ -273,18 +261,10 @@ def strip_wrappers(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, 
     return {new: tensors[key] for key, new in names.items()}, tuple(outside)
 
 
-def unusual_dtype(name: str, key: str, dtype: str) -> SourceError:
-    """Make the error for a dtype that is not in `DTYPES`."""
-    return SourceError(
-        f"{name} stores {key} as {dtype}; fixify reads 16, 32 and 64 bit floating point, and plain integers.",
-        hint="Quantised weights need the code that made them. Give the checkpoint from before quantisation.",
-    )
-
-
 def _holds_tensors(value: object) -> bool:
     return any(
-        isinstance(item, Tensor)
-        or (key in WEIGHTS_KEYS and any(isinstance(inner, Tensor) for name, inner in items_of(item) if _is_name(name)))
+        is_tensor(item)
+        or (key in WEIGHTS_KEYS and any(is_tensor(inner) for name, inner in items_of(item) if _is_name(name)))
         for key, item in items_of(value)
         if _is_name(key)
     )
@@ -318,8 +298,8 @@ def _join(top: Mapping[str, object], *parts: str) -> StateDict:
     return StateDict(entries, joined=(parts[0], parts[1]))
 
 
-def _tensors_of(value: object) -> dict[str, Tensor]:
-    return {key: item for key, item in _innermost(value).items() if isinstance(item, Tensor)}
+def _tensors_of(value: object) -> dict[str, AnyTensor]:
+    return {key: item for key, item in _innermost(value).items() if is_tensor(item)}
 
 
 def _is_swapped(top: Mapping[str, object]) -> bool:
@@ -337,11 +317,11 @@ def _beside(others: Mapping[str, object], entries: Mapping[str, object], name: s
     names = {_last_parts(key) for key in entries}
     found = []
     for key, value in others.items():
-        if isinstance(value, Tensor) and key not in _SETTINGS:
+        if is_tensor(value) and key not in _SETTINGS:
             found.append(key)
         if not _holds_tensors(value):
             continue
-        tensors = {inner: item for inner, item in _innermost(value).items() if isinstance(item, Tensor)}
+        tensors = {inner: item for inner, item in _innermost(value).items() if is_tensor(item)}
         if {_last_parts(inner) for inner in tensors} == names:
             how = "averaged weights, not read" if _AVERAGE.search(key) else "other weights of the same network"
             found.append(f"{key} ({how})")
@@ -362,27 +342,29 @@ def _last_parts(key: str) -> str:
     return ".".join(key.split(".")[-2:])
 
 
-def _refuse_quantised(tensors: Mapping[str, Tensor], name: str) -> None:
+def _refuse_quantised(tensors: Mapping[str, AnyTensor], name: str) -> None:
     """Refuse weight matrices of bytes: quantised ones, with or without their scales."""
     for key, tensor in tensors.items():
-        if tensor.ndim >= 2 and tensor.dtype in (torch.int8, torch.uint8) and key.endswith("weight"):
+        if tensor.ndim >= 2 and dtype_name(tensor) in ("int8", "uint8") and key.endswith("weight"):
             raise SourceError(
-                f"{name} stores {key} as {str(tensor.dtype).removeprefix('torch.')}: quantised weights.",
+                f"{name} stores {key} as {dtype_name(tensor)}: quantised weights.",
                 hint="Give the checkpoint from before quantisation, or dequantise it: module.weight.dequantize()",
             )
 
 
-def _settings(top: Mapping[str, object], name: str) -> dict[str, Tensor]:
+def _settings(top: Mapping[str, object], name: str) -> dict[str, AnyTensor]:
     """Return a temperature and an input normalisation that are stored beside the weights, as tensors or numbers."""
     found = {}
     for key in _SETTINGS:
         value = top.get(key)
-        if isinstance(value, Tensor):
+        if is_tensor(value):
             found[key] = _plain(key, value, name)
             continue
         given = list(value) if isinstance(value, (list, tuple)) else [value]
         numbers = [number for number in given if isinstance(number, (int, float)) and not isinstance(number, bool)]
         if 0 < len(numbers) <= _MOST_NUMBERS and len(numbers) == len(given):
+            import torch
+
             found[key] = torch.tensor([float(max(-_LARGEST, min(_LARGEST, number))) for number in numbers])
     alone = [key for key in ("mean", "std") if key in found]
     if len(alone) == 1:
@@ -401,7 +383,7 @@ def _settings(top: Mapping[str, object], name: str) -> dict[str, Tensor]:
     return found
 
 
-def _without_swapped(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def _without_swapped(tensors: dict[str, AnyTensor]) -> tuple[dict[str, AnyTensor], list[str]]:
     """Separate the copies that mmcv's EMAHook keeps as `ema_layer1_0_weight`: the weights before averaging."""
     flat = {"ema_" + key.replace(".", "_") for key in tensors}
     swapped = [key for key in tensors if key in flat]
@@ -431,7 +413,7 @@ def _is_name(key: object) -> bool:
 
 def _innermost(value: object) -> dict[str, object]:
     entries = {key: item for key, item in items_of(value) if isinstance(key, str)}
-    if any(isinstance(item, Tensor) for item in entries.values()):
+    if any(is_tensor(item) for item in entries.values()):
         return entries
     return _innermost(next((entries[key] for key in WEIGHTS_KEYS if _holds_tensors(entries.get(key))), None))
 
@@ -445,7 +427,7 @@ def _describe(tree: object, top: Mapping[str, object]) -> str:
     return f"a dictionary with {keys}{', ...' if len(top) > 6 else ''}" if keys else "a dictionary without names"
 
 
-def _split_average(tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _split_average(tensors: dict[str, AnyTensor], name: str) -> tuple[dict[str, AnyTensor], dict[str, AnyTensor]]:
     """Separate the weights from their moving average, if one state dict holds both."""
     for group in sorted({key.split(".", 1)[0] for key in tensors if "." in key}):
         if not _AVERAGE.search(group):
@@ -457,8 +439,8 @@ def _split_average(tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Ten
     return tensors, {}
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {key: tensor.shape for key, tensor in tensors.items()}
+def _shapes(tensors: Mapping[str, AnyTensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
 def _current(key: str) -> str:
@@ -466,11 +448,15 @@ def _current(key: str) -> str:
     return _OLD_DENSENET.sub(r"\1\2", key)
 
 
-def _is_matrix(tensor: Tensor) -> bool:
+def _is_matrix(tensor: AnyTensor) -> bool:
     return tensor.is_floating_point() and tensor.ndim >= 2
 
 
-def _plain(key: str, value: Tensor, name: str) -> Tensor:
+def _plain(key: str, value: Any, name: str) -> Any:
+    if isinstance(value, Outline):  # its type was checked when it was read
+        return value
+    import torch
+
     # The safe reader also builds other classes, such as DTensor, if the calling program allows them.
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
         raise SourceError(
@@ -481,7 +467,7 @@ def _plain(key: str, value: Tensor, name: str) -> Tensor:
     tensor = torch.Tensor.detach(value)
     if tensor.layout != torch.strided:
         raise SourceError(f"{name} stores {key} as a sparse tensor.", hint="Save it dense: tensor.to_dense().")
-    if tensor.dtype not in DTYPES.values():
+    if dtype_name(tensor) not in DTYPES.values():
         raise unusual_dtype(name, key, str(tensor.dtype))
     if not tensor.is_meta and tensor.data_ptr() % tensor.element_size():
         return tensor.clone()  # mapped at an unaligned address: another tool wrote the archive or the header

@@ -12,6 +12,7 @@ from fixify.checkpoints.keys import items_of
 from fixify.checkpoints.labels import find_label_lists, labels_of_config
 from fixify.checkpoints.source import Facts
 from fixify.errors import ArchitectureError
+from fixify.lookup import parse_architecture
 
 _MAX_CHANNELS = 1 << 10
 _LARGEST = 1e9  # the largest number in the arguments of an architecture or its preprocessing
@@ -151,9 +152,6 @@ def known_architecture(name: str) -> str | None:
     >>> known_architecture("resnet18"), known_architecture("no_such_network")
     ('timm/resnet18', None)
     """
-    # timm takes seconds to import; import it only for files that name an architecture.
-    from fixify.models.architectures import parse_architecture
-
     try:
         return parse_architecture(name).ref
     except ArchitectureError:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.serialization
 
+from fixify.checkpoints.outline import MAX_ENTRIES
 from fixify.checkpoints.sniffing import kind_of
 from fixify.errors import SourceError, UnsafeCheckpointError
 
@@ -108,7 +109,6 @@ _STAND_INS: tuple[tuple[Any, str], ...] = (
 
 
 # Limits of a checkpoint of an image model, so that a small file cannot keep the reader busy.
-MAX_ENTRIES = 50_000  # of an archive: a tensor each
 _MAX_KEY = 10_000  # values in one tuple, those inside it included: a tuple is hashed as a whole
 _LONGEST_REASON = 2_000  # characters of torch's message
 _LONGEST_GLOBAL = 1_000

@@ -15,13 +15,14 @@ import torchvision
 from timm.models import get_pretrained_cfg
 
 from fixify import _files
+from fixify.catalogue.signature import is_counter
 from fixify.checkpoints.files import open_file
 from fixify.checkpoints.hub import open_repository
 from fixify.checkpoints.labels import imagenet_labels
+from fixify.checkpoints.outline import AnyTensor, Outline
 from fixify.checkpoints.source import Facts, Source
 from fixify.errors import SourceError
 from fixify.models.architectures import Architecture, build, preprocessing
-from fixify.models.build import is_counter
 
 # torch.hub's convention: "resnet50-0676ba61.pth" carries the start of its own SHA-256.
 _HASHED_NAME = re.compile(r"-([0-9a-f]{8,})\.(?:pth|pt)(?:\.tar)?$")
@@ -113,7 +114,7 @@ def _open_timm(architecture: Architecture, *, ema: bool, meta: bool) -> Source:
     return replace(source, tensors=_as_timm_names(source, tagged), facts=facts)
 
 
-def _as_timm_names(source: Source, architecture: Architecture) -> dict[str, torch.Tensor]:
+def _as_timm_names(source: Source, architecture: Architecture) -> dict[str, AnyTensor]:
     """Return the tensors under timm's names.
 
     Some files have the names of the original code, which timm translates while loading. Only for those is the model
@@ -124,7 +125,7 @@ def _as_timm_names(source: Source, architecture: Architecture) -> dict[str, torc
     if {key: shape for key, shape in source.shapes.items() if not is_counter(key)} == expected:
         return source.tensors
     if next(iter(source.tensors.values())).is_meta:
-        return dict(skeleton.state_dict())
+        return {key: Outline.of(tensor) for key, tensor in skeleton.state_dict().items()}
     try:
         model = timm.create_model(
             architecture.ref.removeprefix("timm/"),

@@ -18,9 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from fixify.checkpoints.outline import AnyTensor, Outline, dtype_name
 from fixify.errors import SourceError
 from fixify.heads import REFERENCE_CONSTRUCTION, HeadSpec, codebook
 
@@ -37,24 +36,24 @@ class ReferenceCodeHead:
         num_features: N, taken from the tensor before it. The architecture's own number takes precedence.
         scale_name: "scale" (Hadamard), "weight" (random orthogonal), or None if no scale is stored.
         matrix: The projection matrix if it was saved, else None.
-        dtype: The dtype of its bias.
+        dtype: torch's name of the type of its bias.
     """
 
     path: str
     num_classes: int
     num_features: int
     scale_name: str | None
-    matrix: Tensor | None
-    dtype: torch.dtype
+    matrix: AnyTensor | None
+    dtype: str
 
     @property
     def weight_key(self) -> str:
         """The name that the weights of a learned classifier in its place would have."""
         return f"{self.path}.weight"
 
-    def placeholder(self) -> Tensor:
-        """Make such weights, [C, N] on the meta device: a shape and a dtype without values."""
-        return torch.empty(self.num_classes, self.num_features, dtype=self.dtype, device="meta")
+    def placeholder(self) -> Outline:
+        """Describe such weights, [C, N]: a shape and a dtype without values."""
+        return Outline(self.dtype, (self.num_classes, self.num_features))
 
     def spec(self, num_features: int, *, fixed_scale: bool = False) -> HeadSpec:
         """Return the head spec from which it can be rebuilt.
@@ -104,16 +103,17 @@ class ReferenceCodeHead:
         return f"add state['{self.path}.scale'] = torch.tensor([S]) to the state dict."
 
 
-def find_reference_code_head(tensors: Mapping[str, Tensor]) -> ReferenceCodeHead | None:
+def find_reference_code_head(tensors: Mapping[str, AnyTensor]) -> ReferenceCodeHead | None:
     """Find the classifier layer of the reference code in a state dict; None if there is none.
 
     Raises:
         SourceError: there is one without a bias, so its number of classes is unknown.
 
+    >>> import torch
     >>> find_reference_code_head({"fc.scale": torch.ones(1), "fc.bias": torch.zeros(10)}).num_classes
     10
     """
-    modules: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, dict[str, AnyTensor]] = {}
     for key, tensor in tensors.items():
         path, _, name = key.rpartition(".")
         modules.setdefault(path, {})[name] = tensor
@@ -136,15 +136,15 @@ def find_reference_code_head(tensors: Mapping[str, Tensor]) -> ReferenceCodeHead
         num_features=widths[-1] if widths else 0,
         scale_name=next((name for name in ("scale", "weight") if name in own), None),
         matrix=own.get("proj"),
-        dtype=own["bias"].dtype,
+        dtype=dtype_name(own["bias"]),
     )
 
 
-def as_learned(tensors: Mapping[str, Tensor], head: ReferenceCodeHead | None) -> dict[str, Tensor]:
-    """Replace a head of the reference code by a learned classifier whose weights are on the meta device."""
+def as_learned(tensors: Mapping[str, AnyTensor], head: ReferenceCodeHead | None) -> dict[str, AnyTensor]:
+    """Replace a head of the reference code by a learned classifier whose weights have no values."""
     if head is None:
         return dict(tensors)
-    found: dict[str, Tensor] = {}
+    found: dict[str, AnyTensor] = {}
     for key, tensor in tensors.items():
         if key == f"{head.path}.bias":
             found[head.weight_key] = head.placeholder()
@@ -154,7 +154,7 @@ def as_learned(tensors: Mapping[str, Tensor], head: ReferenceCodeHead | None) ->
     return found
 
 
-def _is_head(own: Mapping[str, Tensor], *, is_last: bool) -> bool:
+def _is_head(own: Mapping[str, AnyTensor], *, is_last: bool) -> bool:
     names, bias = set(own), own.get("bias")
     scales = names & {"scale", "weight"}
     if (
@@ -170,10 +170,12 @@ def _is_head(own: Mapping[str, Tensor], *, is_last: bool) -> bool:
     return bias.ndim == 1 and len(bias) > 1
 
 
-def _is_hadamard(matrix: Tensor, spec: HeadSpec) -> bool:
+def _is_hadamard(matrix: AnyTensor, spec: HeadSpec) -> bool:
     """Check that a matrix is the Hadamard matrix of its size; on the meta device, check only its shape."""
     if matrix.is_meta:
         rows, columns = matrix.shape
         return rows == columns == 1 << (rows - 1).bit_length()
+    import torch
+
     corner = matrix[: spec.num_classes, : spec.num_features].double()
     return torch.equal(corner, torch.from_numpy(-np.sign(codebook(spec))).double())

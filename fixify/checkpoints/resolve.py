@@ -6,18 +6,17 @@ import difflib
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fixify.checkpoints.beside import class_lists_beside
 from fixify.checkpoints.files import CONFIG, SUFFIXES, WEIGHTS, config_facts, open_file, open_folder, open_with_config
 from fixify.checkpoints.locate import HUB_SCHEMES, LOCAL_SCHEME
 from fixify.checkpoints.source import Facts, Source
+from fixify.description import Architecture
 from fixify.errors import ArchitectureError, SourceError
+from fixify.lookup import fit, parse_architecture
 
-# timm, torchvision and the hub's client take seconds to import. The functions below import them only for names that
-# need them.
-if TYPE_CHECKING:
-    from fixify.models.architectures import Architecture
+# The hub's client and what reads the libraries' own weights take seconds to import: they are imported below, only
+# for names that need them.
 
 _ADDRESSES = ("http", "https", "ftp", "s3", "gs")
 _SCHEMES = (*HUB_SCHEMES, *_ADDRESSES, LOCAL_SCHEME)
@@ -31,7 +30,7 @@ def open_source(ref: str | os.PathLike[str], *, ema: bool = False, meta: bool = 
             values are model names: `resnet18`, `timm/resnet18.a1_in1k`, `torchvision/resnet50:IMAGENET1K_V2`,
             `hf-hub:organisation/name@revision`, `local-dir:folder`.
         ema: Read the moving average of the weights.
-        meta: Read only names, shapes and dtypes; the tensors are on the meta device.
+        meta: Read only names, shapes and dtypes; the tensors are outlines.
 
     Raises:
         UnsafeCheckpointError: the checkpoint would run code, or lies about what it holds. Nothing was run.
@@ -86,7 +85,7 @@ def _open_path(path: Path, *, ema: bool, meta: bool) -> Source:
         return replace(open_with_config(path, ema=ema, meta=meta), class_lists=lists)
     source = open_file(path, ema=ema, meta=meta)
     facts = source.facts.or_else(_facts_beside(path, source))
-    if facts.architecture is None and "-" in path.name:
+    if facts.architecture is None and "-" in path.name and not path.name.endswith(".safetensors"):
         from fixify.checkpoints.pretrained import facts_of_download
 
         facts = facts_of_download(path).or_else(facts)
@@ -101,9 +100,6 @@ def _facts_beside(path: Path, source: Source) -> Facts:
         facts = config_facts(path.parent / CONFIG)
         if source.facts.architecture is not None or facts.architecture is None:
             return Facts()
-        from fixify.models.architectures import parse_architecture
-        from fixify.models.identify import fit
-
         fits = fit(parse_architecture(facts.architecture, **facts.architecture_kwargs), source.shapes)
     except (SourceError, ArchitectureError):
         return Facts()  # it belongs to another program, or to another checkpoint in this folder
@@ -120,8 +116,6 @@ def _open_local(text: str, *, ema: bool, meta: bool) -> Source:
 
 
 def _model_name(text: str) -> Architecture:
-    from fixify.models.architectures import parse_architecture
-
     try:
         return parse_architecture(text.replace(":", ".", 1))
     except ArchitectureError as error:

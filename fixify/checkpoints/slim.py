@@ -25,7 +25,6 @@ from torch import nn
 from fixify._files import atomic_path, refuse_existing, require_regular, unchanged
 from fixify._leftovers import private_folder, remove_leftovers
 from fixify.checkpoints.digests import add_to_digest, compare_digests, digest_of
-from fixify.checkpoints.files import TensorFile, on_meta
 from fixify.checkpoints.header import (
     DIGEST_KEY,
     DTYPE_NAMES,
@@ -39,6 +38,7 @@ from fixify.checkpoints.header import (
     parse_metadata,
 )
 from fixify.checkpoints.locate import locate_slim
+from fixify.checkpoints.safetensors_file import TensorFile, on_meta
 from fixify.checkpoints.source import Source
 from fixify.description import BARE, BARE_PATH, HeadRecord
 from fixify.errors import ArchitectureError, FormatError, HeadSpecError, OutputError, UsageError
@@ -53,10 +53,10 @@ from fixify.models.architectures import (
     preprocessing,
 )
 from fixify.models.build import Bounds, load_weights
+from fixify.models.built import module_traits
 from fixify.models.classifiers import find_heads
 from fixify.models.identify import Candidate, fit, identify
 from fixify.models.projection import build_with
-from fixify.models.signature import module_traits
 from fixify.savings import Savings
 from fixify.surgery import apply_heads_, replace_module
 

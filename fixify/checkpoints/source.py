@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from fixify.checkpoints.extras import Extras
+from fixify.checkpoints.outline import AnyTensor, dtype_name
 from fixify.checkpoints.reference_code import ReferenceCodeHead, as_learned, find_reference_code_head
 from fixify.errors import SourceError
 
@@ -72,7 +70,7 @@ class Source:
     Attributes:
         name: File name or model name; never a path of the machine.
         tensors: Weights in stored order and dtype, without the prefixes that wrappers add (`module.`, `_orig_mod.`,
-            `model.`, ...). Memory-mapped where the file allows it; on the meta device if only the header was read.
+            `model.`, ...). Memory-mapped where the file allows it; outlines if only the header was read.
         facts: What the checkpoint says about the model.
         sha256: SHA-256 of the file, 64 hexadecimal digits; None if only the header was read or there are several files.
         num_bytes: Size of the file or files.
@@ -87,7 +85,7 @@ class Source:
     """
 
     name: str
-    tensors: dict[str, Tensor]
+    tensors: dict[str, AnyTensor]
     facts: Facts = Facts()
     sha256: str | None = None
     num_bytes: int | None = None
@@ -109,8 +107,8 @@ class Source:
         return find_reference_code_head(self.tensors)
 
     @property
-    def learned(self) -> dict[str, Tensor]:
-        """The tensors, with a head of the reference code replaced by a learned classifier (weights on meta)."""
+    def learned(self) -> dict[str, AnyTensor]:
+        """The tensors, with a head of the reference code replaced by a learned classifier (weights as an outline)."""
         return as_learned(self.tensors, self.reference_code_head)
 
     @property
@@ -119,12 +117,13 @@ class Source:
         return {name: tuple(tensor.shape) for name, tensor in self.learned.items()}
 
 
-def check_finite(tensors: Mapping[str, Tensor]) -> None:
+def check_finite(tensors: Mapping[str, AnyTensor]) -> None:
     """Raise `SourceError` that names the first tensor with a NaN, an infinity, or a value that no weight has.
 
     A weight beyond 1e18 overflows when it is squared, and a variance is not negative. A few million elements are
     checked at a time, so a memory-mapped file is streamed and never copied.
 
+    >>> import torch
     >>> check_finite({"weight": torch.ones(3)})
     """
     for name, tensor in tensors.items():
@@ -134,7 +133,7 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
         for start in range(0, flat.numel(), _CHUNK):
             piece = flat[start : start + _CHUNK]
             # aminmax returns NaN if there is one, and is ten times as fast as testing each element.
-            least, most = torch.aminmax(piece)
+            least, most = piece.aminmax()
             if name.endswith("running_var") and bool(least < 0):
                 raise SourceError(
                     f"The weights hold a negative variance, {float(least):g}, in {name}: the file is damaged.",
@@ -155,21 +154,21 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
                 )
 
 
-def refuse_integers(name: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def refuse_integers(name: str, tensors: Mapping[str, AnyTensor], floats: Collection[str]) -> None:
     """Refuse integers where the architecture has floating point: quantised weights without their scales.
 
     Args:
         name: The file's name, for messages.
         tensors: The tensors of a file, under the architecture's names.
-        expected: Those of the architecture.
+        floats: The names of those in which the architecture has floating point.
 
     Raises:
         SourceError: there are such integers.
     """
     for key, tensor in tensors.items():
-        if key in expected and expected[key].is_floating_point() and not tensor.is_floating_point():
+        if key in floats and not tensor.is_floating_point():
             raise SourceError(
-                f"{name} stores {key} as {str(tensor.dtype).removeprefix('torch.')}, where the architecture has "
+                f"{name} stores {key} as {dtype_name(tensor)}, where the architecture has "
                 "floating point: quantised weights without their scales.",
                 hint="Give the checkpoint from before quantisation, or dequantise it: module.weight.dequantize()",
             )

@@ -19,10 +19,10 @@ def identify(
     What the file says of itself (timm's arch, config.json, metadata) settles the choice if the tensors fit it.
     """
     import fixify
-    from fixify.cli.libraries import import_libraries
+    from fixify.cli.libraries import import_libraries_for
 
-    import_libraries()
-    from fixify.checkpoints.learned import REFERENCE_CODE
+    import_libraries_for([source])
+    from fixify.checkpoints.recognition import REFERENCE_CODE
     from fixify.reporting.tables import candidates_table
 
     output = Output(as_json=as_json)

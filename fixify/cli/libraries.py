@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+from fixify.checkpoints.header import SLIM_KEY, has_metadata
+from fixify.checkpoints.locate import LOCAL_SCHEME, find_slim
 
 
 def import_libraries() -> None:
@@ -19,6 +23,20 @@ def import_libraries() -> None:
         return
     with _without_collection():
         import fixify.models.architectures  # noqa: F401
+
+
+def import_libraries_for(sources: Iterable[str]) -> None:
+    """Import the libraries, unless every source is a safetensors file of which the header is probably enough."""
+    if not all(map(_has_header_only, sources)):
+        import_libraries()
+
+
+def _has_header_only(source: str) -> bool:
+    path = source.removeprefix(f"{LOCAL_SCHEME}:")
+    if os.path.isdir(path):  # noqa: PTH112  # Path raises for impossible paths (too long, with a zero byte)
+        names = os.listdir(path)  # noqa: PTH208
+        return any(name.endswith(".safetensors") for name in names) and find_slim(path) is None
+    return path.endswith(".safetensors") and not has_metadata(path, SLIM_KEY)
 
 
 @contextlib.contextmanager

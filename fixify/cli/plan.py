@@ -18,9 +18,9 @@ def plan(
     """Estimate the savings of each kind of head before converting, and how far apart its codes are."""
     import fixify
     from fixify.cli.common import with_architecture
-    from fixify.cli.libraries import import_libraries
+    from fixify.cli.libraries import import_libraries_for
 
-    import_libraries()
+    import_libraries_for([source])
     from fixify.reporting.tables import kinds_table, savings_table
 
     output = Output(as_json=as_json)

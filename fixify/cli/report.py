@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -38,19 +39,26 @@ def report(
     RUN_DIR/report.html, or -o. With --json it prints the page's data, and writes the page only with -o.
     """
     from fixify.errors import UsageError
-    from fixify.reporting.runs import runs_among
 
     output = Output(as_json=as_json)
     names = models or []
     if all_models or paper:
         _refuse_besides(all_models, paper, names, arch, out)
         (_report_all if all_models else _report_paper)(output)
-    elif runs := runs_among(names):
+    elif runs := _runs_among(names):
         _report_runs(runs, names, out, output, force=force)
     elif out is not None:
         raise UsageError("-o is for the page of runs.", hint="Name the folder of a run, or drop -o.")
     else:
         _report_models(names, arch, output)
+
+
+def _runs_among(names: list[str]) -> list[Path]:
+    if not any(map(os.path.isdir, names)):
+        return []  # what reads runs imports torch
+    from fixify.reporting.runs import runs_among
+
+    return runs_among(names)
 
 
 def _refuse_besides(all_models: bool, paper: bool, models: list[str], arch: str | None, out: Path | None) -> None:
@@ -66,16 +74,16 @@ def _refuse_besides(all_models: bool, paper: bool, models: list[str], arch: str 
 def _report_models(names: list[str], arch: str | None, output: Output) -> None:
     import fixify
     from fixify.cli.common import slim_files_here, with_architecture
-    from fixify.cli.libraries import import_libraries
+    from fixify.cli.libraries import import_libraries_for
 
-    import_libraries()
+    names = names or slim_files_here("report")
+    import_libraries_for(names)
     from fixify.reporting.costs import ModelReport
     from fixify.reporting.tables import models_table, savings_table
 
     def counted(name: str) -> ModelReport:
         return with_architecture(lambda known: fixify.report(name, arch=known), arch, output)
 
-    names = names or slim_files_here("report")
     rows = []
     with output.progress("counting", total=len(names)) as advance:
         for name in names:

@@ -6,11 +6,10 @@ Nothing here downloads anything, except `build(pretrained=True)`.
 from __future__ import annotations
 
 import difflib
-import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
@@ -19,17 +18,9 @@ from timm.data import resolve_data_config
 from timm.models import get_deprecated_models, get_pretrained_cfg, split_model_name_tag
 from torch import nn
 
-from fixify._values import parse_json
-from fixify._version import __version__
-from fixify.description import (
-    LARGEST_SIDE,
-    LIBRARIES,
-    LONGEST_NAME,
-    Architecture,
-    Preprocessing,
-    check_arguments,
-    check_preprocessing,
-)
+from fixify.catalogue.names import adapted_preprocessing, checked_tag, parse
+from fixify.catalogue.shipped import library_versions
+from fixify.description import LIBRARIES, Architecture, Preprocessing
 from fixify.errors import ArchitectureError
 from fixify.models.build import Bounds, bounded, build_blank, build_on_meta
 from fixify.models.networks import NETWORKS
@@ -87,31 +78,7 @@ def parse_architecture(text: str, /, **kwargs: Any) -> Architecture:
     >>> parse_architecture("vit_base_patch16_224,img_size=384").kwargs
     {'img_size': 384}
     """
-    if len(text) > 100 * LONGEST_NAME:
-        raise ArchitectureError(f"{text[:LONGEST_NAME]!r}... is too long for the name of an architecture.")
-    spelled, _, arguments = text.strip().partition(",")
-    kwargs = {**_arguments(text, arguments), **kwargs}
-    prefix, slash, rest = _of_weights(spelled).partition("/")
-    if slash and prefix not in LIBRARIES:
-        raise ArchitectureError(
-            f"Unknown library {prefix!r} in {text!r}; known: {', '.join(LIBRARIES)}.",
-            hint=f"Type timm/{rest} or torchvision/{rest}.",
-        )
-    name, tag = split_model_name_tag(rest if slash else spelled)
-    kwargs = check_arguments(text, kwargs)
-    if prefix == "timm" and slash and name in NETWORKS:
-        prefix = "fixify"  # fixify registers its networks with timm, so timm/NAME is accepted for them
-    libraries = (prefix,) if slash else LIBRARIES
-    if "timm" in libraries and name in get_deprecated_models():
-        current = get_deprecated_models()[name]
-        if current is None:
-            raise ArchitectureError(f"timm has removed {name} without a replacement.")
-        name, current_tag = split_model_name_tag(current)
-        tag = tag or current_tag
-    for library in libraries:
-        if name in _name_set(library):
-            return Architecture(library, name, kwargs, _checked_tag(library, name, tag))
-    raise _unknown(text, name, libraries)
+    return parse(text, kwargs, _Installed())
 
 
 def known_architecture(arch: Architecture) -> Architecture:
@@ -160,7 +127,7 @@ def build(
     if arch.name not in _name_set(arch.library):
         raise _unknown(arch.ref, arch.name, (arch.library,))
     if pretrained:
-        _checked_tag(arch.library, arch.name, arch.tag)
+        checked_tag(arch.library, arch.name, arch.tag, _Installed())
     if arch.library != "torchvision":
         constructor = _timm_constructor(arch, num_classes, pretrained)
     else:
@@ -218,30 +185,7 @@ def preprocessing(arch: Architecture, cfg: Mapping[str, Any] | None = None) -> P
     [3, 224, 224]
     """
     known = _torchvision_preprocessing(arch) if arch.library == "torchvision" else _timm_preprocessing(arch)
-    known.update({key: value for key, value in (cfg or {}).items() if key in known and value is not None})
-    size = arch.kwargs.get("img_size", arch.kwargs.get("image_size"))
-    if size is not None:
-        if not isinstance(size, int) and not (isinstance(size, (list, tuple)) and len(size) == 2):
-            raise ArchitectureError(f"{arch.ref}: img_size must be one number or two, got {size!r}.")
-        height, width = (size, size) if isinstance(size, int) else size
-        known["input_size"] = (known["input_size"][0], height, width)
-    channels = arch.kwargs.get("in_chans", known["input_size"][0])
-    if type(channels) is not int or not 0 < channels <= LARGEST_SIDE:
-        raise ArchitectureError(f"{arch.ref}: in_chans must be from 1 to {LARGEST_SIDE}, got {channels!r}.")
-    known["input_size"] = (channels, *known["input_size"][1:])
-    for key in ("mean", "std"):
-        values = tuple(known[key])
-        # RGB statistics do not apply to other channels. Their average suits grey images.
-        known[key] = values if len(values) == channels else (sum(values) / len(values),) * channels
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}
-    check_preprocessing(plain)
-    return cast(Preprocessing, plain)
-
-
-def library_versions() -> dict[str, str]:
-    """Return the installed version of each library, without build suffix ("+cu130")."""
-    versions = {"timm": timm.__version__, "torchvision": torchvision.__version__, "fixify": __version__}
-    return {library: str(version).partition("+")[0] for library, version in versions.items()}
+    return adapted_preprocessing(known, arch, cfg)
 
 
 @cache
@@ -251,6 +195,31 @@ def _names(library: str) -> tuple[str, ...]:
     if library == "timm":  # fixify's own networks are registered there too, and slim checkpoints (`fixify._timm`)
         return tuple(name for name in timm.list_models(exclude_filters="fixify_*") if name not in NETWORKS)
     return tuple(torchvision.models.list_models(module=torchvision.models))
+
+
+class _Installed:
+    """The registry of the installed libraries."""
+
+    def names(self, library: str) -> Collection[str]:
+        return _name_set(library)
+
+    def tags(self, library: str, name: str) -> Collection[str]:
+        return tags_of(library, name)
+
+    def renamed(self) -> Mapping[str, str | None]:
+        return get_deprecated_models()
+
+    def enum(self, name: str) -> tuple[str, Mapping[str, str]]:
+        return weights_enum(name)
+
+    def unknown(self, text: str, name: str, libraries: tuple[str, ...]) -> ArchitectureError:
+        return _unknown(text, name, libraries)
+
+
+def weights_enum(name: str) -> tuple[str, dict[str, str]]:
+    """Return the name of torchvision's enum of weights of an architecture, and alias -> member."""
+    enum = torchvision.models.get_model_weights(name)
+    return enum.__name__, {alias: member.name for alias, member in enum.__members__.items()}
 
 
 @cache
@@ -277,23 +246,6 @@ def _unknown(text: str, name: str, libraries: tuple[str, ...]) -> ArchitectureEr
     )
 
 
-def _arguments(text: str, arguments: str) -> dict[str, Any]:
-    """Parse "img_size=[96,128],in_chans=1". Values are JSON; a value that is not JSON is a string."""
-    found: dict[str, Any] = {}
-    for argument in re.split(r",(?=\s*\w+=)", arguments) if arguments else ():
-        key, equals, value = argument.strip().partition("=")
-        if not equals:
-            raise ArchitectureError(
-                f"Not an argument: {argument!r} in {text!r}; expected name=value.",
-                hint="For example: vit_base_patch16_224,img_size=384,in_chans=1",
-            )
-        try:
-            found[key] = parse_json(value)
-        except ValueError:
-            found[key] = value
-    return found
-
-
 def _largest(value: Any) -> float:
     """Return the largest number in nested lists and objects; 0 if there is none."""
     if isinstance(value, Mapping):
@@ -303,30 +255,8 @@ def _largest(value: Any) -> float:
     return abs(value) if isinstance(value, (int, float)) else 0
 
 
-def _checked_tag(library: str, name: str, tag: str | None) -> str | None:
-    if tag and library == "torchvision":
-        enum = torchvision.models.get_model_weights(name)
-        tag = tag.removeprefix(f"{enum.__name__}.")
-        tag = enum[tag].name if tag in enum.__members__ else tag  # "DEFAULT" is an alias of another member
-    if not tag or tag in (known := _tags(library, name)):
-        return tag or None
-    raise ArchitectureError(
-        f"{library} has no weights {tag!r} for {name}.",
-        hint=f"It has: {', '.join(known)}." if any(known) else f"Type {library}/{name} without a tag.",
-    )
-
-
-def _of_weights(text: str) -> str:
-    """Translate a member of torchvision's weights enums into "torchvision/MODEL.MEMBER"; return other text as it is."""
-    enum, dot, member = text.removeprefix("torchvision/").partition(".")
-    if dot and enum.endswith("_Weights"):
-        for name in _names("torchvision"):
-            if torchvision.models.get_model_weights(name).__name__ == enum:
-                return f"torchvision/{name}.{member}"
-    return text
-
-
-def _tags(library: str, name: str) -> list[str]:
+def tags_of(library: str, name: str) -> list[str]:
+    """Return the tags of an architecture's pretrained weights; "" can be among timm's."""
     if library == "fixify":
         return []
     if library == "timm":
@@ -340,12 +270,12 @@ def output_widths(name: str) -> dict[str, int]:
     >>> output_widths("convnext_base")["clip_laion2b"]
     640
     """
-    found = {tag: get_pretrained_cfg(f"{name}.{tag}") for tag in _tags("timm", name) if tag}
+    found = {tag: get_pretrained_cfg(f"{name}.{tag}") for tag in tags_of("timm", name) if tag}
     return {tag: cfg.num_classes for tag, cfg in found.items() if cfg is not None}
 
 
 def _known_tag(arch: Architecture) -> str | None:
-    return arch.tag if arch.tag and arch.tag in _tags(arch.library, arch.name) else None
+    return arch.tag if arch.tag and arch.tag in tags_of(arch.library, arch.name) else None
 
 
 def timm_name(arch: Architecture) -> str:

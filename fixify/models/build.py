@@ -24,6 +24,7 @@ from torch.nn.modules.module import (
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from fixify.catalogue.signature import is_counter
 from fixify.errors import ArchitectureError
 
 _STORAGE = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.empty_strided}
@@ -151,17 +152,6 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             state.setdefault(key, tensor)
     state._metadata = own._metadata  # type: ignore[attr-defined]
     model.load_state_dict(state)
-
-
-def is_counter(key: str) -> bool:
-    """Return whether a state dict's key is the batch counter of a BatchNorm layer.
-
-    Old checkpoints and ports from other frameworks lack the counters, and no prediction depends on them.
-
-    >>> is_counter("layer1.0.bn1.num_batches_tracked"), is_counter("layer1.0.bn1.weight")
-    (True, False)
-    """
-    return key.rpartition(".")[2] == "num_batches_tracked"
 
 
 class _MetaBuild(TorchFunctionMode):

@@ -12,9 +12,8 @@ from typing import Any
 from torch import nn
 
 from fixify._values import counted
-from fixify.description import HeadRecord
+from fixify.catalogue.skeleton import ClassifierSite
 from fixify.errors import ArchitectureError, NoClassifierError
-from fixify.heads.spec import HeadSpec
 from fixify.models.architectures import (
     Architecture,
     build,
@@ -29,33 +28,6 @@ from fixify.models.projection import ProjectedClassifier, behind
 _TORCHVISION_HEADS = ("fc", "classifier", "head", "heads")
 _TORCHVISION_AUXILIARY = ("aux1", "aux2", "AuxLogits")
 _SOME_CLASSES = 1000
-
-
-@dataclass(frozen=True)
-class ClassifierSite:
-    """One classifier layer of a model.
-
-    Attributes:
-        path: Its name in `model.named_modules()`.
-        layer_type: "Linear" or "Conv2d" (1x1), or the name of the subclass.
-        num_features: Width of its input.
-        num_classes: Width of its output.
-        channel_dim: The dimension of its input that holds the features: -1 for a Linear, 1 for a Conv2d.
-        num_parameters: Number of elements of its weight and bias.
-        has_bias: Whether it has a bias.
-    """
-
-    path: str
-    layer_type: str
-    num_features: int
-    num_classes: int
-    channel_dim: int
-    num_parameters: int
-    has_bias: bool
-
-    def record(self, spec: HeadSpec) -> HeadRecord:
-        """Describe a fixed head that replaces this layer."""
-        return HeadRecord(self.path, self.layer_type, self.channel_dim, spec)
 
 
 def find_classifiers(model: nn.Module, arch: Architecture | None = None) -> list[ClassifierSite]:
@@ -256,13 +228,22 @@ def refuse_projection(model: nn.Module, arch: Architecture | None = None) -> Non
 
 def is_projection(model: nn.Module) -> bool:
     """Return whether a model is the image tower of a CLIP model, with the width that its pretrained weights have."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
     if _behind_projection(model) is not None:
         return False
-    if not _is_tower(str(cfg.get("architecture") or ""), str(cfg.get("tag") or "")):
-        return False
-    width = cfg.get("num_classes")
-    return bool(width) and width == getattr(model, "num_classes", None)
+    width = tower_width(model)
+    return width is not None and width == getattr(model, "num_classes", None)
+
+
+def tower_width(model: nn.Module) -> int | None:
+    """Return the width of a model's last layer with which its pretrained weights are the image tower of a CLIP model.
+
+    Returns:
+        None if they are something else.
+    """
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    if not is_tower(str(cfg.get("architecture") or ""), str(cfg.get("tag") or "")):
+        return None
+    return cfg.get("num_classes") or None
 
 
 def tower_tags(architecture: Architecture, width: int) -> tuple[str, ...]:
@@ -278,10 +259,23 @@ def tower_tags(architecture: Architecture, width: int) -> tuple[str, ...]:
     if architecture.library != "timm" or architecture.tag is not None:
         return ()
     name = architecture.name
-    return tuple(tag for tag, own in output_widths(name).items() if own == width and _is_tower(name, tag))
+    return tuple(tag for tag, own in output_widths(name).items() if own == width and is_tower(name, tag))
 
 
-def _is_tower(name: str, tag: str) -> bool:
+def unnamed_tower(architecture: Architecture, width: int) -> tuple[str, tuple[str, ...]] | None:
+    """Return the last layer of an architecture, and timm's weights of it that are a CLIP tower of that width.
+
+    Returns:
+        The layer's path and the weights' tags (`tower_tags`); None if there are none, or they are its default.
+    """
+    tags = tower_tags(architecture, width)
+    if not tags:
+        return None
+    model = build(architecture, num_classes=width, meta=True)
+    return None if is_projection(model) else (find_heads(model, architecture)[0].path, tags)
+
+
+def is_tower(name: str, tag: str) -> bool:
     """Return whether weights are an image tower as they were trained beside a text tower.
 
     The Perception Encoder (vit_pe_core_...) is a CLIP model too. Weights that were then tuned for a label set have "ft"

@@ -11,23 +11,33 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice, product
 
-from fixify.errors import AmbiguousArchitectureError, ArchitectureError, NoClassifierError
+from fixify.catalogue.matches import (
+    Candidate,
+    Identification,
+    Match,
+    candidates_of,
+    matches_of,
+    plainest,
+    refuse_several,
+    shipped_entry,
+    variants,
+)
+from fixify.catalogue.shipped import Entry, load_index
+from fixify.catalogue.signature import StateShapes, head_positions
+from fixify.errors import ArchitectureError, NoClassifierError
 from fixify.models.architectures import Architecture, build, list_architectures, preprocessing
+from fixify.models.built import shapes_of, signature_of, traits
 from fixify.models.classifiers import find_classifiers
-from fixify.models.index import Entry, entries_of, load_index, variants
+from fixify.models.index import entries_of
 from fixify.models.openmmlab import is_swin_v2, openmmlab_names
 from fixify.models.readings import Reading, differences, hand_made_head, readings
-from fixify.models.signature import StateShapes, Trait, head_positions, shapes_of, signature_of, traits
 from fixify.models.structure import NameMatch, match_names
 
 Progress = Callable[[int, int], object]
 
-# The class names of the modules: a long trait, and mostly a consequence of another trait that says it better.
-_SHOWN_LAST = {".class"}
-_MOST_SHOWN = 5
 _MOST_CHOICES = 8
 _SOME_CLASSES = 1000
 # Key names that occur together in every state dict of efficientnet-pytorch and in no other known implementation. The
@@ -45,57 +55,6 @@ HAND_MADE_HEAD = (
     "A file does not show what is between its layers. Build the model in Python, load the file, and replace its last "
     "Linear there: fixify.fix_classifier_(model)"
 )
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An architecture that a state dict fits.
-
-    Attributes:
-        architecture: The architecture, with the arguments that the shapes need (`in_chans`, `img_size`).
-        num_classes: Number of classes of its classifier.
-        key_map: Name in the state dict -> name in the architecture; None where they are the same. BatchNorm's counters
-            are omitted if the two have different numbers of them, and so are tensors without effect on answers.
-        aliases: Other architectures that are the same network with the same preprocessing.
-        differences: Trait -> value, for the traits that set it apart from the other candidates.
-        notes: How its names were read, if they are not the architecture's own.
-        shapes: Name in the architecture -> shape, for tensors that are stored with other axes of length one.
-        unfolded: See `Reading`.
-    """
-
-    architecture: Architecture
-    num_classes: int
-    key_map: Mapping[str, str] | None = None
-    aliases: tuple[str, ...] = ()
-    differences: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    unfolded: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Identification:
-    """The architectures that a state dict fits.
-
-    Attributes:
-        candidates: At least one. If there are several, they fit equally well and compute different things.
-        by: What was compared: "keys" or "shapes"; "name" if the checkpoint names its architecture; "reading" if the
-            keys are known under other names (`fixify.models.readings`).
-        narrowed_by: What else left only these candidates, in words, or None.
-    """
-
-    candidates: tuple[Candidate, ...]
-    by: str
-    narrowed_by: str | None = None
-
-    @property
-    def choices(self) -> dict[str, str]:
-        """Each candidate as it is typed -> what sets it apart, in words."""
-        return {candidate.architecture.spelled: in_words(candidate.differences) for candidate in self.candidates}
-
-    def describe(self) -> str:
-        """List the candidates, one per line, with what sets each apart."""
-        return "\n".join(f"  {name}: {facts}" if facts else f"  {name}" for name, facts in self.choices.items())
 
 
 def identify(shapes: Mapping[str, Sequence[int]], *, on_progress: Progress | None = None) -> Identification:
@@ -144,7 +103,8 @@ def fit(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> Candidate | 
     Raises:
         ArchitectureError: the architecture cannot be built with its arguments, or it has the shapes, and the names do
             not decide which tensor is which.
-        AmbiguousArchitectureError: it fits in several ways that no shape tells apart (`fixify.models.index.variants`).
+        AmbiguousArchitectureError: it fits in several ways that no shape tells apart
+            (`fixify.catalogue.matches.variants`).
     """
     _refuse_windows_of_openmmlab(shapes)
     entries = [entry for variant in variants(arch) if (entry := _entry_of(variant)) is not None]
@@ -152,18 +112,18 @@ def fit(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> Candidate | 
         build(arch, meta=True)  # raises if its arguments are the reason
         return None
     state = StateShapes(shapes)
-    matches = [match for match in _matches(state, entries) if not match.extra or _confirmed(match, state)]
-    _refuse_several(matches)
+    matches = [match for match in matches_of(state, entries) if not match.extra or _confirmed(match, state)]
+    refuse_several(matches, preprocessing)
     for match in matches:
         return Candidate(match.architecture, match.choices["num_classes"])
     for reading in readings(shapes, entries):
         matches = _read(reading, entries)
-        _refuse_several(matches, reading.notes)
+        refuse_several(matches, preprocessing, reading.notes)
         for match in matches:
             return _as_read(match, reading)
     arranged = _arranged(shapes, entries)
     _refuse_ties(arranged)
-    _refuse_several([match for match, _ in arranged])
+    refuse_several([match for match, _ in arranged], preprocessing)
     for match, names in arranged:
         if not _most_agree(names.key_map):
             return Candidate(match.architecture, match.choices["num_classes"], names.key_map)
@@ -195,90 +155,6 @@ def refuse_headless(arch: Architecture, shapes: Mapping[str, Sequence[int]]) -> 
     _refuse_headless(StateShapes(shapes), entries)
 
 
-@dataclass(frozen=True)
-class Behaviour:
-    """What an architecture computes, beyond its names and shapes.
-
-    Attributes:
-        library: Its library. Traits that are plain attributes of modules (".num_heads") can only be compared between
-            architectures of the same library.
-        values: Its traits and its preprocessing.
-    """
-
-    library: str
-    values: Mapping[str, Trait]
-
-    @classmethod
-    def of(cls, arch: Architecture, traits: Mapping[str, Trait]) -> Behaviour:
-        """Combine the traits of an architecture with its preprocessing."""
-        images = {key: _readable(value) for key, value in preprocessing(arch).items()}
-        return cls(arch.library, dict(traits) | {key: (text, text) for key, text in images.items()})
-
-
-def merge(behaviours: Sequence[Behaviour]) -> list[list[int]]:
-    """Group the indices of architectures that are the same network with the same preprocessing under several names.
-
-    Networks of different libraries are never grouped, because their modules do not show whether they are the same.
-    """
-    groups: list[list[int]] = []
-    for index, found in enumerate(behaviours):
-        for group in groups:
-            if behaviours[group[0]] == found:
-                group.append(index)
-                break
-        else:
-            groups.append([index])
-    return groups
-
-
-def set_apart(behaviours: Sequence[Behaviour]) -> list[dict[str, str]]:
-    """Return, for each architecture, its values of the traits that differ, the most telling traits first."""
-    shown = []
-    for name in dict.fromkeys(name for found in behaviours for name in found.values):
-        own = name.startswith(".")
-        values = {(found.library if own else "", found.values.get(name, ("", ""))[0]) for found in behaviours}
-        if len(values) > (len({library for library, _ in values}) if own else 1):
-            shown.append(name)
-    texts = {name: {found.values[name][1] for found in behaviours if name in found.values} for name in shown}
-    shown.sort(key=lambda name: (len(texts[name]) == 1, name in _SHOWN_LAST, name.startswith("."), name))
-    return [
-        {
-            name.lstrip("."): found.values[name][1] + (" (placed differently)" if len(texts[name]) == 1 else "")
-            for name in shown[:_MOST_SHOWN]
-            if name in found.values
-        }
-        for found in behaviours
-    ]
-
-
-def in_words(differences: Mapping[str, str]) -> str:
-    """Write differences as text.
-
-    >>> in_words({"padding": "even", "mean": "0.5 0.5 0.5"})
-    'padding even; mean 0.5 0.5 0.5'
-    """
-    return "; ".join(f"{trait} {value}" for trait, value in differences.items())
-
-
-@dataclass(frozen=True)
-class _Match:
-    """An entry of the index that fits, and the choices that make it fit."""
-
-    entry: Entry
-    choices: Mapping[str, int]
-
-    @property
-    def extra(self) -> dict[str, int]:
-        """Choices that differ from the architecture's defaults."""
-        defaults = self.entry.signature.defaults
-        return {key: value for key, value in self.choices.items() if key in defaults and value != defaults[key]}
-
-    @property
-    def architecture(self) -> Architecture:
-        arch = self.entry.architecture
-        return replace(arch, kwargs={**arch.kwargs, **self.extra})
-
-
 def _search(
     state: StateShapes, shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry], *, confirm: Collection[str]
 ) -> Identification | None:
@@ -288,11 +164,11 @@ def _search(
     """
     matches = [
         match
-        for match in _plainest(_matches(state, entries))
+        for match in plainest(matches_of(state, entries))
         if not (match.extra or match.entry.architecture.ref in confirm) or _confirmed(match, state)
     ]
     if matches:
-        return Identification(_candidates([(match, None) for match in matches]), "keys")
+        return Identification(candidates_of([(match, None) for match in matches], preprocessing), "keys")
     return _search_readings(shapes, entries) or _search_structure(shapes, entries)
 
 
@@ -318,20 +194,20 @@ def _search_structure(shapes: Mapping[str, Sequence[int]], entries: Sequence[Ent
             arranged = padded
             narrowed_by = f"the key names of efficientnet-pytorch (padding as TensorFlow, {_EFFICIENTNET_PYTORCH_CODE})"
     _refuse_ties(arranged)
-    candidates = _candidates([(match, names.key_map) for match, names in arranged])
+    candidates = candidates_of([(match, names.key_map) for match, names in arranged], preprocessing)
     for candidate in candidates:
         _refuse_odd_names(candidate)
     return Identification(candidates, "shapes", narrowed_by)
 
 
-def _arranged(shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry]) -> list[tuple[_Match, NameMatch]]:
+def _arranged(shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry]) -> list[tuple[Match, NameMatch]]:
     """Find the entries that have the shapes of a state dict, and how its names are matched to theirs."""
     theirs = StateShapes(shapes)
     groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         if entry.signature.num_tensors == len(theirs.ordered):
             groups.setdefault((entry.signature.ordered, entry.signature.keys), []).append(entry)
-    found: list[tuple[_Match, NameMatch]] = []
+    found: list[tuple[Match, NameMatch]] = []
     for group in groups.values():
         own = shapes_of(build(group[0].architecture, num_classes=_SOME_CLASSES, meta=True))
         matched: dict[tuple[tuple[int, ...], ...], NameMatch | None] = {}
@@ -340,7 +216,7 @@ def _arranged(shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry]) -> 
                 chosen = _with_choices(own, entry, choices)
                 key = tuple(chosen.values())
                 names = matched[key] = matched[key] if key in matched else match_names(shapes, chosen)
-                match = _Match(entry, choices)
+                match = Match(entry, choices)
                 if names is not None and (not match.extra or _confirmed(match, theirs, names=names.key_map)):
                     found.append((match, names))
     return found
@@ -410,7 +286,7 @@ def _refuse_windows_of_openmmlab(shapes: Mapping[str, Sequence[int]]) -> None:
     )
 
 
-def _refuse_ties(arranged: Sequence[tuple[_Match, NameMatch]]) -> None:
+def _refuse_ties(arranged: Sequence[tuple[Match, NameMatch]]) -> None:
     for match, names in arranged:
         if names.tie is not None:
             raise ArchitectureError(
@@ -424,7 +300,7 @@ def _refuse_ties(arranged: Sequence[tuple[_Match, NameMatch]]) -> None:
 def _search_readings(shapes: Mapping[str, Sequence[int]], entries: Sequence[Entry]) -> Identification | None:
     """Find the entries that fit under the names of one of the readings."""
     for reading in readings(shapes, entries):
-        matches = _plainest(_read(reading, entries))
+        matches = plainest(_read(reading, entries))
         if matches:
             found = [
                 replace(
@@ -434,31 +310,31 @@ def _search_readings(shapes: Mapping[str, Sequence[int]], entries: Sequence[Entr
                     shapes=reading.shapes,
                     unfolded=reading.unfolded,
                 )
-                for each in _candidates([(match, None) for match in matches])
+                for each in candidates_of([(match, None) for match in matches], preprocessing)
             ]
             return Identification(tuple(found), "reading")
     return None
 
 
-def _read(reading: Reading, entries: Sequence[Entry]) -> list[_Match]:
+def _read(reading: Reading, entries: Sequence[Entry]) -> list[Match]:
     """Return the entries that fit a reading, with the arguments that it shows, built and compared."""
     state = StateShapes(reading.shapes)
     pooling = reading.kwargs.get("global_pool")
     if pooling is None:
-        found = _matches(state, entries)
+        found = matches_of(state, entries)
     else:
         # The entries are those of the default pooling, under which the norm has the other name.
         before, after = ("fc_norm", "norm") if pooling == "avg" else ("norm", "fc_norm")
         usual = {re.sub(rf"^{before}\.", f"{after}.", key): shape for key, shape in reading.shapes.items()}
         found = [
             replace(match, entry=replace(match.entry, architecture=_with(match.entry.architecture, reading.kwargs)))
-            for match in _matches(StateShapes(usual), entries)
+            for match in matches_of(StateShapes(usual), entries)
             if match.entry.architecture.library == "timm" and "global_pool" not in match.entry.architecture.kwargs
         ]
     return [match for match in found if _confirmed(match, state)]
 
 
-def _as_read(match: _Match, reading: Reading) -> Candidate:
+def _as_read(match: Match, reading: Reading) -> Candidate:
     return Candidate(
         match.architecture,
         match.choices["num_classes"],
@@ -471,35 +347,6 @@ def _as_read(match: _Match, reading: Reading) -> Candidate:
 
 def _with(arch: Architecture, kwargs: Mapping[str, object]) -> Architecture:
     return replace(arch, kwargs={**arch.kwargs, **kwargs})
-
-
-def what_to_type(choices: Mapping[str, str]) -> str:
-    """Say how to choose between architectures: which one is right, where that is known, else an example.
-
-    Args:
-        choices: Each architecture as it is typed -> what sets it apart, in words.
-
-    >>> what_to_type({"timm/a": "padding even", "timm/b": "padding odd"})
-    'Choose one: --arch timm/a'
-    """
-    if set(choices.values()) == {"transform_input False", "transform_input True"}:
-        scratch, further = sorted(choices, key=choices.__getitem__)
-        return (
-            f"If its training started from torchvision's own weights: --arch {further}\n"
-            f"If it was trained from scratch: --arch {scratch}"
-        )
-    return f"Choose one: --arch {next(iter(choices))}"
-
-
-def _refuse_several(matches: Sequence[_Match], notes: Sequence[str] = ()) -> None:
-    if len(matches) > 1:
-        apart = set_apart([Behaviour.of(match.architecture, match.entry.traits) for match in matches])
-        choices = {match.architecture.spelled: in_words(facts) for match, facts in zip(matches, apart, strict=True)}
-        raise AmbiguousArchitectureError(
-            " ".join([f"The checkpoint does not show which of these it is: {' or '.join(choices)}.", *notes]),
-            hint=what_to_type(choices),
-            choices=choices,
-        )
 
 
 def _most_agree(key_map: Mapping[str, str]) -> bool:
@@ -532,28 +379,7 @@ def _refuse_hand_made_head(shapes: Mapping[str, Sequence[int]], entries: Sequenc
         )
 
 
-def _matches(state: StateShapes, entries: Iterable[Entry]) -> list[_Match]:
-    """Return the entries that have the names of a state dict, and its shapes with some choices."""
-    found = []
-    for entry in entries:
-        signature = entry.signature
-        if signature.num_tensors != len(state.ordered) or signature.keys != state.keys:
-            continue
-        choices = state.choices(signature.free)
-        if choices is None or choices["num_classes"] < 1:
-            continue
-        if state.named(signature.free) == signature.named:
-            found.append(_Match(entry, choices))
-    return found
-
-
-def _plainest(matches: list[_Match]) -> list[_Match]:
-    """Keep the matches with the fewest arguments: vit_base_patch16_384, not vit_base_patch16_224,img_size=384."""
-    fewest = min((len(match.extra) for match in matches), default=0)
-    return [match for match in matches if len(match.extra) == fewest]
-
-
-def _confirmed(match: _Match, state: StateShapes, *, names: Mapping[str, str] | None = None) -> bool:
+def _confirmed(match: Match, state: StateShapes, *, names: Mapping[str, str] | None = None) -> bool:
     """Build the architecture with the match's choices, and compare all names (or what they map to) and shapes."""
     try:
         model = build(match.architecture, num_classes=match.choices["num_classes"], meta=True)
@@ -561,31 +387,6 @@ def _confirmed(match: _Match, state: StateShapes, *, names: Mapping[str, str] | 
         return False
     renamed = state.sorted if names is None else sorted((names[key], shape) for key, shape in state.ordered)
     return StateShapes(shapes_of(model)).sorted == renamed
-
-
-def _candidates(matches: Sequence[tuple[_Match, Mapping[str, str] | None]]) -> tuple[Candidate, ...]:
-    """Merge the matches (with the map of their names) that are the same network, and say what sets the others apart."""
-    behaviours = [Behaviour.of(match.architecture, match.entry.traits) for match, _ in matches]
-    # The index keeps the traits that differ between architectures of the same names, or of the same shapes in order.
-    alike: dict[str, list[int]] = {}
-    for index, (match, key_map) in enumerate(matches):
-        alike.setdefault("" if key_map is None else match.entry.signature.ordered, []).append(index)
-    groups = [
-        [indices[index] for index in group]
-        for indices in alike.values()
-        for group in merge([behaviours[index] for index in indices])
-    ]
-    differences = set_apart([behaviours[group[0]] for group in groups])
-    return tuple(
-        Candidate(
-            architecture=matches[first][0].architecture,
-            num_classes=matches[first][0].choices["num_classes"],
-            key_map=matches[first][1],
-            aliases=tuple(matches[index][0].architecture.ref for index in others),
-            differences=apart,
-        )
-        for (first, *others), apart in zip(groups, differences, strict=True)
-    )
 
 
 def _refuse_headless(state: StateShapes, entries: Iterable[Entry]) -> None:
@@ -604,11 +405,9 @@ def _refuse_headless(state: StateShapes, entries: Iterable[Entry]) -> None:
 
 def _entry_of(arch: Architecture) -> Entry | None:
     """Look an architecture up in the index, or build it; None if it takes no number of classes."""
-    if not load_index().is_stale(arch.library):
-        for entry in load_index().entries:
-            known = entry.architecture
-            if (known.library, known.name, known.kwargs) == (arch.library, arch.name, arch.kwargs):
-                return replace(entry, architecture=arch)
+    known = None if load_index().is_stale(arch.library) else shipped_entry(arch)
+    if known is not None:
+        return known
     found = signature_of(arch)
     return None if found is None else Entry(arch, found[0], traits(found[1]))
 
@@ -626,9 +425,3 @@ def _build(refs: Iterable[str], on_progress: Progress | None) -> list[Entry]:
         if on_progress is not None:
             on_progress(done, len(new))
     return [entry for name in names for entry in _built[name]]
-
-
-def _readable(value: object) -> str:
-    if isinstance(value, list):
-        return " ".join(_readable(item) for item in value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

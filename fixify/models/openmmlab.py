@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A tensor that shows the family: an attention in windows, and its second version.
 _SWIN = re.compile(r"backbone\.stages\.0\.blocks\.0\.attn\.w_msa\.relative_position_bias_table")

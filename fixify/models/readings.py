@@ -18,13 +18,13 @@ import timm.models
 import torch
 from torch import nn
 
+from fixify.catalogue.shipped import Entry
+from fixify.catalogue.signature import StateShapes, head_positions, is_counter
 from fixify.errors import ArchitectureError, NoClassifierError
 from fixify.models.architectures import Architecture, build
-from fixify.models.build import is_counter
+from fixify.models.built import shapes_of
 from fixify.models.classifiers import find_heads, is_auxiliary
-from fixify.models.index import Entry
 from fixify.models.openmmlab import openmmlab_names
-from fixify.models.signature import StateShapes, head_positions, shapes_of
 
 Shape = tuple[int, ...]
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from fixify.models.build import is_counter
+from fixify.catalogue.signature import is_counter
 
 Shape = tuple[int, ...]
 

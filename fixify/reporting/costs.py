@@ -1,23 +1,30 @@
-"""Count what the classifier of one model costs, and plan what each kind of fixed head would save."""
+"""Count what the classifier of one model costs, and plan what each kind of fixed head would save.
+
+Of a safetensors file only the header is read. If the index that ships with fixify knows its network, neither torch nor
+timm is imported.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
-from fixify.checkpoints import named_model
-from fixify.checkpoints.learned import Original, read_original
+from fixify.catalogue.skeleton import ClassifierSite
 from fixify.checkpoints.locate import find_slim, short_name
-from fixify.checkpoints.slim import read_info
+from fixify.checkpoints.recognition import Outlined, read_outlined
+from fixify.checkpoints.resolve import named_model
+from fixify.description import Architecture
 from fixify.errors import FormatError, HeadSpecError
-from fixify.heads import KINDS, Coherence, HeadSpec, planned_coherence
-from fixify.models.architectures import build, default_num_classes
-from fixify.models.classifiers import ClassifierSite, find_classifiers
-from fixify.savings import Savings, count_bytes, under
+from fixify.heads.cosines import Coherence, planned_coherence
+from fixify.heads.kinds import KINDS
+from fixify.heads.spec import HeadSpec
+from fixify.savings import Savings, Sized, count_bytes, count_parameters, under
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _MAX_DENSE = 1 << 25
 """Elements of a dense codebook above which it takes minutes to build."""
@@ -73,10 +80,12 @@ def report(model: nn.Module | str | Path, *, arch: str | None = None) -> ModelRe
     >>> report("resnet50").removable
     2048000
     """
-    if isinstance(model, nn.Module):
+    if not isinstance(model, (str, os.PathLike)):
         return _of_module(model)
     slim = find_slim(model)
     if slim is not None:
+        from fixify.checkpoints.slim import read_info
+
         info = read_info(slim)
         spec = info.heads[0].spec
         return ModelReport(
@@ -89,12 +98,10 @@ def report(model: nn.Module | str | Path, *, arch: str | None = None) -> ModelRe
         )
     architecture = named_model(model)
     if architecture is not None:
-        skeleton = build(architecture, num_classes=default_num_classes(architecture), meta=True)
-        return _learned(str(model), architecture.ref, skeleton, find_classifiers(skeleton, architecture))
-    original = read_original(model, arch=arch, meta=True)
-    skeleton = build(original.architecture, num_classes=original.num_classes, meta=True)
+        return _of_name(str(model), architecture)
+    original = read_outlined(model, arch=arch)
     found = _learned(
-        original.source.name, original.architecture.ref, skeleton, list(original.sites), tensors=original.learned
+        original.source.name, original.architecture.ref, original.num_parameters, original.sites, original.learned
     )
     found = replace(found, notes=original.notes)
     return (
@@ -112,10 +119,21 @@ def _of_module(model: nn.Module) -> ModelReport:
         return ModelReport(
             name, info.architecture.ref, True, spec.num_features, spec.num_classes, Savings.from_dict(info.savings)
         )
-    return _learned(name, name, model, find_classifiers(model))
+    from fixify.models.classifiers import find_classifiers
+
+    return _learned(name, name, count_parameters(model), find_classifiers(model), model.state_dict())
 
 
-def _of_reference_code(found: ModelReport, original: Original, note: str) -> ModelReport:
+def _of_name(name: str, architecture: Architecture) -> ModelReport:
+    from fixify.models.architectures import build, default_num_classes
+    from fixify.models.classifiers import find_classifiers
+
+    model = build(architecture, num_classes=default_num_classes(architecture), meta=True)
+    sites = find_classifiers(model, architecture)
+    return _learned(name, architecture.ref, count_parameters(model), sites, model.state_dict())
+
+
+def _of_reference_code(found: ModelReport, original: Outlined, note: str) -> ModelReport:
     """Count a checkpoint whose classifier is fixed already: "after" is what it stores."""
     stored = sum(count_bytes(under(original.tensors, site.path).values()) for site in original.sites)
     savings = replace(found.savings, bytes_after=count_bytes(original.tensors.values()), classifier_bytes_after=stored)
@@ -125,9 +143,9 @@ def _of_reference_code(found: ModelReport, original: Original, note: str) -> Mod
 def _learned(
     name: str,
     architecture: str,
-    model: nn.Module,
-    sites: list[ClassifierSite],
-    tensors: Mapping[str, Tensor] | None = None,
+    num_parameters: int,
+    sites: Sequence[ClassifierSite],
+    tensors: Mapping[str, Sized],
 ) -> ModelReport:
     return ModelReport(
         name=name,
@@ -135,7 +153,7 @@ def _learned(
         fixed=False,
         num_features=sites[0].num_features,
         num_classes=sites[0].num_classes,
-        savings=Savings.project(model, sites, tensors),
+        savings=Savings.project(num_parameters, sites, tensors),
         heads=tuple((site.num_features, site.num_classes) for site in sites),
     )
 

@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from fixify.checkpoints.verify import Check
 from fixify.description import LIBRARIES
-from fixify.metrics import Metrics
-from fixify.models.classifiers import Coverage
 from fixify.reporting.costs import KindPlan, ModelReport
 from fixify.reporting.layout import human_bytes, new_table, short_digest
 from fixify.savings import Savings
 
-if TYPE_CHECKING:  # matplotlib, data sets and training take seconds to import; whoever made a result has them
+if TYPE_CHECKING:  # torch, timm, matplotlib and data sets take seconds to import; whoever made a result has them
     from fixify.agreement import Choice
+    from fixify.catalogue.matches import Identification
+    from fixify.checkpoints.verify import Check
     from fixify.demo.run import DemoResult
     from fixify.evaluation import Evaluation
     from fixify.exporting.job import Exported
     from fixify.language.checkpoint import LanguageInfo
     from fixify.language.run import LanguageRun
-    from fixify.models.identify import Identification
+    from fixify.metrics import Metrics
+    from fixify.models.classifiers import Coverage
     from fixify.prediction import Prediction
     from fixify.reporting.run_report import Report
     from fixify.training.run import FinetuneResult

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from fixify.catalogue.matches import variants
 from fixify.errors import ArchitectureError, NoClassifierError
 from fixify.models import (
     Architecture,
@@ -18,7 +19,6 @@ from fixify.models import (
     parse_architecture,
     preprocessing,
 )
-from fixify.models.index import variants
 
 NUM_CLASSES = 37
 LARGE = 150_000_000  # above this many parameters, a model is built with fewer blocks, if it takes the argument

@@ -23,9 +23,9 @@ import torch
 import torchvision
 
 import fixify
+from fixify.catalogue.shipped import load_index
 from fixify.errors import FixifyError
 from fixify.models import build, parse_architecture
-from fixify.models.index import load_index
 
 MOST_CANDIDATES = 6
 CLASSES = 20

@@ -19,12 +19,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fixify.catalogue.matches import Candidate
+from fixify.catalogue.shipped import load_index
+from fixify.catalogue.signature import is_counter
 from fixify.errors import FixifyError
 from fixify.models import Architecture, build, default_num_classes, parse_architecture
-from fixify.models.build import is_counter
-from fixify.models.identify import Candidate, identify
-from fixify.models.index import load_index
-from fixify.models.signature import shapes_of
+from fixify.models.built import shapes_of
+from fixify.models.identify import identify
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from fixify.catalogue.signature import is_counter
 from fixify.models import build, parse_architecture
-from fixify.models.build import is_counter, load_weights
+from fixify.models.build import load_weights
 
 
 def test_mnasnet_loads_without_the_version_of_its_modules() -> None:

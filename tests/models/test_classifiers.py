@@ -7,10 +7,10 @@ import timm
 import torchvision
 from torch import nn
 
+from fixify.catalogue.shipped import load_index
 from fixify.errors import NoClassifierError
 from fixify.models import build, find_classifiers, list_architectures, parse_architecture
 from fixify.models.classifiers import coverage
-from fixify.models.index import load_index
 
 # One model for each way in which timm and torchvision build a classifier.
 SITES = [

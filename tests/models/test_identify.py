@@ -11,12 +11,14 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform
 
 import fixify.models.identify as module
+from fixify.catalogue.matches import Identification
+from fixify.catalogue.shipped import Index, load_index
+from fixify.catalogue.signature import is_counter
 from fixify.errors import AmbiguousArchitectureError, ArchitectureError, NoClassifierError
 from fixify.models import Architecture, build, find_classifiers, list_architectures, parse_architecture, preprocessing
-from fixify.models.build import is_counter
-from fixify.models.identify import Identification, fit, identify
-from fixify.models.index import Index, build_index, load_index
-from fixify.models.signature import shapes_of
+from fixify.models.built import shapes_of
+from fixify.models.identify import fit, identify
+from fixify.models.index import build_index
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torchvision
 
-from fixify.models import index
-from fixify.models.architectures import LIBRARIES, library_versions
-from fixify.models.index import PATH, Index, build_index, dump_index, entries_of, load_index, with_known
+from fixify.catalogue import shipped
+from fixify.catalogue.shipped import PATH, Index, dump_index, library_versions, load_index
+from fixify.description import LIBRARIES
+from fixify.models.index import build_index, entries_of, with_known
 
 
 def test_shipped_index_is_small_and_survives_a_round_trip() -> None:
@@ -34,6 +35,7 @@ def test_shipped_entries_are_what_the_libraries_build() -> None:
     for entry in entries_of(refs):
         indexed = shipped[entry.architecture.ref, repr(entry.architecture.kwargs)]
         assert indexed.signature == entry.signature
+        assert indexed.network == entry.network
         assert indexed.traits.items() <= entry.traits.items()
 
 
@@ -52,8 +54,8 @@ def test_encoders_are_left_out_and_progress_is_reported() -> None:
 
 
 def test_what_makes_the_index_stale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    versions, digest = library_versions(), index.source_digest("torchvision")
-    assert len(digest) == 16 and digest != index.source_digest("timm")
+    versions, digest = library_versions(), shipped.source_digest("torchvision")
+    assert len(digest) == 16 and digest != shipped.source_digest("timm")
     assert not Index({"timm": [versions["timm"], "0.0.1"]}, {}, ()).is_stale("timm")
     # Another release with the same source builds the same architectures.
     assert not Index({"torchvision": ["0.0.1"]}, {"torchvision": [digest]}, ()).is_stale("torchvision")
@@ -64,11 +66,13 @@ def test_what_makes_the_index_stale(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     copy = tmp_path / "torchvision"
     for part in ("models", "ops", "transforms"):
         shutil.copytree(package / part, copy / part, ignore=lambda _, names: [n for n in names if n == "__pycache__"])
-    monkeypatch.setattr(index.importlib.util, "find_spec", lambda _: SimpleNamespace(origin=str(copy / "__init__.py")))
-    assert index.source_digest.__wrapped__("torchvision") == digest
+    monkeypatch.setattr(
+        shipped.importlib.util, "find_spec", lambda _: SimpleNamespace(origin=str(copy / "__init__.py"))
+    )
+    assert shipped.source_digest.__wrapped__("torchvision") == digest
     resnet = copy / "models" / "resnet.py"
     resnet.write_bytes(resnet.read_bytes().replace(b"width_per_group", b"width_per_Group", 1))
-    assert index.source_digest.__wrapped__("torchvision") != digest
+    assert shipped.source_digest.__wrapped__("torchvision") != digest
 
 
 def test_versions_that_gave_the_same_entries_stay_known() -> None:

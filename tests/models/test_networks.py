@@ -10,12 +10,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fixify
+from fixify.catalogue.shipped import load_index
+from fixify.catalogue.signature import is_counter
 from fixify.checkpoints import open_source
 from fixify.errors import SourceError
 from fixify.models import build, default_num_classes, find_classifiers, list_architectures, parse_architecture
-from fixify.models.build import is_counter
 from fixify.models.identify import identify
-from fixify.models.index import entries_of, load_index
+from fixify.models.index import entries_of
 from fixify.models.networks import NETWORKS
 
 # name: parameters, features, classes. The first three numbers are those of the paper's Table 1, the third without the

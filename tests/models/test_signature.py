@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fixify.catalogue.signature import FreeDimensions, Signature, StateShapes, is_counter
 from fixify.models import build, parse_architecture
-from fixify.models.build import is_counter
-from fixify.models.signature import FreeDimensions, Signature, StateShapes, shapes_of, signature_of
+from fixify.models.built import shapes_of, signature_of
 
 
 @given(st.integers(1, 10**6), st.integers(1, 512), st.integers(-5, 50))

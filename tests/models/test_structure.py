@@ -8,8 +8,8 @@ import pytest
 
 from fixify.errors import ArchitectureError
 from fixify.models import build, parse_architecture
+from fixify.models.built import shapes_of
 from fixify.models.identify import fit, identify
-from fixify.models.signature import shapes_of
 from fixify.models.structure import match_names
 
 Shapes = dict[str, tuple[int, ...]]

@@ -1,10 +1,10 @@
-"""fixify.models.signature.traits and fixify.models.identify.Behaviour: what sets networks of the same shapes apart."""
+"""fixify.models.built.traits and fixify.catalogue.matches.Behaviour: what sets networks of the same shapes apart."""
 
 from torch import nn
 
-from fixify.models import build, parse_architecture
-from fixify.models.identify import Behaviour, merge, set_apart
-from fixify.models.signature import traits
+from fixify.catalogue.matches import Behaviour, merge, set_apart
+from fixify.models import build, parse_architecture, preprocessing
+from fixify.models.built import traits
 
 
 def _traits(ref: str) -> dict:
@@ -59,6 +59,6 @@ def test_merge_and_set_apart() -> None:
 
 
 def test_behaviour_includes_the_preprocessing() -> None:
-    facts = Behaviour.of(parse_architecture("tf_efficientnet_lite0"), {})
+    facts = Behaviour.of("timm", {}, preprocessing(parse_architecture("tf_efficientnet_lite0")))
     assert facts.values["mean"] == ("0.5 0.5 0.5", "0.5 0.5 0.5")
     assert facts.values["interpolation"][1] == "bicubic"
