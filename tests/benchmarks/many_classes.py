@@ -215,6 +215,7 @@ TRIALS = {
         Trial(scratch=True, learn=1.0, warmup=0.2),
         SCRATCH,
         ONE_RUN,
+        replace(ONE_RUN, signs=56),
         replace(ONE_RUN, signs=120),
         replace(ONE_RUN, margin=0.0),
         replace(ONE_RUN, latent_rate=5, margin=0.0),
