@@ -151,6 +151,11 @@ def _product(graph: Graph, product: Picked | Signs | Table | First, value: str, 
                 value = _transformed(graph, product.rotation, graph.node("Mul", value, signs), rank)
                 if product.width < order:
                     value = graph.sliced(value, 0, product.width)
+            if product.directions is not None and product.columns is not None and product.factors is not None:
+                value = graph.node("MatMul", value, graph.floats("directions", product.directions.T))
+                columns = graph.node("Cast", graph.constant("columns", smallest(product.columns)), to=TensorProto.INT64)
+                value = graph.node("Gather", value, columns, axis=-1)
+                value = graph.node("Mul", value, graph.constant("factors", product.factors))
             return _signed(graph, product, value, rank, portable)
         case Table(codes):
             return graph.node("MatMul", value, graph.constant("codes", codes.T))

@@ -261,7 +261,9 @@ def _others_of_one(
 
 
 def _rotation_of_one(product: CodeProduct) -> Callable[[Tensor], Tensor] | None:
-    """Build the rotation of the features of one sample, [N]; None if the codes need none."""
+    """Build the rotation or projection of the features of one sample, [N]; None if the codes need none."""
+    if product.directions is not None:
+        return partial(torch.mv, product.directions)
     if product.right is None or product.rotation_signs is None:
         return None
     right, left, signs = product.right.t().contiguous(), product.left, product.rotation_signs
@@ -327,6 +329,9 @@ def _scores(head: Head, codes: Callable[[Tensor], Tensor], dtype: torch.dtype) -
     transform = _transform(product, dtype)
     if product.table is None and product.packed is None:
         return transform or product
+    if product.directions is not None:
+        directions = product.directions.to(dtype)
+        return lambda z: codes(F.linear(z, directions))
     if transform is None or product.rotation_signs is None:
         return codes
     n, kept = head.in_features, product.num_kept
