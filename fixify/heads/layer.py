@@ -250,13 +250,19 @@ class FixedClassifier(nn.Module):
             The head itself.
 
         Raises:
-            HeadSpecError: The head stores no signs, or they have not been loaded.
+            HeadSpecError: The head stores no signs, they have not been loaded, or they are those of a projection.
         """
         product = self.product
         if product.packed is None or product.levels != SIGNS or product.stored is None:
             raise HeadSpecError(
                 f"Only stored signs can be learned; this head of kind {self.spec.kind!r} has none.",
                 hint="Convert with: fixify convert SOURCE --head binary",
+            )
+        if self.spec.planes is not None:
+            raise HeadSpecError(
+                "The signs of a head with a stored projection are digits of levels, of different weights: they are not "
+                "learned.",
+                hint="Leave --learn-signs out, or convert without --calibrate: signs of rotated features are learned.",
             )
         if self.latent is None:
             latent = latent_of(product.stored, product.num_kept).to(self.scale.device, self.scale.dtype)
@@ -278,11 +284,10 @@ class FixedClassifier(nn.Module):
         stored = packed_signs(latent)
         if self.codes is None or self.product.stored is None or np.array_equal(stored, self.product.stored):
             return
-        projection = self.product.projection
-        self.spec = replace(self.spec, digest=None).resolve(stored, projection)
+        self.spec = replace(self.spec, digest=None).resolve(stored)
         self.codes.copy_(torch.from_numpy(stored))
-        self._checksum = self._checksum_of(stored, projection)
-        self.product.rebuild(stored, projection, device=self.scale.device, dtype=self.scale.dtype)
+        self._checksum = self._checksum_of(stored, None)
+        self.product.rebuild(stored, device=self.scale.device, dtype=self.scale.dtype)
 
     def _refuse_learned_signs(self) -> None:
         if self.latent is not None and self.training:
