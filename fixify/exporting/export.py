@@ -202,7 +202,7 @@ def _write_onnx(job: Job, target: Path, batches: Mapping[str, Iterator[Tensor]],
         add_preprocessing(made, mean, std)
     if stored_dtype(job) in HALF:
         store_lossless(made, stored_dtype(job))
-    rounded = not options.portable and any(isinstance(parts.product, Signs) for parts in job.heads.values())
+    rounded = any(parts.rounds_features(portable=options.portable) for parts in job.heads.values())
     about = OnnxInfo(
         preprocessing=options.include_preprocessing,
         mean=list(mean) if options.include_preprocessing else [],

@@ -40,7 +40,7 @@ def write_head(job: Job, target: Path, *, force: bool) -> Exported:
     refuse_existing(constants, force=force)
     made = head_model(job.heads, opset=job.options.opset or OPSET, portable=portable)
     session = new_session(made.SerializeToString())
-    rounded = not portable and any(isinstance(parts.product, Signs) for parts in job.heads.values())
+    rounded = any(parts.rounds_features(portable=portable) for parts in job.heads.values())
     checks = []
     for index, (path, parts) in enumerate(job.heads.items()):
         name = "random features" if len(job.heads) == 1 else f"random features of {path}"

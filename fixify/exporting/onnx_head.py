@@ -120,7 +120,7 @@ def add_head(graph: Graph, parts: HeadParts, value: str, output: str, *, rank: i
         norm = graph.node("ReduceL2", value, graph.constant("last_axis", [-1], np.int64), keepdims=1)
         norm = graph.node("Max", norm, graph.constant("smallest_norm", NORM_EPSILON, np.float32))
         value = graph.node("Div", value, norm)
-    value = _product(graph, parts.product, value, rank, portable)
+    value = _product(graph, parts.product, value, rank, not parts.rounds_features(portable=portable))
     if parts.gains is None:
         value = graph.node("Mul", value, graph.constant("scale", parts.scale, np.float32))
     else:
@@ -133,11 +133,6 @@ def add_head(graph: Graph, parts: HeadParts, value: str, output: str, *, rank: i
         graph.node("Transpose", value, perm=[0, rank - 1, *range(1, rank - 1)], output=output)
     else:
         graph.node("Identity", value, output=output)
-
-
-def uses_microsoft(parts: HeadParts, *, portable: bool) -> bool:
-    """Check whether the graph of a head has an operator that only ONNX Runtime knows."""
-    return isinstance(parts.product, Signs) and not portable
 
 
 def _product(graph: Graph, product: Picked | Signs | Table | First, value: str, rank: int, portable: bool) -> str:

@@ -193,6 +193,17 @@ class HeadParts:
         """Whether the codes take a few bits per weight or less."""
         return not isinstance(self.product, Table)
 
+    def rounds_features(self, *, portable: bool) -> bool:
+        """Check whether the ONNX graph multiplies by an operator of ONNX Runtime that rounds features to 8 bits.
+
+        Signs of a projection are digits of levels, which such rounding changes too much: by 0.5 standard deviations of
+        the logits on random images. Their products are exact, as portable ones are.
+
+        Args:
+            portable: Whether only standard operators are used.
+        """
+        return isinstance(self.product, Signs) and self.product.directions is None and not portable
+
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """List the constants by name, packed as they are stored."""
         for name, value in (("mean", self.mean), ("std", self.std), ("gains", self.gains), ("bias", self.bias)):

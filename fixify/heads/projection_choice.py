@@ -26,8 +26,15 @@ _LOGITS_AT_ONCE = 1 << 22
 
 
 def may_be_projected(spec: HeadSpec) -> bool:
-    """Check whether a spec is of fewer signs than features, which a stored projection may replace."""
-    return spec.bits_per_class is not None and spec.planes is None and spec.bits_per_class < spec.num_features
+    """Check whether a spec is of fewer signs than features, and of more classes, so that a projection may replace it.
+
+    With fewer classes than features the directions take most of the bytes, and a few scenes say too little of them:
+    EfficientNet-Lite0 (1,000 x 1,280), 640 signs, three draws of 13 photographs: on crops of others rotated signs keep
+    30 to 69 % of the answers, projections of the same bytes 14 to 49, and crops of the same photographs once preferred
+    the projection.
+    """
+    signs, n = spec.bits_per_class, spec.num_features
+    return signs is not None and spec.planes is None and signs < n < spec.num_classes
 
 
 def projected_spec(spec: HeadSpec, weight: Tensor, features: Tensor) -> HeadSpec | None:

@@ -23,7 +23,7 @@ from fixify.heads.projection import (
     signs_of_levels,
     weights_of,
 )
-from fixify.heads.projection_choice import choose_projection, projected_spec
+from fixify.heads.projection_choice import choose_projection, may_be_projected, projected_spec
 from fixify.heads.projection_search import Principal, round_projected, water_filling
 
 N, C, S = 32, 300, 400
@@ -324,6 +324,12 @@ def test_the_choice_keeps_rotated_signs_of_few_classes() -> None:
     spec = HeadSpec("binary", N, 40, bits_per_class=8, gains=True, standardize="center")
     assert projected_spec(spec, weight, features) is None
     assert choose_projection(spec, weight, bias, features).spec is spec
+
+
+@pytest.mark.parametrize(("signs", "classes", "wanted"), [(16, 33, True), (32, 33, False), (16, 32, False)])
+def test_few_signs_of_many_classes_may_be_projected(signs, classes, wanted) -> None:
+    assert may_be_projected(HeadSpec("binary", N, classes, bits_per_class=signs)) == wanted
+    assert not may_be_projected(HeadSpec("binary", N, classes, bits_per_weight=2, gains=True))
 
 
 def test_the_choice_without_variance_keeps_rotated_signs() -> None:
