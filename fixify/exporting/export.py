@@ -22,7 +22,7 @@ from fixify.errors import CheckFailed, ExportError, UsageError, resources_explai
 from fixify.exporting.check import EIGHT_BIT, EXACT, NUM_REAL, Agreement, agreement, random_images, recorded
 from fixify.exporting.job import HALF, LEAST_RUNTIME, Exported, Job, metadata_of, stored_dtype
 from fixify.exporting.options import OPSET, ExportOptions
-from fixify.exporting.parts import HeadParts, Signs
+from fixify.exporting.parts import HeadParts
 
 _SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "dense": ".timm"}
 _SLIM_SUFFIXES = (".fixed.safetensors", ".safetensors")

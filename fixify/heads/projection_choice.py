@@ -26,7 +26,7 @@ _LOGITS_AT_ONCE = 1 << 22
 
 
 def may_be_projected(spec: HeadSpec) -> bool:
-    """Check whether a spec is of fewer signs than features, and of more classes, so that a projection may replace it.
+    """Check whether a spec is of signs and has more classes than features, so that a projection may replace it.
 
     With fewer classes than features the directions take most of the bytes, and a few scenes say too little of them:
     EfficientNet-Lite0 (1,000 x 1,280), 640 signs, three draws of 13 photographs: on crops of others rotated signs keep
@@ -34,7 +34,7 @@ def may_be_projected(spec: HeadSpec) -> bool:
     the projection.
     """
     signs, n = spec.bits_per_class, spec.num_features
-    return signs is not None and spec.planes is None and signs < n < spec.num_classes
+    return signs is not None and spec.planes is None and signs <= n < spec.num_classes
 
 
 def projected_spec(spec: HeadSpec, weight: Tensor, features: Tensor) -> HeadSpec | None:
@@ -93,7 +93,7 @@ def choose_projection(
     """Choose between the signs of rotated features and those of a stored projection.
 
     Args:
-        spec: A spec of kind "binary" with fewer signs than features.
+        spec: A spec of kind "binary" with signs.
         weight: Weight of the old classifier, [C, N], or [C, N, 1, 1] of a 1x1 convolution.
         bias: Bias of the old classifier, [C].
         features: Inputs of the classifier, [S, N], in random order.

@@ -44,7 +44,7 @@ from fixify.comparing.alternatives import (
 from fixify.heads import HeadSpec, feature_statistics, replacement
 from fixify.heads.kinds import BINARY
 from fixify.heads.levels import RATES
-from fixify.heads.projection_choice import choose_projection, projected_spec
+from fixify.heads.projection_choice import choose_projection, may_be_projected, projected_spec
 
 Sets = Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor | None]]
 """Seed, weight [C, N], bias [C], features that calibrate, others, and labels of those if there are any."""
@@ -123,12 +123,13 @@ def few_signs(weight: Tensor, bias: Tensor, known: Tensor) -> Iterator[tuple[str
         if projected is not None:
             made = replacement(projected, weight, bias, features=known).head
             yield f"stored projection, {spec.bytes_per_class} bytes", projected.bytes_per_class, made
-        if share > 1:
+        if share > 1:  # at 1 it is the row of one bit per weight
             yield (
                 f"binary, {n // share} signs",
                 spec.bytes_per_class,
                 replacement(spec, weight, bias, features=known).head,
             )
+        if may_be_projected(spec):
             chosen = choose_projection(spec, weight, bias, known)
             taken = "rotated signs" if chosen.spec is spec else f"a projection, planes {chosen.spec.planes}"
             print(
