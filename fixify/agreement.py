@@ -41,8 +41,8 @@ class Candidate:
 
     Attributes:
         flags: The options of `fixify convert` that make it.
-        bytes_per_class: Stored bytes per class for codes, row scales and a share of projections, in all classifier layers
-            together.
+        bytes_per_class: Stored bytes per class for codes, row scales and its share of projections, in all classifier
+            layers together.
         same: Held-out images on which the answer was the original's.
         held_out: Held-out images.
         bound: Percent of other images like these on which it is at least, with 95 % confidence (Clopper-Pearson).
