@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fixify.errors import HeadSpecError, UsageError
 from fixify.heads import FixedClassifier, HeadSpec, default_blocks
+from fixify.heads.kinds import BINARY
 
 KINDS = ("hadamard", "matched", "binary", "binary-64")
 """The kinds that are measured by default."""
@@ -80,7 +81,7 @@ def sample_head(kind: str, size: Size, *, seed: int = 0) -> FixedClassifier | No
             return FixedClassifier(spec, codes=_code_indices(spec, rng))
         if kind.startswith("binary"):
             signs = int(kind.partition("-")[2] or n)
-            spec = HeadSpec("binary", n, c, standardize="center", bits_per_class=signs, gains=True)
+            spec = HeadSpec("binary", n, c, **BINARY.default_options(n, has_features=True, bits_per_class=signs))
             packed = rng.integers(0, 256, (c, -(-signs // 8)), dtype=np.uint8)
             packed[:, -1] &= 0xFF << -signs % 8 & 0xFF  # the unused bits are 0
             gains = torch.from_numpy(rng.integers(128, 256, c, dtype=np.uint8))

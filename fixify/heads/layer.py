@@ -25,6 +25,7 @@ from fixify.heads.product import CodeProduct
 from fixify.heads.projection import Projection
 from fixify.heads.spec import AVERAGE_WITHOUT_BUFFERS, HeadSpec
 from fixify.heads.statistics import MOMENTUM, exact_statistics, floor_std, update_running_
+from fixify.heads.training_step import OneBlockLogits
 
 _TOP_K_LOGITS = 1 << 22
 """Logits of one block of `FixedClassifier.top_k`, over all samples."""
@@ -87,8 +88,10 @@ class FixedClassifier(nn.Module):
 
     Stored signs and levels stay packed in memory, 1 to 4 bits each (1.6 for 1.58): twice, in the buffer `codes` and for
     the product. In training up to 2^24 of them are numbers too, as are up to 2^19 before the mode is set. In
-    evaluation, on a processor that multiplies 8-bit integers fast, up to 2^21 signs and 2^24 levels are bytes too, and
-    more signs take 4 bits each, all for the product of few samples. Elsewhere up to 2^19 are numbers.
+    evaluation on a processor up to 2^20 of them, or 2^21 with several threads, become one dense layer if features are
+    not normalised: there `nn.Linear` is faster than any product with packed signs. Where 8-bit integers are multiplied
+    fast, up to 2^21 signs and 2^24 levels are bytes too, and more signs take 4 bits each, all for the product of few
+    samples. Elsewhere up to 2^19 are numbers.
 
     Args:
         spec: The head spec; resolved and verified here.
@@ -425,7 +428,32 @@ class FixedClassifier(nn.Module):
 
     def _formula(self, x: Tensor) -> Tensor:
         """Compute the logits by the formula, with gradients."""
-        scaled = self.scaled_features(x)
+        x = self._channels_last(x)
+        if self.training and not self.keeps_statistics:
+            self._update_statistics(x)
+        block = self.product.one_block() if self._may_fuse(x) else None
+        if block is None:
+            logits = self._logits_of_scaled(self._scaled(x))
+        else:
+            std = None if self.spread is None else floor_std(self.spread)
+            scale = self._scalar() * self.product.prescale
+            features = x.reshape(-1, self.in_features)
+            logits = OneBlockLogits.apply(features, scale, self.bias, self.center, std, block)
+            logits = logits.view(*x.shape[:-1], self.out_features)
+        return logits.movedim(-1, 1) if self.channel_dim == 1 else logits
+
+    def _may_fuse(self, x: Tensor) -> bool:
+        """Check that features are of the head's own type, and that only features, scale and bias have gradients."""
+        return (
+            self.spec.normalize
+            and self.gains is None
+            and x.dtype == self.scale.dtype
+            and x.dtype in (torch.float32, torch.float64)
+            and not self._may_record(x)
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+
+    def _logits_of_scaled(self, scaled: Tensor) -> Tensor:
         if self.latent is not None and self.training:
             unit = 1.0 if self.product.table is None else self.product.unit
             logits = F.linear(self.product.rotate(scaled), (signs_of(self.latent) * unit).to(scaled.dtype))
@@ -435,30 +463,30 @@ class FixedClassifier(nn.Module):
             logits = logits * (self.gains.to(logits.dtype) * (1.0 / GAIN_STEPS))
         if self.bias is not None:
             logits = logits + self.bias.to(logits.dtype)
-        return logits.movedim(-1, 1) if self.channel_dim == 1 else logits
+        return logits
 
     def _scalar(self) -> Tensor:
         """Return the scale, []; see `shardable_`."""
         return self.scale if self.scale.ndim == 0 else self.scale.squeeze(0)
 
-    def _scaled(self, x: Tensor, *, update: bool = False) -> Tensor:
-        """Standardise, normalise and scale features [..., N] for the product; update the statistics first if asked."""
-        z = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of half-precision features overflow
-        if update and self.center is not None and self.num_batches_tracked is not None:
-            update_running_(
-                self.center, self.spread, self.num_batches_tracked, z.detach(), synchronized=self.synchronized
-            )
+    def _update_statistics(self, x: Tensor) -> None:
+        if self.center is not None and self.num_batches_tracked is not None:
+            z = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+            update_running_(self.center, self.spread, self.num_batches_tracked, z, synchronized=self.synchronized)
+
+    def _may_record(self, x: Tensor) -> bool:
+        """Check whether each operation on features may have to be recorded by itself."""
+        statistics = any(part is not None and part.requires_grad for part in (self.center, self.spread))
+        return statistics or torch.compiler.is_compiling() or is_traced(x) or is_traced(self.scale)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """Standardise, normalise and scale features [..., N] for the product."""
         std = None if self.spread is None else floor_std(self.spread)
         scale = self._scalar() * self.product.prescale
-        constants = not any(part is not None and part.requires_grad for part in (self.center, std))
-        if (
-            self.spec.normalize
-            and constants
-            and not torch.compiler.is_compiling()
-            and not (is_traced(x) or is_traced(scale))
-        ):
+        if self.spec.normalize and not self._may_record(x):
             scaled: Tensor = ScaledDirections.apply(x, scale, self.center, std)
             return scaled
+        z = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of half-precision features overflow
         if self.center is not None:
             z = z - self.center
             if std is not None:
@@ -524,7 +552,10 @@ class FixedClassifier(nn.Module):
         Returns:
             [..., N], standardised and normalised as the spec says, times the scale.
         """
-        return self._scaled(self._channels_last(x), update=self.training and not self.keeps_statistics)
+        x = self._channels_last(x)
+        if self.training and not self.keeps_statistics:
+            self._update_statistics(x)
+        return self._scaled(x)
 
     def loss(
         self,

@@ -17,14 +17,18 @@ from torch import Tensor
 
 from fixify.heads.kinds import GAIN_STEPS, SpecFields
 from fixify.heads.normalisation import NORM_EPSILON
-from fixify.heads.product import CodeProduct
-from fixify.heads.signs import IntegerProduct, packed_product
+from fixify.heads.product import CodeProduct, fast_product
+from fixify.heads.signs import IntegerProduct, packed_product, unpack_levels
 from fixify.heads.statistics import floor_std
 
 _SOURCES = ("scale", "bias", "center", "spread", "gains")
 _DEVICES = ("cpu", "cuda")
 _CACHED_SCORES = 1 << 18
 """Scores of several blocks that are computed at once on a processor: 1 MB in float32, within the second-level cache."""
+_DENSE = 1 << 20
+"""Weights per thread up to which stored signs or levels become one dense layer on a processor, 4 MB in float32, ..."""
+_DENSE_THREADS = 2
+"""... for so many threads at most. What stays in the threads' caches is multiplied sooner than it is unpacked."""
 _LEVELS = torch.autograd.forward_ad
 # Looked up once: these are asked in every call.
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -152,6 +156,9 @@ def _prepared_call(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]
     n = head.in_features
     center = None if head.center is None else head.center.to(wide)
     inverse_std = None if head.spread is None else floor_std(head.spread).to(wide).reciprocal()
+    dense = _dense_layer(head, dtype) if dtype == wide else None
+    if dense is not None:
+        return dense
     scale = (head.scale.detach().to(torch.float64) * head.product.prescale).to(wide)
     codes = _codes(head.product, dtype)
     scores = _scores(head, codes, dtype)
@@ -187,6 +194,36 @@ def _prepared_call(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]
         return logits
 
     return call
+
+
+def _dense_layer(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """Build the function from features [M, N] to logits [M, C] as one dense layer; None if that is not the fastest."""
+    packed, limit = head.product.packed, _DENSE * min(torch.get_num_threads(), _DENSE_THREADS)
+    if packed is None or head.product.table is not None or packed.device.type != "cpu" or head.spec.normalize:
+        return None
+    if head.in_features * head.out_features > limit:
+        return None
+    weight = _dense_codes(head.product, packed) * (float(head.scale.detach().double()) * head.product.prescale)
+    if head.gains is not None:
+        weight *= head.gains.double().unsqueeze(1) / GAIN_STEPS
+    if head.spread is not None:
+        weight /= floor_std(head.spread).double()
+    bias = torch.zeros(head.out_features, dtype=torch.float64) if head.bias is None else head.bias.detach().double()
+    if head.center is not None:
+        bias = bias - weight @ head.center.double()
+    return partial(F.linear, weight=weight.to(dtype), bias=bias.to(dtype))
+
+
+def _dense_codes(product: CodeProduct, packed: Tensor) -> Tensor:
+    """Build stored signs or levels of other coordinates as codes of features, float64 [C, N], times 1 / prescale."""
+    codes = unpack_levels(packed, product.num_kept, torch.float64, product.levels)
+    if product.directions is not None:
+        return codes @ product.directions.double()
+    if product.right is None or product.rotation_signs is None:
+        return codes
+    codes = F.pad(codes, (0, product.spec.num_features - product.num_kept))
+    left = None if product.left is None else product.left.t().double()
+    return fast_product(codes, left, product.right.t().double()) * product.rotation_signs.double()
 
 
 def _row_factors(head: Head, dtype: torch.dtype) -> Tensor | None:

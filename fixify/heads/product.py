@@ -93,6 +93,27 @@ class CodeBlock:
     end_block: int = 0
 
 
+@dataclass(frozen=True)
+class OneBlock:
+    """Codes that are rows of one Hadamard matrix, or their negatives.
+
+    Attributes:
+        left: H_a, [a, a].
+        right: H_b, [b, b].
+        signs: What the features are multiplied with first, +-1 [N]; None for all plus.
+        num_classes: C.
+        columns: Scores of the classes among the N, if they are neighbours in class order.
+        picked: Else the score of each class, int64 [C], and what it is multiplied with, +-1 [C].
+    """
+
+    left: Tensor
+    right: Tensor
+    signs: Tensor | None
+    num_classes: int
+    columns: slice
+    picked: tuple[Tensor, Tensor] | None
+
+
 class CodeProduct(nn.Module):
     """The product Q z / prescale for the codebook Q [C, N] of a head: [..., N] -> [..., C].
 
@@ -306,6 +327,18 @@ class CodeProduct(nn.Module):
         n = self.spec.num_features
         index = self.index[block.classes] - block.first_block * n
         return _picked(_block_scores(z, self.left, self.right, signs), index, self.class_signs[block.classes])
+
+    def one_block(self) -> OneBlock | None:
+        """Return the codes if they are rows of one Hadamard matrix in two parts; else None."""
+        n, c, signs = self.spec.num_features, self.spec.num_classes, self.block_signs
+        if self.left is None or self.right is None or self.table is not None or self.packed is not None or c > n:
+            return None
+        if signs is not None and len(signs) > 1:
+            return None
+        first = 1 if c < n else 0
+        signs = None if signs is None else signs[0]
+        picked = None if self.index is None or self.class_signs is None else (self.index, self.class_signs)
+        return OneBlock(self.left, self.right, signs, c, slice(first, first + c), picked)
 
     @property
     def has_pairs(self) -> bool:

@@ -266,7 +266,7 @@ def _product_of_floats(z: Tensor, rows: Rows, num_classes: int) -> Tensor:
     product = z.new_empty(len(z), num_classes)
     for start in range(0, num_classes, step := max(1, _CACHED_FLOATS // z.shape[1])):
         stop = min(start + step, num_classes)
-        product[:, start:stop] = F.linear(z, rows(start, stop).to(z.dtype))
+        torch.mm(z, rows(start, stop).to(z.dtype).t(), out=product[:, start:stop])
     return product
 
 

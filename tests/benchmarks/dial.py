@@ -8,6 +8,8 @@
     python tests/benchmarks/dial.py lite0 --out dial.jsonl
     python tests/benchmarks/dial.py lite0-others --out dial.jsonl
     python tests/benchmarks/dial.py ddddocr --out dial.jsonl
+    git clone https://github.com/EliSchwartz/imagenet-sample-images
+    python tests/benchmarks/dial.py imagenet-lite0 --images imagenet-sample-images --out dial.jsonl    # and 1, 2
     python tests/benchmarks/dial.py kanji --few-signs --out dial.jsonl
     python tests/benchmarks/dial.py --table dial.jsonl
     python tests/benchmarks/dial.py --speed
@@ -15,7 +17,9 @@
 `kanji`: the networks of tests/benchmarks/retrofit.py, N = 256, C = 2,965; top-1 on held-out typefaces. `lite0`:
 EfficientNet-Lite0, crops of half of scikit-image's photographs calibrate, agreement is counted on the other half.
 `lite0-others`: 27 wallpapers (packages: tests/benchmarks/photographs.py) calibrate, and agreement is counted on all of
-scikit-image's. `ddddocr`: see tests/benchmarks/ddddocr_lines.py. Nothing is trained but kanji's own networks.
+scikit-image's. `ddddocr`: see tests/benchmarks/ddddocr_lines.py. `imagenet-lite0`: 1,000 photographs of ImageNet, one
+of each class, cropped by the network's own preprocessing; a random half calibrates, and the other half is counted.
+Nothing is trained but kanji's own networks.
 """
 
 from __future__ import annotations
@@ -110,7 +114,45 @@ def ddddocr_sets(cache: Path, seeds: list[int]) -> Sets:
         yield seed, weight, bias, known[order[: ddddocr_lines.SAMPLES]], others, None
 
 
+def imagenet_features(network: int, images: Path, cache: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the classifier's weight [C, N] and bias [C], and its input for each image in class order, [1000, N]."""
+    import photographs
+    from PIL import Image
+    from timm.data import create_transform
+
+    from fixify.checkpoints.learned import read_original
+    from fixify.metrics import eval_mode
+
+    path = cache / f"imagenet-lite{network}.pt"
+    if not path.exists():
+        original = read_original(photographs.checkpoint_of(network))
+        (site,) = original.sites
+        names = ("input_size", "interpolation", "mean", "std", "crop_pct")
+        transform = create_transform(**{name: original.preprocessing[name] for name in names})
+        model, seen = original.model(), []
+        layer = model.get_submodule(site.path)
+        layer.register_forward_pre_hook(lambda _layer, inputs: seen.append(inputs[0]))
+        with eval_mode(model), torch.no_grad():
+            for image in photographs.imagenet_samples(images):
+                with Image.open(image) as opened:
+                    model(transform(opened.convert("RGB"))[None])
+        torch.save((layer.weight.detach(), layer.bias.detach(), torch.cat(seen)), path)
+    weight, bias, features = torch.load(path, weights_only=True)
+    return weight, bias, features
+
+
+def imagenet_sets(cache: Path, seeds: list[int], *, network: int, images: Path | None) -> Sets:
+    if images is None:
+        raise SystemExit("--images FOLDER: a clone of https://github.com/EliSchwartz/imagenet-sample-images")
+    weight, bias, features = imagenet_features(network, images, cache)
+    for seed in seeds:
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+        known, others = order.tensor_split(2)
+        yield seed, weight, bias, features[known], features[others], others
+
+
 SETS = {"kanji": kanji_sets, "lite0": lite0_sets, "lite0-others": lite0_others_sets, "ddddocr": ddddocr_sets}
+NETWORKS = {f"imagenet-lite{number}": number for number in (0, 1, 2)}
 
 
 def few_signs(weight: Tensor, bias: Tensor, known: Tensor) -> Iterator[tuple[str, float, nn.Module]]:
@@ -204,7 +246,11 @@ def measure(head: nn.Module, weight: Tensor, bias: Tensor, others: Tensor, label
 
 
 def run(data: str, arguments: argparse.Namespace) -> None:
-    for seed, weight, bias, known, others, labels in SETS[data](arguments.cache, arguments.seeds):
+    if data in NETWORKS:
+        found = imagenet_sets(arguments.cache, arguments.seeds, network=NETWORKS[data], images=arguments.images)
+    else:
+        found = SETS[data](arguments.cache, arguments.seeds)
+    for seed, weight, bias, known, others, labels in found:
         learned = nn.Linear(*weight.shape[::-1])
         learned.weight.data, learned.bias.data = weight, bias
         entries = [("learned, float32", 4.0 * weight.shape[1], learned)] if labels is not None else []
@@ -261,11 +307,12 @@ def print_speed() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="?", choices=SETS)
+    parser.add_argument("data", nargs="?", choices=(*SETS, *NETWORKS))
     parser.add_argument("--few-signs", action="store_true", help="only the heads of few signs, with their projections")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmark"), help="folder of images and networks")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark/dial.jsonl"))
+    parser.add_argument("--images", type=Path, help="folder of the 1,000 photographs")
     parser.add_argument("--table", type=Path, metavar="RESULTS", help="print the table of these results")
     parser.add_argument("--speed", action="store_true", help="print how long the forward pass takes")
     arguments = parser.parse_args()

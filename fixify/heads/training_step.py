@@ -1,0 +1,131 @@
+"""Forward and backward pass in training of a head whose codes are rows of one Hadamard matrix, in few operations.
+
+Next to the fast product, whatever needs new memory takes most of a training step, because a page of it that is touched
+for the first time costs more than the arithmetic on it. Recorded operation by operation, a step makes about 14 tensors
+of the size of the features; here it makes 5.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fixify.heads.normalisation import NORM_EPSILON, ScaledDirections
+from fixify.heads.product import OneBlock, fast_product
+
+
+class _Saved(NamedTuple):
+    block: OneBlock
+    mean: Tensor | None
+    std: Tensor | None
+
+
+class OneBlockLogits(torch.autograd.Function):
+    """Logits of features: those of `ScaledDirections`, the product and the bias, up to rounding; see `forward`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        std: Tensor | None,
+        block: OneBlock,
+    ) -> Tensor:
+        """Compute logits.
+
+        Args:
+            ctx: Autograd's context.
+            x: [M, N], of the type of all others.
+            scale: [].
+            bias: [C], or None.
+            mean: [N], or None for 0.
+            std: [N], positive, or None for 1.
+            block: The codes.
+
+        Returns:
+            [M, C].
+        """
+        m, n = x.shape
+        a, b, c = len(block.left), len(block.right), block.num_classes
+        directions, norm = _signed_directions(x, mean, _factor(std, block.signs))
+        products = torch.mm(directions.view(-1, b), (block.right * scale).t()).view(m, a, b)
+        scores = torch.bmm(block.left.expand(m, a, a), products).view(m, n)
+        logits = products.view(-1)[: m * c].view(m, c)  # its memory is free now
+        if block.picked is not None:
+            index, signs = block.picked
+            torch.index_select(scores, 1, index, out=logits).mul_(signs)
+            if bias is not None:
+                logits.add_(bias)
+        elif bias is not None:
+            torch.add(scores[:, block.columns], bias, out=logits)
+        else:
+            logits.copy_(scores[:, block.columns])
+        ctx.save_for_backward(x, scale, bias, directions, norm)
+        ctx.of_head = _Saved(block, mean, std)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of features, scale and bias."""
+        x, scale, bias, directions, norm = ctx.saved_tensors
+        block, mean, std = ctx.of_head
+        grad, needs = grads[0], ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # for gradients of gradients
+            logits = logits_one_by_one(x, scale, bias, mean, std, block)
+            wanted = [each for each, needed in zip((x, scale, bias), needs, strict=True) if needed]
+            found = iter(torch.autograd.grad(logits, wanted, grad, create_graph=True))
+            return (*(next(found) if needed else None for needed in needs), None, None, None)
+        of_bias = grad.sum(dim=0) if needs[2] else None
+        if not (needs[0] or needs[1]):
+            return None, None, of_bias, None, None, None
+        (m, n), a, b = x.shape, len(block.left), len(block.right)
+        of_x = grad.new_zeros(m, n)
+        if block.picked is None:
+            of_x[:, block.columns] = grad
+        else:
+            index, signs = block.picked
+            of_x.index_add_(1, index, grad * signs)  # a row and its negative may both be codes
+        spare = torch.bmm(block.left.t().expand(m, a, a), of_x.view(m, a, b)).view(m, n)
+        torch.mm(spare.view(-1, b), block.right, out=of_x.view(-1, b))
+        along = torch.mul(of_x, directions, out=spare).sum(dim=1, keepdim=True)
+        of_scale = along.sum() if needs[1] else None
+        if not needs[0]:
+            return None, of_scale, of_bias, None, None, None
+        torch.mul(directions, along.masked_fill_(norm <= NORM_EPSILON, 0.0), out=spare)
+        of_x.sub_(spare).mul_(scale / norm.clamp_min(NORM_EPSILON))
+        factor = _factor(std, block.signs)
+        return of_x if factor is None else of_x.mul_(factor), of_scale, of_bias, None, None, None
+
+
+def logits_one_by_one(
+    x: Tensor, scale: Tensor, bias: Tensor | None, mean: Tensor | None, std: Tensor | None, block: OneBlock
+) -> Tensor:
+    """Compute the logits of `OneBlockLogits` by operations that autograd records."""
+    z: Tensor = ScaledDirections.apply(x, scale, mean, std)
+    scores = fast_product(z if block.signs is None else z * block.signs, block.left, block.right)
+    if block.picked is None:
+        scores = scores[:, block.columns]
+    else:
+        index, signs = block.picked
+        scores = scores.index_select(1, index) * signs
+    return scores if bias is None else scores + bias
+
+
+def _factor(std: Tensor | None, signs: Tensor | None) -> Tensor | None:
+    """Compute what each standardised feature is multiplied with: signs leave the norm as it is."""
+    if std is None:
+        return signs
+    return std.reciprocal() if signs is None else signs / std
+
+
+def _signed_directions(x: Tensor, mean: Tensor | None, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute z / |z| [M, N] and |z| [M, 1] of z = (x - mean) * factor, with one new tensor of that size."""
+    z = x.clone() if mean is None else torch.sub(x, mean)
+    if factor is not None:
+        z.mul_(factor)
+    norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    return z.div_(norm.clamp_min(NORM_EPSILON)), norm
