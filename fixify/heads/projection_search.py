@@ -81,7 +81,7 @@ def water_filling(variances: Tensor, num_classes: int, num_bytes: int) -> tuple[
         no projection that tells the classes apart.
 
     >>> water_filling(4.0 ** -torch.arange(16), num_classes=200, num_bytes=500)
-    (4, 3, 3, 2, 2, 2)
+    (5, 4, 3, 2, 1, 1)
     """
     n, c = len(variances), num_classes
     noises = (1.0, *(levels.noise for levels in PLANES))
