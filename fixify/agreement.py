@@ -41,7 +41,8 @@ class Candidate:
 
     Attributes:
         flags: The options of `fixify convert` that make it.
-        bytes_per_class: Stored bytes per class for codes and row scales, in all classifier layers together.
+        bytes_per_class: Stored bytes per class for codes, row scales and its share of projections, in all classifier
+            layers together.
         same: Held-out images on which the answer was the original's.
         held_out: Held-out images.
         bound: Percent of other images like these on which it is at least, with 95 % confidence (Clopper-Pearson).
@@ -181,6 +182,8 @@ def choose_head(
 def candidates(sites: Sequence[ClassifierSite], options: ConvertOptions) -> Iterator[tuple[str, HeadConfig]]:
     """List the heads to try, largest first: levels, signs, fewer signs, and the codes of Hadamard heads.
 
+    Signs are those of a stored projection where `make_heads` finds that better.
+
     Codes in class order are not among them: without training they agree by chance only.
 
     Args:
@@ -195,8 +198,14 @@ def candidates(sites: Sequence[ClassifierSite], options: ConvertOptions) -> Iter
     def made(flags: str, **changes: Any) -> tuple[str, HeadConfig]:
         return flags, HeadConfig.create(**common | changes)
 
-    for bits in (*reversed(LEVELS), 1):
+    for bits in reversed(LEVELS):
         yield made(f"--head binary --bits-per-weight {bits:g}", head="binary", bits_per_weight=bits)
+    widths = {site.num_features for site in sites}
+    if len(widths) == 1 and any(site.num_classes > site.num_features for site in sites):  # or a projection in its place
+        signs = widths.pop()
+        yield made(f"--head binary --bits-per-class {signs}", head="binary", bits_per_class=signs)
+    else:
+        yield made("--head binary --bits-per-weight 1", head="binary", bits_per_weight=1)
     if not all(is_constructible(site.num_features) for site in sites):
         return
     width, most = min(site.num_features for site in sites), max(site.num_classes for site in sites)

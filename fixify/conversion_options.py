@@ -37,7 +37,11 @@ class HeadConfig(CheckedOptions):
     )
     seed: int = option(0, "Seed of the codebook; the same seed gives the same codes.", ge=0, lt=1 << 64)
     bits_per_class: int | None = option(
-        None, "Signs per class that a binary head stores. Default: one per feature.", ge=1
+        None,
+        "Signs per class that a binary head stores. Default: one per feature. If given with --calibrate, and there are "
+        "more classes than features, the same bytes may hold a projection of the features and finer levels of fewer "
+        "coordinates instead: if that is nearer to the original's answers on a quarter of the images.",
+        ge=1,
     )
     bits_per_weight: float | None = option(
         None,

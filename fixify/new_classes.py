@@ -188,6 +188,11 @@ def by_embeddings(
             f"{path.name} was not made from class vectors that are known, so others cannot be compared with them.",
             hint="Give --images of the new classes.",
         )
+    if head.spec.planes is not None:
+        raise UsageError(
+            f"{path.name} has a stored projection of its features, and where class vectors lie in it is not known.",
+            hint="Give --images of the new classes, or convert the original with them again.",
+        )
     scale = known.logit_scale
     matrix = read_matrix(embeddings, MatrixOptions(keys=keys, rows="classes", logit_scale=scale or 1.0))
     if matrix.num_features != head.in_features:

@@ -23,6 +23,7 @@ from fixify.description import HeadRecord
 from fixify.errors import FormatError, HeadSpecError, NoClassifierError, UsageError
 from fixify.heads import KINDS, FixedClassifier, HeadSpec, choose_kind, kind_of, replacement, wide_blocks
 from fixify.heads.codes import HadamardRows
+from fixify.heads.projection_choice import choose_projection, may_be_projected
 from fixify.models.architectures import Architecture
 from fixify.models.classifiers import (
     ClassifierSite,
@@ -375,10 +376,14 @@ def _make_head(
     if by_weights and weight is not None and not weight.is_meta:
         if match and isinstance(head, HeadConfig) and head.wide_search:
             spec = replace(spec, matched=True, blocks=wide_blocks(spec.num_features, spec.num_classes))
+        bias = tensors[f"{site.path}.bias"] if site.has_bias else None
+        sized = isinstance(head, HeadConfig) and head.bits_per_class is not None
+        if features is not None and sized and may_be_projected(spec):
+            spec = choose_projection(spec, weight, bias, features, scale=alpha, on_progress=on_progress).spec
         made = replacement(
             spec,
             weight,
-            tensors[f"{site.path}.bias"] if site.has_bias else None,
+            bias,
             features=features,
             scale=alpha,
             channel_dim=site.channel_dim,

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+import fixify
 from fixify import new_classes
 from fixify.bare_conversion import ClassVectors
 from fixify.checkpoints.slim import read_info
-from fixify.errors import FormatError
+from fixify.errors import FormatError, UsageError
 from fixify.heads import FixedClassifier, HeadSpec
 from fixify.new_classes import ClassFeatures
 
@@ -75,3 +76,15 @@ def test_a_feature_that_never_varied_does_not_decide(monkeypatch: pytest.MonkeyP
     new_classes._matched(head, seen, "fc", 1, "net")
     assert float(given[0][0, 0]) == 1.0
     assert float(given[0][0, 3]) < 25  # as everywhere, it counts for at most about 20 typical ones
+
+
+def test_class_vectors_choose_no_codes_of_a_projection() -> None:
+    path = GOLDEN.with_name("v1-projected.fixed.safetensors")
+    info = read_info(path)
+    mean = base64.b64encode(np.zeros(256, dtype="<f4").tobytes()).decode()
+    source = {**info.source, "classifier": {"logit_scale": None, "class_mean": mean}}
+    head = fixify.load(path).get_classifier()
+    with pytest.raises(UsageError, match="projection"):
+        new_classes.by_embeddings(
+            info.model_copy(update={"source": source}), path, {"classifier": head}, ["x"], Path("vectors.npy"), ()
+        )

@@ -2,9 +2,10 @@
 
 A slim checkpoint is an ordinary `.safetensors` file. Its tensors are the backbone under the key names of its library
 and, below the classifier's path, those of `scale`, `bias`, `center` (the mean), `spread` (the std),
-`num_batches_tracked`, `codes` and `gains` (the row scales) that the head has. Its metadata holds `format: "pt"`,
-`fixify.version`, under `fixify` one JSON object: `SlimInfo`, and under `fixify.tensors` a digest of the tensors, which
-older files lack. The codebook is not in the file: it is rebuilt from the head spec, and its digest is compared.
+`num_batches_tracked`, `codes`, `gains` (the row scales), `projection` and `projection_steps` that the head has. Its
+metadata holds `format: "pt"`, `fixify.version`, under `fixify` one JSON object: `SlimInfo`, and under `fixify.tensors`
+a digest of the tensors, which older files lack. The codebook is not in the file: it is rebuilt from the head spec, and
+its digest is compared.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def _codebook(info: SlimInfo, model: nn.Module) -> Check:
     for record in info.heads:
         head: Any = model if info.is_bare else model.get_submodule(record.path)
         codes = None if head.codes is None else head.codes.cpu().numpy()
-        facts = coherence(record.spec, codes)
+        facts = coherence(record.spec, codes, head.product.projection)
         if facts.max_cosine > 1 - 1e-6:
             return Check("codebook", False, f"{record.path}: two classes have the same code")
         found.append(f"{record.path}: digest as recorded, largest cosine {facts.max_cosine:.3f}")

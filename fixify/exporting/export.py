@@ -22,7 +22,7 @@ from fixify.errors import CheckFailed, ExportError, UsageError, resources_explai
 from fixify.exporting.check import EIGHT_BIT, EXACT, NUM_REAL, Agreement, agreement, random_images, recorded
 from fixify.exporting.job import HALF, LEAST_RUNTIME, Exported, Job, metadata_of, stored_dtype
 from fixify.exporting.options import OPSET, ExportOptions
-from fixify.exporting.parts import HeadParts, Signs
+from fixify.exporting.parts import HeadParts
 
 _SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "dense": ".timm"}
 _SLIM_SUFFIXES = (".fixed.safetensors", ".safetensors")
@@ -202,7 +202,7 @@ def _write_onnx(job: Job, target: Path, batches: Mapping[str, Iterator[Tensor]],
         add_preprocessing(made, mean, std)
     if stored_dtype(job) in HALF:
         store_lossless(made, stored_dtype(job))
-    rounded = not options.portable and any(isinstance(parts.product, Signs) for parts in job.heads.values())
+    rounded = any(parts.rounds_features(portable=options.portable) for parts in job.heads.values())
     about = OnnxInfo(
         preprocessing=options.include_preprocessing,
         mean=list(mean) if options.include_preprocessing else [],

@@ -40,7 +40,7 @@ def write_head(job: Job, target: Path, *, force: bool) -> Exported:
     refuse_existing(constants, force=force)
     made = head_model(job.heads, opset=job.options.opset or OPSET, portable=portable)
     session = new_session(made.SerializeToString())
-    rounded = not portable and any(isinstance(parts.product, Signs) for parts in job.heads.values())
+    rounded = any(parts.rounds_features(portable=portable) for parts in job.heads.values())
     checks = []
     for index, (path, parts) in enumerate(job.heads.items()):
         name = "random features" if len(job.heads) == 1 else f"random features of {path}"
@@ -68,6 +68,8 @@ def head_arrays(parts: HeadParts) -> dict[str, np.ndarray]:
     - `x = (x - mean) / std`, then, if `normalize` is 1, x is divided by max(|x|, 1e-6);
     - if there are `rotation_signs` (packed, one bit per feature, 1 is minus): x is multiplied by them, then by the
       matrix kron(left, right), and cut to the first `width` numbers;
+    - with `directions`: x is multiplied by them; number i of the new x is number `columns[i]` of the result, times
+      `factors[i]`;
     - with `planes`: x is padded with zeros to a multiple of 8, and repeated, times each of `planes`;
     - with `codes` of type uint8 (packed signs, one row per class): the product of the signs with x; of type float32:
       `codes @ x`; with `first`: the first C numbers of x;

@@ -20,7 +20,7 @@ from onnx.defs import OpSchema
 from torch import Tensor, nn
 
 from fixify.errors import ExportError
-from fixify.exporting.onnx_head import MICROSOFT, Graph, add_head, uses_microsoft
+from fixify.exporting.onnx_head import MICROSOFT, Graph, add_head
 from fixify.exporting.onnx_models import BATCH, IR_VERSION
 from fixify.exporting.parts import HeadParts
 from fixify.surgery import replace_module
@@ -192,7 +192,7 @@ def _put_in(made: ModelProto, heads: Sequence[HeadParts], portable: bool) -> Non
     others = [each for each in made.opset_import if each.domain in ("", MICROSOFT)]
     del made.opset_import[:]
     made.opset_import.extend(others)
-    if any(uses_microsoft(heads[index], portable=portable) for index in used) and len(others) == 1:
+    if any(heads[index].rounds_features(portable=portable) for index in used) and len(others) == 1:
         made.opset_import.append(onnx.helper.make_opsetid(MICROSOFT, 1))
 
 

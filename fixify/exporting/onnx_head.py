@@ -120,7 +120,7 @@ def add_head(graph: Graph, parts: HeadParts, value: str, output: str, *, rank: i
         norm = graph.node("ReduceL2", value, graph.constant("last_axis", [-1], np.int64), keepdims=1)
         norm = graph.node("Max", norm, graph.constant("smallest_norm", NORM_EPSILON, np.float32))
         value = graph.node("Div", value, norm)
-    value = _product(graph, parts.product, value, rank, portable)
+    value = _product(graph, parts.product, value, rank, not parts.rounds_features(portable=portable))
     if parts.gains is None:
         value = graph.node("Mul", value, graph.constant("scale", parts.scale, np.float32))
     else:
@@ -135,11 +135,6 @@ def add_head(graph: Graph, parts: HeadParts, value: str, output: str, *, rank: i
         graph.node("Identity", value, output=output)
 
 
-def uses_microsoft(parts: HeadParts, *, portable: bool) -> bool:
-    """Check whether the graph of a head has an operator that only ONNX Runtime knows."""
-    return isinstance(parts.product, Signs) and not portable
-
-
 def _product(graph: Graph, product: Picked | Signs | Table | First, value: str, rank: int, portable: bool) -> str:
     match product:
         case Picked():
@@ -151,6 +146,11 @@ def _product(graph: Graph, product: Picked | Signs | Table | First, value: str, 
                 value = _transformed(graph, product.rotation, graph.node("Mul", value, signs), rank)
                 if product.width < order:
                     value = graph.sliced(value, 0, product.width)
+            if product.directions is not None and product.columns is not None and product.factors is not None:
+                value = graph.node("MatMul", value, graph.floats("directions", product.directions.T))
+                columns = graph.node("Cast", graph.constant("columns", smallest(product.columns)), to=TensorProto.INT64)
+                value = graph.node("Gather", value, columns, axis=-1)
+                value = graph.node("Mul", value, graph.constant("factors", product.factors))
             return _signed(graph, product, value, rank, portable)
         case Table(codes):
             return graph.node("MatMul", value, graph.constant("codes", codes.T))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from fixify.exporting.onnx_head import MICROSOFT, Graph, add_head, uses_microsoft
+from fixify.exporting.onnx_head import MICROSOFT, Graph, add_head
 from fixify.exporting.parts import HeadParts
 
 IR_VERSION = 10
@@ -44,7 +44,7 @@ def head_model(heads: Mapping[str, HeadParts], *, opset: int, portable: bool) ->
         outputs.append(_floats(f"logits{suffix}", [BATCH, parts.num_classes, *sizes]))
     made = helper.make_graph(joined.nodes, "fixify", inputs, outputs, list(joined.constants.values()))
     opsets = [helper.make_opsetid("", opset)]
-    if any(uses_microsoft(parts, portable=portable) for parts in heads.values()):
+    if any(parts.rounds_features(portable=portable) for parts in heads.values()):
         opsets.append(helper.make_opsetid(MICROSOFT, 1))
     return helper.make_model(made, opset_imports=opsets, ir_version=IR_VERSION, producer_name="fixify")
 

@@ -26,6 +26,7 @@ from fixify.heads.codes import (
 from fixify.heads.constructions import Construction, Factor
 from fixify.heads.matrices import block_bits
 from fixify.heads.product import factor_tables
+from fixify.heads.projection import Projection, coordinates_of, weights_of
 from fixify.heads.statistics import floor_std
 
 
@@ -81,6 +82,9 @@ class Signs:
         width: d.
         rotation: Applied to the features first; None: d = N.
         rotation_signs: Packed signs that multiply the features before the rotation, uint8 [ceil(N / 8)].
+        directions: Integers that the features are multiplied with first, int8 [k, N], in a head with a projection.
+        columns: Which of the k products each sign then reads, int64 [d].
+        factors: What that product is multiplied with, float32 [d].
         planes: Weights of the planes. If there are several, a class reads the features, padded to a multiple of 8, once
             for each plane, times its weight.
     """
@@ -89,6 +93,9 @@ class Signs:
     width: int
     rotation: Transform | None = None
     rotation_signs: np.ndarray | None = None
+    directions: np.ndarray | None = None
+    columns: np.ndarray | None = None
+    factors: np.ndarray | None = None
     planes: tuple[int, ...] = (1,)
 
     @property
@@ -166,7 +173,7 @@ class HeadParts:
             HeadSpecError: The stored codes have not been loaded.
         """
         stored = None if head.codes is None else head.codes.detach().cpu().numpy()
-        product, unit = _product(kind_of(head.spec).codes(head.spec, stored))
+        product, unit = _product(kind_of(head.spec).codes(head.spec, stored, head.product.projection))
         std = None if head.std is None else floor_std(head.std.detach())
         return cls(
             num_features=head.in_features,
@@ -186,6 +193,17 @@ class HeadParts:
         """Whether the codes take a few bits per weight or less."""
         return not isinstance(self.product, Table)
 
+    def rounds_features(self, *, portable: bool) -> bool:
+        """Check whether the ONNX graph multiplies by an operator of ONNX Runtime that rounds features to 8 bits.
+
+        Signs of a projection are digits of levels, which such rounding changes too much: by 0.5 standard deviations of
+        the logits on random images. Their products are exact, as portable ones are.
+
+        Args:
+            portable: Whether only standard operators are used.
+        """
+        return isinstance(self.product, Signs) and self.product.directions is None and not portable
+
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """List the constants by name, packed as they are stored."""
         for name, value in (("mean", self.mean), ("std", self.std), ("gains", self.gains), ("bias", self.bias)):
@@ -203,6 +221,10 @@ class HeadParts:
                 yield "codes", packed
                 if len(self.product.planes) > 1:
                     yield "planes", np.array(self.product.planes, dtype=np.uint8)
+                if self.product.directions is not None and self.product.columns is not None:
+                    yield "directions", self.product.directions
+                    yield "columns", smallest(self.product.columns)
+                    yield "factors", np.asarray(self.product.factors)
                 if rotation is not None and rotation_signs is not None:
                     yield from (("left", rotation.left), ("right", rotation.right), ("rotation_signs", rotation_signs))
             case Table(codes):
@@ -229,6 +251,8 @@ def _product(codes: Codes) -> tuple[Product, float]:
             made = Signs(codes.packed, codes.num_signs)
             if codes.rotation is None:
                 return made, codes.num_signs**-0.5
+            if isinstance(codes.rotation, Projection):
+                return _projected(made, codes.rotation), codes.num_signs**-0.5
             return _rotated(made, codes.rotation), (codes.num_signs * codes.num_features) ** -0.5
         case StoredLevels():
             made = _planes(codes)
@@ -275,6 +299,12 @@ def _planes(codes: StoredLevels) -> Signs:
 def _rotated(signs: Signs, rotation: Rotation) -> Signs:
     bits = np.packbits(rotation.signs() < 0)
     return replace(signs, rotation=Transform.of(rotation.construction), rotation_signs=bits)
+
+
+def _projected(signs: Signs, projection: Projection) -> Signs:
+    columns = coordinates_of(projection.planes)
+    factors = projection.steps.astype(np.float32)[columns] * weights_of(projection.planes)
+    return replace(signs, directions=projection.directions, columns=columns, factors=factors)
 
 
 def _array(tensor: torch.Tensor | None) -> np.ndarray | None:

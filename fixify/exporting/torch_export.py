@@ -73,7 +73,11 @@ class PackedHead(nn.Module):
                 x = self._transformed(transform, x)
                 x = (x.flatten(-2) if block_signs is not None else x).index_select(-1, self._buffer("position").long())
                 return x * self._signs("negative", x.shape[-1])[0] if negative is not None else x
-            case Signs(_, width, rotation, _, planes):
+            case Signs(_, width, rotation):
+                planes = product.planes
+                if product.directions is not None:
+                    x = F.linear(x, self._buffer("directions").float())
+                    x = x.index_select(-1, self._buffer("columns").long()) * self._buffer("factors")
                 if rotation is not None:
                     x = self._transformed(rotation, x * self._signs("rotation_signs", x.shape[-1])[0])[..., :width]
                 if len(planes) > 1:

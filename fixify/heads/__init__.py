@@ -1,9 +1,10 @@
 """Fixed classifiers: codebooks that are rebuilt from a few bytes, and the layer that multiplies with them fast.
 
 This package knows nothing of files, model libraries or the command line. Imports point downwards: `streams`,
-`constructions`, `levels`, `matrices`, `codes`, `kinds`, `spec` and `signs`, `product`, `statistics`, `normalisation`,
-`level_search`, `encoding`, `learned_signs`, `prepared`, `loss`, `layer`, `cosines` and `matching`, `fitting`. The names
-are imported when they are first used: `HeadSpec` needs neither torch nor NumPy.
+`constructions`, `levels`, `matrices`, `projection`, `codes`, `kinds`, `spec` and `signs`, `product`, `statistics`,
+`normalisation`, `level_search`, `projection_search`, `encoding`, `learned_signs`, `prepared`, `loss`, `layer`,
+`cosines` and `matching`, `fitting`, `projection_choice`. The names are imported when they are first used: `HeadSpec`
+needs neither torch nor NumPy.
 """
 
 from typing import TYPE_CHECKING

@@ -14,6 +14,7 @@ algorithms", 1988). Only the likeliest classes of a sample take part.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,11 @@ class Answers:
     features: Tensor
     classes: Tensor
     softmax: Tensor
+
+    @property
+    def touched(self) -> Tensor:
+        """The classes that are among the likeliest of some sample, int64 [k], in ascending order."""
+        return self.classes.unique()
 
     @classmethod
     def of(cls, features: Tensor, center: Tensor, std: Tensor, weight: Tensor, bias: Tensor | None) -> Answers | None:
@@ -99,22 +105,44 @@ def refine_levels_(
         levels: Which levels there are.
         answers: The samples.
     """
-    d = directions.shape[1]
-    touched, own = answers.classes.unique(return_inverse=True)  # own: [S, k], rows of `touched`
+    d, touched = directions.shape[1], answers.touched
     rows = touched.numpy()
     q = torch.from_numpy(unpacked_levels(packed[rows], d, levels)).float().T.contiguous()
-    step = steps[touched].clamp_min(1e-30)
-    wanted = vectors[touched]
+    refine_(q, steps[touched], vectors[touched], directions, moment, [levels] * d, answers)
+    packed[rows] = pack_levels(q.T.to(torch.int8).numpy(), levels)
+
+
+def refine_(
+    q: Tensor,
+    steps: Tensor,
+    vectors: Tensor,
+    directions: Tensor,
+    moment: Tensor,
+    levels: Sequence[Levels],
+    answers: Answers,
+) -> None:
+    """Change the levels of the classes that are near the top for some sample, `answers.touched`.
+
+    Args:
+        q: Their levels, float32 [d, k]; changed in place.
+        steps: Their step sizes, [k].
+        vectors: Their class vectors without the mean, float32 [k, N].
+        directions: The coordinates that the levels are in, [N, d].
+        moment: The metric, in the coordinates of the features, [N, N].
+        levels: Which levels each coordinate has.
+        answers: The samples.
+    """
+    own = answers.classes.unique(return_inverse=True)[1]  # [S, m], columns of `q`
+    step = steps.clamp_min(1e-30)
     towards = _METRIC_SAMPLES * (moment @ directions)
-    fields, within = (wanted @ towards).T.contiguous(), directions.T @ towards
+    fields, within = (vectors @ towards).T.contiguous(), directions.T @ towards
     seen = (answers.features @ directions).T.contiguous()  # a coordinate of all samples is contiguous
     columns = (q * step).T
-    errors = torch.stack([(wanted[one] * x).sum(dim=1) for one, x in zip(own, answers.features, strict=True)])
+    errors = torch.stack([(vectors[one] * x).sum(dim=1) for one, x in zip(own, answers.features, strict=True)])
     errors -= torch.stack([(columns[one] * y).sum(dim=1) for one, y in zip(own, seen.T, strict=True)])
     for _ in range(_SWEEPS):
         if not _sweep_(q, step, fields, within, seen, own, answers.softmax, errors, levels):
             break
-    packed[rows] = pack_levels(q.T.to(torch.int8).numpy(), levels)
 
 
 def _sweep_(
@@ -126,7 +154,7 @@ def _sweep_(
     own: Tensor,
     softmax: Tensor,
     errors: Tensor,
-    levels: Levels,
+    levels: Sequence[Levels],
 ) -> bool:
     """Give each coordinate of all classes its best level, given the others; return whether any changed.
 
@@ -139,7 +167,7 @@ def _sweep_(
         own: Likeliest classes of each sample, [S, m], columns of `q`.
         softmax: Their old softmax, [S, m].
         errors: Old logits minus those of the levels, [S, m]; changed in place.
-        levels: Which levels there are.
+        levels: Which levels each coordinate has.
     """
     classes, any_changed = own.flatten(), False
     for start in range(0, len(q), _COORDINATES_PER_BLOCK):
@@ -157,7 +185,7 @@ def _sweep_(
             of_answers = torch.zeros_like(step).index_add_(0, classes, slope) / step
             curvature = torch.zeros_like(step).index_add_(0, classes, (softmax * x.square()[:, None]).flatten())
             move = (pull + of_answers) / (metric + curvature)
-            torch.sub(nearest_levels(move + q[start + i], levels), q[start + i], out=changes[i])
+            torch.sub(nearest_levels(move + q[start + i], levels[start + i]), q[start + i], out=changes[i])
             if bool(changes[i].any()):
                 any_changed = True
                 errors -= (changes[i] * step)[own] * x[:, None]

@@ -19,6 +19,7 @@ from fixify.heads import streams
 from fixify.heads.constructions import Construction, Factor, order_of, power_of_two_from
 from fixify.heads.levels import SIGNS, TRIT_POWERS, Levels
 from fixify.heads.matrices import block_bits, block_signs, rows
+from fixify.heads.projection import Projection
 
 SKETCH_NUMBERS = 32
 SKETCH_TOLERANCE = 1e-4
@@ -235,7 +236,9 @@ class Rotation:
 
 @dataclass(frozen=True, eq=False)
 class StoredSigns(Codes):
-    """Stored signs of d (rotated) features, d <= N, over sqrt(d).
+    """Stored signs of d (rotated or projected) features, d <= N, over sqrt(d).
+
+    With a projection, several signs are of one coordinate, and the codes are of other norms than 1.
 
     Attributes:
         num_features: N.
@@ -247,7 +250,7 @@ class StoredSigns(Codes):
     num_features: int
     num_signs: int
     packed: np.ndarray
-    rotation: Rotation | None
+    rotation: Rotation | Projection | None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -275,9 +278,15 @@ class StoredSigns(Codes):
     def digest(self) -> str:
         r"""Compute "sha256:" and the SHA-256 of the line "fixify-signs:1:<C>x<d>\n" and the packed signs.
 
+        With a projection the line is "fixify-projected:1:<C>x<N>:<planes, with commas>\n", and the directions follow.
+
         Raises:
             HeadSpecError: Two classes have the same signs.
         """
+        if isinstance(self.rotation, Projection):
+            planes = ",".join(map(str, self.rotation.planes))
+            line = f"fixify-projected:1:{len(self.packed)}x{self.num_features}:{planes}"
+            return _digest_of(self.packed, line, "signs", self.rotation.directions)
         return _digest_of(self.packed, f"fixify-signs:1:{len(self.packed)}x{self.num_signs}", "signs")
 
 
@@ -333,14 +342,14 @@ class StoredLevels(Codes):
         return _digest_of(self.packed, line, "levels")
 
 
-def _in_features(numbers: np.ndarray, unit: float, rotation: Rotation | None) -> np.ndarray:
+def _in_features(numbers: np.ndarray, unit: float, rotation: Rotation | Projection | None) -> np.ndarray:
     """Turn stored signs or levels [C, d] into codes in the coordinates of the features, float32 [C, N]."""
     codes = numbers.astype(np.float32) * np.float32(unit)
     return codes if rotation is None else codes @ rotation.basis().T
 
 
-def _digest_of(packed: np.ndarray, line: str, what: str) -> str:
-    """Hash a line and the packed signs or levels [C, bytes].
+def _digest_of(packed: np.ndarray, line: str, what: str, *others: np.ndarray) -> str:
+    """Hash a line, the packed signs or levels [C, bytes], and other arrays.
 
     Raises:
         HeadSpecError: Two classes have the same.
@@ -351,7 +360,8 @@ def _digest_of(packed: np.ndarray, line: str, what: str) -> str:
             f"Classes {repeated[0]} and {repeated[1]} have the same {what} and could never be told apart."
         )
     hashed = hashlib.sha256(line.encode() + b"\n")
-    hashed.update(np.ascontiguousarray(packed).data)
+    for array in (packed, *others):
+        hashed.update(np.ascontiguousarray(array).data)
     return f"sha256:{hashed.hexdigest()}"
 
 

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 
 from fixify.heads import streams
 from fixify.heads.kinds import codebook, kind_of
+from fixify.heads.projection import Projection
 from fixify.heads.spec import HeadSpec
 
 _EXACT_CLASSES = 8192
@@ -60,7 +61,7 @@ def rankin_bound(num_features: int, num_classes: int) -> float:
     return -1.0 / (num_classes - 1) if num_classes <= num_features + 1 else 0.0
 
 
-def coherence(spec: HeadSpec, codes: ArrayLike | None = None) -> Coherence:
+def coherence(spec: HeadSpec, codes: ArrayLike | None = None, projection: Projection | None = None) -> Coherence:
     """Measure the coherence of the codebook of a head.
 
     It is exact up to 8192 classes. Above, the maxima are those of 1024 seeded classes against all. With one class there
@@ -69,6 +70,7 @@ def coherence(spec: HeadSpec, codes: ArrayLike | None = None) -> Coherence:
     Args:
         spec: The head spec.
         codes: What the head stores, if anything; see `fixify.heads.codebook`.
+        projection: The projection that the head stores, if any.
 
     Raises:
         HeadSpecError: `codes` is missing, superfluous or does not fit.
@@ -77,8 +79,8 @@ def coherence(spec: HeadSpec, codes: ArrayLike | None = None) -> Coherence:
     0.0
     """
     n, c = spec.num_features, spec.num_classes
-    book = codebook(spec, codes)
-    if spec.bits_per_weight is not None:  # the codes of levels are of norms near 1
+    book = codebook(spec, codes, projection)
+    if spec.bits_per_weight is not None or spec.planes is not None:  # these codes are of other norms than 1
         book = book / np.linalg.norm(book, axis=1, keepdims=True).clip(1e-12)
     welch, rankin = welch_bound(n, c), rankin_bound(n, c)
     if c <= _EXACT_CLASSES:

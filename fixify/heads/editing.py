@@ -24,6 +24,8 @@ from fixify.heads.codes import FeatureRows, HadamardRows, StoredLevels, StoredSi
 from fixify.heads.kinds import GAIN_STEPS, default_blocks, default_codes, kind_of, min_blocks
 from fixify.heads.layer import FixedClassifier
 from fixify.heads.level_search import round_classes, separate_levels_
+from fixify.heads.projection import Projection, levels_of_signs
+from fixify.heads.projection_search import round_projected
 from fixify.heads.spec import HeadSpec
 
 _ASSIGNED = 1 << 24
@@ -44,7 +46,7 @@ def keep_classes(head: FixedClassifier, classes: Sequence[int]) -> FixedClassifi
     """
     chosen = np.asarray(classes, dtype=np.int64)
     spec = head.spec
-    codes = kind_of(spec).codes(spec, head.product.stored)
+    codes = kind_of(spec).codes(spec, head.product.stored, head.product.projection)
     stored: np.ndarray | None = None
     match codes:
         case HadamardRows():
@@ -77,7 +79,8 @@ def add_classes(
     """Make a head with further classes behind those of another, whose codes are free.
 
     Hadamard codes are taken from rows that no class uses while there are any, so classes that are orthogonal stay so.
-    Without vectors the first free codes are taken, and signs and levels are drawn from the seed.
+    Without vectors the first free codes are taken, and signs and levels are drawn from the seed. The directions of a
+    stored projection stay as they are: the new classes get what these can say of them.
 
     Args:
         head: The head, with its codes, on the CPU.
@@ -89,10 +92,11 @@ def add_classes(
         biases: Their biases, [count]; default: the mean bias.
 
     Raises:
-        HeadSpecError: The head is of a kind whose codes depend on the number of classes, or there are no free codes.
+        HeadSpecError: The head is of a kind whose codes depend on the number of classes, there are no free codes, or
+            the vectors are class vectors (`lengths`) and the head has a stored projection.
     """
     spec, total = head.spec, head.out_features + count
-    codes = kind_of(spec).codes(spec, head.product.stored)
+    codes = kind_of(spec).codes(spec, head.product.stored, head.product.projection)
     vectors = None if vectors is None else vectors.detach().to("cpu", torch.float32)
     gains = None
     if head.gains is not None:
@@ -105,6 +109,8 @@ def add_classes(
         case StoredSigns() | StoredLevels():
             if vectors is None:
                 packed = _drawn(codes, spec.seed, count)
+            elif isinstance(codes.rotation, Projection):
+                packed = _projected(codes.rotation, vectors, lengths)
             else:
                 longest = float(head.scale) / (codes.count * codes.levels.mean_square) ** 0.5
                 wanted = vectors if codes.rotation is None else vectors @ torch.from_numpy(codes.rotation.basis())
@@ -142,15 +148,15 @@ def merge_classes(head: FixedClassifier, classes: Sequence[int]) -> FixedClassif
     first, *others = classes
     kept = [number for number in range(head.out_features) if number not in set(others)]
     spec = head.spec
-    codes = kind_of(spec).codes(spec, head.product.stored)
+    codes = kind_of(spec).codes(spec, head.product.stored, head.product.projection)
     if not isinstance(codes, (StoredSigns, StoredLevels)):
         return keep_classes(head, kept)
     chosen = np.asarray(classes, dtype=np.int64)
-    numbers = torch.from_numpy(unpacked_levels(codes.packed[chosen], codes.count, codes.levels)).float()
+    numbers = _numbers(codes, chosen)
     sizes = torch.full((len(chosen),), float(GAIN_STEPS)) if head.gains is None else head.gains[chosen].float()
     mean = (numbers * sizes[:, None]).mean(dim=0)
     mean = torch.where(mean == 0, 1e-3 * numbers[0], mean)
-    rounded, gain = round_classes(mean[None], codes.levels, GAIN_STEPS)
+    rounded, gain = _rounded(codes, mean)
     packed = codes.packed.copy()
     packed[first] = rounded[0]
     place = kept.index(first)
@@ -166,6 +172,38 @@ def merge_classes(head: FixedClassifier, classes: Sequence[int]) -> FixedClassif
     if made.bias is not None and head.bias is not None:
         made.bias[place] = head.bias[list(classes)].mean() + float(np.log(len(classes)))
     return made
+
+
+def _numbers(codes: StoredSigns | StoredLevels, classes: np.ndarray) -> Tensor:
+    """Unpack the signs or levels of some classes, or the levels of projected coordinates: float32 [k, d]."""
+    if isinstance(codes.rotation, Projection):
+        return torch.from_numpy(levels_of_signs(codes.packed[classes], codes.rotation.planes)).float()
+    return torch.from_numpy(unpacked_levels(codes.packed[classes], codes.count, codes.levels)).float()
+
+
+def _rounded(codes: StoredSigns | StoredLevels, wanted: Tensor) -> tuple[np.ndarray, Tensor | None]:
+    """Round a class, float32 [d], to signs or levels, packed, and a row scale."""
+    if isinstance(codes.rotation, Projection):
+        return round_projected(wanted[None], codes.rotation.planes, GAIN_STEPS)
+    return round_classes(wanted[None], codes.levels, GAIN_STEPS)
+
+
+def _projected(projection: Projection, vectors: Tensor, lengths: bool) -> np.ndarray:
+    """Choose the signs of classes by their mean features less the mean of all, float32 [k, N]: uint8 [k, bytes].
+
+    The coordinates of features are of one variance each, and so a class's mean in them is its vector there (linear
+    discriminant analysis). Those of class vectors would take the moment of the features, which is not stored.
+
+    Raises:
+        HeadSpecError: The vectors are class vectors.
+    """
+    if lengths:
+        raise HeadSpecError(
+            "Where class vectors lie in the projection of this head follows from features that it does not store.",
+            hint="Leave lengths out and give mean features of the new classes.",
+        )
+    basis = torch.from_numpy(projection.directions * projection.steps.astype(np.float32)[:, None]).T
+    return round_projected(vectors @ basis, projection.planes)[0]
 
 
 def _refuse(spec: HeadSpec, what: str) -> NoReturn:
@@ -195,6 +233,7 @@ def _rebuilt(
         spec,
         codes=None if stored is None else torch.from_numpy(np.ascontiguousarray(stored)),
         gains=gains,
+        projection=head.product.projection,
         channel_dim=head.channel_dim,
         dtype=head.scale.dtype,
     )

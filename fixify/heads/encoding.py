@@ -5,7 +5,8 @@ and the step size g of a class with vector w minimise
 
     (w - g B q)^T S (w - g B q)
 
-by coordinate descent, started at the rounded B^T w (`fixify.heads.level_search`). Without S they are rounded. The
+by coordinate descent, started at the rounded B^T w (`fixify.heads.level_search`). Without S they are rounded. A spec
+with `planes` has directions B that are found and stored (`fixify.heads.projection_search`). The
 features of a trained network vary in few directions (about 30 of 256 on our glyphs), so weighting with S gains more
 than twice the bits without it. Answers to samples then decide about the classes that are near the top for them
 (`fixify.heads.answer_search`).
@@ -26,6 +27,8 @@ from fixify.heads.codes import first_repeated
 from fixify.heads.kinds import BINARY
 from fixify.heads.level_search import CenteredRows, choose_levels, row_scale_steps, separate_levels_
 from fixify.heads.levels import SIGNS
+from fixify.heads.projection import Projection
+from fixify.heads.projection_search import choose_projected
 from fixify.heads.spec import HeadSpec
 from fixify.heads.statistics import is_finite
 
@@ -40,11 +43,13 @@ class BinaryCodes:
         gains: Row scales, uint8 [C], in steps of 1/255 of the longest.
         scale: The alpha at which `alpha * gains / 255 * Q x` is nearest to the old logits, for features that are not
             normalised.
+        projection: What the features are projected by first, if the spec has `planes`.
     """
 
     codes: np.ndarray
     gains: np.ndarray
     scale: float
+    projection: Projection | None = None
 
 
 def encode(
@@ -82,16 +87,26 @@ def encode(
     ):
         raise HeadSpecError(f"The feature moment must be finite, [{n}, {n}]; got shape {list(feature_moment.shape)}.")
     vectors = class_vectors.detach().to(device="cpu", dtype=torch.float32)
+    rows = CenteredRows(vectors, vectors.mean(dim=0))
+    moment = None if feature_moment is None else feature_moment.detach().to("cpu", torch.float32)
+    if answers is not None and moment is None:
+        raise HeadSpecError("The answers to samples are heeded beside the feature moment; give both.")
+    if spec.planes is not None:
+        if moment is None:
+            raise HeadSpecError(
+                "The directions of a stored projection are those in which features vary; give their moment.",
+                hint="Calibrate with images: fixify convert SOURCE --head binary --bits-per-class N --calibrate FOLDER",
+            )
+        made, signs = choose_projected(rows, moment, spec.planes, answers, on_progress), sum(spec.planes)
+        gains, scale = _gains(made.lengths, signs)
+        separate_(made.packed, signs)
+        return BinaryCodes(made.packed, gains, scale, made.projection)
     rotation = BINARY.rotation(spec)
     directions = torch.eye(n) if rotation is None else torch.from_numpy(rotation.basis())
-    moment = None if feature_moment is None else feature_moment.detach().to("cpu", torch.float32)
     levels, d = BINARY.levels(spec), directions.shape[1]
-    rows = CenteredRows(vectors, vectors.mean(dim=0))
     codes, lengths = choose_levels(rows, directions, moment, levels, on_progress)
     gains, scale = _gains(lengths, d * levels.mean_square)
-    if answers is not None:
-        if moment is None:
-            raise HeadSpecError("The answers to samples are heeded beside the feature moment; give both.")
+    if answers is not None and moment is not None:
         refine_levels_(codes, lengths, rows, directions, moment, levels, answers)
     if levels is SIGNS:
         separate_(codes, d)

@@ -26,7 +26,7 @@ from fixify.heads.constructions import (
     parse_construction,
     power_of_two_from,
 )
-from fixify.heads.levels import LEVELS, SIGNS, TRITS_PER_BYTE, Levels
+from fixify.heads.levels import LEVELS, PLANES, SIGNS, TRITS_PER_BYTE, Levels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         StoredSigns,
         TruncatedRows,
     )
+    from fixify.heads.projection import Projection
 
 VERSION = 1
 """Version of the head spec record."""
@@ -59,7 +60,7 @@ SEARCH_BLOCKS = 4096
 MAX_SIGNS = 1 << 34
 MAX_DENSE_NUMBERS = 1 << 27
 
-_ITEM_BYTES = {"uint8": 1, "uint16": 2, "uint32": 4, "int64": 8}
+_ITEM_BYTES = {"int8": 1, "uint8": 1, "uint16": 2, "uint32": 4, "int64": 8}
 _SEARCHED_COSINES = 4_000_000_000  # about a minute: fewer blocks are searched where C and N are large
 
 
@@ -79,6 +80,7 @@ class SpecFields:
     blocks: int | None = None
     bits_per_class: int | None = None
     bits_per_weight: float | None = None
+    planes: tuple[int, ...] | None = None
     gains: bool = False
     version: int = VERSION
     construction: str | None = None
@@ -114,7 +116,8 @@ class Kind(ABC):
     summary: ClassVar[str]
     """The codes, in a few words."""
     own_fields: ClassVar[frozenset[str]] = frozenset()
-    """Fields of a head spec that only this kind takes, of `matched`, `blocks`, `bits_per_class`, `bits_per_weight`."""
+    """Fields of a head spec that only this kind takes: `matched`, `blocks`, `bits_per_class`, `bits_per_weight`,
+    `planes`."""
     max_entries: ClassVar[int] = MAX_DENSE_NUMBERS
     """Largest size C x N of a codebook."""
     can_match: ClassVar[bool] = False
@@ -152,13 +155,18 @@ class Kind(ABC):
         """Describe the stored tensor `codes`, or return None if the codes follow from the spec alone."""
         return None
 
+    def stored_projection(self, spec: SpecFields) -> tuple[StoredTensor, ...]:
+        """Describe the tensors of a stored projection of the features, or return none."""
+        return ()
+
     @abstractmethod
-    def codes(self, spec: SpecFields, stored: ArrayLike | None = None) -> Codes:
+    def codes(self, spec: SpecFields, stored: ArrayLike | None = None, projection: Projection | None = None) -> Codes:
         """Build the codes of a spec.
 
         Args:
             spec: The head spec.
             stored: What the head stores in `codes`, if anything.
+            projection: The projection that the head stores, if any.
 
         Raises:
             HeadSpecError: `stored` is missing, superfluous or does not fit.
@@ -169,9 +177,13 @@ class Kind(ABC):
         return None
 
     def bytes_per_class(self, spec: SpecFields) -> int:
-        """Compute the bytes that are stored for each class: its code, and its row scale if there are any."""
-        stored = self.stored_codes(spec)
-        return (0 if stored is None else stored.num_bytes() // spec.num_classes) + spec.gains
+        """Compute the bytes that are stored for each class: its code, its row scale, its share of a projection.
+
+        The share is rounded up to whole bytes.
+        """
+        stored, shared = self.stored_codes(spec), sum(tensor.num_bytes() for tensor in self.stored_projection(spec))
+        own = (0 if stored is None else stored.num_bytes() // spec.num_classes) + spec.gains
+        return own + -(-shared // spec.num_classes)
 
     def num_stored_signs(self, spec: SpecFields) -> int:
         """Count the signs, or finer levels, stored in all classes together; 0 for kinds that store none."""
@@ -284,7 +296,9 @@ class Hadamard(Kind):
         """Return 0 for the rows of one matrix."""
         return 0.0 if num_classes <= num_features else None
 
-    def codes(self, spec: SpecFields, stored: ArrayLike | None = None) -> HadamardRows:
+    def codes(
+        self, spec: SpecFields, stored: ArrayLike | None = None, projection: Projection | None = None
+    ) -> HadamardRows:
         """Build the codes from the stored code indices of a matched head, else in class order.
 
         Raises:
@@ -370,7 +384,9 @@ class ReferenceHadamard(Kind):
         """Check whether the features are multiplied with a Hadamard matrix: always."""
         return True
 
-    def codes(self, spec: SpecFields, stored: ArrayLike | None = None) -> TruncatedRows:
+    def codes(
+        self, spec: SpecFields, stored: ArrayLike | None = None, projection: Projection | None = None
+    ) -> TruncatedRows:
         """Build the codes in class order.
 
         Raises:
@@ -395,7 +411,9 @@ class Orthogonal(Kind):
         """Return 0 for orthonormal rows."""
         return 0.0 if num_classes <= num_features else None
 
-    def codes(self, spec: SpecFields, stored: ArrayLike | None = None) -> RealRows:
+    def codes(
+        self, spec: SpecFields, stored: ArrayLike | None = None, projection: Projection | None = None
+    ) -> RealRows:
         """Build the codes from the seed.
 
         Raises:
@@ -430,7 +448,9 @@ class Simplex(Kind):
         """Return -1/(C - 1), Rankin's bound."""
         return -1.0 / (num_classes - 1) if num_classes > 1 else None
 
-    def codes(self, spec: SpecFields, stored: ArrayLike | None = None) -> RealRows:
+    def codes(
+        self, spec: SpecFields, stored: ArrayLike | None = None, projection: Projection | None = None
+    ) -> RealRows:
         """Build the codes from the seed.
 
         Raises:
@@ -447,13 +467,14 @@ class Binary(Kind):
 
     Not in the paper, whose codes do not depend on what they replace. With `bits_per_class` d < N the signs are those of
     the first d coordinates of rotated features. At d = N the features are rotated too where a Hadamard matrix of order
-    N is known, and taken as they are elsewhere. With `bits_per_weight` there is a level per coordinate, at d = N.
+    N is known, and taken as they are elsewhere. With `bits_per_weight` there is a level per coordinate, at d = N. With
+    `planes` the d signs are those of fewer coordinates, to which a stored projection maps the features.
     `fixify.heads.encoding.encode` chooses signs and levels.
     """
 
     name = "binary"
     summary = "signs of the old classifier"
-    own_fields = frozenset({"bits_per_class", "bits_per_weight"})
+    own_fields = frozenset({"bits_per_class", "bits_per_weight", "planes"})
     max_entries = MAX_SIGNS
     needs_classifier = True
     stored_noun = "signs"
@@ -479,6 +500,8 @@ class Binary(Kind):
                 f"{counted(spec.num_classes, 'class', 'classes')}.",
                 hint="Use more `--bits-per-class`.",
             )
+        if spec.planes is not None:
+            self._check_planes(spec, spec.planes)
         if self.uses_hadamard(spec):
             try:
                 construction_of(spec)
@@ -499,6 +522,8 @@ class Binary(Kind):
             raise HeadSpecError("bits_per_class counts signs, and bits_per_weight asks for levels; give one of them.")
         if not spec.gains:
             raise HeadSpecError("Levels need the step size of each class: a spec with bits_per_weight has gains.")
+        if spec.planes is not None:
+            raise HeadSpecError("planes divides the signs of bits_per_class, and bits_per_weight has none; drop one.")
         values = len(LEVELS[bits].values)
         if spec.num_features < 64 and spec.num_classes > values**spec.num_features:
             raise HeadSpecError(
@@ -507,12 +532,37 @@ class Binary(Kind):
                 hint="Use more `--bits-per-weight`.",
             )
 
+    def _check_planes(self, spec: SpecFields, planes: Any) -> None:
+        n = spec.num_features
+        if not (
+            type(planes) is tuple
+            and 1 <= len(planes) <= len(PLANES)
+            and all(type(plane) is int and 1 <= plane <= n for plane in planes)
+            and list(planes) == sorted(planes, reverse=True)
+        ):
+            raise HeadSpecError(
+                f"planes must be 1 to {len(PLANES)} integers from {n} to 1 that do not increase, got {planes!r:.100}."
+            )
+        if sum(planes) != spec.bits_per_class:
+            raise HeadSpecError(
+                f"The planes have {sum(planes)} signs together, and bits_per_class says {spec.bits_per_class}."
+            )
+        if not spec.gains:
+            raise HeadSpecError("Levels need the step size of each class: a spec with planes has gains.")
+        if sum(planes) * n > MAX_DENSE_NUMBERS:
+            raise HeadSpecError(
+                f"A projection of {n:,} features for {sum(planes):,} signs is beyond the limit of "
+                f"{MAX_DENSE_NUMBERS:,} entries."
+            )
+
     def levels(self, spec: SpecFields) -> Levels:
         """Return the levels that a spec's weights have: signs, unless it has `bits_per_weight`."""
         return SIGNS if spec.bits_per_weight is None else LEVELS[spec.bits_per_weight]
 
     def uses_hadamard(self, spec: SpecFields) -> bool:
         """Check whether the features are rotated: for d < N, and for d = N where the matrix is known."""
+        if spec.planes is not None:
+            return False
         return self._num_signs(spec) != spec.num_features or is_constructible(spec.num_features)
 
     def resolved_fields(self, spec: SpecFields) -> dict[str, Any]:
@@ -523,6 +573,13 @@ class Binary(Kind):
         """Describe the packed signs or levels: uint8 [C, bytes], ceil(d / 8) for signs."""
         return StoredTensor("codes", (spec.num_classes, self.levels(spec).num_bytes(self._num_signs(spec))), "uint8")
 
+    def stored_projection(self, spec: SpecFields) -> tuple[StoredTensor, ...]:
+        """Describe the directions and steps of the projection of a spec with `planes`."""
+        if spec.planes is None:
+            return ()
+        d = spec.planes[0]
+        return StoredTensor("projection", (d, spec.num_features), "int8"), StoredTensor("projection_steps", (d,))
+
     def rotation(self, spec: SpecFields) -> Rotation | None:
         """Return the rotation of the features, or None if they are taken as they are."""
         from fixify.heads.codes import Rotation
@@ -531,8 +588,10 @@ class Binary(Kind):
             return None
         return Rotation(construction_of(spec), spec.seed, self._num_signs(spec))
 
-    def codes(self, spec: SpecFields, stored: ArrayLike | None = None) -> StoredSigns | StoredLevels:
-        """Build the codes from the stored packed signs or levels.
+    def codes(
+        self, spec: SpecFields, stored: ArrayLike | None = None, projection: Projection | None = None
+    ) -> StoredSigns | StoredLevels:
+        """Build the codes from the stored packed signs or levels, and the projection of a spec with `planes`.
 
         Raises:
             HeadSpecError: They are missing or do not fit.
@@ -556,8 +615,19 @@ class Binary(Kind):
             if bool((packed >= 3**TRITS_PER_BYTE).any()) or (rest and bool((packed[:, -1] >= 3**rest).any())):
                 raise HeadSpecError("Each byte of packed ternary levels holds five digits, and unused ones must be 0.")
         if levels is SIGNS:
-            return StoredSigns(spec.num_features, count, packed, self.rotation(spec))
+            coordinates = self.rotation(spec) if spec.planes is None else self._checked_projection(spec, projection)
+            return StoredSigns(spec.num_features, count, packed, coordinates)
         return StoredLevels(spec.num_features, levels, packed, self.rotation(spec))
+
+    def _checked_projection(self, spec: SpecFields, projection: Projection | None) -> Projection:
+        if projection is None:
+            raise HeadSpecError("This binary head needs its stored projection; none was given.")
+        if projection.planes != spec.planes or projection.directions.shape[1] != spec.num_features:
+            raise HeadSpecError(
+                f"Expected a projection of {spec.num_features} features with planes {spec.planes}, got one of "
+                f"{projection.directions.shape[1]} with {projection.planes}."
+            )
+        return projection
 
     def num_stored_signs(self, spec: SpecFields) -> int:
         """Count the signs or levels stored in all classes together."""
@@ -568,6 +638,12 @@ class Binary(Kind):
         size, length = _in_bytes(self.bytes_per_class(spec)), " with its length" if spec.gains else ""
         if spec.bits_per_weight is not None:
             return f"{spec.bits_per_weight:g} bits per weight ({size} per class{length})"
+        if spec.planes is not None:
+            number = counted(self._num_signs(spec), "bit")
+            return (
+                f"{number} per class in {counted(spec.planes[0], 'projected coordinate')} ({size}{length} and its "
+                "share of the projection)"
+            )
         return f"{counted(self._num_signs(spec), 'bit')} per class ({size}{length})"
 
     def default_options(
@@ -629,7 +705,9 @@ class Identity(Kind):
         """Return 0 for rows of the identity."""
         return 0.0
 
-    def codes(self, spec: SpecFields, stored: ArrayLike | None = None) -> FeatureRows:
+    def codes(
+        self, spec: SpecFields, stored: ArrayLike | None = None, projection: Projection | None = None
+    ) -> FeatureRows:
         """Build the codes: the first C rows of the identity.
 
         Raises:
@@ -667,7 +745,7 @@ def construction_of(spec: SpecFields) -> Construction:
     return factorise(spec.num_features)
 
 
-def codebook(spec: SpecFields, codes: ArrayLike | None = None) -> np.ndarray:
+def codebook(spec: SpecFields, codes: ArrayLike | None = None, projection: Projection | None = None) -> np.ndarray:
     """Build all codes of a head, one unit-norm row per class, for export and analysis.
 
     The forward pass does not need it.
@@ -676,6 +754,7 @@ def codebook(spec: SpecFields, codes: ArrayLike | None = None) -> np.ndarray:
         spec: The head spec.
         codes: What the head stores, if anything: code index of each class, integers [C], if matched; packed signs if
             binary.
+        projection: The projection that the head stores, if any; its codes are then of other norms.
 
     Returns:
         float32 [C, N].
@@ -688,7 +767,7 @@ def codebook(spec: SpecFields, codes: ArrayLike | None = None) -> np.ndarray:
     array([[ 0.5, -0.5,  0.5, -0.5],
            [ 0.5,  0.5, -0.5, -0.5]], dtype=float32)
     """
-    return kind_of(spec).codes(spec, codes).table()
+    return kind_of(spec).codes(spec, codes, projection).table()
 
 
 def min_blocks(num_features: int, num_classes: int) -> int:

@@ -22,6 +22,7 @@ from fixify.heads.loss import Margin, Reduction, SoftTarget, cross_entropy
 from fixify.heads.normalisation import NORM_EPSILON, ScaledDirections
 from fixify.heads.prepared import PreparedHead, is_traced, prepare
 from fixify.heads.product import CodeProduct
+from fixify.heads.projection import Projection
 from fixify.heads.spec import AVERAGE_WITHOUT_BUFFERS, HeadSpec
 from fixify.heads.statistics import MOMENTUM, exact_statistics, floor_std, update_running_
 from fixify.heads.training_step import OneBlockLogits
@@ -37,8 +38,11 @@ class TopK(NamedTuple):
     classes: Tensor
 
 
-def _checksum(codes: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(codes).view(np.uint8).data)
+def _checksum(*arrays: np.ndarray) -> int:
+    found = 0
+    for array in arrays:
+        found = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, found)
+    return found
 
 
 def initial_scale(num_classes: int, confidence: float = 0.95) -> float:
@@ -78,8 +82,9 @@ class FixedClassifier(nn.Module):
     Learned: `scale` [] (unless `spec.fixed_scale`) and `bias` [C] (if `spec.bias`). Saved buffers: `center` [N], the
     running mean, and `num_batches_tracked` [] (if `spec.standardize`), `spread` [N], the running std (unless that is
     "center"), `codes` (code indices [C] if `spec.matched`, packed signs uint8 [C, ceil(d / 8)] if binary, or packed
-    levels), and `gains` uint8 [C] (if `spec.gains`), the row scales in steps of 1/255. The properties `mean`, `std` and
-    `row_scales` read them. `learn_signs_` makes the signs of a binary head learnable.
+    levels), `gains` uint8 [C] (if `spec.gains`), the row scales in steps of 1/255, and `projection` int8 [d, N] with
+    `projection_steps` [d] (if `spec.planes`). The properties `mean`, `std` and `row_scales` read them. `learn_signs_`
+    makes the signs of a binary head learnable.
 
     Stored signs and levels stay packed in memory, 1 to 4 bits each (1.6 for 1.58): twice, in the buffer `codes` and for
     the product. In training up to 2^24 of them are numbers too, as are up to 2^19 before the mode is set. In
@@ -93,6 +98,7 @@ class FixedClassifier(nn.Module):
         codes: Code index of each class, integers [C], for a matched head; packed signs for a binary one. May be left
             out and loaded with `load_state_dict`, which verifies them against the spec's digest.
         gains: Row scales, uint8 [C], if the spec has them; default: all 255, which is length 1.
+        projection: The stored projection of a spec with `planes`; it comes with `codes`.
         scale: Initial scale; None: `initial_scale(num_classes)`. If features are not normalised, that is divided by
             sqrt(N): their norm is then taken to be sqrt(N), as that of the +-1 activations of a binarised network.
             The scale absorbs that constant, so no per-sample norm is needed (paper, section 4.3).
@@ -116,6 +122,8 @@ class FixedClassifier(nn.Module):
     num_batches_tracked: Tensor | None
     codes: Tensor | None
     gains: Tensor | None
+    projection: Tensor | None
+    projection_steps: Tensor | None
     latent: nn.Parameter | None  # [C, d], while signs are learned: they are its signs
 
     deferred: bool = False
@@ -135,6 +143,7 @@ class FixedClassifier(nn.Module):
         *,
         codes: Tensor | None = None,
         gains: Tensor | None = None,
+        projection: Projection | None = None,
         scale: float | None = None,
         channel_dim: int = -1,
         device: torch.device | str | None = None,
@@ -147,7 +156,7 @@ class FixedClassifier(nn.Module):
             raise HeadSpecError(f"gains must be uint8 [{spec.num_classes}], and only for a spec that has them.")
         stored = None if codes is None else codes.detach().cpu().numpy()
         device = torch.get_default_device() if device is None else torch.device(device)
-        self.spec = spec.resolve(stored)
+        self.spec = spec.resolve(stored, projection)
         self.in_features = spec.num_features
         self.out_features = spec.num_classes
         self.channel_dim = channel_dim
@@ -173,7 +182,14 @@ class FixedClassifier(nn.Module):
             self.gains = torch.full((spec.num_classes,), GAIN_STEPS, dtype=torch.uint8, device=device)
             if gains is not None:
                 self.gains.copy_(gains)
-        self.product = CodeProduct(self.spec, stored, device=device, dtype=dtype)
+        self.register_buffer("projection", None)
+        self.register_buffer("projection_steps", None)
+        if spec.planes is not None:
+            shape = (spec.planes[0], spec.num_features)
+            self.projection = torch.zeros(shape, dtype=torch.int8, device=device)
+            self.projection_steps = new(spec.planes[0])
+        self.product = CodeProduct(self.spec, stored, projection, device=device, dtype=dtype)
+        self._checksum = self._checksum_of(stored, projection)
         self.reset_parameters()
 
     def _new_codes(self, stored: np.ndarray | None, device: torch.device) -> Tensor | None:
@@ -184,9 +200,15 @@ class FixedClassifier(nn.Module):
         dtype = tensor.memory_dtype or tensor.dtype
         if stored is None:
             return torch.zeros(tensor.shape, dtype=getattr(torch, dtype or ""), device=device)
-        held = stored.astype(dtype)  # a copy: the caller keeps its array
-        self._checksum = _checksum(held)
-        return torch.from_numpy(held).to(device)
+        return torch.from_numpy(stored.astype(dtype)).to(device)  # a copy: the caller keeps its array
+
+    def _checksum_of(self, stored: np.ndarray | None, projection: Projection | None) -> int | None:
+        """Compute what `check_codes` compares with, of codes in the type that they have in memory."""
+        tensor = self.spec.stored_codes
+        if tensor is None or stored is None:
+            return None
+        codes = stored.astype(tensor.memory_dtype or tensor.dtype, copy=False)
+        return _checksum(codes) if projection is None else _checksum(codes, projection.directions)
 
     @property
     def mean(self) -> Tensor | None:
@@ -211,6 +233,10 @@ class FixedClassifier(nn.Module):
                 self.bias.zero_()
             if self.codes is not None and self.product.stored is not None:
                 self.codes.copy_(torch.from_numpy(self.product.stored.astype(str(self.codes.dtype).split(".")[1])))
+            if self.projection is not None and self.projection_steps is not None:
+                known = self.product.projection
+                self.projection.copy_(torch.zeros(()) if known is None else torch.from_numpy(known.directions))
+                self.projection_steps.copy_(torch.ones(()) if known is None else torch.from_numpy(known.steps))
             if self.latent is not None and self.product.stored is not None:
                 self.latent.copy_(latent_of(self.product.stored, self.product.num_kept))
         self.reset_statistics()
@@ -227,13 +253,19 @@ class FixedClassifier(nn.Module):
             The head itself.
 
         Raises:
-            HeadSpecError: The head stores no signs, or they have not been loaded.
+            HeadSpecError: The head stores no signs, they have not been loaded, or they are those of a projection.
         """
         product = self.product
-        if product.packed is None or product.levels is not SIGNS or product.stored is None:
+        if product.packed is None or product.levels != SIGNS or product.stored is None:
             raise HeadSpecError(
                 f"Only stored signs can be learned; this head of kind {self.spec.kind!r} has none.",
                 hint="Convert with: fixify convert SOURCE --head binary",
+            )
+        if self.spec.planes is not None:
+            raise HeadSpecError(
+                "The signs of a head with a stored projection are digits of levels, of different weights: they are not "
+                "learned.",
+                hint="Leave --learn-signs out, or convert without --calibrate: signs of rotated features are learned.",
             )
         if self.latent is None:
             latent = latent_of(product.stored, product.num_kept).to(self.scale.device, self.scale.dtype)
@@ -257,7 +289,7 @@ class FixedClassifier(nn.Module):
             return
         self.spec = replace(self.spec, digest=None).resolve(stored)
         self.codes.copy_(torch.from_numpy(stored))
-        self._checksum = _checksum(stored)
+        self._checksum = self._checksum_of(stored, None)
         self.product.rebuild(stored, device=self.scale.device, dtype=self.scale.dtype)
 
     def _refuse_learned_signs(self) -> None:
@@ -323,7 +355,8 @@ class FixedClassifier(nn.Module):
         """
         if self.codes is None or self.codes.is_meta or self._checksum is None:
             return
-        if _checksum(self.codes.cpu().numpy()) != self._checksum:
+        held = [part.cpu().numpy() for part in (self.codes, self.projection) if part is not None]
+        if _checksum(*held) != self._checksum:
             raise CodebookMismatchError(
                 "The codes that this head stores have changed since it was made. A moving average of all buffers does "
                 "that: it truncates whole numbers.",
@@ -332,12 +365,12 @@ class FixedClassifier(nn.Module):
             )
 
     def codebook(self) -> Tensor:
-        """Build the codes Q, one row per class, for export; of unit norm unless there are row scales.
+        """Build the codes Q, one row per class, for export; of unit norm without row scales and without a projection.
 
         Returns:
             float32 [C, N] on the CPU.
         """
-        codes = torch.from_numpy(np.array(codebook(self.spec, self.product.stored)))
+        codes = torch.from_numpy(np.array(codebook(self.spec, self.product.stored, self.product.projection)))
         return codes if self.row_scales is None else codes * self.row_scales.cpu()[:, None]
 
     def _channels_last(self, x: Tensor) -> Tensor:
@@ -622,6 +655,8 @@ class FixedClassifier(nn.Module):
             parts[parts.index("standardize")] = "standardize='center'"
         if self.spec.bits_per_class is not None:
             parts.append(f"bits_per_class={self.spec.bits_per_class}")
+        if self.spec.planes is not None:
+            parts.append(f"planes={self.spec.planes}")
         if self.spec.bits_per_weight is not None:
             parts.append(f"bits_per_weight={self.spec.bits_per_weight:g}")
         if not self.spec.normalize:
@@ -651,12 +686,14 @@ class FixedClassifier(nn.Module):
             state_dict = {**state_dict, prefix + "scale": scale.reshape(1)}
         stored, spec = None, self.spec
         tensor, codes = self.spec.stored_codes, state_dict.get(prefix + "codes")
-        if tensor is not None and codes is not None and not codes.is_meta:
+        projection = self._projection_in(state_dict, prefix)
+        is_known = codes is not None and not codes.is_meta and (projection is not None or self.projection is None)
+        if tensor is not None and codes is not None and is_known:
             memory_dtype = getattr(torch, tensor.memory_dtype or tensor.dtype or "")
             stored = codes.detach().to("cpu", memory_dtype).numpy()
             # The signs that a run learns are not those that it began with.
             wanted = self.spec if self.latent is None else replace(self.spec, digest=None)
-            spec = wanted.resolve(stored)  # before anything is overwritten
+            spec = wanted.resolve(stored, projection)  # before anything is overwritten
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.scale.is_meta:
             return
@@ -664,17 +701,31 @@ class FixedClassifier(nn.Module):
         if self.codes is not None and stored is not None:
             self.codes = self.codes.to(memory_dtype)
             stored = self.codes.cpu().numpy()
-            self.spec, self._checksum = spec, _checksum(stored)
-            self.product.rebuild(stored, device=device, dtype=dtype)
+            self.spec, self._checksum = spec, self._checksum_of(stored, projection)
+            self.product.rebuild(stored, projection, device=device, dtype=dtype)
         elif any(table.is_meta for table in self.product.buffers()):
-            self.product.rebuild(self.product.stored, device=device, dtype=dtype)
+            self.product.rebuild(self.product.stored, self.product.projection, device=device, dtype=dtype)
+
+    def _projection_in(self, state_dict: dict[str, Any], prefix: str) -> Projection | None:
+        """Read the projection of a spec with `planes` from a state dict whose tensors fit; None if it is not there."""
+        parts = [state_dict.get(f"{prefix}projection{end}") for end in ("", "_steps")]
+        directions, steps = (None if part is None or part.is_meta else part.detach().cpu() for part in parts)
+        if self.spec.planes is None or directions is None or steps is None:
+            return None
+        return Projection(self.spec.planes, directions.numpy().copy(), steps.float().numpy())
 
     def _stored_problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         """List what is wrong with the integer tensors of a state dict, which torch would cast without a message."""
         found = []
         for tensor in self.spec.stored_tensors:
             stored = state_dict.get(prefix + tensor.name)
-            if tensor.name not in ("codes", "gains") or stored is None:
+            if tensor.name not in ("codes", "gains", "projection", "projection_steps") or stored is None:
+                continue
+            if tensor.name == "projection_steps":
+                if stored.shape != tensor.shape or not stored.is_floating_point():
+                    found.append(f"{prefix}{tensor.name} must be floating-point numbers of shape {list(tensor.shape)}.")
+                elif not stored.is_meta and not bool((stored.isfinite() & (stored > 0)).all()):
+                    found.append(f"{prefix}{tensor.name} must be positive and finite.")
                 continue
             any_integer = tensor.memory_dtype is not None
             if any_integer:

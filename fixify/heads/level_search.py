@@ -13,6 +13,7 @@ make up for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,7 +83,8 @@ def choose_levels(
             q, steps[part] = _round(wanted, step, levels)
         else:
             q = nearest_levels(wanted / step.clamp_min(1e-30), levels)
-            q, steps[part] = _descend(q, (vectors[part] @ towards).T.contiguous(), within, levels, _SWEEPS)
+            fields = (vectors[part] @ towards).T.contiguous()
+            q, steps[part] = descend(q, fields, within, [levels] * d, _SWEEPS)
         packed[part] = pack_levels(q.T.to(torch.int8).numpy(), levels)
         on_progress(what, max(1, part.stop // 2), c)
     longest = steps.max()
@@ -94,7 +96,7 @@ def choose_levels(
         else:
             q = torch.from_numpy(unpacked_levels(packed[part], d, levels)).float().T.contiguous()
             fields = (vectors[part] @ towards).T.contiguous()
-            q, _ = _descend(q, fields, within, levels, _LAST_SWEEPS, steps[part])
+            q, _ = descend(q, fields, within, [levels] * d, _LAST_SWEEPS, steps[part])
         packed[part] = pack_levels(q.T.to(torch.int8).numpy(), levels)
         on_progress(what, (c + part.stop) // 2, c)
     return packed, steps
@@ -147,8 +149,8 @@ def _round(wanted: Tensor, step: Tensor, levels: Levels) -> tuple[Tensor, Tensor
     return q, step
 
 
-def _descend(
-    q: Tensor, fields: Tensor, moment: Tensor, levels: Levels, sweeps: int, steps: Tensor | None = None
+def descend(
+    q: Tensor, fields: Tensor, moment: Tensor, levels: Sequence[Levels], sweeps: int, steps: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Minimise `g^2 q^T S q - 2 g h^T q` over levels q and step size g of each class, by coordinate descent.
 
@@ -159,7 +161,7 @@ def _descend(
         q: Start, float32 [d, k]; changed in place.
         fields: h = S w, [d, k].
         moment: S, [d, d].
-        levels: Which levels there are.
+        levels: Which levels each coordinate has.
         sweeps: How many sweeps at most.
         steps: Step sizes that stay, [k]; None: the best ones for the levels, after each sweep.
 
@@ -181,7 +183,7 @@ def _descend(
                 pull = pulls[i]
                 if i:
                     pull.addmv_(changes[:i].T, inner[i, :i], alpha=-1.0)
-                new = nearest_levels(pull / own_weight + part[start + i], levels)
+                new = nearest_levels(pull / own_weight + part[start + i], levels[start + i])
                 torch.sub(new, part[start + i], out=changes[i])
             along[active] += (h[group] * changes).sum(dim=0)
             square[active] += (changes * (2.0 * products + inner @ changes)).sum(dim=0)

@@ -52,6 +52,11 @@ class Levels:
         """All levels, smallest first."""
         return tuple(range(-self.largest, self.largest + 1, self.spacing))
 
+    @property
+    def noise(self) -> float:
+        """Squared error of normally distributed weights, in variances: 0.363 with one bit, 0.119 with two."""
+        return 1.0 - self.mean_square * (self.step / self.spacing) ** 2
+
     def num_bytes(self, count: int) -> int:
         """Compute the bytes that `count` levels of a class take.
 
@@ -77,3 +82,5 @@ LEVELS: Mapping[float, Levels] = MappingProxyType(
 """The rates above one bit, by `HeadSpec.bits_per_weight`."""
 RATES = (1, *LEVELS)
 """The values of `--bits-per-weight`."""
+PLANES = (SIGNS, LEVELS[2], LEVELS[3], LEVELS[4], Levels(5, 5, 0.188138, 112.612), Levels(6, 6, 0.104064, 368.984))
+"""The levels of 1, 2, ... planes of signs: a projected coordinate has one of these rates."""

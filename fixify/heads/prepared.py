@@ -215,8 +215,10 @@ def _dense_layer(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor] |
 
 
 def _dense_codes(product: CodeProduct, packed: Tensor) -> Tensor:
-    """Build stored signs or levels of rotated features as codes of features, float64 [C, N], times 1 / prescale."""
+    """Build stored signs or levels of other coordinates as codes of features, float64 [C, N], times 1 / prescale."""
     codes = unpack_levels(packed, product.num_kept, torch.float64, product.levels)
+    if product.directions is not None:
+        return codes @ product.directions.double()
     if product.right is None or product.rotation_signs is None:
         return codes
     codes = F.pad(codes, (0, product.spec.num_features - product.num_kept))
@@ -296,7 +298,9 @@ def _others_of_one(
 
 
 def _rotation_of_one(product: CodeProduct) -> Callable[[Tensor], Tensor] | None:
-    """Build the rotation of the features of one sample, [N]; None if the codes need none."""
+    """Build the rotation or projection of the features of one sample, [N]; None if the codes need none."""
+    if product.directions is not None:
+        return partial(torch.mv, product.directions)
     if product.right is None or product.rotation_signs is None:
         return None
     right, left, signs = product.right.t().contiguous(), product.left, product.rotation_signs
@@ -362,6 +366,9 @@ def _scores(head: Head, codes: Callable[[Tensor], Tensor], dtype: torch.dtype) -
     transform = _transform(product, dtype)
     if product.table is None and product.packed is None:
         return transform or product
+    if product.directions is not None:
+        directions = product.directions.to(dtype)
+        return lambda z: codes(F.linear(z, directions))
     if transform is None or product.rotation_signs is None:
         return codes
     n, kept = head.in_features, product.num_kept

@@ -21,9 +21,10 @@ from fixify.heads.constructions import Construction, elementary, order_of
 from fixify.heads.kinds import SpecFields, default_codes, kind_of
 from fixify.heads.levels import SIGNS, Levels
 from fixify.heads.matrices import block_signs, rows
+from fixify.heads.projection import Projection
 from fixify.heads.signs import SMALL_TABLE, PackedLinear, unpack_levels
 
-_TABLES = ("left", "right", "rotation_signs", "block_signs", "index", "class_signs", "table", "packed")
+_TABLES = ("left", "right", "rotation_signs", "directions", "block_signs", "index", "class_signs", "table", "packed")
 _TRAINING_TABLE = 1 << 24
 """Stored signs or levels held as numbers in training (64 MB in float32); more are unpacked in chunks."""
 
@@ -123,6 +124,7 @@ class CodeProduct(nn.Module):
     Args:
         spec: A resolved head spec.
         stored: What the head stores in `codes`, if anything (see `HeadSpec.resolve`); None until it is known.
+        projection: The projection that the head stores, if any; None until it is known.
         device: Device of the tables; None: torch's default.
         dtype: Floating-point type of the tables; None: torch's default.
     """
@@ -130,6 +132,7 @@ class CodeProduct(nn.Module):
     left: Tensor | None  # H_a; None if a = 1
     right: Tensor | None  # H_b
     rotation_signs: Tensor | None  # [N]; if features are rotated by the Hadamard matrix before the table
+    directions: Tensor | None  # [d, N]; what features are projected to before the table: a row per stored sign
     block_signs: Tensor | None  # [K, N]; None if only block 0 is used, whose signs are all plus
     index: Tensor | None  # position of each class among the K N scores, [C]; None if codes are in class order
     class_signs: Tensor | None  # sign of each class, [C]
@@ -143,6 +146,7 @@ class CodeProduct(nn.Module):
         self,
         spec: SpecFields,
         stored: np.ndarray | None = None,
+        projection: Projection | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -150,6 +154,7 @@ class CodeProduct(nn.Module):
         super().__init__()
         self.spec = spec
         self.stored: np.ndarray | None = None
+        self.projection: Projection | None = None
         self.is_ready = False
         self.prescale = 1.0
         self.num_kept = spec.num_features
@@ -158,11 +163,12 @@ class CodeProduct(nn.Module):
         self._holds_numbers: bool | None = None  # None until `hold_numbers`
         for name in _TABLES:
             self.register_buffer(name, None, persistent=False)
-        self.rebuild(stored, device=device, dtype=dtype)
+        self.rebuild(stored, projection, device=device, dtype=dtype)
 
     def rebuild(
         self,
         stored: np.ndarray | None,
+        projection: Projection | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -172,16 +178,17 @@ class CodeProduct(nn.Module):
         Args:
             stored: Code indices of a matched head, signs or levels of a binary one; None if not known yet: `forward`
                 will raise.
+            projection: The projection that the head stores, if any.
             device: Device of the tables; None: torch's default.
             dtype: Floating-point type of the tables; None: torch's default.
         """
         self.revision += 1
         kind = kind_of(self.spec)
-        self.stored = stored
+        self.stored, self.projection = stored, projection
         self.is_ready = stored is not None or kind.stored_codes(self.spec) is None
         tables: dict[str, np.ndarray] = {}
         if self.is_ready:
-            codes = kind.codes(self.spec, stored)
+            codes = kind.codes(self.spec, stored, projection)
             tables, self.prescale = _tables(codes)
             self.num_kept = codes.num_signs if isinstance(codes, StoredSigns) else self.spec.num_features
             self.levels = codes.levels if isinstance(codes, StoredLevels) else SIGNS
@@ -230,7 +237,7 @@ class CodeProduct(nn.Module):
         tables = [table for table in self._buffers.values() if table is not None]
         if was_meta and not any(table.is_meta for table in tables):  # `to_empty` gives memory without the values
             dtype = next((table.dtype for table in tables if table.is_floating_point()), None)
-            self.rebuild(self.stored, device=tables[0].device, dtype=dtype)
+            self.rebuild(self.stored, self.projection, device=tables[0].device, dtype=dtype)
         return self
 
     def forward(self, z: Tensor) -> Tensor:
@@ -257,7 +264,7 @@ class CodeProduct(nn.Module):
         return self._hadamard_scores(z, self.right)
 
     def rotate(self, z: Tensor) -> Tensor:
-        """Compute the coordinates in which the codes are held: the kept ones of rotated features, or z itself.
+        """Compute the coordinates in which the codes are held: of rotated or projected features, or z itself.
 
         Args:
             z: [..., N].
@@ -265,6 +272,8 @@ class CodeProduct(nn.Module):
         Returns:
             [..., d]; d = N for all but binary heads of fewer bits.
         """
+        if self.directions is not None:
+            return F.linear(z, self.directions)
         if self.rotation_signs is None or self.right is None:
             return z
         return fast_product(z * self.rotation_signs.to(z.dtype), self.left, self.right)[..., : self.num_kept]
@@ -466,7 +475,7 @@ def _hadamard_tables(codes: HadamardRows) -> tuple[dict[str, np.ndarray], float]
 
 
 def _stored_tables(
-    packed: np.ndarray, squares: float, rotation: Rotation | None
+    packed: np.ndarray, squares: float, rotation: Rotation | Projection | None
 ) -> tuple[dict[str, np.ndarray], float]:
     """Build the tables of stored signs or levels.
 
@@ -476,6 +485,8 @@ def _stored_tables(
         rotation: Applied to the features first, if any.
     """
     tables, prescale = {"packed": packed}, squares**-0.5
+    if isinstance(rotation, Projection):
+        return tables | {"directions": np.ascontiguousarray(rotation.basis().T)}, prescale
     if rotation is not None:
         unit, rotation_prescale = _unit(order_of(rotation.construction))
         prescale *= rotation_prescale

@@ -28,6 +28,8 @@ from fixify.heads.kinds import (
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+    from fixify.heads.projection import Projection
+
 # Head specs come from files; these are limits like those in `fixify.heads.kinds`.
 MAX_FEATURES = MAX_ORDER
 MAX_CLASSES = 1 << 24
@@ -39,6 +41,7 @@ _UNSET = {
     "blocks": None,
     "bits_per_class": None,
     "bits_per_weight": None,
+    "planes": None,
 }  # the fields that belong to some kinds only
 
 
@@ -73,6 +76,8 @@ class HeadSpec(SpecFields):
         bits_per_class: Number of signs d per class of a `binary` head, 1 <= d <= N; None for other kinds.
         bits_per_weight: Levels of a `binary` head instead of signs, one per feature: 1.58 (-1, 0, 1), 2, 3 or 4 bits.
             Such a head has no `bits_per_class`, and has `gains`.
+        planes: With a stored projection of the features (a `binary` head with `gains`): how many of the projected
+            coordinates have a first sign, a second, ... up to a sixth. Their sum is `bits_per_class`.
         gains: Whether a row scale, the length of the class's code, is stored per class, in one byte (`gains`); else all
             codes have length 1.
         version: Version of this record.
@@ -92,6 +97,8 @@ class HeadSpec(SpecFields):
     """
 
     def __post_init__(self) -> None:
+        if type(self.planes) is list:  # JSON has no tuples
+            object.__setattr__(self, "planes", tuple(self.planes))
         self._check_types()
         self._check_sizes()
         kind = kind_of(self)
@@ -163,6 +170,7 @@ class HeadSpec(SpecFields):
             StoredTensor("num_batches_tracked", (), "int64") if self.standardize else None,
             self.stored_codes,
             StoredTensor("gains", c, "uint8") if self.gains else None,
+            *kind_of(self).stored_projection(self),
         ]
         return tuple(tensor for tensor in tensors if tensor is not None)
 
@@ -173,7 +181,7 @@ class HeadSpec(SpecFields):
 
     @property
     def bytes_per_class(self) -> int:
-        """Bytes stored per class for its code and row scale; 0 if codes are rebuilt from the spec."""
+        """Bytes stored per class: code, row scale, share of a projection; 0 if codes are rebuilt from the spec."""
         return kind_of(self).bytes_per_class(self)
 
     @property
@@ -216,13 +224,14 @@ class HeadSpec(SpecFields):
         """Whether all codes are +-1/sqrt(N), so that the codebook is exact in integers."""
         return kind_of(self).has_sign_codebook
 
-    def resolve(self, codes: ArrayLike | None = None) -> HeadSpec:
+    def resolve(self, codes: ArrayLike | None = None, projection: Projection | None = None) -> HeadSpec:
         """Fill in construction, blocks and digest, and verify those that are given.
 
         Args:
             codes: What the head stores: code index of each class, integers [C], if matched; packed signs, uint8
                 [C, ceil(d / 8)], if binary. Without them the digest, which covers them, is neither filled in nor
                 verified.
+            projection: The projection that the head stores, if any. The digest covers its directions.
 
         Raises:
             CodebookMismatchError: The codebook of this spec, built here, is not the one it was written for.
@@ -235,7 +244,7 @@ class HeadSpec(SpecFields):
         if spec.stores_codes and codes is None:
             return spec
         try:
-            digest = kind.codes(spec, codes).digest()
+            digest = kind.codes(spec, codes, projection).digest()
         except HeadSpecError as error:
             if self.digest is None or not spec.stores_codes:
                 raise
@@ -257,6 +266,8 @@ class HeadSpec(SpecFields):
         Fields that are None are left out, and `gains` if it is false, so that older readers know all keys.
         """
         entries = dataclasses.asdict(self)
+        if self.planes is not None:
+            entries["planes"] = list(self.planes)
         return {key: value for key, value in entries.items() if value is not None and (key, value) != ("gains", False)}
 
     @classmethod

@@ -6,6 +6,7 @@ Importing this module needs no torch, so that `fixify inspect` is quick.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.table import Table
 from fixify._values import counted, shorten
 from fixify.checkpoints.header import SlimInfo
 from fixify.description import HeadRecord
+from fixify.heads.kinds import StoredTensor
 from fixify.reporting.layout import human_bytes, new_table, plain, short_digest
 from fixify.savings import Savings
 
@@ -78,8 +80,15 @@ def removed_line(savings: Savings, heads: Sequence[HeadRecord] = ()) -> str:
         rates = sorted({record.spec.bits_per_weight for record in heads if record.spec.bits_per_weight is not None})
         what = f"level of {' and '.join(f'{rate:g}' for rate in rates)} bits" if rates else "1-bit sign"
         named = counted(signs, what, what.replace("level", "levels") if rates else None)
+        entries = sum(prod(stored.shape) for record in heads for stored in _projections(record))
+        if entries:
+            named += f" and a projection of {counted(entries, '8-bit number')}"
         return f"Replaced {counted(savings.removed, 'classifier weight')} by {named} ({share})."
     return f"Removed {counted(savings.removed, 'classifier weight')} ({share})."
+
+
+def _projections(record: HeadRecord) -> tuple[StoredTensor, ...]:
+    return tuple(stored for stored in record.spec.stored_tensors if stored.name == "projection")
 
 
 def calibration_line(calibration: Mapping[str, Any]) -> str:

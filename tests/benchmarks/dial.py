@@ -10,6 +10,7 @@
     python tests/benchmarks/dial.py ddddocr --out dial.jsonl
     git clone https://github.com/EliSchwartz/imagenet-sample-images
     python tests/benchmarks/dial.py imagenet-lite0 --images imagenet-sample-images --out dial.jsonl    # and 1, 2
+    python tests/benchmarks/dial.py kanji --few-signs --out dial.jsonl
     python tests/benchmarks/dial.py --table dial.jsonl
     python tests/benchmarks/dial.py --speed
 
@@ -45,9 +46,9 @@ from fixify.comparing.alternatives import (
     truncate,
 )
 from fixify.heads import HeadSpec, feature_statistics, replacement
-from fixify.heads.fitting import fit_, level_moment
 from fixify.heads.kinds import BINARY
 from fixify.heads.levels import RATES
+from fixify.heads.projection_choice import choose_projection, may_be_projected, projected_spec
 
 Sets = Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor | None]]
 """Seed, weight [C, N], bias [C], features that calibrate, others, and labels of those if there are any."""
@@ -154,6 +155,30 @@ SETS = {"kanji": kanji_sets, "lite0": lite0_sets, "lite0-others": lite0_others_s
 NETWORKS = {f"imagenet-lite{number}": number for number in (0, 1, 2)}
 
 
+def few_signs(weight: Tensor, bias: Tensor, known: Tensor) -> Iterator[tuple[str, float, nn.Module]]:
+    """Make the heads of few signs, of rotated and of projected features, and say which of them `convert` takes."""
+    c, n = weight.shape
+    for share in (4, 2, 1):
+        options = BINARY.default_options(n, has_features=True, bits_per_class=n // share)
+        spec = HeadSpec("binary", n, c, **options)
+        projected = projected_spec(spec, weight, known)
+        if projected is not None:
+            made = replacement(projected, weight, bias, features=known).head
+            yield f"stored projection, {spec.bytes_per_class} bytes", projected.bytes_per_class, made
+        if share > 1:  # at 1 it is the row of one bit per weight
+            yield (
+                f"binary, {n // share} signs",
+                spec.bytes_per_class,
+                replacement(spec, weight, bias, features=known).head,
+            )
+        if may_be_projected(spec):
+            chosen = choose_projection(spec, weight, bias, known)
+            taken = "rotated signs" if chosen.spec is spec else f"a projection, planes {chosen.spec.planes}"
+            print(
+                f"--bits-per-class {n // share} takes {taken}; nats {chosen.projected} and {chosen.rotated}", flush=True
+            )
+
+
 def heads(weight: Tensor, bias: Tensor, known: Tensor) -> Iterator[tuple[str, float, nn.Module]]:
     """Make each classifier, with its stored bytes per class."""
     c, n = weight.shape
@@ -181,68 +206,13 @@ def heads(weight: Tensor, bias: Tensor, known: Tensor) -> Iterator[tuple[str, fl
     ):
         for bits in (2, 3, 4):
             yield f"int{bits}, {name}", rounded_bytes(weight, bits) / c, linear(round_weights(weight, bits, moments))
-    for bits in (0.25, 0.5, 1, 2):
-        projected = Projected(weight, bias, known, n * bits / 8 + 1)
-        yield f"projection, as many bytes as {bits:g} bits", projected.bytes, projected
     for bits in RATES:
         yield f"binary, no images, {bits:g} bit{'s' if bits > 1 else ''} per weight", *made(None, bits)
-    for share in (4, 2):
-        yield f"binary, {n // share} signs", *made(known, 1, n // share)
+    yield from few_signs(weight, bias, known)
     for bits in (1, 2, 4):
         rank = svd_rank(weight, c * (n * bits // 8 + 1))
         low = truncate(weight, rank, Moments(facts.mean.double(), facts.covariance))
         yield f"SVD, rank {rank}, int8 factors", svd_bytes(weight, rank) / c, linear(low)
-
-
-NOISE = (1.0, 0.3634, 0.1175, 0.0345, 0.0115, 0.0035)
-"""Squared error of normally distributed values that are rounded to 2^b evenly spaced levels, b = 0 to 5; and"""
-STEPS = (0.0, 1.596, 0.9957, 0.586, 0.3352, 0.1881)
-"""the distance of the levels, both in standard deviations (Max, 1960)."""
-
-
-class Projected(nn.Module):
-    """A stored projection N -> d before d coordinates of each class; it is not shipped. Scale and bias are fitted.
-
-    In the coordinates in which the features' moment M is the identity, the principal directions of the class vectors
-    are taken, and bits go one by one to the coordinate whose error falls most per byte: reverse water-filling. The
-    projection is stored with 8 bits per entry, and each class has a row scale of one byte; all of it is counted.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor, known: Tensor, budget: float) -> None:
-        super().__init__()
-        (c, n), facts = weight.shape, feature_statistics(known, standardize="center")
-        centered = (weight - weight.mean(dim=0)).double()
-        values, vectors = torch.linalg.eigh(level_moment(facts.covariance, weight))
-        root, inverse = (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
-        variances, directions = torch.linalg.eigh(root @ (centered.T @ centered / c) @ root)
-        variances, directions = variances.flip(0).clamp_min(0).float(), directions.flip(1)
-        bits, noise = torch.zeros(n, dtype=torch.long), torch.tensor([*NOISE, NOISE[-1]])
-        self.bytes = 1.0
-        while True:
-            price = torch.where(bits == 0, 1 / 8 + n / c, 1 / 8)
-            chosen = int((variances * (noise[bits] - noise[bits + 1]) / price).argmax())
-            if self.bytes + float(price[chosen]) > budget:
-                break
-            bits[chosen] += 1
-            self.bytes += float(price[chosen])
-        d = int((bits > 0).sum())
-        found, spread = (centered @ root @ directions[:, :d]).float(), variances[:d].sqrt()
-        lengths = (found / spread).square().mean(dim=1, keepdim=True).sqrt()
-        steps, largest = torch.tensor(STEPS)[bits[:d]], 2.0 ** bits[:d] - 1
-        levels = ((found / spread / lengths / steps * 2 - 1) / 2).round() * 2 + 1
-        levels = torch.minimum(torch.maximum(levels, -largest), largest) * (steps / 2 * spread)
-        lengths = (levels * found).sum(dim=1, keepdim=True) / levels.square().sum(dim=1, keepdim=True)
-        lengths = (lengths / lengths.max() * 255).round().clamp_min(1) * (lengths.max() / 255)
-        projection = (inverse @ directions[:, :d]).float()
-        entry = projection.abs().amax(dim=0) / 127
-        self.weight, self.mean = (levels * lengths) @ ((projection / entry).round() * entry).T, facts.mean
-        self.out_features, self.in_features, self.width = c, n, d
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("bias", bias.clone())
-        fit_(self, known, weight, bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * ((x - self.mean) @ self.weight.T) + self.bias
 
 
 @torch.no_grad()
@@ -285,7 +255,8 @@ def run(data: str, arguments: argparse.Namespace) -> None:
         learned.weight.data, learned.bias.data = weight, bias
         entries = [("learned, float32", 4.0 * weight.shape[1], learned)] if labels is not None else []
         started = time.perf_counter()
-        for name, size, head in [*entries, *heads(weight, bias, known)] if entries else heads(weight, bias, known):
+        made = (few_signs if arguments.few_signs else heads)(weight, bias, known)
+        for name, size, head in [*entries, *made] if entries else made:
             seconds = time.perf_counter() - started
             entry = {"data": data, "seed": seed, "row": name, "bytes": size, "seconds": round(seconds, 1)}
             entry |= measure(head, weight, bias, others, labels)
@@ -337,6 +308,7 @@ def print_speed() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", choices=(*SETS, *NETWORKS))
+    parser.add_argument("--few-signs", action="store_true", help="only the heads of few signs, with their projections")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmark"), help="folder of images and networks")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark/dial.jsonl"))

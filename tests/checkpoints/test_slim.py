@@ -261,7 +261,7 @@ def test_info_survives_a_round_trip(slim: Path) -> None:
     assert info.source["name"] == "small.pth"
 
 
-@pytest.mark.parametrize("name", ["v1", "v1-binary", "v1-ternary", "v1-levels"])
+@pytest.mark.parametrize("name", ["v1", "v1-binary", "v1-ternary", "v1-levels", "v1-projected"])
 def test_the_golden_files_of_version_1_give_their_logits(name: str) -> None:
     """Files that are out there must load, and compute the same, for ever; see golden/make_golden.py."""
     golden = Path(__file__).parents[1] / "golden"
@@ -279,7 +279,8 @@ def test_the_golden_files_of_version_1_give_their_logits(name: str) -> None:
         "kwargs": {"in_chans": 1},
     }
     assert info.heads[0].spec.matched == (name == "v1")
-    assert info.heads[0].spec.bits_per_class == (44 if name == "v1-binary" else None)
+    assert info.heads[0].spec.bits_per_class == {"v1-binary": 44, "v1-projected": 45}.get(name)
+    assert info.heads[0].spec.planes == ((20, 15, 7, 3) if name == "v1-projected" else None)
     assert info.heads[0].spec.bits_per_weight == {"v1-ternary": 1.58, "v1-levels": 3}.get(name)
     assert info.dtype == "float16"
 

@@ -104,6 +104,8 @@ def by_numpy(arrays: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
     matrix = np.kron(arrays["left"], arrays["right"]).astype(float) if "left" in arrays else np.ones((1, 1))
     if "rotation_signs" in arrays:
         x = (x * signs(arrays["rotation_signs"], x.shape[1])) @ matrix.T
+    if "directions" in arrays:
+        x = (x @ arrays["directions"].T.astype(float))[:, arrays["columns"]] * arrays["factors"]
     if "width" in arrays:
         x = x[:, : int(arrays["width"])]
         if "planes" in arrays:

@@ -7,6 +7,7 @@ import torch
 
 from fixify.heads import FixedClassifier, HeadSpec
 from fixify.heads.levels import LEVELS
+from fixify.heads.projection import Projection
 from fixify.heads.signs import pack_levels
 
 SPECS = {
@@ -35,6 +36,10 @@ SPECS = {
     "1.58 bits": HeadSpec("binary", 1280, 50, bits_per_weight=1.58, gains=True, standardize="center"),
     "2 bits, no rotation": HeadSpec("binary", 30, 50, bits_per_weight=2, gains=True),
     "4 bits, no bytes of signs": HeadSpec("binary", 44, 50, bits_per_weight=4, gains=True, normalize=False),
+    "projected": HeadSpec("binary", 200, 150, bits_per_class=40, planes=(18, 12, 7, 3), gains=True, normalize=False),
+    "projected, no bytes of signs": HeadSpec(
+        "binary", 30, 50, bits_per_class=13, planes=(6, 4, 2, 1), gains=True, normalize=False, standardize="center"
+    ),
     "gains": HeadSpec("hadamard", 64, 10, gains=True),
     "fixed scale": HeadSpec("hadamard", 64, 10, fixed_scale=True),
 }
@@ -54,7 +59,11 @@ def a_head(spec: HeadSpec, *, channel_dim: int = -1) -> FixedClassifier:
         space = 2 * spec.num_features * (spec.blocks or 1)
         codes = torch.from_numpy(rng.choice(space, spec.num_classes, replace=False))
     gains = torch.from_numpy(rng.integers(1, 256, spec.num_classes, dtype=np.uint8)) if spec.gains else None
-    head = FixedClassifier(spec, codes=codes, gains=gains, channel_dim=channel_dim).eval()
+    projection = None
+    if spec.planes is not None:
+        directions = rng.integers(-127, 128, (spec.planes[0], spec.num_features), dtype=np.int8)
+        projection = Projection(spec.planes, directions, rng.uniform(1e-4, 2e-3, spec.planes[0]).astype(np.float32))
+    head = FixedClassifier(spec, codes=codes, gains=gains, projection=projection, channel_dim=channel_dim).eval()
     with torch.no_grad():
         head.scale.mul_(0.7)
         for tensor in (head.bias, head.center, head.spread):
