@@ -37,11 +37,13 @@ class HeadConfig(CheckedOptions):
     )
     seed: int = option(0, "Seed of the codebook; the same seed gives the same codes.", ge=0, lt=1 << 64)
     bits_per_class: int | None = option(
-        None,
-        "Signs per class that a binary head stores. Default: one per feature. If given with --calibrate, and there are "
-        "more classes than features, the same bytes may hold a projection of the features and finer levels of fewer "
-        "coordinates instead: if that is nearer to the original's answers on a quarter of the images.",
-        ge=1,
+        None, "Signs per class that a binary head stores. Default: one per feature.", ge=1
+    )
+    project: bool = option(
+        True,
+        "With --bits-per-class, --calibrate and more classes than features, store a projection of the features and "
+        "finer levels of fewer coordinates in the same bytes, if that is nearer to the original's answers on a quarter "
+        "of the images. Signs that fine-tuning shall learn (--learn-signs) need --no-project.",
     )
     bits_per_weight: float | None = option(
         None,

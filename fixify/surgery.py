@@ -377,8 +377,8 @@ def _make_head(
         if match and isinstance(head, HeadConfig) and head.wide_search:
             spec = replace(spec, matched=True, blocks=wide_blocks(spec.num_features, spec.num_classes))
         bias = tensors[f"{site.path}.bias"] if site.has_bias else None
-        sized = isinstance(head, HeadConfig) and head.bits_per_class is not None
-        if features is not None and sized and may_be_projected(spec):
+        may_project = isinstance(head, HeadConfig) and head.project and head.bits_per_class is not None
+        if features is not None and may_project and may_be_projected(spec):
             spec = choose_projection(spec, weight, bias, features, scale=alpha, on_progress=on_progress).spec
         made = replacement(
             spec,

@@ -265,7 +265,7 @@ class FixedClassifier(nn.Module):
             raise HeadSpecError(
                 "The signs of a head with a stored projection are digits of levels, of different weights: they are not "
                 "learned.",
-                hint="Leave --learn-signs out, or convert without --calibrate: signs of rotated features are learned.",
+                hint="Leave --learn-signs out, or convert with --no-project: signs of rotated features can be learned.",
             )
         if self.latent is None:
             latent = latent_of(product.stored, product.num_kept).to(self.scale.device, self.scale.dtype)

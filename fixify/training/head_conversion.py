@@ -50,6 +50,7 @@ def head_config(options: TrainOptions) -> HeadConfig:
         seed=options.head_seed,
         bits_per_class=options.bits_per_class,
         gains=False,
+        project=False,
         alpha=options.head_scale,
         fixed_scale=options.head_fixed_scale,
         bias=options.head_bias,

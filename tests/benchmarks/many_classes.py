@@ -45,6 +45,7 @@ from fixify.heads import FixedClassifier, HeadSpec, feature_statistics, replacem
 from fixify.heads.fitting import level_moment
 from fixify.heads.kinds import BINARY
 from fixify.heads.learned_signs import signs_of
+from fixify.heads.projection_choice import projected_spec
 from fixify.training import FinetuneOptions
 from fixify.training.optimisers import parameter_groups
 
@@ -82,6 +83,7 @@ class Trial:
         restart: Whether schedule and optimiser begin anew after that, as in a second run.
         project: Whether the signs are those of a learned projection N -> d, 8 bits per entry, that begins at the
             principal directions of the old class vectors.
+        stored: Whether the signs are digits of levels in a stored projection, as `convert` makes them; they are held.
         rank: Rank of a learned correction beside the codes, float16.
         layer_decay: Factor on each layer's rate.
         sgd: SGD with momentum instead of AdamW; the latent weights' gradient has one size.
@@ -108,6 +110,7 @@ class Trial:
     warmup: float = 0.0
     restart: bool = False
     project: bool = False
+    stored: bool = False
     rank: int = 0
     layer_decay: float | None = None
     sgd: bool = False
@@ -136,6 +139,7 @@ class Trial:
             "warmup": f"learned classifier for {self.warmup:.0%}",
             "restart": "then a second run",
             "project": "learned projection",
+            "stored": "as a stored projection",
             "rank": f"correction of rank {self.rank}",
             "layer_decay": f"layer decay {self.layer_decay or 1:g}",
             "sgd": "SGD",
@@ -198,6 +202,8 @@ TRIALS = {
         replace(LEARNED, signs=56),
         replace(LEARNED, signs=120),
         Trial(rematch=EARLY),
+        Trial(stored=True, gains=True, bias=True),
+        Trial(signs=128, stored=True, gains=True, bias=True),
         Trial(signs=32, project=True),
         replace(LEARNED, signs=32, project=True),
         replace(LEARNED, signs=40, project=True),
@@ -463,6 +469,11 @@ def rematch_(model: nn.Module, means: Tensor) -> None:
 def new_head(trial: Trial, old: Old) -> nn.Module:
     if trial.signs < 0:
         return matched(old, calibrated=True)
+    if trial.stored:
+        n, c = old.weight.shape[1], len(old.weight)
+        options = BINARY.default_options(n, has_features=True, bits_per_class=trial.signs)
+        spec = projected_spec(HeadSpec("binary", n, c, **options), old.weight, old.features)
+        return replacement(spec, old.weight, old.bias, features=old.features).head
     return SignHead(trial, old)
 
 

@@ -66,6 +66,17 @@ def test_convert_inspect_verify(run: Run, source: Path, pictures: Path, tmp_path
     assert run("verify", out, "--source", source)[0] == 0
 
 
+def test_signs_that_can_be_learned(source: Path, slim: Path, pictures: Path, tmp_path: Path) -> None:
+    options = {"head": "binary", "bits_per_class": 64, "calibrate": str(pictures), "project": False}
+    rotated = fixify.convert(source, tmp_path / "a.safetensors", device="cpu", arch="test_efficientnet", **options).path
+    head = fixify.load(rotated).get_classifier()
+    assert head.spec.planes is None and head.spec.bits_per_class == 64
+    head.learn_signs_()
+    with pytest.raises(fixify.HeadSpecError) as refused:
+        fixify.load(slim).get_classifier().learn_signs_()
+    assert "--no-project" in (refused.value.hint or "")
+
+
 @pytest.mark.parametrize("to", ["torch-export", "onnx", "dense"])
 def test_exports(slim: Path, tmp_path: Path, to: str) -> None:
     if to == "onnx":

@@ -28,7 +28,7 @@ from fixify.training import (
     stored_options,
     train_from_scratch,
 )
-from fixify.training.head_conversion import conversion_step
+from fixify.training.head_conversion import conversion_step, head_config
 from fixify.training.optimisers import make_optimiser, take_over_state
 
 QUICK = {
@@ -252,6 +252,11 @@ def test_the_accuracy_of_the_learned_head_does_not_stop_the_run(run: Any, model:
     result = run(tmp_path, options(max_drop=99, original_top1=99, val_every=1), model)
     assert result.reached and result.after.classifier == "converted"
     assert metrics(tmp_path)[-1]["step"] == 8
+
+
+def test_signs_are_never_those_of_a_projection() -> None:
+    """They could not be learned."""
+    assert not head_config(options()).project
 
 
 def test_what_is_not_possible_is_refused_before_training(run: Any, model: Any, tmp_path: Path) -> None:
