@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import fixify
+from fixify.errors import HeadSpecError
 from fixify.exporting.export import ExportOptions
 
 Run = Callable[..., tuple[int, str, str]]
@@ -72,7 +73,7 @@ def test_signs_that_can_be_learned(source: Path, slim: Path, pictures: Path, tmp
     head = fixify.load(rotated).get_classifier()
     assert head.spec.planes is None and head.spec.bits_per_class == 64
     head.learn_signs_()
-    with pytest.raises(fixify.HeadSpecError) as refused:
+    with pytest.raises(HeadSpecError) as refused:
         fixify.load(slim).get_classifier().learn_signs_()
     assert "--no-project" in (refused.value.hint or "")
 
