@@ -155,7 +155,13 @@ def trial(task: Task, old: Old, head: str, options: FinetuneOptions, taught_by: 
         options = options.replace(distill_weight=USUAL_TEACHING)  # as `finetune` does
     with tempfile.TemporaryDirectory() as folder:
         opened = OpenedInputs(task.train, task.tune, task.preprocessing, teacher=teacher)
-        output = RunOutput(Path(folder), save=lambda _model, _path, _record: None, force=True)
+        best = copy.deepcopy(model)
+
+        def save(saved: nn.Module, path: Path, _record: object) -> None:
+            if path == output.best_path:
+                best.load_state_dict(saved.state_dict())
+
+        output = RunOutput(Path(folder), save=save, force=True)
         history = train_model(model, opened, options, output).history
     return {
         "tuned_before": before[0],
@@ -163,6 +169,7 @@ def trial(task: Task, old: Old, head: str, options: FinetuneOptions, taught_by: 
         "tuned_on": history[-1].val_top1,
         "epochs_tuned_on": [record.val_top1 for record in history],
         "top1": top1(model, task.val, task.preprocessing),
+        "best": top1(best, task.val, task.preprocessing),
     }
 
 
