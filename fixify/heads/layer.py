@@ -90,7 +90,7 @@ class FixedClassifier(nn.Module):
     the product. In training up to 2^24 of them are numbers too, as are up to 2^19 before the mode is set. In
     evaluation on a processor up to 2^20 of them, or 2^21 with several threads, become one dense layer if features are
     not normalised: there `nn.Linear` is faster than any product with packed signs. Where 8-bit integers are multiplied
-    fast, up to 2^21 signs and 2^24 levels are bytes too, and more signs take 4 bits each, all for the product of few
+    fast, up to 2^21 signs and 2^24 levels are bytes too, and more signs take 2 bits each, all for the product of few
     samples. Elsewhere up to 2^19 are numbers.
 
     Args:

@@ -3,7 +3,7 @@
 They are unpacked a chunk at a time, by a table with an entry per byte, into memory that stays in the cache. Where the
 processor multiplies 8-bit integers fast, features are written as digits of 8 bits. Their products with signs are exact,
 together as exact as a product in float32, and take about half of its time. For few samples unpacking would take longer
-than multiplying; signs are then held as bytes if they are few, and two to a byte if they are more.
+than multiplying; signs are then held as bytes if they are few, and four to a byte if they are more.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _CHUNK = 1 << 22
 _CACHED_FLOATS = 1 << 17
 _CACHED_BYTES = 1 << 20
 """Unpacked signs that stay in the second-level cache beside the products, as floating-point numbers and integers."""
-_CACHED_PAIRS = 1 << 19
-"""Bytes of pairs that stay there beside their first bits."""
+_CACHED_QUADS = 1 << 19
+"""Bytes of four signs that stay there beside some of their bits."""
 _FEWEST_SIGNS = 8
 """Signs per class from which integers are used. `torch._int_mm` is wrong where rows are of length 1 (torch 2.14)."""
 SMALL_TABLE = 1 << 19
 """Signs or levels that are held as numbers, 2 MB in float32: where integers are not fast, and in a new head."""
 _BYTE_SIGNS = 1 << 21
-"""Signs up to which each is held as a byte, 2 MB, for few samples; more take 4 bits each."""
+"""Signs up to which each is held as a byte, 2 MB, for few samples; more take 2 bits each."""
 _BYTE_LEVELS = 1 << 24
 """Levels up to which each is held as a byte, 16 MB. A table that unpacks them takes longer at batch 1: 11 to 25 ms for
 8,210 x 1,024, where `nn.Linear` takes 3.1."""
@@ -175,25 +175,26 @@ class PackedLinear(torch.autograd.Function):
         return total.to(ctx.dtype), None, None, None
 
 
-def pack_pairs(packed: Tensor, num_signs: int) -> Tensor:
-    """Write signs as pairs for `IntegerProduct`, four bits a sign.
+def pack_quads(packed: Tensor, num_signs: int) -> Tensor:
+    """Write signs four to a byte for `IntegerProduct`.
 
     Args:
         packed: uint8 [C, ceil(d / 8)]; bit 1 is a minus sign.
         num_signs: d.
 
     Returns:
-        int8 [C, h], h = ceil(d / 2): the bit of sign i, and twice that of sign h + i.
+        int8 [C, h], h = ceil(d / 4): the bit of sign i, twice that of sign h + i, four times that of 2h + i, and so on.
     """
-    c, half = len(packed), -(-num_signs // 2)
-    pairs = torch.zeros(c, half, dtype=torch.int8)
+    c, quarter = len(packed), -(-num_signs // 4)
+    quads = torch.zeros(c, quarter, dtype=torch.int8)
     step = max(1, _CHUNK // num_signs)
     for start in range(0, c, step):
         bits = np.unpackbits(packed[start : start + step].numpy(), axis=1, count=num_signs).view(np.int8)
-        target = pairs[start : start + step]
-        target.copy_(torch.from_numpy(bits[:, :half]))
-        target[:, : num_signs - half].add_(torch.from_numpy(bits[:, half:]), alpha=2)
-    return pairs
+        target = quads[start : start + step]
+        for i in range(4):
+            part = torch.from_numpy(bits[:, i * quarter : (i + 1) * quarter])
+            target[:, : part.shape[1]].add_(part, alpha=1 << i)
+    return quads
 
 
 Rows = Callable[[int, int], Tensor]
@@ -295,33 +296,37 @@ def _byte_weights() -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _pair_steps() -> Tensor:
-    """Build the matrix [2, 2] that the two halves x and y of the features are multiplied with for `_sums_of_pairs`.
+def _quad_steps() -> Tensor:
+    """Build the matrix [4, 4] that the four quarters of the features are multiplied with for `_sums_of_quads`.
 
-    With bits a of the first half of the signs, b of the second and p = a + 2b, the sum over minus signs is
-    `x @ a + y @ b = (x - y / 2) @ a + (y / 2) @ p`, and `a = p & 1` takes a single operation.
+    With bits a of the first quarter of the signs, b of the second and so on, p_2 = a + 2b, p_3 = p_2 + 4c and
+    p_4 = p_3 + 8d are a quad without its upper bits. The sum over minus signs of features w, x, y, z is
+    `(w - x / 2) @ a + (x / 2 - y / 4) @ p_2 + (y / 4 - z / 8) @ p_3 + (z / 8) @ p_4`.
     """
     with torch.inference_mode(False):
-        return torch.tensor([[1.0, -0.5], [0.0, 0.5]])
+        of_own = torch.tensor([1.0, 0.5, 0.25, 0.125])
+        return torch.diag(of_own) - torch.diag(of_own[1:], diagonal=1)
 
 
-def _sums_of_pairs(pairs: Tensor, digits: Tensor) -> Tensor:
-    """Multiply the first bits of pairs int8 [C, h], and the pairs, with digits int8 [2, h, k]: int32 [C, k]."""
-    c, half = pairs.shape
-    step = min(c, max(32, _CACHED_PAIRS // half))
-    bits = torch.empty(step, half, dtype=torch.int8)
+def _sums_of_quads(quads: Tensor, digits: Tensor) -> Tensor:
+    """Multiply quads int8 [C, h], and them without their upper bits, with digits int8 [4, h, k]: int32 [C, k]."""
+    c, quarter = quads.shape
+    step = min(c, max(32, _CACHED_QUADS // quarter))
+    lower = torch.empty(step, quarter, dtype=torch.int8)
     sums = torch.empty(c, digits.shape[2], dtype=torch.int32)
     for start in range(0, c, step):
-        part = pairs[start : start + step]
-        of_bits = torch._int_mm(torch.bitwise_and(part, 1, out=bits[: len(part)]), digits[0])
-        torch._int_mm(part, digits[1], out=sums[start : start + step]).add_(of_bits)
+        part = quads[start : start + step]
+        total = torch._int_mm(part, digits[3], out=sums[start : start + step])
+        for i in range(3):
+            some = torch.bitwise_and(part, (2 << i) - 1, out=lower[: len(part)])
+            total.add_(torch._int_mm(some, digits[i]))
     return sums
 
 
 class IntegerProduct:
     """The product of features with packed signs or levels in integers of 8 bits, on a processor, without gradients.
 
-    For few samples, features are written as words, whose bytes are multiplied with signs held as bytes or pairs. For
+    For few samples, features are written as words, whose bytes are multiplied with signs held as bytes or quads. For
     more samples they are written as fewer digits, and signs that are no bytes are unpacked a chunk of classes at a
     time. Samples of few signs are multiplied as numbers.
 
@@ -336,7 +341,7 @@ class IntegerProduct:
         self._packed, self._num_signs, self._dtype, self._kind = packed, num_signs, dtype, kind
         held = len(packed) * num_signs <= (_BYTE_SIGNS if kind is SIGNS else _BYTE_LEVELS)
         self._bytes = unpack_levels(packed, num_signs, torch.int8, kind) if held else None
-        self._pairs = pack_pairs(packed, num_signs) if self._bytes is None and kind is SIGNS else None
+        self._quads = pack_quads(packed, num_signs) if self._bytes is None and kind is SIGNS else None
 
     def __call__(self, z: Tensor) -> Tensor:
         """Multiply features [M, d]: [M, C]."""
@@ -352,7 +357,7 @@ class IntegerProduct:
     @property
     def knows_one(self) -> bool:
         """Whether `of_one` can be used."""
-        return self._bytes is not None or self._pairs is not None
+        return self._bytes is not None or self._quads is not None
 
     def of_one(self, z: Tensor) -> tuple[Tensor, float]:
         """Multiply the features of one sample, float32 [d]: scores [C], and the factor that they lack."""
@@ -360,7 +365,7 @@ class IntegerProduct:
         largest = max(parts.abs().max().item(), _LEAST)
         words = _as_words(torch.add(_carries()[0], parts, alpha=2.0**30 / largest))
         products = self._products(words)[:, 0]
-        if self._pairs is None:
+        if self._quads is None:
             return products, largest
         return products.sub_(z.sum().item() / (2 * largest)), -2 * largest
 
@@ -370,26 +375,26 @@ class IntegerProduct:
         words = _as_words(torch.addcmul(_carries()[0], parts, (2.0**30 / largest).unsqueeze(-1)))
         products = self._products(words).t()
         product = torch.mul(products, largest.unsqueeze(-1), out=torch.empty(products.shape))
-        return product if self._pairs is None else torch.sub(z.sum(dim=1, keepdim=True), product, alpha=2)
+        return product if self._quads is None else torch.sub(z.sum(dim=1, keepdim=True), product, alpha=2)
 
     def _parts(self, z: Tensor) -> Tensor:
-        """Bring features [M, d] into the order of bytes [1, M, d] or of pairs [2, M, d / 2]."""
-        if self._pairs is None:
+        """Bring features [M, d] into the order of bytes [1, M, d] or of quads [4, M, d / 4]."""
+        if self._quads is None:
             return z.unsqueeze(0)
-        (m, d), half = z.shape, self._pairs.shape[1]
-        if d % 2:
-            z = F.pad(z, (0, 1))
-        halves = z.view(m, 2, half) if m == 1 else z.view(m, 2, half).transpose(0, 1).contiguous()
-        return torch.mm(_pair_steps(), halves.view(2, -1)).view(2, m, half)
+        m, quarter = len(z), self._quads.shape[1]
+        if z.shape[1] < 4 * quarter:
+            z = F.pad(z, (0, 4 * quarter - z.shape[1]))
+        quarters = z.view(m, 4, quarter) if m == 1 else z.view(m, 4, quarter).transpose(0, 1).contiguous()
+        return torch.mm(_quad_steps(), quarters.view(4, -1)).view(4, m, quarter)
 
     def _products(self, words: Tensor) -> Tensor:
-        """Multiply words [1 or 2, M, k] with signs as bytes or the bits of pairs: float32 [C, M] in units of 2^30."""
+        """Multiply words [1 or 4, M, k] with signs as bytes or the bits of quads: float32 [C, M] in units of 2^30."""
         parts, m, k = words.shape
         if m > 1:
             words = words.transpose(1, 2).contiguous()
         digits = words.view(-1).view(torch.int8).view(parts, k, 4 * m)
-        if self._pairs is not None:
-            sums = _sums_of_pairs(self._pairs, digits)
+        if self._quads is not None:
+            sums = _sums_of_quads(self._quads, digits)
         elif self._bytes is not None:
             sums = torch._int_mm(self._bytes, digits[0])
         return torch.mv(sums.float().view(-1, 4), _byte_weights()).view(-1, m)

@@ -13,7 +13,7 @@ from fixify.heads.signs import (
     chunked_product,
     has_fast_integers,
     pack_levels,
-    pack_pairs,
+    pack_quads,
     packed_product,
     unpack_levels,
     unpack_signs,
@@ -48,13 +48,14 @@ def test_signs_are_unpacked_highest_bit_first(dtype):
     assert traced.dtype == dtype and torch.equal(traced, unpacked)
 
 
-def test_pairs_take_half_a_byte_per_sign():
+def test_quads_take_a_quarter_of_a_byte_per_sign():
     packed = pack(9, 21)
-    pairs = pack_pairs(packed, 21)
-    bits = torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=21))
-    assert pairs.shape == (9, 11) and pairs.dtype == torch.int8
-    assert torch.equal(pairs & 1, bits[:, :11].char())
-    assert torch.equal(pairs[:, :10] >> 1, bits[:, 11:].char()) and not (pairs[:, 10] >> 1).any()
+    quads, bits = pack_quads(packed, 21), unpack_signs(packed, 21, torch.int8) < 0
+    assert quads.shape == (9, 6) and quads.dtype == torch.int8
+    for i in range(4):
+        wanted = bits[:, 6 * i : 6 * (i + 1)].char()
+        assert torch.equal(quads[:, : wanted.shape[1]] >> i & 1, wanted)
+    assert int(quads[:, 3:].max()) < 8
 
 
 def integers(**sizes):
@@ -74,7 +75,7 @@ def products():
     found = {"chunks": lambda z, packed, d: chunked_product(z, packed)}
     if has_fast_integers():
         found |= {
-            "words with pairs": integers(_BYTE_SIGNS=0, _WORDS_UP_TO=99),
+            "words with quads": integers(_BYTE_SIGNS=0, _WORDS_UP_TO=99),
             "words with bytes": integers(_WORDS_UP_TO=99),
             "digits with a table": integers(_BYTE_SIGNS=0, _WORDS_UP_TO=0, _FLOATS_BELOW=0),
             "digits with bytes": integers(_WORDS_UP_TO=0, _FLOATS_BELOW=0),
@@ -90,7 +91,7 @@ def products():
 )
 def test_every_product_is_as_exact_as_the_dense_one(name, m, c, d, dtype, draw, monkeypatch):
     monkeypatch.setattr(module, "_CACHED_BYTES", 1 << 14)  # several chunks
-    monkeypatch.setattr(module, "_CACHED_PAIRS", 1 << 14)
+    monkeypatch.setattr(module, "_CACHED_QUADS", 1 << 14)
     monkeypatch.setattr(module, "_CACHED_FLOATS", 1 << 12)
     packed = pack(c, d)
     z = draw(m, d)
@@ -221,8 +222,8 @@ def test_features_of_any_size_are_multiplied(m, magnitude, byte_signs, draw, mon
 
 
 @pytest.mark.skipif(not has_fast_integers(), reason="this processor has no fast products of 8-bit integers")
-@pytest.mark.parametrize(("c", "bits"), [(50, 9), (51, 5)])
-def test_few_signs_are_bytes_and_more_take_four_bits(c, bits, monkeypatch):
+@pytest.mark.parametrize(("c", "bits"), [(50, 9), (51, 3)])
+def test_few_signs_are_bytes_and_more_take_three_bits(c, bits, monkeypatch):
     monkeypatch.setattr(module, "_BYTE_SIGNS", 50 * 80)
     product = IntegerProduct(pack(c, 80), 80, torch.float32)
     held = sum(value.nbytes for value in vars(product).values() if isinstance(value, torch.Tensor))
