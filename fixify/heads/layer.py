@@ -177,6 +177,8 @@ class FixedClassifier(nn.Module):
         self.register_buffer("num_batches_tracked", count)
         self.register_parameter("latent", None)
         self.register_buffer("codes", self._new_codes(stored, device))
+        if stored is not None and self.codes is not None and self.codes.dtype == torch.uint8:
+            stored = self.codes.cpu().numpy()  # signs and levels are large; on a processor this is the same memory
         self.register_buffer("gains", None)
         if spec.gains:
             self.gains = torch.full((spec.num_classes,), GAIN_STEPS, dtype=torch.uint8, device=device)
