@@ -39,7 +39,9 @@ assert "torchvision" in sys.modules or "fixify.models" not in sys.modules
     [
         ("import fixify", False, "import importlib.util; importlib.util.find_spec('timm.models')"),
         ("import timm", True, "import fixify"),
-        ("import fixify, fixify.errors", False, "from timm.models import create_model"),
+        pytest.param(
+            "import fixify, fixify.errors", False, "from timm.models import create_model", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_either_order_of_imports(first: str, imported: bool, second: str) -> None:

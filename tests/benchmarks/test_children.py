@@ -20,6 +20,7 @@ from fixify.benchmarks.step import Phases, benchmark_step, measure_steps
 from fixify.errors import ArchitectureError, HeadSpecError, ResourceError, UsageError
 
 
+@pytest.mark.slow
 def test_a_child_answers_or_says_why_not() -> None:
     arguments = {"num_features": 64, "num_classes": 20, "kind": "binary", "num_images": 0}
     found = run_in_child(convert.measure_conversion, arguments, num_threads=1)

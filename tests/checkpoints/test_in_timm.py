@@ -114,7 +114,9 @@ def test_stock_loading_fits(slim_folder: Callable[..., str], head: str) -> None:
         assert torch.equal(answers(model, images("test_efficientnet")), expected)
 
 
-@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit", "swin_s3_tiny_224"])
+@pytest.mark.parametrize(
+    "name", ["test_efficientnet", "test_vit", pytest.param("swin_s3_tiny_224", marks=pytest.mark.slow)]
+)
 def test_other_numbers_of_classes(slim_folder: Callable[..., str], name: str) -> None:
     folder, x = slim_folder(name), images(name)
     ours: Any = fixify.load(folder)

@@ -58,7 +58,10 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+SOME_SLOW = [pytest.param(name, marks=[] if name == "finetune" else pytest.mark.slow) for name in COMMANDS]
+
+
+@pytest.mark.parametrize("command", SOME_SLOW)
 def test_a_killed_process_ends_the_command(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -69,7 +72,7 @@ def test_a_killed_process_ends_the_command(
     assert ("--resume" in err) is (command != "eval")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", SOME_SLOW)
 def test_a_hanging_process_ends_the_command(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:

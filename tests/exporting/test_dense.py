@@ -34,7 +34,7 @@ assert "fixify" not in sys.modules
 @pytest.mark.parametrize(
     ("options", "exact"),
     [
-        ({"head": "binary"}, True),
+        pytest.param({"head": "binary"}, True, marks=pytest.mark.slow),
         pytest.param({"head": "binary", "bits_per_weight": 2}, True, marks=pytest.mark.slow),
         ({"head": "hadamard"}, False),
     ],

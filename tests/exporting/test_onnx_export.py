@@ -66,7 +66,7 @@ def test_levels(slims: Slims, tmp_path: Path, bits: float) -> None:
 @pytest.mark.parametrize(
     ("name", "head", "arguments"),
     [
-        ("test_vit", "hadamard", {}),
+        pytest.param("test_vit", "hadamard", {}, marks=pytest.mark.slow),
         ("vit_srelpos_small_patch16_224", "hadamard", {"depth": 1}),  # its fused attention has no form in ONNX
         pytest.param("tiny_vit_5m_224", "binary", {}, marks=pytest.mark.slow),
         ("deit_tiny_distilled_patch16_224", "binary", {"depth": 1}),  # the mean of two heads

@@ -58,7 +58,9 @@ def test_many_inputs(kinds: dict[str, Kind], tmp_path: Path, name: str) -> None:
     _check(kinds[name], range(10_000, 10_000 + _MANY * kinds[name].share // 1000), tmp_path)
 
 
-@pytest.mark.parametrize("name", FALLEN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "200,000 entries" else []) for name in FALLEN]
+)
 def test_what_fell_once(kinds: dict[str, Kind], tmp_path: Path, name: str) -> None:
     kind, make = FALLEN[name]
     write = make()

@@ -129,6 +129,7 @@ def test_ties_say_what_differs() -> None:
     assert "padding even" in found.describe()
 
 
+@pytest.mark.slow
 def test_the_order_of_a_file_decides_nothing() -> None:
     """A batch norm whose four tensors are sorted by name, under modules of other names."""
     modules: dict[str, int] = {}

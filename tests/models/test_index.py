@@ -75,6 +75,7 @@ def test_what_makes_the_index_stale(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert shipped.source_digest.__wrapped__("torchvision") != digest
 
 
+@pytest.mark.slow
 def test_versions_that_gave_the_same_entries_stay_known() -> None:
     now = build_index(["timm/resnet18", "torchvision/resnet18"])
     before = replace(now, versions={"timm": ["0.1"], "torchvision": ["0.2"]}, sources={"timm": ["a"]})

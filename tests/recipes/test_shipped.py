@@ -172,6 +172,7 @@ def test_those_of_the_paper_are_all_there() -> None:
         assert (options.head_lr_scale, options.head_standardize) == (1, False)
 
 
+@pytest.mark.slow
 def test_that_of_many_identities_learns_without_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "BLOCKED_FROM", 1)
     notes: list[str | None] = []

@@ -153,7 +153,9 @@ def test_the_converted_model_answers_like_the_learned_one(run: Any, model: Any, 
     assert before["val_top1"] > 60 and after["val_top1"] >= before["val_top1"] - 10
 
 
-@pytest.mark.parametrize("convert_after", [0.3, 0.4])  # within an epoch, and at the end of one
+@pytest.mark.parametrize(
+    "convert_after", [0.3, pytest.param(0.4, marks=pytest.mark.slow)]
+)  # within an epoch, at its end
 @pytest.mark.parametrize(
     ("where", "more"),
     [

@@ -90,7 +90,7 @@ def test_a_loader_that_is_killed_while_a_state_is_written_is_no_full_disk(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("moment", ["step", "validation"])
+@pytest.mark.parametrize("moment", ["step", pytest.param("validation", marks=pytest.mark.slow)])
 def test_a_real_loader_process(run: Run, tmp_path: Path, moment: str) -> None:
     def kill(event: Event) -> None:
         due = isinstance(event, EpochEnded) if moment == "validation" else isinstance(event, Step) and event.epoch == 1
