@@ -155,7 +155,7 @@ def test_the_converted_model_answers_like_the_learned_one(run: Any, model: Any, 
 
 @pytest.mark.parametrize(
     "convert_after", [0.3, pytest.param(0.4, marks=pytest.mark.slow)]
-)  # within an epoch, at its end
+)  # the second at an epoch's end
 @pytest.mark.parametrize(
     ("where", "more"),
     [
