@@ -1,10 +1,8 @@
 """Fixed classifiers: codebooks that are rebuilt from a few bytes, and the layer that multiplies with them fast.
 
-This package knows nothing of files, model libraries or the command line. Imports point downwards: `streams`,
-`constructions`, `levels`, `matrices`, `projection`, `codes`, `kinds`, `spec` and `signs`, `product`, `statistics`,
-`normalisation`, `level_search`, `projection_search`, `encoding`, `learned_signs`, `prepared`, `loss`, `layer`,
-`cosines` and `matching`, `fitting`, `projection_choice`. The names are imported when they are first used: `HeadSpec`
-needs neither torch nor NumPy.
+This package knows nothing of files, model libraries or the command line. Imports point downwards, from `layer`,
+`fitting` and `editing` to `codes` and `spec`; tests/heads/test_package.py has the order. The names are imported when
+they are first used: `HeadSpec` needs neither torch nor NumPy.
 """
 
 from typing import TYPE_CHECKING

@@ -202,8 +202,7 @@ def _projected(projection: Projection, vectors: Tensor, lengths: bool) -> np.nda
             "Where class vectors lie in the projection of this head follows from features that it does not store.",
             hint="Leave lengths out and give mean features of the new classes.",
         )
-    basis = torch.from_numpy(projection.directions * projection.steps.astype(np.float32)[:, None]).T
-    return round_projected(vectors @ basis, projection.planes)[0]
+    return round_projected(vectors @ torch.from_numpy(projection.rows()).T, projection.planes)[0]
 
 
 def _refuse(spec: HeadSpec, what: str) -> NoReturn:

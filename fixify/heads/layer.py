@@ -430,15 +430,12 @@ class FixedClassifier(nn.Module):
 
     def _formula(self, x: Tensor) -> Tensor:
         """Compute the logits by the formula, with gradients."""
-        x = self._channels_last(x)
-        if self.training and not self.keeps_statistics:
-            self._update_statistics(x)
+        x = self._observed(x)
         block = self.product.one_block() if self._may_fuse(x) else None
         if block is None:
             logits = self._logits_of_scaled(self._scaled(x))
         else:
-            std = None if self.spread is None else floor_std(self.spread)
-            scale = self._scalar() * self.product.prescale
+            scale, std = self._scale_and_std()
             features = x.reshape(-1, self.in_features)
             logits = OneBlockLogits.apply(features, scale, self.bias, self.center, std, block)
             logits = logits.view(*x.shape[:-1], self.out_features)
@@ -471,10 +468,19 @@ class FixedClassifier(nn.Module):
         """Return the scale, []; see `shardable_`."""
         return self.scale if self.scale.ndim == 0 else self.scale.squeeze(0)
 
-    def _update_statistics(self, x: Tensor) -> None:
-        if self.center is not None and self.num_batches_tracked is not None:
+    def _scale_and_std(self) -> tuple[Tensor, Tensor | None]:
+        """Return what features are multiplied with before the product, [], and divided by, [N]."""
+        std = None if self.spread is None else floor_std(self.spread)
+        return self._scalar() * self.product.prescale, std
+
+    def _observed(self, x: Tensor) -> Tensor:
+        """Return features as [..., N]; in training mode, update the running statistics by them."""
+        x = self._channels_last(x)
+        learns = self.training and not self.keeps_statistics
+        if learns and self.center is not None and self.num_batches_tracked is not None:
             z = x.detach().to(torch.promote_types(x.dtype, torch.float32))
             update_running_(self.center, self.spread, self.num_batches_tracked, z, synchronized=self.synchronized)
+        return x
 
     def _may_record(self, x: Tensor) -> bool:
         """Check whether each operation on features may have to be recorded by itself."""
@@ -483,8 +489,7 @@ class FixedClassifier(nn.Module):
 
     def _scaled(self, x: Tensor) -> Tensor:
         """Standardise, normalise and scale features [..., N] for the product."""
-        std = None if self.spread is None else floor_std(self.spread)
-        scale = self._scalar() * self.product.prescale
+        scale, std = self._scale_and_std()
         if self.spec.normalize and not self._may_record(x):
             scaled: Tensor = ScaledDirections.apply(x, scale, self.center, std)
             return scaled
@@ -554,10 +559,7 @@ class FixedClassifier(nn.Module):
         Returns:
             [..., N], standardised and normalised as the spec says, times the scale.
         """
-        x = self._channels_last(x)
-        if self.training and not self.keeps_statistics:
-            self._update_statistics(x)
-        return self._scaled(x)
+        return self._scaled(self._observed(x))
 
     def loss(
         self,

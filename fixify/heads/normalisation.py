@@ -32,7 +32,7 @@ class ScaledDirections(torch.autograd.Function):
             mean: [N], or None for 0.
             std: [N], positive, or None for 1.
         """
-        direction, norm = _directions(x, mean, std, torch.promote_types(x.dtype, torch.float32))
+        direction, norm = directions(x, mean, std, torch.promote_types(x.dtype, torch.float32))
         ctx.save_for_backward(x, scale, mean, std, direction, norm)
         return (direction * scale).to(x.dtype)
 
@@ -44,7 +44,7 @@ class ScaledDirections(torch.autograd.Function):
         """
         x, scale, mean, std, direction, norm = ctx.saved_tensors
         if torch.is_grad_enabled():  # for gradients of gradients
-            direction, norm = _directions(x, mean, std, direction.dtype)
+            direction, norm = directions(x, mean, std, direction.dtype)
         grad = grads[0].to(direction.dtype)
         along = torch.linalg.vecdot(grad, direction).unsqueeze(-1)
         of_x = None
@@ -61,8 +61,15 @@ class ScaledDirections(torch.autograd.Function):
         return of_x, along.sum().to(scale.dtype) if ctx.needs_input_grad[1] else None, None, None
 
 
-def _directions(x: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Compute z / |z| [..., N] and |z| [..., 1]."""
+def directions(x: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Compute z / |z| [..., N] and |z| [..., 1] of z = (x - mean) / std, in as little new memory as gradients allow.
+
+    Args:
+        x: [..., N].
+        mean: [N], or None for 0.
+        std: [N], of either sign, or None for 1.
+        dtype: Type of the result.
+    """
     z = x.to(dtype)
     may_change = z is not x and not torch.is_grad_enabled()  # memory that is used again takes no page faults
     if mean is not None:

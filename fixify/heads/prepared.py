@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fixify.heads.kinds import GAIN_STEPS, SpecFields
 from fixify.heads.normalisation import NORM_EPSILON
-from fixify.heads.product import CodeProduct, fast_product
-from fixify.heads.signs import IntegerProduct, packed_product, unpack_levels
+from fixify.heads.product import CodeProduct
+from fixify.heads.signs import IntegerProduct, packed_product
 from fixify.heads.statistics import floor_std
 
 _SOURCES = ("scale", "bias", "center", "spread", "gains")
@@ -203,7 +203,8 @@ def _dense_layer(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor] |
         return None
     if head.in_features * head.out_features > limit:
         return None
-    weight = _dense_codes(head.product, packed) * (float(head.scale.detach().double()) * head.product.prescale)
+    codes = head.product(torch.eye(head.in_features, dtype=dtype)).T.double()
+    weight = codes * (float(head.scale.detach().double()) * head.product.prescale)
     if head.gains is not None:
         weight *= head.gains.double().unsqueeze(1) / GAIN_STEPS
     if head.spread is not None:
@@ -212,18 +213,6 @@ def _dense_layer(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor] |
     if head.center is not None:
         bias = bias - weight @ head.center.double()
     return partial(F.linear, weight=weight.to(dtype), bias=bias.to(dtype))
-
-
-def _dense_codes(product: CodeProduct, packed: Tensor) -> Tensor:
-    """Build stored signs or levels of other coordinates as codes of features, float64 [C, N], times 1 / prescale."""
-    codes = unpack_levels(packed, product.num_kept, torch.float64, product.levels)
-    if product.directions is not None:
-        return codes @ product.directions.double()
-    if product.right is None or product.rotation_signs is None:
-        return codes
-    codes = F.pad(codes, (0, product.spec.num_features - product.num_kept))
-    left = None if product.left is None else product.left.t().double()
-    return fast_product(codes, left, product.right.t().double()) * product.rotation_signs.double()
 
 
 def _row_factors(head: Head, dtype: torch.dtype) -> Tensor | None:
@@ -325,7 +314,7 @@ def _blocks_of_one(head: Head, dtype: torch.dtype, rows: Tensor | None) -> Calla
     signs = None if product.block_signs is None else product.block_signs.to(dtype)
     k = 1 if signs is None else len(signs)
     bias = right.new_zeros(c) if head.bias is None else head.bias.detach().to(dtype)
-    first, index = 1 if c < n else 0, product.index
+    first, index = product.first_row, product.index
     left = product.left.to(dtype)
     if c > n and index is None:
         left = torch.cat((left, -left))  # the codes of a block are the rows, then their negatives
@@ -413,7 +402,7 @@ def _finish(
         return picked
     if uses_rows and c > n:
         return _finish_blocks(n, c, rows, bias)
-    first = 1 if c < n else 0
+    first = product.first_row
     stride = n if uses_rows else c
 
     def in_order(scores: Tensor, factor: Tensor | None, out: Tensor | None) -> Tensor:

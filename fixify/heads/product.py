@@ -328,6 +328,11 @@ class CodeProduct(nn.Module):
         index = self.index[block.classes] - block.first_block * n
         return _picked(_block_scores(z, self.left, self.right, signs), index, self.class_signs[block.classes])
 
+    @property
+    def first_row(self) -> int:
+        """The row of the first class where codes are rows of one matrix in order; see `default_codes`."""
+        return 1 if self.spec.num_classes < self.spec.num_features else 0
+
     def one_block(self) -> OneBlock | None:
         """Return the codes if they are rows of one Hadamard matrix in two parts; else None."""
         n, c, signs = self.spec.num_features, self.spec.num_classes, self.block_signs
@@ -335,7 +340,7 @@ class CodeProduct(nn.Module):
             return None
         if signs is not None and len(signs) > 1:
             return None
-        first = 1 if c < n else 0
+        first = self.first_row
         signs = None if signs is None else signs[0]
         picked = None if self.index is None or self.class_signs is None else (self.index, self.class_signs)
         return OneBlock(self.left, self.right, signs, c, slice(first, first + c), picked)
@@ -405,7 +410,7 @@ class CodeProduct(nn.Module):
         scores = _block_scores(z, self.left, right, block_signs)
         if self.spec.num_classes > self.spec.num_features:
             return torch.cat((scores, -scores), dim=-1).flatten(-2)[..., :count]
-        first = 1 if count < self.spec.num_features else 0  # see `fixify.heads.kinds.default_codes`
+        first = self.first_row
         return scores.flatten(-2)[..., first : first + count]
 
 

@@ -112,8 +112,12 @@ class Projection:
         """Number of signs of a class, T."""
         return sum(self.planes)
 
+    def rows(self) -> np.ndarray:
+        """Build what the features are multiplied with, one row per coordinate: float32 [d, N]."""
+        made: np.ndarray = self.directions * self.steps.astype(np.float32)[:, None]
+        return made
+
     def basis(self) -> np.ndarray:
         """Build what the features are multiplied with, one column per sign: float32 [N, T]."""
-        rows = self.directions * self.steps.astype(np.float32)[:, None]
-        made: np.ndarray = (rows[coordinates_of(self.planes)] * weights_of(self.planes)[:, None]).T
+        made: np.ndarray = (self.rows()[coordinates_of(self.planes)] * weights_of(self.planes)[:, None]).T
         return made

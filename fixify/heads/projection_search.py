@@ -137,7 +137,7 @@ def choose_projected(
     spreads = found.variances[:d].sqrt().clamp_min(1e-30)
     units = spreads * torch.tensor([each.step / each.spacing for each in levels], dtype=torch.float64)
     projection = _rounded((found.directions[:, :d] * units).T, planes)
-    basis = (torch.from_numpy(projection.directions).T * torch.from_numpy(projection.steps)).float()  # [N, d]
+    basis = torch.from_numpy(projection.rows()).T  # [N, d]
     wide = moment.float()
     towards = wide @ basis
     within = basis.T @ towards

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fixify.heads.normalisation import NORM_EPSILON, ScaledDirections
+from fixify.heads.normalisation import NORM_EPSILON, ScaledDirections, directions
 from fixify.heads.product import OneBlock, fast_product
 
 
@@ -51,8 +51,8 @@ class OneBlockLogits(torch.autograd.Function):
         """
         m, n = x.shape
         a, b, c = len(block.left), len(block.right), block.num_classes
-        directions, norm = _signed_directions(x, mean, _factor(std, block.signs))
-        products = torch.mm(directions.view(-1, b), (block.right * scale).t()).view(m, a, b)
+        z, norm = directions(x, mean, _signed(std, block.signs), x.dtype)
+        products = torch.mm(z.view(-1, b), (block.right * scale).t()).view(m, a, b)
         scores = torch.bmm(block.left.expand(m, a, a), products).view(m, n)
         logits = products.view(-1)[: m * c].view(m, c)  # its memory is free now
         if block.picked is not None:
@@ -64,14 +64,14 @@ class OneBlockLogits(torch.autograd.Function):
             torch.add(scores[:, block.columns], bias, out=logits)
         else:
             logits.copy_(scores[:, block.columns])
-        ctx.save_for_backward(x, scale, bias, directions, norm)
+        ctx.save_for_backward(x, scale, bias, z, norm)
         ctx.of_head = _Saved(block, mean, std)
         return logits
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of features, scale and bias."""
-        x, scale, bias, directions, norm = ctx.saved_tensors
+        x, scale, bias, z, norm = ctx.saved_tensors
         block, mean, std = ctx.of_head
         grad, needs = grads[0], ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # for gradients of gradients
@@ -91,14 +91,14 @@ class OneBlockLogits(torch.autograd.Function):
             of_x.index_add_(1, index, grad * signs)  # a row and its negative may both be codes
         spare = torch.bmm(block.left.t().expand(m, a, a), of_x.view(m, a, b)).view(m, n)
         torch.mm(spare.view(-1, b), block.right, out=of_x.view(-1, b))
-        along = torch.mul(of_x, directions, out=spare).sum(dim=1, keepdim=True)
+        along = torch.mul(of_x, z, out=spare).sum(dim=1, keepdim=True)
         of_scale = along.sum() if needs[1] else None
         if not needs[0]:
             return None, of_scale, of_bias, None, None, None
-        torch.mul(directions, along.masked_fill_(norm <= NORM_EPSILON, 0.0), out=spare)
+        torch.mul(z, along.masked_fill_(norm <= NORM_EPSILON, 0.0), out=spare)
         of_x.sub_(spare).mul_(scale / norm.clamp_min(NORM_EPSILON))
-        factor = _factor(std, block.signs)
-        return of_x if factor is None else of_x.mul_(factor), of_scale, of_bias, None, None, None
+        divisor = _signed(std, block.signs)
+        return of_x if divisor is None else of_x.div_(divisor), of_scale, of_bias, None, None, None
 
 
 def logits_one_by_one(
@@ -115,17 +115,8 @@ def logits_one_by_one(
     return scores if bias is None else scores + bias
 
 
-def _factor(std: Tensor | None, signs: Tensor | None) -> Tensor | None:
-    """Compute what each standardised feature is multiplied with: signs leave the norm as it is."""
+def _signed(std: Tensor | None, signs: Tensor | None) -> Tensor | None:
+    """Compute what each feature is divided by, so that it has its sign too: signs leave the norm as it is."""
     if std is None:
         return signs
-    return std.reciprocal() if signs is None else signs / std
-
-
-def _signed_directions(x: Tensor, mean: Tensor | None, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Compute z / |z| [M, N] and |z| [M, 1] of z = (x - mean) * factor, with one new tensor of that size."""
-    z = x.clone() if mean is None else torch.sub(x, mean)
-    if factor is not None:
-        z.mul_(factor)
-    norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    return z.div_(norm.clamp_min(NORM_EPSILON)), norm
+    return std if signs is None else std * signs

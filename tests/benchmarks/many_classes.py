@@ -45,7 +45,9 @@ from fixify.heads import FixedClassifier, HeadSpec, feature_statistics, replacem
 from fixify.heads.fitting import level_moment
 from fixify.heads.kinds import BINARY
 from fixify.heads.learned_signs import signs_of
+from fixify.heads.level_search import CenteredRows
 from fixify.heads.projection_choice import projected_spec
+from fixify.heads.projection_search import Principal
 from fixify.training import FinetuneOptions
 from fixify.training.optimisers import parameter_groups
 
@@ -301,14 +303,12 @@ def principal_directions(old: Old, d: int) -> tuple[Tensor, Tensor]:
     Returns:
         The directions, [N, d], columns of norm 1, and the coordinates of the class vectors, [C, d].
     """
-    centered = (old.weight - old.weight.mean(dim=0)).double()
+    rows = CenteredRows(old.weight, old.weight.mean(dim=0))
     moment = level_moment(feature_statistics(old.features, standardize="center").covariance, old.weight)
-    values, vectors = torch.linalg.eigh(moment.double())
-    root, inverse = (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
-    _, found = torch.linalg.eigh(root @ (centered.T @ centered) @ root)
+    found = Principal.of(rows, moment)
     rotation, _ = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(8)).double())
-    found = found[:, -d:] @ rotation
-    return F.normalize(inverse @ found, dim=0).float(), (centered @ root @ found).float()
+    directions, axes = (part[:, :d] @ rotation for part in (found.directions, found.axes))
+    return F.normalize(directions, dim=0).float(), (rows[:].double() @ axes).float()
 
 
 def rounded_projection(projection: Tensor) -> Tensor:

