@@ -86,12 +86,10 @@ class FixedClassifier(nn.Module):
     `projection_steps` [d] (if `spec.planes`). The properties `mean`, `std` and `row_scales` read them. `learn_signs_`
     makes the signs of a binary head learnable.
 
-    Stored signs and levels stay packed in memory, 1 to 4 bits each (1.6 for 1.58): twice, in the buffer `codes` and for
-    the product. In training up to 2^24 of them are numbers too, as are up to 2^19 before the mode is set. In
-    evaluation on a processor up to 2^20 of them, or 2^21 with several threads, become one dense layer if features are
-    not normalised: there `nn.Linear` is faster than any product with packed signs. Where 8-bit integers are multiplied
-    fast, up to 2^21 signs and 2^24 levels are bytes too, and more signs take 2 bits each, all for the product of few
-    samples. Elsewhere up to 2^19 are numbers.
+    Stored signs and levels stay packed in memory, 1 to 4 bits each (1.6 for 1.58): in the buffer `codes`, in the
+    product, and in evaluation on a processor once more, in the order of the compiled code (`fixify.heads.kernels`). In
+    training up to 2^24 of them are numbers too, as are up to 2^19 before the mode is set, and in evaluation without
+    that code.
 
     Args:
         spec: The head spec; resolved and verified here.

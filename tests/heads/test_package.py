@@ -14,8 +14,8 @@ LIGHT = {"kinds", "spec", "__init__"}
 ORDER = [
     "streams", "constructions", "levels", "matrices", "projection", "codes", "kinds", "spec", "signs", "product",
     "statistics", "normalisation", "training_step", "level_search", "answer_search", "projection_search", "encoding",
-    "learned_signs", "prepared", "pair_sums", "loss", "layer", "cosines", "matching", "fitting", "projection_choice",
-    "editing", "__init__",
+    "learned_signs", "kernels", "prepared", "pair_sums", "loss", "layer", "cosines", "matching", "fitting",
+    "projection_choice", "editing", "__init__",
 ]  # fmt: skip
 
 
