@@ -1,4 +1,4 @@
-/* The forward pass of a fixed classifier in float32 on a processor, one call for a batch; see kernels.py.
+/* A fixed classifier in float32 on a processor, one call for a batch; see kernels.py.
  *
  * Vectors are those of GCC and Clang: 16 numbers, which the compiler divides where registers are shorter. The file is
  * compiled once per instruction set. Nothing here allocates what outlives a call, and nothing is shared by threads.
@@ -54,6 +54,16 @@ static inline float total(vec v) {
     return part[0];
 }
 
+static float dot(const float *a, const float *b, int64_t n) {
+    vec sums[4] = {{0}};
+    int64_t i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES)
+        for (int v = 0; v < 4; v++) sums[v] += load(a + i + v * LANES) * load(b + i + v * LANES);
+    float sum = total((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
 /* C = A B, B with `columns` columns, a multiple of LANES, which is also the length of its rows and of those of C. */
 #define MULTIPLY(R, V)                                                                                             \
     static inline __attribute__((always_inline)) void multiply_##R##_##V(const float *A, int64_t lda, const float *B, \
@@ -84,21 +94,15 @@ static void multiply(const float *A, int64_t lda, int64_t rows, const float *B, 
     }
 }
 
-/* Standardise a sample; return what its scores are multiplied with. */
+/* Standardise a sample; return its norm, or 1 if features are not normalised. */
 static float standardise(const head_t *h, const float *x, float *z) {
     int64_t n = h->num_features;
     if (h->center && h->inverse_std) for (int64_t i = 0; i < n; i++) z[i] = (x[i] - h->center[i]) * h->inverse_std[i];
     else if (h->center) for (int64_t i = 0; i < n; i++) z[i] = x[i] - h->center[i];
     else memcpy(z, x, n * sizeof *z);
-    if (!h->normalize) return h->scale;
-    vec squares[4] = {{0}};
-    int64_t i = 0;
-    for (; i + 4 * LANES <= n; i += 4 * LANES)
-        for (int v = 0; v < 4; v++) squares[v] += load(z + i + v * LANES) * load(z + i + v * LANES);
-    float sum = total((squares[0] + squares[1]) + (squares[2] + squares[3]));
-    for (; i < n; i++) sum += z[i] * z[i];
-    float norm = sqrtf(sum);
-    return h->scale / (norm < h->least_norm ? h->least_norm : norm);
+    if (!h->normalize) return 1;
+    float norm = sqrtf(dot(z, z, n));
+    return norm < h->least_norm ? h->least_norm : norm;
 }
 
 /* Multiply a sample with a block, left (x) right: scores of rows of `width`. `spare`: N + a * width numbers. */
@@ -135,7 +139,7 @@ static void finish_rows(const head_t *h, const float *scores, int64_t first, int
 static void blocks_of_one(const head_t *h, const float *x, float *out, float *memory) {
     int64_t n = h->num_features, c = h->num_classes, size = h->a * h->width;
     float *z = memory, *spare = z + n, *scores = spare + n + size;
-    float by = standardise(h, x, z);
+    float by = h->scale / standardise(h, x, z);
     for (int64_t k = 0; k < h->num_blocks; k++) {
         float *found = h->index ? scores + k * size : scores;
         transform(h, z, k, found, spare);
@@ -157,7 +161,7 @@ static void blocks_of_one(const head_t *h, const float *x, float *out, float *me
 static float coordinates(const head_t *h, const float *x, float *y, float *memory) {
     int64_t n = h->num_features, stride = 8 * h->row_bytes;
     float *z = h->right ? memory : y;
-    float by = standardise(h, x, z);
+    float by = h->scale / standardise(h, x, z);
     if (h->right) {
         float *spare = z + n, *scores = spare + n + h->a * h->width;
         transform(h, z, 0, scores, spare);
@@ -367,10 +371,42 @@ static int logits(const head_t *h, const float *x, int64_t m, int64_t c0, int64_
     return 0;
 }
 
+/* Gradients of m samples x [m, N], whose codes are rows of one block, from those of their logits, grad [m, C].
+ * of_x: [m, N]; of_scale: [m]. left_t: transpose of `left`; right: [b, b] with rows of `width`, not transposed. */
+static int gradients(const head_t *h, const float *left_t, const float *right, const float *x, const float *grad, int64_t m,
+                     float *of_x, float *of_scale) {
+    int64_t n = h->num_features, c = h->num_classes, b = h->b, width = h->width, size = h->a * width;
+    float *memory = malloc((2 * n + 3 * size) * sizeof *memory);
+    if (!memory) return -1;
+    float *z = memory, *found = z + n, *rows = found + n, *half = rows + size, *turned = half + size;
+    for (int64_t s = 0; s < m; s++, x += n, grad += c, of_x += n) {
+        float norm = standardise(h, x, z);
+        memset(rows, 0, size * sizeof *rows);
+        if (h->index) for (int64_t i = 0; i < c; i++) rows[h->index[i]] += grad[i] * h->rows[i];
+        else
+            for (int64_t i = 0; i < c;) {
+                int64_t at = h->first + i, length = least(b - at % b, c - i);
+                memcpy(rows + at / b * width + at % b, grad + i, length * sizeof *rows);
+                i += length;
+            }
+        multiply(left_t, h->a, h->a, rows, width, h->a, half);
+        multiply(half, width, h->a, right, width, b, turned);
+        for (int64_t i = 0; i < h->a; i++) memcpy(found + i * b, turned + i * width, b * sizeof *found);
+        if (h->signs) for (int64_t i = 0; i < n; i++) found[i] *= h->signs[i];
+        float along = dot(found, z, n) / norm, outward = norm > h->least_norm ? along / norm : 0, by = h->scale / norm;
+        of_scale[s] = along;
+        if (h->inverse_std) for (int64_t i = 0; i < n; i++) of_x[i] = (found[i] - z[i] * outward) * by * h->inverse_std[i];
+        else for (int64_t i = 0; i < n; i++) of_x[i] = (found[i] - z[i] * outward) * by;
+    }
+    free(memory);
+    return 0;
+}
+
+/* One call for a batch: logits, or gradients if `grad` is given. */
 typedef struct {
     const head_t *head;
-    const float *x;
-    float *out;
+    const float *x, *left_t, *right, *grad;
+    float *out, *of_scale;
     int64_t m, parts, next;
     int by_class, failed;
 } job_t;
@@ -380,23 +416,42 @@ static void work(void *data) {
     int64_t n = job->head->num_features, c = job->head->num_classes;
     for (int64_t i; (i = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < job->parts;) {
         int64_t all = job->by_class ? c : job->m, each = up(up(all, job->parts) / job->parts, job->by_class ? LANES : 1);
-        int64_t from = least(i * each, all), to = least(from + each, all), failed = 0;
-        if (from == to) continue;
-        if (job->by_class) failed = logits(job->head, job->x, job->m, from, to, job->out);
-        else failed = logits(job->head, job->x + from * n, to - from, 0, c, job->out + from * c);
+        int64_t from = least(i * each, all), count = least(each, all - from);
+        const float *x = job->x + from * n;
+        int failed = 0;
+        if (!count) continue;
+        if (job->by_class) failed = logits(job->head, job->x, job->m, from, from + count, job->out);
+        else if (!job->grad) failed = logits(job->head, x, count, 0, c, job->out + from * c);
+        else failed = gradients(job->head, job->left_t, job->right, x, job->grad + from * c, count, job->out + from * n,
+                                job->of_scale + from);
         if (failed) __atomic_store_n(&job->failed, 1, __ATOMIC_RELAXED);
     }
+}
+
+/* GOMP_parallel of the OpenMP that torch uses, so that its threads do the work. */
+typedef void (*parallel_t)(void (*)(void *), void *, unsigned, unsigned);
+
+static int run(job_t *job, int64_t threads, parallel_t parallel) {
+    job->parts = threads;
+    if (threads < 2) work(job);
+    else parallel(work, job, (unsigned)threads, 0);
+    return job->failed ? -1 : 0;
 }
 
 int fixify_interface(void) { return 1; }
 int fixify_size_of_head(void) { return sizeof(head_t); }
 
-/* Compute logits [m, C] of x [m, N], both contiguous, in so many threads. `parallel` is GOMP_parallel of the OpenMP that
- * torch uses, so that its threads do the work. Returns 0, or -1 if there is not enough memory. */
-int fixify_logits(const head_t *h, const float *x, int64_t m, float *out, int64_t threads,
-                  void (*parallel)(void (*)(void *), void *, unsigned, unsigned)) {
-    if (threads < 2) return logits(h, x, m, 0, h->num_classes, out);
-    job_t job = {.head = h, .x = x, .out = out, .m = m, .parts = threads, .by_class = h->packed && m < threads * TILE};
-    parallel(work, &job, (unsigned)threads, 0);
-    return job.failed ? -1 : 0;
+/* Compute logits [m, C] of x [m, N], both contiguous. Returns 0, or -1 if there is not enough memory. */
+int fixify_logits(const head_t *h, const float *x, int64_t m, float *out, int64_t threads, parallel_t parallel) {
+    job_t job = {.head = h, .x = x, .m = m, .out = out};
+    job.by_class = threads > 1 && h->packed && m < threads * TILE;
+    return run(&job, threads, parallel);
+}
+
+/* Compute `gradients`, of contiguous arrays. Returns 0, or -1 if there is not enough memory. */
+int fixify_gradients(const head_t *h, const float *left_t, const float *right, const float *x, const float *grad, int64_t m,
+                     float *of_x, float *of_scale, int64_t threads, parallel_t parallel) {
+    job_t job = {.head = h, .x = x, .m = m, .out = of_x};
+    job.left_t = left_t, job.right = right, job.grad = grad, job.of_scale = of_scale;
+    return run(&job, threads, parallel);
 }

@@ -1,4 +1,4 @@
-"""The forward pass in compiled code: one call for a batch, on a processor, in float32.
+"""A head in compiled code: one call for a batch, on a processor, in float32.
 
 `kernels.c` is compiled when fixify is installed, once per instruction set (`.ci/compile_kernels.py`). Where no compiler
 was at hand, `library` returns None and `fixify.heads.prepared` composes the same of torch's operations.
@@ -11,6 +11,7 @@ fewer, a vector holds the table of one sample, from which the half bytes of 16 c
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import warnings
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ def library() -> ctypes.CDLL | None:
         return None
     address, number = ctypes.c_void_p, ctypes.c_int64
     found.fixify_logits.argtypes = (address, address, number, address, number, address)
+    found.fixify_gradients.argtypes = (*[address] * 5, number, address, address, number, address)
     return found
 
 
@@ -105,7 +107,7 @@ class HeadTables:
 
     num_features: int
     num_classes: int
-    scale: float
+    scale: float = 1.0
     normalize: bool = False
     center: Tensor | None = None
     inverse_std: Tensor | None = None
@@ -121,12 +123,6 @@ class HeadTables:
     first: int = 0
 
 
-def _interleaved(packed: Tensor) -> Tensor:
-    """Bring the bytes of 16 classes side by side: [C, bytes] to [C / 16, bytes, 16]."""
-    full = F.pad(packed, (0, 0, 0, -len(packed) % _LANES))
-    return full.view(-1, _LANES, packed.shape[1]).transpose(1, 2).contiguous()
-
-
 class CompiledHead:
     """The function from features, float32 [..., N] on a processor, to logits [M, C].
 
@@ -138,18 +134,14 @@ class CompiledHead:
     """
 
     def __init__(self, tables: HeadTables) -> None:
-        found = library()
-        if found is None:
-            raise RuntimeError("fixify's kernels were not compiled.")
-        self._logits, self._parallel = found.fixify_logits, _parallel()
+        self._library, self._parallel = _compiled(), _parallel()
         self._n, self._c = tables.num_features, tables.num_classes
         packed = None if tables.packed is None else _interleaved(tables.packed)
-        weights = tables.plane_weights
         right, width, a, b = None, 0, 0, 0
         if tables.left is not None and tables.right is not None:
             a, b = len(tables.left), len(tables.right)
-            width = -(-b // _LANES) * _LANES
-            right = F.pad(tables.right.t(), (0, width - b)).contiguous()
+            right = _padded(tables.right.t())
+            width = right.shape[1]
         index = None if tables.index is None else tables.index // b * width + tables.index % b
         self._held = {
             name: None if table is None else table.contiguous()
@@ -165,6 +157,7 @@ class CompiledHead:
                 "bias": tables.bias,
             }.items()
         }
+        planes = len(tables.plane_weights)
         self._head = _Head(
             **{name: None if table is None else table.data_ptr() for name, table in self._held.items()},
             num_features=self._n,
@@ -175,15 +168,15 @@ class CompiledHead:
             num_blocks=1 if tables.signs is None else tables.signs.numel() // self._n,
             num_rows=a if packed is None or not b else -(-tables.num_signs // b),
             num_signs=tables.num_signs,
-            row_bytes=0 if packed is None else packed.shape[1] // len(weights),
-            planes=len(weights),
-            plane_weights=weights,
+            row_bytes=0 if packed is None else packed.shape[1] // planes,
+            planes=planes,
+            plane_weights=tables.plane_weights,
             first=tables.first,
             scale=tables.scale,
             least_norm=NORM_EPSILON,
             normalize=tables.normalize,
         )
-        blocks, depth = self._head.num_blocks, 8 * self._head.row_bytes * len(weights)
+        blocks, depth = self._head.num_blocks, 8 * self._head.row_bytes * planes
         self._work = blocks * self._n * (a + b) / 24 + self._c * (depth / 64 + 0.5)  # clock cycles per sample
         self._address = ctypes.addressof(self._head)
 
@@ -193,7 +186,74 @@ class CompiledHead:
             x = x.contiguous()
         m, c = x.numel() // self._n, self._c
         logits = torch.empty((m, c), dtype=torch.float32, device="cpu")
-        threads = torch.get_num_threads() if self._work * m >= _LEAST_WORK and self._parallel else 1
-        if self._logits(self._address, x.data_ptr(), m, logits.data_ptr(), threads, self._parallel):
+        if self._library.fixify_logits(
+            self._address, x.data_ptr(), m, logits.data_ptr(), self._threads(m), self._parallel
+        ):
             raise MemoryError
         return logits
+
+    def _threads(self, num_samples: int) -> int:
+        return torch.get_num_threads() if self._work * num_samples >= _LEAST_WORK and self._parallel else 1
+
+
+class CompiledStep(CompiledHead):
+    """A `CompiledHead` of one Hadamard block for training: scale, bias and statistics are those of each step.
+
+    Args:
+        tables: What it is made of; without the former, and without stored signs.
+    """
+
+    def __init__(self, tables: HeadTables) -> None:
+        super().__init__(tables)
+        left, right = tables.left, tables.right
+        if left is None or right is None:
+            raise RuntimeError("a step needs the two parts of a Hadamard matrix")
+        self._left_t, self._right = left.t().contiguous(), _padded(right)
+
+    def at(self, scale: float, bias: Tensor | None, center: Tensor | None, inverse_std: Tensor | None) -> CompiledStep:
+        """Return the step for a scale, a bias [C], and the statistics of features [N]."""
+        step = copy.copy(self)
+        given = {"bias": bias, "center": center, "inverse_std": inverse_std}
+        step._held = {**self._held, **given}
+        step._head = _Head.from_buffer_copy(self._head)
+        step._head.scale = scale
+        for name, table in given.items():
+            setattr(step._head, name, None if table is None else table.data_ptr())
+        step._address = ctypes.addressof(step._head)
+        return step
+
+    def gradients(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of features and scale.
+
+        Args:
+            x: float32 [M, N], contiguous.
+            grad: Gradient of the logits, float32 [M, C], contiguous.
+
+        Returns:
+            [M, N], and the share of each sample in that of the scale, [M].
+        """
+        m = len(x)
+        of_x, of_scale = torch.empty_like(x), torch.empty(m, dtype=torch.float32, device="cpu")
+        tables = (self._address, self._left_t.data_ptr(), self._right.data_ptr())
+        arrays = (x.data_ptr(), grad.data_ptr(), m, of_x.data_ptr(), of_scale.data_ptr())
+        if self._library.fixify_gradients(*tables, *arrays, self._threads(m), self._parallel):
+            raise MemoryError
+        return of_x, of_scale
+
+
+def _compiled() -> ctypes.CDLL:
+    found = library()
+    if found is None:
+        raise RuntimeError("fixify's kernels were not compiled.")
+    return found
+
+
+def _padded(matrix: Tensor) -> Tensor:
+    """Fill the rows of a matrix up with zeros to whole vectors."""
+    return F.pad(matrix, (0, -matrix.shape[1] % _LANES)).contiguous()
+
+
+def _interleaved(packed: Tensor) -> Tensor:
+    """Bring the bytes of 16 classes side by side: [C, bytes] to [C / 16, bytes, 16]."""
+    full = F.pad(packed, (0, 0, 0, -len(packed) % _LANES))
+    return full.view(-1, _LANES, packed.shape[1]).transpose(1, 2).contiguous()

@@ -12,9 +12,9 @@ FOLDER = Path(heads.__file__).parent
 # without NumPy, so they import what builds codes when they need it.
 LIGHT = {"kinds", "spec", "__init__"}
 ORDER = [
-    "streams", "constructions", "levels", "matrices", "projection", "codes", "kinds", "spec", "signs", "product",
-    "statistics", "normalisation", "training_step", "level_search", "answer_search", "projection_search", "encoding",
-    "learned_signs", "kernels", "prepared", "pair_sums", "loss", "layer", "cosines", "matching", "fitting",
+    "streams", "constructions", "levels", "matrices", "projection", "codes", "kinds", "spec", "signs", "normalisation",
+    "kernels", "product", "statistics", "training_step", "level_search", "answer_search", "projection_search",
+    "encoding", "learned_signs", "prepared", "pair_sums", "loss", "layer", "cosines", "matching", "fitting",
     "projection_choice", "editing", "__init__",
 ]  # fmt: skip
 
