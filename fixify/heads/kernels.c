@@ -113,9 +113,9 @@ static void transform(const head_t *h, const float *z, int64_t block, float *sco
         for (int64_t i = 0; i < n; i++) spare[i] = z[i] * signs[i];
         z = spare;
     }
-    float *half = h->left ? spare + n : scores;
+    float *half = spare + n;
     multiply(z, h->b, h->a, h->right, h->width, h->b, half);
-    if (h->left) multiply(h->left, h->a, h->num_rows, half, h->width, h->a, scores);
+    multiply(h->left, h->a, h->num_rows, half, h->width, h->a, scores);
 }
 
 static void finish(const head_t *h, const float *scores, int64_t count, float by, int64_t at, float *out) {

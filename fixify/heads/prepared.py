@@ -79,6 +79,7 @@ class PreparedHead:
     """The forward pass of one head, on one device and for inputs of one type.
 
     It holds references to the tensors that it was prepared from, and is used while they are the same, unchanged ones.
+    `call` maps features [..., N] to logits [M, C]; `is_compiled` says whether that is compiled code.
 
     Args:
         head: The head.
@@ -95,7 +96,12 @@ class PreparedHead:
             for store, name, tensor in _learned_tensors(head)
             if tensor is not None
         ]
-        self.call = _prepared_call(head, dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        center = None if head.center is None else head.center.to(wide)
+        inverse_std = None if head.spread is None else floor_std(head.spread).to(wide).reciprocal()
+        compiled = _compiled_call(head, dtype, center, inverse_std) if wide == torch.float32 else None
+        self.is_compiled = compiled is not None
+        self.call = compiled or _composed_call(head, dtype, center, inverse_std)
 
     def fits(self, x: Tensor) -> bool:
         """Check that it is for inputs like `x`, and that none of the head's tensors was replaced or changed since."""
@@ -149,15 +155,12 @@ def _learned_tensors(head: Head) -> list[tuple[Mapping[str, Tensor | None], str,
     return found
 
 
-def _prepared_call(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Build the function from features [M, N] to logits [M, C]."""
+def _composed_call(
+    head: Head, dtype: torch.dtype, center: Tensor | None, inverse_std: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """Build the function from features [M, N] to logits [M, C] of torch's operations."""
     wide = torch.promote_types(dtype, torch.float32)
     n = head.in_features
-    center = None if head.center is None else head.center.to(wide)
-    inverse_std = None if head.spread is None else floor_std(head.spread).to(wide).reciprocal()
-    compiled = _compiled_call(head, dtype, center, inverse_std) if wide == torch.float32 else None
-    if compiled is not None:
-        return compiled
     scale = (head.scale.detach().to(torch.float64) * head.product.prescale).to(wide)
     codes = _codes(head.product, dtype)
     scores = _scores(head, codes, dtype)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fixify.comparing.running import memory_bytes
 from fixify.heads import FixedClassifier, HeadSpec, kernels
+from fixify.heads import layer as layer_module
 from fixify.heads import prepared as prepared_module
 from fixify.heads.levels import LEVELS, SIGNS
 from fixify.heads.signs import pack_levels
@@ -155,6 +156,21 @@ def test_a_feature_that_is_no_number_spoils_its_sample_alone(bad, kind, batch):
     assert not logits[0].isfinite().any() and logits[1:].isfinite().all()
 
 
+@pytest.mark.parametrize("probabilities", [True, False])
+@pytest.mark.parametrize("batch", [0, 1, 40])
+def test_the_largest_logits_are_found_for_some_samples_at_a_time(batch, probabilities, monkeypatch):
+    monkeypatch.setattr(layer_module, "_TOP_K_LOGITS", 3000)
+    head = make(HeadSpec("binary", 320, 900, bits_per_class=320))
+    x = torch.randn(batch, 320, generator=torch.Generator().manual_seed(1))
+    found = head.top_k(x, 5, probabilities=probabilities)
+    with torch.no_grad():
+        logits = head(x)
+    expected = (logits.softmax(-1) if probabilities else logits).topk(5)
+    torch.testing.assert_close(found.values, expected.values)
+    assert torch.equal(found.classes, expected.indices)
+    assert head._prepared.is_compiled
+
+
 def test_zeros_have_the_bias_as_logits():
     head = make(HeadSpec("hadamard", 320, 70))
     with torch.no_grad():
@@ -236,4 +252,4 @@ def test_heads_work_without_the_library(monkeypatch):
         compiled = head(x)
         monkeypatch.setattr(prepared_module, "is_compiled", lambda: False)
         torch.testing.assert_close(head.eval()(x), compiled, rtol=1e-5, atol=1e-5)
-    assert not isinstance(head._prepared.call, kernels.CompiledHead)
+    assert not head._prepared.is_compiled
