@@ -12,7 +12,6 @@
 #include <immintrin.h>
 #endif
 
-
 /* LANES: numbers in a vector. TILE: samples whose sums with signs are tabulated at once; CLASSES: classes, SLOTS: vectors of
  * the table, which stays in the first-level cache. FEW: samples at once where there are fewer than MANY. */
 enum { LANES = 16, TILE = 64, CLASSES = 1024, SLOTS = 32, FEW = 3 };
