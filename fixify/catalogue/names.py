@@ -86,8 +86,9 @@ def parse_known(text: str, /, **kwargs: Any) -> Architecture | None:
     Returns:
         None if the index does not have it, or is not that of the installed libraries.
 
-    >>> parse_known("resnet50.a1_in1k").ref
-    'timm/resnet50.a1_in1k'
+    >>> known = parse_known("resnet50.a1_in1k")
+    >>> known is None or known.ref == "timm/resnet50.a1_in1k"  # None with other versions of the libraries
+    True
     >>> parse_known("no_such_network") is None
     True
     """

@@ -372,6 +372,7 @@ def test_transforms(draw):
     torch.testing.assert_close(jacobian @ (x[0] * 0.1), tangent[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # inside torch 2.8
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize("name", ["rows", "blocks", "matched", "binary"])
 def test_export_and_compile_without_gradients(name, draw):
