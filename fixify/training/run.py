@@ -53,8 +53,8 @@ class FinetuneResult:
     Attributes:
         best_path, last_path: The checkpoints of the best and of the last validation.
         before: Metrics of the model before training.
-        after: The best validation. The start, if none was better; for a model that starts near the original, if none was
-            better by more than chance (`fixify.training.starting_point.defends_start`).
+        after: The best validation. It is the start if none was better, and for a model that starts near the original if
+            none was better by more than chance (`fixify.training.starting_point.defends_start`).
         history: Every validation after it.
         original_top1: The original's top-1 on the validation data, percent; None if it was neither given nor measured.
         reached: Whether the run met `max_drop`; None without one.
@@ -348,9 +348,9 @@ class _Run:
             advice = gentler(self.options.peak_rate, taught=self._learns_from_another())
             return f"No validation was better than the start: {kept} {advice}"
         return (
-            f"No validation was better than the start by more than chance: {kept} The highest has {highest.val_top1:.2f} % "
-            f"({counted(highest.gained, 'image')} gained, {highest.lost:,} lost). More validation images show smaller "
-            f"gains. {self.output.last_path.name} is the model after training."
+            f"No validation was better than the start by more than chance: {kept} The highest has "
+            f"{highest.val_top1:.2f} % ({counted(highest.gained, 'image')} gained, {highest.lost:,} lost). More "
+            f"validation images show smaller gains. {self.output.last_path.name} is the model after training."
         )
 
     def interruption(self) -> TrainingError:

@@ -262,18 +262,21 @@ def print_table(path: Path) -> None:
 
 
 def print_best(path: Path) -> None:
-    """Print one row per data set, head and number of epochs: best minus start, each seed, by both rules."""
+    """Print one row per data set, head, teacher and number of epochs: the best checkpoint minus the start, per seed."""
     groups: dict[tuple, list[dict]] = {}
     for entry in sorted(entries(path), key=lambda each: each["seed"]):
         if "highest" in entry:
             groups.setdefault(tuple(entry[key] for key in ("data", "head", "teacher", "epochs")), []).append(entry)
-    print("| data | head | teacher | epochs | the highest wins | above chance | seeds that keep the start |")
+    print("| data | head | teacher | epochs | the highest top-1 wins | above chance | seeds that keep the start |")
     print("|---|---|---|---|---|---|---|")
     for group, found in sorted(groups.items(), key=lambda each: (DATA.index(each[0][0]), each[0][1:])):
-        rules = [[entry[rule] - entry["before"] for entry in found] for rule in ("highest", "best")]
-        cells = ["{:+.2f} ({})".format(sum(gaps) / len(gaps), " ".join(f"{gap:+.2f}" for gap in gaps)) for gaps in rules]
-        kept = sum(not any(gained - lost > (gained + lost) ** 0.5 for gained, lost in entry["epochs_changed"]) for entry in found)
-        print(f"| {' | '.join(map(str, group))} | {' | '.join(cells)} | {kept} of {len(found)} |")
+        cells = [*map(str, group)]
+        for rule in ("highest", "best"):
+            gaps = [entry[rule] - entry["before"] for entry in found]
+            cells.append(f"{sum(gaps) / len(gaps):+.2f} ({' '.join(f'{gap:+.2f}' for gap in gaps)})")
+        changed = [entry["epochs_changed"] for entry in found]
+        kept = sum(all(gained - lost <= (gained + lost) ** 0.5 for gained, lost in each) for each in changed)
+        print(f"| {' | '.join(cells)} | {kept} of {len(found)} |")
 
 
 def main() -> None:
