@@ -275,7 +275,7 @@ def print_best(path: Path) -> None:
             gaps = [entry[rule] - entry["before"] for entry in found]
             cells.append(f"{sum(gaps) / len(gaps):+.2f} ({' '.join(f'{gap:+.2f}' for gap in gaps)})")
         changed = [entry["epochs_changed"] for entry in found]
-        kept = sum(all(gained - lost <= (gained + lost) ** 0.5 for gained, lost in each) for each in changed)
+        kept = sum(all(gained - lost <= 2 * (gained + lost) ** 0.5 for gained, lost in each) for each in changed)
         print(f"| {' | '.join(cells)} | {kept} of {len(found)} |")
 
 

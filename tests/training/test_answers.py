@@ -65,17 +65,17 @@ def test_if_an_image_was_left_out_the_order_is_that_of_the_processes() -> None:
 
 @pytest.mark.parametrize(
     ("gained", "lost", "above"),
-    [(0, 0, False), (1, 0, False), (2, 0, True), (5, 5, False), (6, 3, False), (7, 3, True), (17, 13, False),
-     (3, 9, False), (None, None, True)],
+    [(0, 0, False), (1, 0, False), (4, 0, False), (5, 0, True), (5, 5, False), (12, 4, False), (13, 4, True),
+     (29, 17, False), (3, 9, False), (None, None, True)],
 )  # fmt: skip
-def test_a_gain_counts_above_one_standard_error(gained: int | None, lost: int | None, above: bool) -> None:
+def test_a_gain_counts_above_two_standard_errors(gained: int | None, lost: int | None, above: bool) -> None:
     assert is_above_start(replace(RECORD, gained=gained, lost=lost)) is above
 
 
 def test_the_start_is_best_unless_a_validation_is_above_it_by_more_than_chance() -> None:
     noise = replace(RECORD, step=5, val_top1=90.1, gained=6, lost=4)
     same = replace(RECORD, step=10, val_loss=0.5, gained=0, lost=0)
-    clear = replace(RECORD, step=15, val_top1=90.05, gained=3, lost=0)
+    clear = replace(RECORD, step=15, val_top1=90.05, gained=5, lost=0)
     assert best_of(RECORD, [noise, same]) is RECORD
     assert best_of(RECORD, [noise, clear]) is clear
     assert best_of(RECORD, [replace(each, gained=None, lost=None) for each in (noise, same)]).step == 5  # type: ignore[union-attr]
