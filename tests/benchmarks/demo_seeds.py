@@ -55,7 +55,7 @@ def trial(folder: Path, row: str, seed: int) -> dict:
         source = folder / f"{row}.fixed.safetensors"
         images = data.folder / "train"
         options = {"calibrate": images, "calibrate_images": 1024, "device": "cpu", "force": True}
-        fixify.convert(original, source, normalize=row == "no-norm", **options)
+        fixify.convert(original, source, normalize=row == "norm", **options)
     opened = open_model(source)
     train, val = open_train_val(str(data.folder))
     options = demo_options(0, seed=seed).replace(**ROWS[row])
