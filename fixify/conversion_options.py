@@ -67,6 +67,11 @@ class HeadConfig(CheckedOptions):
     fixed_scale: bool = option(False, "Hold alpha; do not learn it (paper, figure 3).")
     bias: bool | None = option(True, "Keep one learned bias per class.")
     standardize: bool = option(True, "Standardise each feature by its running mean and std before normalising.")
+    normalize: bool = option(
+        True,
+        "Divide each image's features by their norm (paper, equation 1). Without it, fine-tune at a fifth of the rate. "
+        "Binary heads divide only with --bits-per-class and --calibrate.",
+    )
 
     @field_validator("bits_per_weight")
     @classmethod

@@ -247,7 +247,10 @@ def make_cosine_head(
 
     Raises:
         HeadSpecError: See `make_heads`.
+        UsageError: The config leaves the norm.
     """
+    if not head.normalize:
+        raise UsageError("A head of cosines divides by the norm.", hint="Drop --no-normalize.")
     spec, _ = _spec_for(site, head, site.num_classes, features is not None)
     spec = replace(spec, normalize=True, standardize=False)
     if head.wide_search and spec.can_match:
@@ -420,6 +423,8 @@ def _spec_for(
     }
     if not config.standardize:
         options["standardize"] = False
+    if not config.normalize:
+        options["normalize"] = False
     if not config.gains:
         options.pop("gains", None)
     if config.bits_per_class is not None:

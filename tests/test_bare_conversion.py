@@ -172,6 +172,7 @@ def test_what_needs_a_network_is_refused(text: Path, slim: Path, tmp_path: Path)
         {"head": "orthogonal"},
         {"head": "hadamard", "match": False},
         {"head": "simplex", "logit_scale": 10.0},
+        {"normalize": False, "logit_scale": 10.0},
     ):
         with pytest.raises(UsageError):
             fixify.convert(text, tmp_path / "x.fixed.safetensors", **options)

@@ -77,7 +77,9 @@ def finetune(
 
     The data must have the checkpoint's classes. Labels are matched by class name if the checkpoint has names.
 
-    If no validation is better than the start, best.fixed.safetensors is the start.
+    If no validation is better than the start, best.fixed.safetensors is the start. For heads with one bit per weight or
+    more, gained minus lost images must be more than chance: 2 sqrt(gained + lost). With --max-drop the highest top-1
+    wins.
 
     A recipe may name data, checkpoint, against, distill and class_map; options of the command line take precedence.
 

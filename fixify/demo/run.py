@@ -47,14 +47,22 @@ SHIPPED = Path(__file__).with_name("glyphs500.pth")
 DEFAULT_FOLDER = Path("fixify-demo")
 LETTERS = "letters224"
 """Name of the checkpoint that reads letters and digits: C = 224 classes, N = 256 features."""
-LAST_BLOCK_EPOCHS, LAST_BLOCK_RATE = 60, 0.1
+LAST_BLOCK_EPOCHS, LAST_BLOCK_RATE = 60, 0.02
 """Epochs of the last blocks alone, which cost little because features are computed once; and their learning rate."""
+BATCH_SIZE, WEIGHT_DECAY = 32, 3e-3
+"""Small batches and a strong decay, which help on typefaces that no training has seen."""
 LAST_BLOCK_COPIES, TEACHING = 6, 0.9
 """Augmented copies of each image that the last blocks learn from; and the weight of the original's answers."""
 EPOCHS, RATE = 0, 0.005
 """Epochs of the whole network after that, which does not gain from them; and their learning rate."""
-MANY_LAST_BLOCK_EPOCHS = 20
-"""Epochs of the last blocks with more classes than features and twice as many images, without copies."""
+MANY: dict[str, Any] = {
+    "last_block_epochs": 20,
+    "last_block_copies": 0,
+    "lr": 0.1,
+    "batch_size": 64,
+    "weight_decay": 1e-4,
+}
+"""Options with more classes than features and twice as many images; there the features are divided by their norm."""
 UNTRAINED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("64-signs", "64 signs per class", {"bits_per_class": 64}),
     ("128-signs", "128 signs per class", {"bits_per_class": 128}),
@@ -203,7 +211,8 @@ def demo_options(epochs: int = EPOCHS, *, seed: int = 0) -> FinetuneOptions:
     return FinetuneOptions.create(
         epochs=epochs,
         seed=seed,
-        batch_size=64,
+        batch_size=BATCH_SIZE,
+        weight_decay=WEIGHT_DECAY,
         lr=RATE if epochs else LAST_BLOCK_RATE,
         warmup_epochs=0.25,
         last_block_epochs=0 if epochs else LAST_BLOCK_EPOCHS,
@@ -282,7 +291,7 @@ class _Demo:
         tell(StageStarted("convert", "Converting the checkpoint, calibrated on images without labels"))
         original = folder / f"{LETTERS}.pth"
         write_letters(original)
-        conversion = _convert(original, folder / f"{LETTERS}.fixed.safetensors", data)
+        conversion = _convert(original, folder / f"{LETTERS}.fixed.safetensors", data, normalize=False)
         untrained = {
             end: _convert(original, folder / f"{LETTERS}-{end}.fixed.safetensors", data, head="binary", **options).path
             for end, _, options in UNTRAINED
@@ -383,9 +392,9 @@ class _Demo:
         conversion = _convert(original, self.folder / f"{SHIPPED.stem}.fixed.safetensors", data)
         opened = open_model(original)
         metrics = _evaluate(opened, open_train_val(str(data.folder))[1], self.tell)
-        options = demo_options(0).replace(last_block_epochs=MANY_LAST_BLOCK_EPOCHS, last_block_copies=0)
+        options = demo_options(0).replace(**MANY)
         tuned = self._finetune(conversion.path, data, original, options, "many")
-        return ManyClasses(data.num_classes, metrics.top1, tuned.after.val_top1, MANY_LAST_BLOCK_EPOCHS)
+        return ManyClasses(data.num_classes, metrics.top1, tuned.after.val_top1, MANY["last_block_epochs"])
 
 
 def _convert(source: Path, out: Path, data: GlyphData, **options: Any) -> Conversion:

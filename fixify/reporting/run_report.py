@@ -91,7 +91,7 @@ class RunReport:
         val_images: Number of validation images.
         epochs_done: Epochs that are done.
         epochs: Epochs in all.
-        best: The validation with the highest top-1, the start included; None before the first.
+        best: The best validation (`fixify.training.events.best_of`), the start included; None before the first.
         before: Metrics of the model before training.
         start: The validation before training, after calibration, if it was a candidate for the best.
         original: Metrics of the original.
@@ -145,7 +145,7 @@ class RunReport:
 
     @property
     def best_is_start(self) -> bool:
-        """Whether no validation was better than the start."""
+        """Whether the best validation is the start."""
         return self.start is not None and self.best is self.start
 
 
@@ -298,7 +298,7 @@ def _verdict(reports: Sequence[RunReport]) -> list[str]:
             continue
         top1 = report.best.val_top1
         what = "agreement with the teacher" if report.agreement else "validation top-1"
-        start = " before training; no validation was better" if report.best_is_start and report.history else ""
+        start = " before training; no validation was clearly better" if report.best_is_start and report.history else ""
         if report.is_learned:
             said.append(f"{report.label} (learned classifier): {what} {top1:.2f} %{start}.")
             continue

@@ -57,7 +57,8 @@ def finetune(
 
     The data must have the checkpoint's classes. Labels are matched by class name if the checkpoint has names (see
     `fixify.data.match_classes`). The checkpoint is validated first, then trained and validated after each epoch. If no
-    validation is better than the first, the best checkpoint is the one that training started from.
+    validation is better than the first, the best checkpoint is the one that training started from. Heads with one bit
+    per weight or more must be better by more than chance (`fixify.training.starting_point.defends_start`).
 
     Args:
         slim_path: The checkpoint; it is not changed.

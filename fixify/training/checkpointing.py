@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from fixify._values import Count, counted
 from fixify.data import Unreadable, UnreadableImages
 from fixify.errors import CodebookMismatchError, FormatError, HeadSpecError, TrainingError
-from fixify.metrics import Confusions, Metrics
+from fixify.metrics import Metrics
 from fixify.training import distributed
+from fixify.training.answers import Answers, RightImages
 from fixify.training.engine import Engine, head_scale
 from fixify.training.events import EpochEnded, EpochRecord, Listener, Validated, Warned, best_of
 from fixify.training.facts import Machine, Recorded, RunFacts, RunOutput, this_machine
@@ -275,6 +276,8 @@ class Progress:
         before: Metrics of the model before training.
         start: The validation of the model that training starts from, after calibration. None if it is no candidate for
             the best one: from scratch, in a run that needs no training, and in a run that an older version started.
+        start_right: Which validation images the start gets right, if later validations are compared with it image by
+            image (`fixify.training.starting_point.defends_start`); None in a run that an older version started.
         history: One record per validation since then.
         unreadable: What is wrong with the images that could not be read, of "train" and "val".
         steps: The records of steps.jsonl.
@@ -293,6 +296,7 @@ class Progress:
     original: Metrics | None = None
     before: Metrics | None = None
     start: EpochRecord | None = None
+    start_right: RightImages | None = None
     history: list[EpochRecord] = field(default_factory=list)
     unreadable: Annotated[dict[str, list[str]], AfterValidator(_of_splits)] = field(default_factory=dict)
     steps: list[StepRecord] = field(default_factory=list)
@@ -539,13 +543,13 @@ class RunKeeper:
             write_unreadable(self.output.folder, self.progress.unreadable)
 
     def record(
-        self, metrics: Metrics, confusions: Confusions, *, fraction: float, seconds: float, converted: bool = False
+        self, metrics: Metrics, answers: Answers, *, fraction: float, seconds: float, converted: bool = False
     ) -> None:
         """Add a validation to the history, and write every file; no checkpoints while the run awaits a conversion.
 
         Args:
             metrics: Metrics of `engine.evaluated`.
-            confusions: Its predictions per class.
+            answers: Its answers.
             fraction: Part of the epoch that was done; 1 ends it.
             seconds: Time since the epoch started.
             converted: Whether the classifier was just converted.
@@ -557,6 +561,9 @@ class RunKeeper:
         progress = self.progress
         self._share_unreadable()
         record = self._epoch_record(metrics, fraction=fraction, seconds=seconds, converted=converted)
+        changes = None if progress.start_right is None else progress.start_right.changes_to(answers.right())
+        if changes is not None:
+            record = replace(record, gained=changes[0], lost=changes[1])
         to_save = self.engine.model_to_save()
         check_weights(self.engine.evaluated, progress.updates)
         progress.history.append(record)
@@ -566,15 +573,21 @@ class RunKeeper:
         # The state comes after the checkpoints: after a crash between them, the same steps write the same files again.
         if record.classifier != "learned":
             distributed.on_rank_zero(lambda: self._save(to_save, record, is_best=is_best))
-        self._write_files(record, confusions)
+        self._write_files(record, answers)
         self.on_event(EpochEnded(record, is_best) if fraction == 1 else Validated(record, is_best))
 
-    def start_from(self, metrics: Metrics) -> None:
-        """Make the model as it is, before any training, a candidate for the best; `write_start` writes it."""
+    def start_from(self, metrics: Metrics, right: RightImages | None) -> None:
+        """Make the model as it is, before any training, a candidate for the best; `write_start` writes it.
+
+        Args:
+            metrics: Its metrics.
+            right: Which images it gets right, if later validations are to be compared with it image by image.
+        """
         self._share_unreadable()
         self.progress.start = self._epoch_record(metrics, fraction=0.0, seconds=metrics.seconds)
+        self.progress.start_right = right
 
-    def write_start(self, record: EpochRecord, confusions: Confusions) -> None:
+    def write_start(self, record: EpochRecord, answers: Answers) -> None:
         """Write the start as the best checkpoint, the first state, and the logs.
 
         Raises:
@@ -586,12 +599,12 @@ class RunKeeper:
         distributed.on_rank_zero(
             lambda: self.output.save(to_save, self.output.best_path, self._training_record(record))
         )
-        self._write_files(record, confusions)
+        self._write_files(record, answers)
 
-    def _write_files(self, record: EpochRecord, confusions: Confusions) -> None:
+    def _write_files(self, record: EpochRecord, answers: Answers) -> None:
         self.write_state()
         self.write_logs()
-        distributed.on_rank_zero(lambda: write_confusions(self.output.folder, record.step, confusions))
+        distributed.on_rank_zero(lambda: write_confusions(self.output.folder, record.step, answers.confusions()))
 
     def _epoch_record(
         self, metrics: Metrics, *, fraction: float, seconds: float, converted: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -219,6 +220,9 @@ class EpochRecord:
             head. None as for `gradient_bytes`.
         classifier: In a run that converts its classifier: "learned" before that, "converted" for the validation that
             follows it. None later, and in other runs.
+        gained: Validation images that are right and that the start gets wrong; None if it was not compared with the
+            start image by image (see `is_above_start`).
+        lost: Validation images that are wrong and that the start gets right; None like `gained`.
     """
 
     epoch: Count
@@ -239,6 +243,8 @@ class EpochRecord:
     gradient_bytes: Number | None = None
     statistics_bytes: Number | None = None
     classifier: Literal["learned", "converted"] | None = None
+    gained: Count | None = None
+    lost: Count | None = None
 
     @property
     def epochs(self) -> float:
@@ -250,17 +256,31 @@ class EpochRecord:
         return {name: finite_or_none(value) for name, value in asdict(self).items()}
 
 
+def is_above_start(record: EpochRecord) -> bool:
+    """Check that a validation is above the start by more than chance, if it was compared with the start.
+
+    If b images were gained and c lost by chance, b - c has mean 0 and standard deviation sqrt(b + c) (McNemar, 1947).
+    The start stays unless the gain is larger than two of them, about 2 % of chance for one validation. One of them, as
+    in the rule of Breiman et al. (1984), is too little for the highest of several (tests/benchmarks/gentle.py). Without
+    the comparison every validation counts as above it.
+    """
+    if record.gained is None or record.lost is None:
+        return True
+    return record.gained - record.lost > 2 * math.sqrt(record.gained + record.lost)
+
+
 def best_of(start: EpochRecord | None, history: Sequence[EpochRecord]) -> EpochRecord | None:
     """Return the validation with the highest top-1; of equal ones that with the lowest loss, then the first.
 
-    Validations of a learned classifier that the run converts are no candidates.
+    Those that are no more than chance above the start are no candidates (`is_above_start`), and neither are validations
+    of a learned classifier that the run converts.
 
     Args:
         start: The validation before training; None if it is no candidate.
         history: The validations since then.
     """
     fixed = [record for record in history if record.classifier != "learned"]
-    candidates = fixed if start is None else [start, *fixed]
+    candidates = fixed if start is None else [start, *filter(is_above_start, fixed)]
     return max(candidates, key=lambda record: (record.val_top1, -record.val_loss), default=None)
 
 

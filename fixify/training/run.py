@@ -11,6 +11,7 @@ from torch import nn
 
 from fixify._leftovers import FolderLock
 from fixify._memory import peak_bytes
+from fixify._values import counted
 from fixify.errors import LoaderError, ResourceError, TrainingError
 from fixify.metrics import Metrics
 from fixify.training import distributed
@@ -25,6 +26,7 @@ from fixify.training.events import (
     OriginalEvaluated,
     RunStarted,
     Warned,
+    best_of,
     gentler,
 )
 from fixify.training.facts import OpenedInputs, RunFacts, RunOutput, describe_model
@@ -36,7 +38,7 @@ from fixify.training.loop import train_epoch
 from fixify.training.optimisers import hold_signs_
 from fixify.training.options import FinetuneOptions, TrainOptions
 from fixify.training.run_folder import add_to_run, begins_anew, claim_folder, write_recipe, write_run
-from fixify.training.starting_point import resolved_options
+from fixify.training.starting_point import defends_start, resolved_options
 from fixify.training.teacher import Teacher
 from fixify.training.validation import Validation, warn_of_unreadable
 
@@ -51,7 +53,8 @@ class FinetuneResult:
     Attributes:
         best_path, last_path: The checkpoints of the best and of the last validation.
         before: Metrics of the model before training.
-        after: The best validation; the start, if none was better.
+        after: The best validation. It is the start if none was better, and for a model that starts near the original if
+            none was better by more than chance (`fixify.training.starting_point.defends_start`).
         history: Every validation after it.
         original_top1: The original's top-1 on the validation data, percent; None if it was neither given nor measured.
         reached: Whether the run met `max_drop`; None without one.
@@ -75,7 +78,7 @@ class FinetuneResult:
 
     @property
     def best_is_start(self) -> bool:
-        """Whether no validation was better than the start."""
+        """Whether the best checkpoint is the start."""
         return self.after is self.start
 
 
@@ -224,12 +227,13 @@ class _Run:
         self.engine.start_average()
         is_enough = not self.engine.awaits_conversion and keeper.is_enough(metrics.top1)
         if not from_scratch and not is_enough:
-            keeper.start_from(metrics)
+            answers = self.validation.answers()
+            keeper.start_from(metrics, answers.right() if defends_start(self.engine.model, self.options) else None)
         distributed.on_rank_zero(self._write_about)  # again, with these metrics
         if is_enough:
-            keeper.record(metrics, self.validation.confusions(), fraction=0.0, seconds=metrics.seconds)
+            keeper.record(metrics, self.validation.answers(), fraction=0.0, seconds=metrics.seconds)
         elif keeper.progress.start is not None:
-            keeper.write_start(keeper.progress.start, self.validation.confusions())
+            keeper.write_start(keeper.progress.start, self.validation.answers())
         else:
             keeper.write_state()
 
@@ -239,7 +243,7 @@ class _Run:
         if self.options.last_block_epochs and not keeper.progress.history:
             self.preparation.train_last_blocks()
             metrics = self.validation.measure(self.engine.evaluated, "validation")
-            keeper.record(metrics, self.validation.confusions(), fraction=0.0, seconds=metrics.seconds)
+            keeper.record(metrics, self.validation.answers(), fraction=0.0, seconds=metrics.seconds)
         with self.engine.training():
             while keeper.progress.epoch < self.options.epochs and not keeper.has_reached_goal():
                 self.on_event(EpochStarted(keeper.progress.epoch, self.options.epochs))
@@ -295,7 +299,7 @@ class _Run:
         metrics = self.validation.measure(self.engine.evaluated, "validation")
         self.keeper.record(
             metrics,
-            self.validation.confusions(),
+            self.validation.answers(),
             fraction=progress.batch / len(self.engine.loader),
             seconds=progress.seconds + time.perf_counter() - started,
             converted=converted,
@@ -338,9 +342,15 @@ class _Run:
         return self.opened.teacher is not None and not self.opened.taught_by_start
 
     def _advice(self) -> str:
+        kept = f"{self.output.best_path.name} is the model before training."
+        highest = best_of(None, self.keeper.progress.history)
+        if highest is None or highest.gained is None or highest.lost is None or highest.gained <= highest.lost:
+            advice = gentler(self.options.peak_rate, taught=self._learns_from_another())
+            return f"No validation was better than the start: {kept} {advice}"
         return (
-            f"No validation was better than the start: {self.output.best_path.name} is the model before training. "
-            f"{gentler(self.options.peak_rate, taught=self._learns_from_another())}"
+            f"No validation was better than the start by more than chance: {kept} The highest has "
+            f"{highest.val_top1:.2f} % ({counted(highest.gained, 'image')} gained, {highest.lost:,} lost). More "
+            f"validation images show smaller gains. {self.output.last_path.name} is the model after training."
         )
 
     def interruption(self) -> TrainingError:

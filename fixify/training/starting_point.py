@@ -3,8 +3,8 @@
 A learned classifier, and a head that stores at least one sign per weight of it, start near the original. The rates that
 other heads need would first destroy what such a head knows, so it trains gently: at a low rate, with the running
 statistics that the network has, and with a teacher. The teacher is the original where it is at hand, else the start
-itself. Heads with matched codes learn from the original too, and train the last blocks first.
-tests/benchmarks/gentle.py measured all of this.
+itself. Its start stays the best checkpoint unless a validation is above it by more than chance. Heads with matched
+codes learn from the original too, and train the last blocks first. tests/benchmarks/gentle.py measured all of this.
 """
 
 from __future__ import annotations
@@ -42,6 +42,20 @@ def starts_near(specs: Iterable[HeadSpec]) -> bool:
     return all(kind_of(spec).num_stored_signs(spec) >= spec.num_classes * spec.num_features for spec in specs)
 
 
+def defends_start(model: nn.Module, options: FinetuneOptions) -> bool:
+    """Check that only a validation above the start by more than chance replaces it as the best.
+
+    That holds for a model that starts near the original, where the gains of training are about as large as chance;
+    see `fixify.training.events.is_above_start`. With `max_drop` the run stops at the first validation that is good
+    enough, and that one is the best.
+    """
+    return options.max_drop is None and not options.from_scratch and starts_near(_head_specs(model))
+
+
+def _head_specs(model: nn.Module) -> list[HeadSpec]:
+    return [module.spec for module in model.modules() if isinstance(module, FixedClassifier)]
+
+
 def resolved_options(
     options: FinetuneOptions,
     model: nn.Module,
@@ -76,7 +90,7 @@ def resolved_options(
     stored = distributed.on_rank_zero(read) if resume else None
     usual = {**options.usual_values(), "lr": options.peak_rate}
     if stored is None:
-        heads = [module.spec for module in model.modules() if isinstance(module, FixedClassifier)]
+        heads = _head_specs(model)
         if not options.from_scratch and starts_near(heads):
             # The start alone would teach a model to stay what it is.
             weight = USUAL_TEACHING if opened.taught_by_start else GENTLE_TEACHING

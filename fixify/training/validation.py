@@ -12,9 +12,10 @@ from torch import nn
 from fixify.data import ImageLoader, OpenedData, UnreadableImages, make_loader
 from fixify.heads import FixedClassifier
 from fixify.many_classes import only_head
-from fixify.metrics import Confusions, Metrics, Predictions, add_up, count_confusions
+from fixify.metrics import Metrics, Predictions, add_up
 from fixify.models.architectures import Preprocessing
 from fixify.training import distributed
+from fixify.training.answers import Answers
 from fixify.training.events import Evaluating, Listener, Phase, Warned
 from fixify.training.facts import OpenedInputs
 from fixify.training.interrupt import StopRequest
@@ -103,10 +104,9 @@ class Validation:
         deferred = only_head(model) if self.without_logits else None
         return self._measure(model, phase, self._loader, self._predictions, deferred)
 
-    def confusions(self) -> Confusions:
-        """Count the predictions per class of the model that was measured last."""
-        pairs = torch.cat(distributed.all_gather(self._predictions.pairs()), dim=1)
-        return count_confusions(pairs.numpy(), self.data.num_classes)
+    def answers(self) -> Answers:
+        """Return the answers of the model that was measured last; every process must call this."""
+        return Answers.of(distributed.all_gather(self._predictions.pairs()), len(self.data), self.data.num_classes)
 
     def measure_reference(self, reference: ReferenceModel, phase: Phase) -> Metrics:
         """Measure another model, and move it to the CPU afterwards."""

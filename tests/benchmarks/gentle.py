@@ -11,7 +11,9 @@ classifier itself (control); binary, one sign per weight; and matched Hadamard c
 1,024 training images without labels.
 
 Top-1 is that of the last epoch, on every third held-out image (`tuned_on`, to choose) and on the others (`top1`, to
-report). Each trial is added to --out, and a trial that is there already is not repeated.
+report). `best` is the top-1 of the best checkpoint on the others, and `highest` that of the checkpoint which would be
+best if the highest top-1 won, however small the gain; --best prints both. Each trial is added to --out, and a trial
+that is there already is not repeated.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from fixify.demo.run import SHIPPED, letter_labels, write_letters
 from fixify.heads import HeadSpec, replacement
 from fixify.metrics import evaluate
 from fixify.training import FinetuneOptions, OpenedInputs, ReferenceModel, RunOutput, train_model
+from fixify.training.events import best_of
 from fixify.training.options import USUAL_TEACHING
 
 TEACHERS = ("none", "original", "start")
@@ -155,21 +158,31 @@ def trial(task: Task, old: Old, head: str, options: FinetuneOptions, taught_by: 
         options = options.replace(distill_weight=USUAL_TEACHING)  # as `finetune` does
     with tempfile.TemporaryDirectory() as folder:
         opened = OpenedInputs(task.train, task.tune, task.preprocessing, teacher=teacher)
-        best = copy.deepcopy(model)
+        weights: list[dict[str, Tensor]] = []  # of the start, and of each validation
 
         def save(saved: nn.Module, path: Path, _record: object) -> None:
-            if path == output.best_path:
-                best.load_state_dict(saved.state_dict())
+            if path == output.last_path or not weights:
+                weights.append(copy.deepcopy(saved.state_dict()))
 
         output = RunOutput(Path(folder), save=save, force=True)
-        history = train_model(model, opened, options, output).history
+        result = train_model(model, opened, options, output)
+    history, found = result.history, []
+    for state in weights:
+        model.load_state_dict(state)
+        found.append(top1(model, task.val, task.preprocessing))
+    reported = dict(zip((result.start, *history), found, strict=True))
+    uncompared = {replace(record, gained=None, lost=None): record for record in history}
+    highest = best_of(result.start, list(uncompared))
     return {
         "tuned_before": before[0],
         "before": before[1],
         "tuned_on": history[-1].val_top1,
         "epochs_tuned_on": [record.val_top1 for record in history],
-        "top1": top1(model, task.val, task.preprocessing),
-        "best": top1(best, task.val, task.preprocessing),
+        "epochs_changed": [(record.gained, record.lost) for record in history],
+        "epochs_top1": [reported[record] for record in history],
+        "top1": reported[history[-1]],
+        "best": reported[result.after],
+        "highest": reported[uncompared.get(highest, highest)],
     }
 
 
@@ -248,6 +261,24 @@ def print_table(path: Path) -> None:
         print(f"| {what} | {e['before']:.2f} | {e['top1']:.2f} | {changes} |")
 
 
+def print_best(path: Path) -> None:
+    """Print one row per data set, head, teacher and number of epochs: the best checkpoint minus the start, per seed."""
+    groups: dict[tuple, list[dict]] = {}
+    for entry in sorted(entries(path), key=lambda each: each["seed"]):
+        if "highest" in entry:
+            groups.setdefault(tuple(entry[key] for key in ("data", "head", "teacher", "epochs")), []).append(entry)
+    print("| data | head | teacher | epochs | the highest top-1 wins | above chance | seeds that keep the start |")
+    print("|---|---|---|---|---|---|---|")
+    for group, found in sorted(groups.items(), key=lambda each: (DATA.index(each[0][0]), each[0][1:])):
+        cells = [*map(str, group)]
+        for rule in ("highest", "best"):
+            gaps = [entry[rule] - entry["before"] for entry in found]
+            cells.append(f"{sum(gaps) / len(gaps):+.2f} ({' '.join(f'{gap:+.2f}' for gap in gaps)})")
+        changed = [entry["epochs_changed"] for entry in found]
+        kept = sum(all(gained - lost <= 2 * (gained + lost) ** 0.5 for gained, lost in each) for each in changed)
+        print(f"| {' | '.join(cells)} | {kept} of {len(found)} |")
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -262,9 +293,12 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmark"), help="folder of images and networks")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark/gentle.jsonl"))
     parser.add_argument("--table", type=Path, metavar="RESULTS", help="print the table of these results")
+    parser.add_argument("--best", type=Path, metavar="RESULTS", help="print the best checkpoints of these results")
     arguments = parser.parse_args()
     if arguments.table:
         print_table(arguments.table)
+    elif arguments.best:
+        print_best(arguments.best)
     else:
         run(arguments)
 

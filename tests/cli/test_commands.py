@@ -87,6 +87,7 @@ def test_nothing_is_replaced_without_force(run: Run, small_pth: Path, tmp_path: 
     [
         (("--head", "orthogonal", "--no-bias", "--seed", 5), {"kind": "orthogonal", "bias": False, "seed": 5}),
         (("--num-classes", 37, "--no-standardize"), {"kind": "hadamard", "num_classes": 37, "standardize": False}),
+        (("--no-normalize",), {"kind": "hadamard", "normalize": False, "standardize": True}),
         (("--alpha", 3.5, "--dtype", "bfloat16"), {"kind": "hadamard", "num_classes": 300}),
         (("--scale", 3.5), {"kind": "hadamard"}),  # the old spelling
     ],

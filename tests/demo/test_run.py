@@ -27,7 +27,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoResult]:
         patch.setattr(glyphs, "VARIANTS", {"train": 1, "val": 1})
         patch.setattr(run, "LAST_BLOCK_EPOCHS", 3)
         patch.setattr(run, "LAST_BLOCK_COPIES", 1)
-        patch.setattr(run, "MANY_LAST_BLOCK_EPOCHS", 1)
+        patch.setitem(run.MANY, "last_block_epochs", 1)
         yield run_demo(tmp_path_factory.mktemp("demo") / "here", epochs=1, faces=FEW)
 
 
@@ -50,10 +50,10 @@ def test_everything_is_measured_and_written(result: DemoResult) -> None:
     assert result.savings.removed == 224 * 256
     best = max(record.val_top1 for record in result.history)
     assert result.finetuned_metrics.top1 == pytest.approx(best, abs=0.5)  # stored in half
-    assert [record.step for record in result.history] == [0, 3]  # the last blocks alone, then everything
+    assert [record.step for record in result.history] == [0, 7]  # the last blocks alone, then everything
     assert result.control is not None
-    assert [record.step for record in result.control_history] == [0, 3]
-    assert [step for step, _ in result.scales] == [1, 2, 3]  # 224 images, 64 per step
+    assert [record.step for record in result.control_history] == [0, 7]
+    assert [step for step, _ in result.scales] == [1, 2, 3, 4, 5, 6, 7]  # 224 images, 32 per step
     assert result.many is not None and result.many.num_classes == 500
     assert result.many.original_top1 > 95
     assert (result.folder / "glyphs500.pth").read_bytes() == SHIPPED.read_bytes()  # what the README goes on with

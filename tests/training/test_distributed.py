@@ -63,7 +63,9 @@ def done(
         run(folder / "resumed", one, plain_model(run), on_event=crash_at(1, 1))
     statistics = {"batch_size": 4, "epochs": 1, "last_block_epochs": 1}
     whole = {**SAME, "ema_decay": None, "epochs": 1, "batch_size": 8, "model": PLAIN, "val_images": 1}
+    signs = {"epochs": 2, "lr": 0.02, "opt": "adamw", "model": {**PLAIN, "signs": 32}}
     runs = {
+        "compared": {**signs, "batch_size": 8},
         "two": {**SAME, "grad_accum": 2, "batch_size": 4, "model": PLAIN},
         "reduce": {**statistics, "dist_bn": "reduce"},
         "broadcast": {**statistics, "dist_bn": "broadcast"},
@@ -74,6 +76,8 @@ def done(
     told = processes.together(folder, runs)
     run(folder / "one", one.replace(grad_accum=2, batch_size=8), plain_model(run))
     run(folder / "whole", one, plain_model(run))
+    compared = FinetuneOptions.create(**HERE, epochs=2, lr=0.02, opt="adamw", batch_size=16)
+    run(folder / "alone", compared, run.model(**signs["model"]))
     return folder, told
 
 
@@ -82,7 +86,7 @@ def plain_model(run: Any) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", ["two", "reduce", "broadcast", "resumed", "copies", "shards"])
+@pytest.mark.parametrize("name", ["compared", "two", "reduce", "broadcast", "resumed", "copies", "shards"])
 def test_all_processes_finish_with_the_same_weights_and_only_rank_zero_reports(done: Any, name: str) -> None:
     first, second = done[1][name]
     assert first["result"] == second["result"] == "done"
@@ -98,6 +102,15 @@ def test_two_processes_do_what_one_with_twice_the_batch_does(done: Any) -> None:
     last = metrics(folder / "two")[-1]
     assert last["gradient_bytes"] == 4 * weights  # a learned classifier would have 4 x 4 x 32 bytes more
     assert last["statistics_bytes"] == pytest.approx(4 * 65 * 5 / 3)  # of 5 forward passes, in 3 updates
+
+
+def test_two_processes_compare_with_the_start_as_one_does(done: Any) -> None:
+    alone, compared = (
+        [(record["gained"], record["lost"]) for record in metrics(done[0] / name)] for name in ("alone", "compared")
+    )
+    assert alone == compared and any(gained for gained, _ in alone)
+    starts = [load(done[0] / name / "state.pt")["progress"]["start_right"] for name in ("alone", "compared")]
+    assert starts[0] == starts[1] and starts[0]["num_images"] == 20
 
 
 def is_parameter(name: str) -> bool:

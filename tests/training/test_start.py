@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from fixify.data import OpenedData
+from fixify.data import OpenedData, make_loader
 from fixify.data.idx import ArrayImages
+from fixify.metrics import Predictions, evaluate
 from fixify.training import (
     EpochRecord,
     Evaluated,
@@ -138,6 +139,90 @@ def test_a_run_that_gets_better_is_as_before(run: Run, tmp_path: Path) -> None:
     before, start = [event for event in events if isinstance(event, Evaluated)]
     assert (before.calibrated, start.calibrated) == (False, True)
     assert before.metrics.loss == result.before.loss != start.metrics.loss == result.start.val_loss
+
+
+SIGNS = OPTIONS.replace(epochs=4, lr=0.05)
+
+
+@pytest.fixture(scope="module")
+def gained(
+    run: Run, new_model: Any, stripes: Any, preprocessing: Any, tmp_path_factory: pytest.TempPathFactory
+) -> OpenedData:
+    """The validation images that a head of one bit per weight gets wrong at its start and right after training."""
+    right: list[Any] = []
+
+    def save(model: nn.Module, path: Path, _record: dict[str, Any]) -> None:
+        if path.name.startswith("last") or not right:
+            right.append(right_answers(model, stripes[1], preprocessing))
+
+    result = run(tmp_path_factory.mktemp("signs"), SIGNS, new_model(signs=32), save=save)
+    last = result.history[-1]
+    assert result.after in result.history  # it starts at chance, so any training beats it
+    assert (last.gained, last.lost) == (int((right[-1] & ~right[0]).sum()), int((right[0] & ~right[-1]).sum()))
+    only = (right[-1] & ~right[0]).nonzero()[0]
+    assert len(only) >= 5
+    return some_of(stripes[1], only)
+
+
+def right_answers(model: nn.Module, data: OpenedData, preprocessing: Any) -> Any:
+    found = Predictions()
+    loader = make_loader(data, preprocessing, training=False, batch_size=len(data))
+    evaluate(model, loader, device=torch.device("cpu"), predictions=found)
+    labels, predicted = found.pairs().numpy()
+    return labels == predicted
+
+
+def some_of(data: OpenedData, which: Any) -> OpenedData:
+    images: Any = data.images
+    return replace(data, images=ArrayImages(images.pixels[which], images.labels[which]))
+
+
+def test_a_gain_of_one_image_is_chance_for_a_head_that_starts_near_and_five_are_none(
+    run: Run, new_model: Any, gained: OpenedData, tmp_path: Path
+) -> None:
+    one = some_of(gained, slice(1))
+    kept = run(tmp_path / "one", SIGNS, new_model(signs=32), val=one)
+    assert kept.best_is_start and kept.after.val_top1 == 0 and kept.history[-1].val_top1 == 100
+    assert (kept.history[-1].gained, kept.history[-1].lost) == (1, 0)
+    assert kept.advice is not None and "100.00 %" in kept.advice and "--lr" not in kept.advice
+    assert load(kept.best_path)["record"]["updates"] == 0
+    replaced = run(tmp_path / "five", SIGNS, new_model(signs=32), val=some_of(gained, slice(5)))
+    assert replaced.after in replaced.history and replaced.advice is None
+
+
+def test_max_drop_takes_the_first_validation_that_is_enough(
+    run: Run, new_model: Any, gained: OpenedData, tmp_path: Path
+) -> None:
+    options = SIGNS.replace(max_drop=0.0, original_top1=100.0)
+    result = run(tmp_path, options, new_model(signs=32), val=some_of(gained, slice(1)))
+    assert result.reached and result.after is result.history[-1] and result.after.gained is None
+
+
+def test_heads_that_do_not_start_near_are_not_compared_with_their_start(run: Run, tmp_path: Path) -> None:
+    result = run(tmp_path, OPTIONS)
+    assert [(record.gained, record.lost) for record in result.history] == [(None, None)] * 2
+    assert load(tmp_path / "state.pt")["progress"]["start_right"] is None
+
+
+def test_a_resumed_run_compares_with_its_start_unless_an_older_version_began_it(
+    run: Run, crash_at: Any, new_model: Any, gained: OpenedData, tmp_path: Path
+) -> None:
+    one = some_of(gained, slice(1))
+    whole = run(tmp_path / "whole", SIGNS, new_model(signs=32), val=one)
+    results = {}
+    for name in ("same", "older"):
+        with pytest.raises(crash_at.error):
+            run(tmp_path / name, SIGNS, new_model(signs=32), val=one, on_event=crash_at(0, 2))
+        if name == "older":
+            state = load(tmp_path / name / "state.pt")
+            assert state["progress"].pop("start_right") is not None
+            write_sealed(tmp_path / name, state)
+        results[name] = run(tmp_path / name, SIGNS, new_model(signs=32), val=one, resume=True)
+    assert results["same"].best_is_start and results["same"].advice == whole.advice
+    changes = [[(record.gained, record.lost) for record in each.history] for each in (results["same"], whole)]
+    assert changes[0] == changes[1]
+    older = results["older"]
+    assert older.after in older.history and older.after.val_top1 == 100 and older.after.gained is None
 
 
 def test_random_weights_are_no_candidate(run: Run, tmp_path: Path) -> None:
