@@ -15,6 +15,7 @@ import torch
 
 from fixify._version import __version__
 from fixify.errors import UsageError
+from fixify.heads.kernels import instruction_set, is_compiled
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Machine:
         processor: The name of the processor.
         cores: Cores that this process may use.
         system: Operating system and architecture, for example "Linux x86_64".
-        versions: Version of Python and of each library, by name.
+        versions: Version of Python and of each library, by name, and the instruction set of the compiled kernels.
     """
 
     processor: str
@@ -52,6 +53,7 @@ def this_machine() -> Machine:
         system=f"{platform.system()} {platform.machine()}",
         versions={
             "fixify": __version__,
+            "kernels": instruction_set() if is_compiled() else "not compiled",
             "torch": str(torch.__version__),
             "timm": metadata.version("timm"),
             "python": platform.python_version(),

@@ -61,6 +61,15 @@ def initial_scale(num_classes: int, confidence: float = 0.95) -> float:
     return math.log(max(num_classes - 1, 1) * confidence / (1.0 - confidence))
 
 
+def _largest(logits: Tensor, k: int, probabilities: bool) -> tuple[Tensor, Tensor]:
+    """Find the k largest logits, or probabilities, of each row, and their columns."""
+    values, classes = logits.topk(k, dim=-1)
+    if probabilities:
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        values = (values - logits.to(values.dtype).logsumexp(dim=-1, keepdim=True)).exp()
+    return values, classes
+
+
 class FixedClassifier(nn.Module):
     """Classifier whose weights are fixed codes: `logits = scale * normalize((x - mean) / std) @ Q.T + bias`.
 
@@ -86,12 +95,10 @@ class FixedClassifier(nn.Module):
     `projection_steps` [d] (if `spec.planes`). The properties `mean`, `std` and `row_scales` read them. `learn_signs_`
     makes the signs of a binary head learnable.
 
-    Stored signs and levels stay packed in memory, 1 to 4 bits each (1.6 for 1.58): twice, in the buffer `codes` and for
-    the product. In training up to 2^24 of them are numbers too, as are up to 2^19 before the mode is set. In
-    evaluation on a processor up to 2^20 of them, or 2^21 with several threads, become one dense layer if features are
-    not normalised: there `nn.Linear` is faster than any product with packed signs. Where 8-bit integers are multiplied
-    fast, up to 2^21 signs and 2^24 levels are bytes too, and more signs take 2 bits each, all for the product of few
-    samples. Elsewhere up to 2^19 are numbers.
+    Stored signs and levels stay packed in memory, 1 to 4 bits each (1.6 for 1.58): in the buffer `codes`, in the
+    product, and in evaluation on a processor once more, in the order of the compiled code (`fixify.heads.kernels`). In
+    training up to 2^24 of them are numbers too, as are up to 2^19 before the mode is set, and in evaluation without
+    that code.
 
     Args:
         spec: The head spec; resolved and verified here.
@@ -506,8 +513,8 @@ class FixedClassifier(nn.Module):
     def top_k(self, x: Tensor, k: int, *, probabilities: bool = False) -> TopK:
         """Find the classes with the largest logits, without holding the logits of all classes.
 
-        A block of classes is scored at a time. The memory is that of about four million logits, or of one Hadamard
-        block per sample. There are no gradients, and the running statistics stay as they are.
+        Some samples are scored at a time, or a block of classes. The memory is that of about four million logits, or
+        of one Hadamard block per sample. There are no gradients, and the running statistics stay as they are.
 
         Args:
             x: Features, as for `forward`.
@@ -528,6 +535,21 @@ class FixedClassifier(nn.Module):
         if not 1 <= k <= self.out_features:
             raise HeadSpecError(f"k must be between 1 and the {self.out_features} classes, got {k}.")
         x = self._channels_last(x)
+        by_block = torch.compiler.is_compiling() or self.out_features > _TOP_K_LOGITS
+        prepared = None if by_block else self._prepare(x)
+        if (
+            prepared is not None and prepared.is_compiled
+        ):  # all logits of some samples are faster than some of all samples
+            parts = x.reshape(-1, self.in_features).split(_TOP_K_LOGITS // self.out_features)
+            found = [_largest(prepared.call(part), k, probabilities) for part in parts]
+            largest, numbers = (torch.cat(each) for each in zip(*found, strict=True))
+        else:
+            largest, numbers = self._largest_by_block(x, k, probabilities)
+        shaped = [part.view(*x.shape[:-1], k) for part in (largest, numbers)]
+        return TopK(*(part.movedim(-1, 1) for part in shaped)) if self.channel_dim == 1 else TopK(*shaped)
+
+    def _largest_by_block(self, x: Tensor, k: int, probabilities: bool) -> tuple[Tensor, Tensor]:
+        """Find the k largest logits, or probabilities, and their classes, [M, k], a block of classes at a time."""
         z = self.product.rotate(self._scaled(x))
         z = z.reshape(-1, z.shape[-1])
         values, classes, log_sums = [], [], []  # of each block
@@ -546,9 +568,7 @@ class FixedClassifier(nn.Module):
         largest, index = torch.cat(values, dim=-1).topk(k, dim=-1)
         if probabilities:
             largest = (largest - torch.cat(log_sums, dim=-1).logsumexp(dim=-1, keepdim=True)).exp()
-        numbers = torch.cat(classes, dim=-1).gather(-1, index)
-        found = [part.view(*x.shape[:-1], k) for part in (largest, numbers)]
-        return TopK(*(part.movedim(-1, 1) for part in found)) if self.channel_dim == 1 else TopK(*found)
+        return largest, torch.cat(classes, dim=-1).gather(-1, index)
 
     def scaled_features(self, x: Tensor) -> Tensor:
         """Compute what is multiplied with the codes; in training mode, update the running statistics first.

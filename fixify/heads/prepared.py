@@ -1,8 +1,10 @@
 """The forward pass of a head in evaluation, with all that does not depend on the input prepared beforehand.
 
 The formula of `fixify.heads.layer.FixedClassifier` takes about 15 small operations, which at batch 1 take ten times as
-long as the arithmetic. Here each sample is multiplied first and divided by its norm afterwards, in the same operation
-that adds the bias. In half precision it is divided first, since sums of features that are not normalised overflow.
+long as the arithmetic. On a processor all of it is one call of compiled code (`fixify.heads.kernels`). Elsewhere, in
+float64, and where that code was not compiled, it is composed of torch's operations: each sample is multiplied first and
+divided by its norm afterwards, in the same operation that adds the bias. In half precision it is divided first, since
+sums of features that are not normalised overflow.
 """
 
 from __future__ import annotations
@@ -15,20 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fixify.heads.kernels import CompiledHead, HeadTables, is_compiled
 from fixify.heads.kinds import GAIN_STEPS, SpecFields
 from fixify.heads.normalisation import NORM_EPSILON
 from fixify.heads.product import CodeProduct
-from fixify.heads.signs import IntegerProduct, packed_product
+from fixify.heads.signs import packed_product, sign_planes
 from fixify.heads.statistics import floor_std
 
 _SOURCES = ("scale", "bias", "center", "spread", "gains")
 _DEVICES = ("cpu", "cuda")
 _CACHED_SCORES = 1 << 18
 """Scores of several blocks that are computed at once on a processor: 1 MB in float32, within the second-level cache."""
-_DENSE = 1 << 20
-"""Weights per thread up to which stored signs or levels become one dense layer on a processor, 4 MB in float32, ..."""
-_DENSE_THREADS = 2
-"""... for so many threads at most. What stays in the threads' caches is multiplied sooner than it is unpacked."""
 _LEVELS = torch.autograd.forward_ad
 # Looked up once: these are asked in every call.
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -80,6 +79,7 @@ class PreparedHead:
     """The forward pass of one head, on one device and for inputs of one type.
 
     It holds references to the tensors that it was prepared from, and is used while they are the same, unchanged ones.
+    `call` maps features [..., N] to logits [M, C]; `is_compiled` says whether that is compiled code.
 
     Args:
         head: The head.
@@ -96,7 +96,12 @@ class PreparedHead:
             for store, name, tensor in _learned_tensors(head)
             if tensor is not None
         ]
-        self.call = _prepared_call(head, dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        center = None if head.center is None else head.center.to(wide)
+        inverse_std = None if head.spread is None else floor_std(head.spread).to(wide).reciprocal()
+        compiled = _compiled_call(head, dtype, center, inverse_std) if wide == torch.float32 else None
+        self.is_compiled = compiled is not None
+        self.call = compiled or _composed_call(head, dtype, center, inverse_std)
 
     def fits(self, x: Tensor) -> bool:
         """Check that it is for inputs like `x`, and that none of the head's tensors was replaced or changed since."""
@@ -150,15 +155,12 @@ def _learned_tensors(head: Head) -> list[tuple[Mapping[str, Tensor | None], str,
     return found
 
 
-def _prepared_call(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Build the function from features [M, N] to logits [M, C]."""
+def _composed_call(
+    head: Head, dtype: torch.dtype, center: Tensor | None, inverse_std: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """Build the function from features [M, N] to logits [M, C] of torch's operations."""
     wide = torch.promote_types(dtype, torch.float32)
     n = head.in_features
-    center = None if head.center is None else head.center.to(wide)
-    inverse_std = None if head.spread is None else floor_std(head.spread).to(wide).reciprocal()
-    dense = _dense_layer(head, dtype) if dtype == wide else None
-    if dense is not None:
-        return dense
     scale = (head.scale.detach().to(torch.float64) * head.product.prescale).to(wide)
     codes = _codes(head.product, dtype)
     scores = _scores(head, codes, dtype)
@@ -168,17 +170,9 @@ def _prepared_call(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]
     normalize, is_wide, num_classes = head.spec.normalize, dtype == wide, head.out_features
     signs = head.product.block_signs
     at_once = 1 << 62 if signs is None or signs.device.type != "cpu" else max(1, _CACHED_SCORES // signs.numel())
-    of_one = _call_of_one(head, codes, center, inverse_std, scale, rows) if is_wide else None
 
     def call(x: Tensor) -> Tensor:
-        if of_one is not None and x.numel() == n:
-            return of_one(x)
-        z = x if x.dtype == wide else x.to(wide)
-        if center is not None:
-            z = z - center
-            if inverse_std is not None:
-                z.mul_(inverse_std)
-        z = z.reshape(-1, n)
+        z = _standardise(x.to(wide), center, inverse_std).reshape(-1, n)
         factor = scale
         if normalize:
             factor = scale / torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min_(NORM_EPSILON)
@@ -196,23 +190,69 @@ def _prepared_call(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]
     return call
 
 
-def _dense_layer(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
-    """Build the function from features [M, N] to logits [M, C] as one dense layer; None if that is not the fastest."""
-    packed, limit = head.product.packed, _DENSE * min(torch.get_num_threads(), _DENSE_THREADS)
-    if packed is None or head.product.table is not None or packed.device.type != "cpu" or head.spec.normalize:
+def _compiled_call(
+    head: Head, dtype: torch.dtype, center: Tensor | None, inverse_std: Tensor | None
+) -> Callable[[Tensor], Tensor] | None:
+    """Build the function from features [M, N] to logits [M, C] in compiled code; None if there is none for the head."""
+    product = head.product
+    if head.scale.device.type != "cpu" or product.table is not None or not is_compiled():
         return None
-    if head.in_features * head.out_features > limit:
-        return None
-    codes = head.product(torch.eye(head.in_features, dtype=dtype)).T.double()
-    weight = codes * (float(head.scale.detach().double()) * head.product.prescale)
-    if head.gains is not None:
-        weight *= head.gains.double().unsqueeze(1) / GAIN_STEPS
-    if head.spread is not None:
-        weight /= floor_std(head.spread).double()
-    bias = torch.zeros(head.out_features, dtype=torch.float64) if head.bias is None else head.bias.detach().double()
-    if head.center is not None:
-        bias = bias - weight @ head.center.double()
-    return partial(F.linear, weight=weight.to(dtype), bias=bias.to(dtype))
+    if product.packed is None and product.left is None:
+        return None  # the codes are one large matrix, or none
+    directions = _directions(product)
+    signs = product.block_signs if product.packed is None else product.rotation_signs
+    planes = None if product.packed is None else sign_planes(product.packed, product.num_kept, product.levels)
+    tables = HeadTables(
+        num_features=head.in_features if directions is None else len(directions),
+        num_classes=head.out_features,
+        scale=float(head.scale.detach().double()) * product.prescale,
+        normalize=head.spec.normalize and directions is None,
+        center=center if directions is None else None,
+        inverse_std=inverse_std if directions is None else None,
+        left=_as_float(product.left if directions is None else None),
+        right=_as_float(product.right if directions is None else None),
+        signs=_as_float(signs if directions is None else None),
+        packed=None if planes is None else planes.packed,
+        plane_weights=() if planes is None else planes.weights,
+        num_signs=product.num_kept,
+        index=product.index,
+        rows=_row_factors(head, torch.float32),
+        bias=_as_float(head.bias),
+        first=product.first_row,
+    )
+    logits = CompiledHead(tables)
+    if directions is None:
+        return logits if dtype is torch.float32 else lambda x: logits(x.float()).to(dtype)
+    basis, n, normalize = directions, head.in_features, head.spec.normalize
+
+    def projected(x: Tensor) -> Tensor:
+        z = _standardise(x.float().reshape(-1, n), center, inverse_std)
+        return logits(F.linear(F.normalize(z, eps=NORM_EPSILON) if normalize else z, basis)).to(dtype)
+
+    return projected
+
+
+def _directions(product: CodeProduct) -> Tensor | None:
+    """Build what features are multiplied with before stored signs, [d, N], where that is no fast transform."""
+    if (
+        product.directions is not None
+        or product.rotation_signs is None
+        or product.right is None
+        or product.left is not None
+    ):
+        return _as_float(product.directions)
+    return (product.right * product.rotation_signs)[: product.num_kept].float()
+
+
+def _as_float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().float()
+
+
+def _standardise(z: Tensor, center: Tensor | None, inverse_std: Tensor | None) -> Tensor:
+    if center is None:
+        return z
+    z = z - center
+    return z if inverse_std is None else z.mul_(inverse_std)
 
 
 def _row_factors(head: Head, dtype: torch.dtype) -> Tensor | None:
@@ -223,121 +263,6 @@ def _row_factors(head: Head, dtype: torch.dtype) -> Tensor | None:
         return rows
     signs = product.class_signs.to(dtype)
     return signs if rows is None else signs * rows
-
-
-def _call_of_one(
-    head: Head,
-    codes: Callable[[Tensor], Tensor],
-    center: Tensor | None,
-    inverse_std: Tensor | None,
-    scale: Tensor,
-    rows: Tensor | None,
-) -> Callable[[Tensor], Tensor] | None:
-    """Build the function from the features of one sample, N numbers, to logits [1, C]; None if there is no quick one.
-
-    Its norm is a number here, and not a tensor, so that the last operation multiplies with it and adds the bias: 5 to 8
-    operations for a Hadamard head instead of 11 to 13.
-    """
-    if scale.device.type != "cpu":  # a device would have to be waited for
-        return None
-    product = head.product
-    uses_matrix = product.right is not None and product.table is None and product.packed is None
-    multiply = _blocks_of_one(head, scale.dtype, rows) if uses_matrix else _others_of_one(head, codes, rows)
-    if multiply is None:
-        return None
-    normalize, factor = head.spec.normalize, float(scale)
-
-    def call(x: Tensor) -> Tensor:
-        z = x
-        if center is not None:
-            z = x - center
-            if inverse_std is not None:
-                z.mul_(inverse_std)
-        by = factor
-        if normalize:
-            by /= max(torch.linalg.vector_norm(z).item(), NORM_EPSILON)
-        return multiply(z, by)
-
-    return call
-
-
-def _others_of_one(
-    head: Head, multiply: Callable[[Tensor], Tensor], rows: Tensor | None
-) -> Callable[[Tensor, float], Tensor]:
-    """Build the function from one sample and its factor to logits, for heads that are no blocks of a matrix."""
-    n, c, dtype = head.in_features, head.out_features, head.scale.dtype
-    bias = torch.zeros(c, dtype=dtype) if head.bias is None else head.bias.detach()
-    rotate = _rotation_of_one(head.product)
-    kept = head.product.num_kept
-    integers = multiply if isinstance(multiply, IntegerProduct) and multiply.knows_one else None
-
-    def logits(z: Tensor, by: float) -> Tensor:
-        z = z.reshape(n)
-        if rotate is not None:
-            z = rotate(z)[:kept]
-        if integers is None:
-            found = multiply(z.view(1, -1)).view(c)
-        else:
-            found, factor = integers.of_one(z)
-            by *= factor
-        found = torch.add(bias, found, alpha=by) if rows is None else torch.addcmul(bias, found, rows, value=by)
-        return found.view(1, c)
-
-    return logits
-
-
-def _rotation_of_one(product: CodeProduct) -> Callable[[Tensor], Tensor] | None:
-    """Build the rotation or projection of the features of one sample, [N]; None if the codes need none."""
-    if product.directions is not None:
-        return partial(torch.mv, product.directions)
-    if product.right is None or product.rotation_signs is None:
-        return None
-    right, left, signs = product.right.t().contiguous(), product.left, product.rotation_signs
-    b = right.shape[0]
-
-    def rotate(z: Tensor) -> Tensor:
-        z = (z * signs).view(-1, b)
-        return torch.mm(z if left is None else torch.mm(left, z), right).view(-1)
-
-    return rotate
-
-
-def _blocks_of_one(head: Head, dtype: torch.dtype, rows: Tensor | None) -> Callable[[Tensor, float], Tensor] | None:
-    """Build the function from one sample and its factor to logits, for blocks of a matrix of two parts."""
-    product = head.product
-    if product.left is None or product.right is None:
-        return None
-    n, c = head.in_features, head.out_features
-    right = product.right.to(dtype).t().contiguous()
-    b = right.shape[0]
-    a = n // b
-    signs = None if product.block_signs is None else product.block_signs.to(dtype)
-    k = 1 if signs is None else len(signs)
-    bias = right.new_zeros(c) if head.bias is None else head.bias.detach().to(dtype)
-    first, index = product.first_row, product.index
-    left = product.left.to(dtype)
-    if c > n and index is None:
-        left = torch.cat((left, -left))  # the codes of a block are the rows, then their negatives
-    several = left.expand(k, *left.shape)
-    padded = right.new_zeros(k * len(left) * b)
-    if rows is None:
-        padded[first : first + c] = bias
-    padded = padded.view(len(left), b) if k == 1 else padded.view(k, len(left), b)
-
-    def multiply(z: Tensor, by: float) -> Tensor:
-        if signs is not None:
-            z = z.reshape(n) * signs
-        z = torch.mm(z.reshape(-1, b), right)
-        if k > 1:
-            z = z.view(k, a, b)
-        if rows is None:
-            logits = torch.addmm(padded, left, z, alpha=by) if k == 1 else torch.baddbmm(padded, several, z, alpha=by)
-            return logits.as_strided((1, c), (c, 1), first)
-        scores = torch.mm(left, z) if k == 1 else torch.bmm(several, z)
-        scores = scores.as_strided((c,), (1,), first) if index is None else scores.view(-1).index_select(0, index)
-        return torch.addcmul(bias, scores, rows, value=by).view(1, c)
-
-    return multiply
 
 
 def _codes(product: CodeProduct, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from fixify.errors import HeadSpecError
 from fixify.heads.codes import Codes, FeatureRows, HadamardRows, Rotation, SignRows, StoredLevels, StoredSigns
 from fixify.heads.constructions import Construction, elementary, order_of
+from fixify.heads.kernels import CompiledStep, HeadTables, is_compiled
 from fixify.heads.kinds import SpecFields, default_codes, kind_of
 from fixify.heads.levels import SIGNS, Levels
 from fixify.heads.matrices import block_signs, rows
@@ -113,6 +116,25 @@ class OneBlock:
     columns: slice
     picked: tuple[Tensor, Tensor] | None
 
+    @cached_property
+    def step(self) -> CompiledStep | None:
+        """Forward and backward pass in compiled code, for float32 on a processor; None for others, or without it."""
+        if self.left.device.type != "cpu" or self.left.dtype != torch.float32 or not is_compiled():
+            return None
+        index, rows = self.picked or (None, None)
+        tables = HeadTables(
+            len(self.left) * len(self.right),
+            self.num_classes,
+            normalize=True,
+            left=self.left,
+            right=self.right,
+            signs=self.signs,
+            index=index,
+            rows=rows,
+            first=self.columns.start,
+        )
+        return CompiledStep(tables)
+
 
 class CodeProduct(nn.Module):
     """The product Q z / prescale for the codebook Q [C, N] of a head: [..., N] -> [..., C].
@@ -138,6 +160,8 @@ class CodeProduct(nn.Module):
     class_signs: Tensor | None  # sign of each class, [C]
     table: Tensor | None  # the codebook [C, N], or stored signs or levels [C, d] while they are held as numbers
     packed: Tensor | None  # stored signs or levels, uint8 [C, bytes]
+
+    _one_block: tuple[tuple[int, int], OneBlock] | None = None
 
     revision: int = 0
     """Counts the changes of the tables, for what is prepared from them."""
@@ -203,6 +227,10 @@ class CodeProduct(nn.Module):
                 table = table.to(device)
             setattr(self, name, table)
         self._fill_table(dtype or torch.get_default_dtype())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what is rebuilt on demand out of copies and pickles."""
+        return {**self.__dict__, "_one_block": None}
 
     def hold_numbers(self, hold: bool, dtype: torch.dtype) -> None:
         """Hold packed signs as numbers too, for training, unless they are too many; or drop these numbers again.
@@ -340,10 +368,13 @@ class CodeProduct(nn.Module):
             return None
         if signs is not None and len(signs) > 1:
             return None
-        first = self.first_row
-        signs = None if signs is None else signs[0]
-        picked = None if self.index is None or self.class_signs is None else (self.index, self.class_signs)
-        return OneBlock(self.left, self.right, signs, c, slice(first, first + c), picked)
+        if self._one_block is None or self._one_block[0] != (self.revision, self.left.data_ptr()):
+            first = self.first_row
+            signs = None if signs is None else signs[0]
+            picked = None if self.index is None or self.class_signs is None else (self.index, self.class_signs)
+            block = OneBlock(self.left, self.right, signs, c, slice(first, first + c), picked)
+            self._one_block = (self.revision, self.left.data_ptr()), block
+        return self._one_block[1]
 
     @property
     def has_pairs(self) -> bool:

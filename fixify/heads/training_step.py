@@ -2,7 +2,7 @@
 
 Next to the fast product, whatever needs new memory takes most of a training step, because a page of it that is touched
 for the first time costs more than the arithmetic on it. Recorded operation by operation, a step makes about 14 tensors
-of the size of the features; here it makes 5.
+of the size of the features; here it makes 5, and in compiled code (float32 on a processor) 2: logits and gradient.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fixify.heads.kernels import CompiledStep
 from fixify.heads.normalisation import NORM_EPSILON, ScaledDirections, directions
 from fixify.heads.product import OneBlock, fast_product
 
@@ -20,6 +21,7 @@ class _Saved(NamedTuple):
     block: OneBlock
     mean: Tensor | None
     std: Tensor | None
+    step: CompiledStep | None
 
 
 class OneBlockLogits(torch.autograd.Function):
@@ -49,6 +51,12 @@ class OneBlockLogits(torch.autograd.Function):
         Returns:
             [M, C].
         """
+        if block.step is not None:
+            center = None if mean is None else mean.clone()  # running statistics change in place before the next step
+            step = block.step.at(scale.item(), bias, center, None if std is None else std.reciprocal())
+            ctx.save_for_backward(x, scale, bias)
+            ctx.of_head = _Saved(block, center, std, step)
+            return step(x)
         m, n = x.shape
         a, b, c = len(block.left), len(block.right), block.num_classes
         z, norm = directions(x, mean, _signed(std, block.signs), x.dtype)
@@ -65,14 +73,14 @@ class OneBlockLogits(torch.autograd.Function):
         else:
             logits.copy_(scores[:, block.columns])
         ctx.save_for_backward(x, scale, bias, z, norm)
-        ctx.of_head = _Saved(block, mean, std)
+        ctx.of_head = _Saved(block, mean, std, None)
         return logits
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of features, scale and bias."""
-        x, scale, bias, z, norm = ctx.saved_tensors
-        block, mean, std = ctx.of_head
+        x, scale, bias, *of_forward = ctx.saved_tensors
+        block, mean, std, step = ctx.of_head
         grad, needs = grads[0], ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # for gradients of gradients
             logits = logits_one_by_one(x, scale, bias, mean, std, block)
@@ -82,6 +90,10 @@ class OneBlockLogits(torch.autograd.Function):
         of_bias = grad.sum(dim=0) if needs[2] else None
         if not (needs[0] or needs[1]):
             return None, None, of_bias, None, None, None
+        if step is not None:
+            found_of_x, shares = step.gradients(x.contiguous(), grad.contiguous())
+            return (found_of_x if needs[0] else None, shares.sum() if needs[1] else None, of_bias, None, None, None)
+        z, norm = of_forward
         (m, n), a, b = x.shape, len(block.left), len(block.right)
         of_x = grad.new_zeros(m, n)
         if block.picked is None:

@@ -63,6 +63,6 @@ def test_threads_are_set_back() -> None:
 def test_the_machine_names_processor_and_versions() -> None:
     machine = this_machine()
     assert machine.processor and machine.cores == cores() >= 1
-    assert set(machine.versions) == {"fixify", "torch", "timm", "python"}
+    assert set(machine.versions) == {"fixify", "kernels", "torch", "timm", "python"}
     assert thread_counts() == tuple(sorted({1, cores()}))
     assert all(version in machine.line for version in machine.versions.values())

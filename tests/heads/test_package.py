@@ -1,21 +1,23 @@
 """The package's public names, and imports that point downwards only."""
 
 import ast
+import shutil
 from pathlib import Path
 
 import pytest
 
 from fixify import heads
+from fixify.heads import kernels
 
 FOLDER = Path(heads.__file__).parent
 # From the bottom to the top: a module may import those before it, at its top level only. `LIGHT` ones are imported
 # without NumPy, so they import what builds codes when they need it.
 LIGHT = {"kinds", "spec", "__init__"}
 ORDER = [
-    "streams", "constructions", "levels", "matrices", "projection", "codes", "kinds", "spec", "signs", "product",
-    "statistics", "normalisation", "training_step", "level_search", "answer_search", "projection_search", "encoding",
-    "learned_signs", "prepared", "pair_sums", "loss", "layer", "cosines", "matching", "fitting", "projection_choice",
-    "editing", "__init__",
+    "streams", "constructions", "levels", "matrices", "projection", "codes", "kinds", "spec", "signs", "normalisation",
+    "kernels", "product", "statistics", "training_step", "level_search", "answer_search", "projection_search",
+    "encoding", "learned_signs", "prepared", "pair_sums", "loss", "layer", "cosines", "matching", "fitting",
+    "projection_choice", "editing", "__init__",
 ]  # fmt: skip
 
 
@@ -36,6 +38,11 @@ def test_imports_point_downwards(name):
         else:
             small = ("fixify.errors", "fixify._lazy", "fixify._values", "fixify._watch")
             assert node.module in small or node.module.removeprefix("fixify.heads.") in below
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler")
+def test_kernels_are_compiled_where_there_is_a_compiler():
+    assert kernels.is_compiled(), "install fixify again: `pip install .` compiles fixify/heads/kernels.c"
 
 
 def test_public_names_are_there():

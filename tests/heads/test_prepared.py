@@ -80,37 +80,10 @@ def test_logits_are_those_of_the_formula(name, lead, draw):
     torch.testing.assert_close(logits, head(x).detach(), rtol=1e-12, atol=1e-11)
 
 
-@pytest.mark.parametrize("batch", [1, 5])
-@pytest.mark.parametrize("name", ["binary", "levels"])
-def test_few_weights_become_a_dense_layer(name, batch, draw, monkeypatch):
-    head = make(name, draw)
-    x = draw(batch, head.in_features)
-    formula = head(x).detach()
-    with torch.no_grad():
-        dense = head(x)
-        assert head._prepared.call.func is torch.nn.functional.linear
-        monkeypatch.setattr(prepared_module, "_DENSE", 0)
-        head.eval()
-        packed = head(x)
-        assert not hasattr(head._prepared.call, "func")
-    torch.testing.assert_close(dense, formula, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(packed, formula, rtol=1e-5, atol=1e-5)
-
-
-def test_more_threads_make_more_weights_dense(monkeypatch):
-    spec = HeadSpec("binary", 1024, 1025, bits_per_class=1024, normalize=False)
-    drawn = np.random.default_rng(0).integers(0, 256, (1025, 128), dtype=np.uint8)
-    head = FixedClassifier(spec, codes=torch.from_numpy(drawn)).eval()
-    found = []
-    for threads in (1, 2, 8):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found.append(prepared_module._dense_layer(head, torch.float32) is not None)
-    assert found == [False, True, True]
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", ["blocks", "whole-blocks", "unnormalised", "matched"])
 def test_samples_are_divided_where_scores_are_many(name, dtype, draw, monkeypatch):
+    monkeypatch.setattr(prepared_module, "is_compiled", lambda: False)
     x = draw(2, 5, N).to(dtype)
     head = make(name, draw, dtype=dtype)
     with torch.no_grad():
@@ -120,9 +93,12 @@ def test_samples_are_divided_where_scores_are_many(name, dtype, draw, monkeypatc
         torch.testing.assert_close(head(x), expected)
 
 
+@pytest.mark.parametrize("is_compiled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", SPECS)
-def test_error_is_at_most_twice_that_of_the_dense_product(name, dtype, draw):
+def test_error_is_at_most_twice_that_of_the_dense_product(name, dtype, is_compiled, draw, monkeypatch):
+    if not is_compiled:
+        monkeypatch.setattr(prepared_module, "is_compiled", lambda: False)
     head = make(name, draw).to(dtype)
     x = draw(16, head.in_features, dtype=dtype)
     head.requires_grad_(False)
