@@ -62,7 +62,9 @@ def slim_table(path: Path, info: SlimInfo) -> Table:
     if training:
         epochs, before, after = (training.get(key) for key in ("epochs_done", "before", "after"))
         done = f"{epochs} epoch{'' if epochs == 1 else 's'}"
-        made.add_row("fine-tuned", f"{done} on {training.get('data')}, from {training.get('checkpoint')}")
+        start = training.get("checkpoint")  # None in a run from scratch
+        origin = "" if start is None else f", from {start}"
+        made.add_row("fine-tuned" if origin else "trained", f"{done} on {training.get('data')}{origin}")
         if isinstance(before, dict) and isinstance(after, dict):
             what = "agreement with the teacher" if training.get("val_labels") else "top-1"
             made.add_row("", f"{what} {plain(before.get('top1'))} % before, {plain(after.get('val_top1'))} % after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,7 @@ def test_finetuning_keeps_the_checkpoints_order_and_stores_it(run: Run, numbered
     said = json.loads(out)
     info = json.loads(run("inspect", said["last"], "--json")[1])
     assert info["training"]["class_names"] == info["labels"] == sorted(NAMES)
+    assert re.search(r"fine-tuned +1 epoch on data, from named", run("inspect", said["last"])[1])
 
     # The other checkpoint, told the order, is trained just the same, and from then on knows its names.
     code, out, err = run(
