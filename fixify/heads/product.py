@@ -161,7 +161,7 @@ class CodeProduct(nn.Module):
     table: Tensor | None  # the codebook [C, N], or stored signs or levels [C, d] while they are held as numbers
     packed: Tensor | None  # stored signs or levels, uint8 [C, bytes]
 
-    _one_block: tuple[tuple[int, int], OneBlock] | None = None
+    _one_block: tuple[int, OneBlock] | None = None  # what `one_block` returned, and the revision it is of
 
     revision: int = 0
     """Counts the changes of the tables, for what is prepared from them."""
@@ -368,13 +368,15 @@ class CodeProduct(nn.Module):
             return None
         if signs is not None and len(signs) > 1:
             return None
-        if self._one_block is None or self._one_block[0] != (self.revision, self.left.data_ptr()):
-            first = self.first_row
-            signs = None if signs is None else signs[0]
-            picked = None if self.index is None or self.class_signs is None else (self.index, self.class_signs)
-            block = OneBlock(self.left, self.right, signs, c, slice(first, first + c), picked)
-            self._one_block = (self.revision, self.left.data_ptr()), block
-        return self._one_block[1]
+        known = self._one_block
+        if known is not None and known[0] == self.revision and known[1].left is self.left:
+            return known[1]
+        first = self.first_row
+        signs = None if signs is None else signs[0]
+        picked = None if self.index is None or self.class_signs is None else (self.index, self.class_signs)
+        block = OneBlock(self.left, self.right, signs, c, slice(first, first + c), picked)
+        self._one_block = self.revision, block
+        return block
 
     @property
     def has_pairs(self) -> bool:
