@@ -27,6 +27,7 @@ from fixify.heads.constructions import Construction, Factor
 from fixify.heads.matrices import block_bits
 from fixify.heads.product import factor_tables
 from fixify.heads.projection import Projection, coordinates_of, weights_of
+from fixify.heads.signs import sign_planes
 from fixify.heads.statistics import floor_std
 
 
@@ -255,8 +256,8 @@ def _product(codes: Codes) -> tuple[Product, float]:
                 return _projected(made, codes.rotation), codes.num_signs**-0.5
             return _rotated(made, codes.rotation), (codes.num_signs * codes.num_features) ** -0.5
         case StoredLevels():
-            made = _planes(codes)
-            unit = codes.unit if codes.levels.num_planes else codes.unit / 2
+            made, unit = _planes(codes)
+            unit *= codes.unit
             if codes.rotation is None:
                 return made, unit
             return _rotated(made, codes.rotation), unit * codes.num_features**-0.5
@@ -286,14 +287,11 @@ def _truncated(codes: TruncatedRows) -> Picked:
     return Picked(transform, None, codes.classes, np.ones(c, dtype=bool))
 
 
-def _planes(codes: StoredLevels) -> Signs:
-    """Take the planes of levels as they are stored; twice a ternary level is the sum of two signs."""
-    count = codes.levels.num_planes
-    if count:
-        return Signs(codes.packed, codes.num_features, planes=tuple(2**i for i in reversed(range(count))))
-    levels = codes.numbers()
-    packed = np.concatenate([np.packbits(levels < 0, axis=1), np.packbits(levels < 1, axis=1)], axis=1)
-    return Signs(packed, codes.num_features, planes=(1, 1))
+def _planes(codes: StoredLevels) -> tuple[Signs, float]:
+    """Take levels as weighted sums of signs; the weights are whole numbers, with a unit."""
+    planes = sign_planes(codes.packed, codes.num_features, codes.levels)
+    unit = min(planes.weights)
+    return Signs(planes.packed, codes.num_features, planes=tuple(int(each / unit) for each in planes.weights)), unit
 
 
 def _rotated(signs: Signs, rotation: Rotation) -> Signs:

@@ -354,7 +354,7 @@ static int logits(const head_t *h, const float *x, int64_t m, int64_t c0, int64_
     int64_t n = h->num_features, c = h->num_classes, size = h->a * h->width;
     int64_t depth = 8 * h->planes * h->row_bytes;
     int64_t numbers = 2 * n + 2 * size + (h->index ? h->num_blocks * size : 0) + 4 * LANES;
-    if (h->packed) numbers += m < MANY ? 13 * depth : (depth + LANES) * (TILE + LANES) + CLASSES * TILE;
+    if (h->packed) numbers += m < MANY ? (1 + 4 * FEW) * depth : (depth + LANES) * (TILE + LANES) + CLASSES * TILE;
     float *memory = malloc(numbers * sizeof *memory);
     if (!memory) return -1;
     for (int64_t i = 0; i < m;) {

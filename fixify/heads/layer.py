@@ -537,9 +537,7 @@ class FixedClassifier(nn.Module):
         x = self._channels_last(x)
         by_block = torch.compiler.is_compiling() or self.out_features > _TOP_K_LOGITS
         prepared = None if by_block else self._prepare(x)
-        if (
-            prepared is not None and prepared.is_compiled
-        ):  # all logits of some samples are faster than some of all samples
+        if prepared is not None and prepared.is_compiled:  # all logits of some samples take less time than some of all
             parts = x.reshape(-1, self.in_features).split(_TOP_K_LOGITS // self.out_features)
             found = [_largest(prepared.call(part), k, probabilities) for part in parts]
             largest, numbers = (torch.cat(each) for each in zip(*found, strict=True))

@@ -28,6 +28,8 @@ _SOURCES = ("scale", "bias", "center", "spread", "gains")
 _DEVICES = ("cpu", "cuda")
 _CACHED_SCORES = 1 << 18
 """Scores of several blocks that are computed at once on a processor: 1 MB in float32, within the second-level cache."""
+_FEW_SCORES = 1 << 13
+"""Scores up to which building the negatives takes less time than the operations that avoid it."""
 _LEVELS = torch.autograd.forward_ad
 # Looked up once: these are asked in every call.
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -52,10 +54,6 @@ class Head(Protocol):
     @property
     def spec(self) -> SpecFields:
         """The head spec."""
-
-
-_FEW_SCORES = 1 << 13
-"""Scores up to which building the negatives takes less time than the operations that avoid it."""
 
 
 def is_traced(x: Tensor) -> bool:
@@ -201,7 +199,7 @@ def _compiled_call(
         return None  # the codes are one large matrix, or none
     directions = _directions(product)
     signs = product.block_signs if product.packed is None else product.rotation_signs
-    planes = None if product.packed is None else sign_planes(product.packed, product.num_kept, product.levels)
+    planes = None if product.packed is None else sign_planes(product.packed.numpy(), product.num_kept, product.levels)
     tables = HeadTables(
         num_features=head.in_features if directions is None else len(directions),
         num_classes=head.out_features,
@@ -212,7 +210,7 @@ def _compiled_call(
         left=_as_float(product.left if directions is None else None),
         right=_as_float(product.right if directions is None else None),
         signs=_as_float(signs if directions is None else None),
-        packed=None if planes is None else planes.packed,
+        packed=None if planes is None else torch.from_numpy(planes.packed),
         plane_weights=() if planes is None else planes.weights,
         num_signs=product.num_kept,
         index=product.index,
@@ -234,14 +232,10 @@ def _compiled_call(
 
 def _directions(product: CodeProduct) -> Tensor | None:
     """Build what features are multiplied with before stored signs, [d, N], where that is no fast transform."""
-    if (
-        product.directions is not None
-        or product.rotation_signs is None
-        or product.right is None
-        or product.left is not None
-    ):
+    right, signs = product.right, product.rotation_signs
+    if right is None or signs is None or product.left is not None:
         return _as_float(product.directions)
-    return (product.right * product.rotation_signs)[: product.num_kept].float()
+    return (right * signs)[: product.num_kept].float()
 
 
 def _as_float(tensor: Tensor | None) -> Tensor | None:

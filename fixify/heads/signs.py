@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fixify.heads.codes import unpacked_levels
 from fixify.heads.levels import SIGNS, TRIT_POWERS, TRITS_PER_BYTE, Levels
 
 _CHUNK = 1 << 22
@@ -129,29 +130,29 @@ class SignPlanes(NamedTuple):
         weights: What the signs of each plane are worth.
     """
 
-    packed: Tensor
+    packed: np.ndarray
     weights: tuple[float, ...]
 
 
-def sign_planes(packed: Tensor, count: int, kind: Levels) -> SignPlanes:
+def sign_planes(packed: np.ndarray, count: int, kind: Levels) -> SignPlanes:
     """Write levels as weighted sums of signs; -1, 0 and 1 are halves of sums of two.
 
     Args:
-        packed: uint8 [C, kind.num_bytes(count)], on a processor.
+        packed: uint8 [C, kind.num_bytes(count)].
         count: Levels per row.
         kind: Which levels they are.
 
     >>> from fixify.heads.levels import LEVELS
-    >>> sign_planes(torch.tensor([[21]], dtype=torch.uint8), 3, LEVELS[1.58])  # of -1, 0 and 1: -- , +- and ++
-    SignPlanes(packed=tensor([[128, 192]], dtype=torch.uint8), weights=(0.5, 0.5))
+    >>> sign_planes(np.array([[21]], dtype=np.uint8), 3, LEVELS[1.58])  # of -1, 0 and 1: -- , +- and ++
+    SignPlanes(packed=array([[128, 192]], dtype=uint8), weights=(0.5, 0.5))
     """
     if kind.num_planes:
         return SignPlanes(packed, tuple(2.0**i for i in reversed(range(kind.num_planes))))
-    parts = []
-    for part in packed.split(max(1, _CHUNK // count)):
-        trits = unpack_levels(part, count, torch.int8, kind).numpy()
+    step, parts = max(1, _CHUNK // count), []
+    for start in range(0, len(packed), step):
+        trits = unpacked_levels(packed[start : start + step], count, kind)
         parts.append(np.concatenate((np.packbits(trits < 0, axis=1), np.packbits(trits < 1, axis=1)), axis=1))
-    return SignPlanes(torch.from_numpy(np.concatenate(parts)), (0.5, 0.5))
+    return SignPlanes(np.concatenate(parts), (0.5, 0.5))
 
 
 class PackedLinear(torch.autograd.Function):

@@ -139,8 +139,8 @@ def test_value_and_gradient_are_those_of_the_unpacked_levels(kind, draw, monkeyp
 @given(st.sampled_from(RATES), st.integers(1, 5), st.integers(1, 40), st.integers(0, 1000))
 def test_levels_are_weighted_sums_of_signs(kind, c, d, seed):
     levels = draw_levels(kind, c, d, seed)
-    planes = sign_planes(torch.from_numpy(pack_levels(levels, kind)), d, kind)
+    planes = sign_planes(pack_levels(levels, kind), d, kind)
     assert planes.packed.shape == (c, len(planes.weights) * -(-d // 8))
-    parts = planes.packed.tensor_split(len(planes.weights), dim=1)
+    parts = torch.from_numpy(planes.packed).tensor_split(len(planes.weights), dim=1)
     total = sum(w * unpack_signs(part, d, torch.float32) for w, part in zip(planes.weights, parts, strict=True))
     assert np.array_equal(total.numpy(), levels)
