@@ -21,7 +21,7 @@ from fixify.checkpoints.header import LANGUAGE_KEY, SLIM_KEY, has_metadata, read
 from fixify.checkpoints.labels import find_label_lists, read_class_map, read_labels
 from fixify.checkpoints.source import check_finite
 from fixify.errors import FormatError, SourceError, UsageError, resources_explained
-from fixify.heads.kinds import MAX_SIGNS
+from fixify.heads.base_kind import MAX_SIGNS
 from fixify.heads.spec import MAX_CLASSES, MAX_FEATURES
 
 Rows = Literal["classes", "features"]

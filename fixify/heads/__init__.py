@@ -20,13 +20,13 @@ _EXPORTS = {
     "Fit": "fixify.heads.fitting",
     "FixedClassifier": "fixify.heads.layer",
     "HeadSpec": "fixify.heads.spec",
-    "Kind": "fixify.heads.kinds",
+    "Kind": "fixify.heads.base_kind",
     "Margin": "fixify.heads.loss",
     "Matching": "fixify.heads.matching",
     "Replacement": "fixify.heads.fitting",
     "SoftTarget": "fixify.heads.loss",
-    "StoredTensor": "fixify.heads.kinds",
-    "TopK": "fixify.heads.layer",
+    "StoredTensor": "fixify.heads.base_kind",
+    "TopK": "fixify.heads.top_k",
     "choose_kind": "fixify.heads.spec",
     "codebook": "fixify.heads.kinds",
     "coherence": "fixify.heads.cosines",
@@ -51,6 +51,8 @@ __all__ = [*_EXPORTS]  # noqa: PLE0604, RUF100
 __getattr__, __dir__ = lazy(__name__, _EXPORTS)
 
 if TYPE_CHECKING:
+    from fixify.heads.base_kind import Kind as Kind
+    from fixify.heads.base_kind import StoredTensor as StoredTensor
     from fixify.heads.constructions import is_constructible as is_constructible
     from fixify.heads.cosines import Coherence as Coherence
     from fixify.heads.cosines import coherence as coherence
@@ -67,14 +69,11 @@ if TYPE_CHECKING:
     from fixify.heads.fitting import replacement as replacement
     from fixify.heads.kinds import KINDS as KINDS
     from fixify.heads.kinds import REFERENCE_CONSTRUCTION as REFERENCE_CONSTRUCTION
-    from fixify.heads.kinds import Kind as Kind
-    from fixify.heads.kinds import StoredTensor as StoredTensor
     from fixify.heads.kinds import codebook as codebook
     from fixify.heads.kinds import default_blocks as default_blocks
     from fixify.heads.kinds import kind_of as kind_of
     from fixify.heads.kinds import wide_blocks as wide_blocks
     from fixify.heads.layer import FixedClassifier as FixedClassifier
-    from fixify.heads.layer import TopK as TopK
     from fixify.heads.layer import initial_scale as initial_scale
     from fixify.heads.loss import ArcFace as ArcFace
     from fixify.heads.loss import CosFace as CosFace
@@ -86,3 +85,4 @@ if TYPE_CHECKING:
     from fixify.heads.signs import unpack_signs as unpack_signs
     from fixify.heads.spec import HeadSpec as HeadSpec
     from fixify.heads.spec import choose_kind as choose_kind
+    from fixify.heads.top_k import TopK as TopK

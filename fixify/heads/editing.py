@@ -20,8 +20,9 @@ from torch import Tensor
 
 from fixify.errors import HeadSpecError
 from fixify.heads import streams
+from fixify.heads.base_kind import GAIN_STEPS
 from fixify.heads.codes import FeatureRows, HadamardRows, StoredLevels, StoredSigns, unpacked_levels
-from fixify.heads.kinds import GAIN_STEPS, default_blocks, default_codes, kind_of, min_blocks
+from fixify.heads.kinds import default_blocks, default_codes, kind_of, min_blocks
 from fixify.heads.layer import FixedClassifier
 from fixify.heads.level_search import round_classes, separate_levels_
 from fixify.heads.projection import Projection, levels_of_signs

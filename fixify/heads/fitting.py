@@ -24,8 +24,9 @@ from fixify._values import counted
 from fixify._watch import OnProgress, unwatched
 from fixify.errors import HeadSpecError
 from fixify.heads.answer_search import Answers
+from fixify.heads.base_kind import GAIN_STEPS
 from fixify.heads.encoding import encode
-from fixify.heads.kinds import GAIN_STEPS, KINDS, kind_of
+from fixify.heads.kinds import KINDS, kind_of
 from fixify.heads.layer import FixedClassifier
 from fixify.heads.matching import match
 from fixify.heads.projection import Projection

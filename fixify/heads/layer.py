@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fixify.errors import CodebookMismatchError, HeadSpecError
-from fixify.heads.kinds import GAIN_STEPS, codebook
+from fixify.heads.base_kind import GAIN_STEPS
+from fixify.heads.kinds import codebook
 from fixify.heads.learned_signs import latent_of, packed_signs, signs_of
 from fixify.heads.levels import SIGNS
 from fixify.heads.loss import Margin, Reduction, SoftTarget, cross_entropy
@@ -24,18 +25,10 @@ from fixify.heads.prepared import PreparedHead, is_traced, prepare
 from fixify.heads.product import CodeProduct
 from fixify.heads.projection import Projection
 from fixify.heads.spec import AVERAGE_WITHOUT_BUFFERS, HeadSpec
+from fixify.heads.state_dict import from_reference_code, projection_in, stored_problems
 from fixify.heads.statistics import MOMENTUM, exact_statistics, floor_std, update_running_
+from fixify.heads.top_k import LOGITS_AT_ONCE, TopK, largest_by_block, largest_by_sample
 from fixify.heads.training_step import OneBlockLogits
-
-_TOP_K_LOGITS = 1 << 22
-"""Logits of one block of `FixedClassifier.top_k`, over all samples."""
-
-
-class TopK(NamedTuple):
-    """The largest logits or probabilities of some samples, largest first, and their classes."""
-
-    values: Tensor
-    classes: Tensor
 
 
 def _checksum(*arrays: np.ndarray) -> int:
@@ -59,15 +52,6 @@ def initial_scale(num_classes: int, confidence: float = 0.95) -> float:
     9.9
     """
     return math.log(max(num_classes - 1, 1) * confidence / (1.0 - confidence))
-
-
-def _largest(logits: Tensor, k: int, probabilities: bool) -> tuple[Tensor, Tensor]:
-    """Find the k largest logits, or probabilities, of each row, and their columns."""
-    values, classes = logits.topk(k, dim=-1)
-    if probabilities:
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
-        values = (values - logits.to(values.dtype).logsumexp(dim=-1, keepdim=True)).exp()
-    return values, classes
 
 
 class FixedClassifier(nn.Module):
@@ -535,38 +519,17 @@ class FixedClassifier(nn.Module):
         if not 1 <= k <= self.out_features:
             raise HeadSpecError(f"k must be between 1 and the {self.out_features} classes, got {k}.")
         x = self._channels_last(x)
-        by_block = torch.compiler.is_compiling() or self.out_features > _TOP_K_LOGITS
+        by_block = torch.compiler.is_compiling() or self.out_features > LOGITS_AT_ONCE
         prepared = None if by_block else self._prepare(x)
         if prepared is not None and prepared.is_compiled:  # all logits of some samples take less time than some of all
-            parts = x.reshape(-1, self.in_features).split(_TOP_K_LOGITS // self.out_features)
-            found = [_largest(prepared.call(part), k, probabilities) for part in parts]
-            largest, numbers = (torch.cat(each) for each in zip(*found, strict=True))
+            samples = x.reshape(-1, self.in_features)
+            largest, numbers = largest_by_sample(prepared.call, samples, k, self.out_features, probabilities)
         else:
-            largest, numbers = self._largest_by_block(x, k, probabilities)
+            z = self.product.rotate(self._scaled(x))
+            z = z.reshape(-1, z.shape[-1])
+            largest, numbers = largest_by_block(self.product, z, k, self.gains, self.bias, probabilities)
         shaped = [part.view(*x.shape[:-1], k) for part in (largest, numbers)]
         return TopK(*(part.movedim(-1, 1) for part in shaped)) if self.channel_dim == 1 else TopK(*shaped)
-
-    def _largest_by_block(self, x: Tensor, k: int, probabilities: bool) -> tuple[Tensor, Tensor]:
-        """Find the k largest logits, or probabilities, and their classes, [M, k], a block of classes at a time."""
-        z = self.product.rotate(self._scaled(x))
-        z = z.reshape(-1, z.shape[-1])
-        values, classes, log_sums = [], [], []  # of each block
-        for block in self.product.blocks(max(1, _TOP_K_LOGITS // max(1, len(z)))):
-            logits = self.product.block_product(z, block)
-            if self.gains is not None:
-                logits = logits * (self.gains[block.classes].to(logits.dtype) * (1.0 / GAIN_STEPS))
-            if self.bias is not None:
-                logits = logits + self.bias[block.classes].to(logits.dtype)
-            if probabilities:
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                log_sums.append(logits.logsumexp(dim=-1, keepdim=True))
-            best, index = logits.topk(min(k, block.num_classes), dim=-1)
-            values.append(best)
-            classes.append(index + block.classes.start if isinstance(block.classes, slice) else block.classes[index])
-        largest, index = torch.cat(values, dim=-1).topk(k, dim=-1)
-        if probabilities:
-            largest = (largest - torch.cat(log_sums, dim=-1).logsumexp(dim=-1, keepdim=True)).exp()
-        return largest, torch.cat(classes, dim=-1).gather(-1, index)
 
     def scaled_features(self, x: Tensor) -> Tensor:
         """Compute what is multiplied with the codes; in training mode, update the running statistics first.
@@ -697,18 +660,19 @@ class FixedClassifier(nn.Module):
             destination[prefix + "codes"] = destination[prefix + "codes"].to(getattr(torch, tensor.dtype or ""))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        problems = self._stored_problems(state_dict, prefix)
+        problems = stored_problems(self.spec, state_dict, prefix)
         if problems:
             args[-1].extend(problems)  # the errors that load_state_dict raises together
             return
         if self.spec.is_reference:
-            state_dict = self._from_reference_code(state_dict, prefix)
+            own_scale = self.scale if self.spec.fixed_scale else None
+            state_dict = from_reference_code(state_dict, f"{prefix}scale", self.in_features, own_scale)
         scale = state_dict.get(prefix + "scale")
         if scale is not None and scale.ndim < self.scale.ndim:
             state_dict = {**state_dict, prefix + "scale": scale.reshape(1)}
         stored, spec = None, self.spec
         tensor, codes = self.spec.stored_codes, state_dict.get(prefix + "codes")
-        projection = self._projection_in(state_dict, prefix)
+        projection = projection_in(self.spec, state_dict, prefix)
         is_known = codes is not None and not codes.is_meta and (projection is not None or self.projection is None)
         if tensor is not None and codes is not None and is_known:
             memory_dtype = getattr(torch, tensor.memory_dtype or tensor.dtype or "")
@@ -727,52 +691,3 @@ class FixedClassifier(nn.Module):
             self.product.rebuild(stored, projection, device=device, dtype=dtype)
         elif any(table.is_meta for table in self.product.buffers()):
             self.product.rebuild(self.product.stored, self.product.projection, device=device, dtype=dtype)
-
-    def _projection_in(self, state_dict: dict[str, Any], prefix: str) -> Projection | None:
-        """Read the projection of a spec with `planes` from a state dict whose tensors fit; None if it is not there."""
-        parts = [state_dict.get(f"{prefix}projection{end}") for end in ("", "_steps")]
-        directions, steps = (None if part is None or part.is_meta else part.detach().cpu() for part in parts)
-        if self.spec.planes is None or directions is None or steps is None:
-            return None
-        return Projection(self.spec.planes, directions.numpy().copy(), steps.float().numpy())
-
-    def _stored_problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
-        """List what is wrong with the integer tensors of a state dict, which torch would cast without a message."""
-        found = []
-        for tensor in self.spec.stored_tensors:
-            stored = state_dict.get(prefix + tensor.name)
-            if tensor.name not in ("codes", "gains", "projection", "projection_steps") or stored is None:
-                continue
-            if tensor.name == "projection_steps":
-                if stored.shape != tensor.shape or not stored.is_floating_point():
-                    found.append(f"{prefix}{tensor.name} must be floating-point numbers of shape {list(tensor.shape)}.")
-                elif not stored.is_meta and not bool((stored.isfinite() & (stored > 0)).all()):
-                    found.append(f"{prefix}{tensor.name} must be positive and finite.")
-                continue
-            any_integer = tensor.memory_dtype is not None
-            if any_integer:
-                fits = not (stored.is_floating_point() or stored.is_complex())
-            else:
-                fits = stored.dtype == getattr(torch, tensor.dtype or "")
-            if not fits or stored.shape != tensor.shape:
-                wanted, got = "an integer type" if any_integer else tensor.dtype, str(stored.dtype).split(".")[1]
-                found.append(
-                    f"{prefix}{tensor.name} must be {wanted} of shape {list(tensor.shape)}, not {got} "
-                    f"{list(stored.shape)}."
-                )
-            elif tensor.name == "gains" and not stored.is_meta and not bool(stored.all()):
-                found.append(f"{prefix}gains must lie in 1 .. {GAIN_STEPS}: a code of length 0 cannot tell its class.")
-        return found
-
-    def _from_reference_code(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """Convert the scale of the paper's published code: [1], for codes of norm sqrt(N).
-
-        That code does not store a fixed scale, so the head keeps its own.
-        """
-        key = f"{prefix}scale"
-        stored = state_dict.get(key)
-        if stored is not None and stored.shape == (1,):
-            return {**state_dict, key: stored[0] * math.sqrt(self.in_features)}
-        if stored is None and self.spec.fixed_scale:
-            return {**state_dict, key: self.scale}
-        return state_dict

@@ -23,8 +23,8 @@ from torch import Tensor
 from fixify._values import counted
 from fixify._watch import OnProgress
 from fixify.errors import HeadSpecError
+from fixify.heads.base_kind import GAIN_STEPS
 from fixify.heads.codes import first_repeated, unpacked_levels
-from fixify.heads.kinds import GAIN_STEPS
 from fixify.heads.levels import SIGNS, Levels
 from fixify.heads.signs import pack_levels
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fixify.heads.base_kind import GAIN_STEPS, SpecFields
 from fixify.heads.kernels import CompiledHead, HeadTables, is_compiled
-from fixify.heads.kinds import GAIN_STEPS, SpecFields
 from fixify.heads.normalisation import NORM_EPSILON
 from fixify.heads.product import CodeProduct
 from fixify.heads.signs import packed_product, sign_planes

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fixify.errors import HeadSpecError
+from fixify.heads.base_kind import SpecFields
 from fixify.heads.codes import Codes, FeatureRows, HadamardRows, Rotation, SignRows, StoredLevels, StoredSigns
 from fixify.heads.constructions import Construction, elementary, order_of
 from fixify.heads.kernels import CompiledStep, HeadTables, is_compiled
-from fixify.heads.kinds import SpecFields, default_codes, kind_of
+from fixify.heads.kinds import default_codes, kind_of
 from fixify.heads.levels import SIGNS, Levels
 from fixify.heads.matrices import block_signs, rows
 from fixify.heads.projection import Projection

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fixify._watch import OnProgress
 from fixify.heads.answer_search import Answers, refine_
-from fixify.heads.kinds import GAIN_STEPS
+from fixify.heads.base_kind import GAIN_STEPS
 from fixify.heads.level_search import CenteredRows, best_length, descend, row_scale_steps
 from fixify.heads.levels import PLANES
 from fixify.heads.projection import LARGEST_ENTRY, Projection, bits_of, signs_of_levels

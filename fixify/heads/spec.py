@@ -14,16 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from fixify._values import counted
 from fixify.errors import CodebookMismatchError, HeadSpecError
+from fixify.heads.base_kind import VERSION, SpecFields, StoredTensor
 from fixify.heads.constructions import MAX_ORDER, has_kerdock_set, is_constructible
-from fixify.heads.kinds import (
-    KINDS,
-    REFERENCE_HADAMARD,
-    VERSION,
-    SpecFields,
-    StoredTensor,
-    kind_of,
-    min_blocks,
-)
+from fixify.heads.kinds import KINDS, REFERENCE_HADAMARD, kind_of, min_blocks
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

@@ -15,7 +15,7 @@ from rich.table import Table
 from fixify._values import counted, shorten
 from fixify.checkpoints.header import SlimInfo
 from fixify.description import HeadRecord
-from fixify.heads.kinds import StoredTensor
+from fixify.heads.base_kind import StoredTensor
 from fixify.reporting.layout import human_bytes, new_table, plain, short_digest
 from fixify.savings import Savings
 

@@ -10,8 +10,9 @@ from fixify.errors import HeadSpecError
 from fixify.heads import FixedClassifier, HeadSpec, codebook, encode, level_search
 from fixify.heads import encoding as module
 from fixify.heads.answer_search import Answers
+from fixify.heads.base_kind import GAIN_STEPS
 from fixify.heads.codes import unpacked_levels
-from fixify.heads.kinds import BINARY, GAIN_STEPS
+from fixify.heads.kinds import BINARY
 from fixify.heads.levels import LEVELS
 
 

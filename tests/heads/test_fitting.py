@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from fixify.errors import HeadSpecError
 from fixify.heads import FixedClassifier, HeadSpec, encode, feature_statistics, fit_, initial_scale, match, replacement
 from fixify.heads import fitting as module
+from fixify.heads.base_kind import GAIN_STEPS
 from fixify.heads.fitting import level_moment, prior_moment
-from fixify.heads.kinds import BINARY, GAIN_STEPS
+from fixify.heads.kinds import BINARY
 from fixify.heads.statistics import floor_std
 
 C, N, S = 40, 64, 240

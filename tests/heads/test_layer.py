@@ -16,7 +16,7 @@ from fixify.errors import CodebookMismatchError, HeadSpecError
 from fixify.heads import REFERENCE_CONSTRUCTION, FixedClassifier, HeadSpec, initial_scale
 from fixify.heads import product as product_module
 from fixify.heads import signs as signs_module
-from fixify.heads.kinds import GAIN_STEPS
+from fixify.heads.base_kind import GAIN_STEPS
 from fixify.heads.levels import LEVELS
 from fixify.heads.signs import pack_levels
 

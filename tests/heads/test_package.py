@@ -12,12 +12,12 @@ from fixify.heads import kernels
 FOLDER = Path(heads.__file__).parent
 # From the bottom to the top: a module may import those before it, at its top level only. `LIGHT` ones are imported
 # without NumPy, so they import what builds codes when they need it.
-LIGHT = {"kinds", "spec", "__init__"}
+LIGHT = {"base_kind", "kinds", "spec", "__init__"}
 ORDER = [
-    "streams", "constructions", "levels", "matrices", "projection", "codes", "kinds", "spec", "signs", "normalisation",
-    "kernels", "product", "statistics", "training_step", "level_search", "answer_search", "projection_search",
-    "encoding", "learned_signs", "prepared", "pair_sums", "loss", "layer", "cosines", "matching", "fitting",
-    "projection_choice", "editing", "__init__",
+    "streams", "constructions", "levels", "matrices", "projection", "codes", "base_kind", "kinds", "spec", "signs",
+    "normalisation", "kernels", "product", "statistics", "training_step", "level_search", "answer_search",
+    "projection_search", "encoding", "learned_signs", "prepared", "pair_sums", "loss", "top_k", "state_dict", "layer",
+    "cosines", "matching", "fitting", "projection_choice", "editing", "__init__",
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fixify.errors import HeadSpecError
-from fixify.heads import REFERENCE_CONSTRUCTION, FixedClassifier, HeadSpec
+from fixify.heads import REFERENCE_CONSTRUCTION, FixedClassifier, HeadSpec, top_k
 from fixify.heads import layer as layer_module
 from fixify.heads import prepared as prepared_module
 from fixify.heads.levels import LEVELS
@@ -158,7 +158,8 @@ def test_features_of_any_size(magnitude, draw):
 @pytest.mark.parametrize("logits_at_once", [1, 1 << 22])
 @pytest.mark.parametrize("k", [1, 9])
 def test_top_k_is_that_of_all_logits(name, logits_at_once, k, draw, monkeypatch):
-    monkeypatch.setattr(layer_module, "_TOP_K_LOGITS", logits_at_once)
+    for module in (layer_module, top_k):
+        monkeypatch.setattr(module, "LOGITS_AT_ONCE", logits_at_once)
     head = make(name, draw, dtype=torch.float64)
     x = draw(2, 3, head.in_features, dtype=torch.float64)
     logits = head(x).detach()
