@@ -39,7 +39,7 @@ from fixify.data.processes import (
 )
 from fixify.data.sampler import BatchSampler, Shard
 from fixify.data.seeding import restored_globals, seed_globals, seeded_globals
-from fixify.errors import DataError, LoaderError, resource_problem
+from fixify.errors import DataError, FixifyError, LoaderError, UsageError, resource_problem
 from fixify.models.architectures import Preprocessing
 
 Batch = tuple[Tensor, Tensor]
@@ -397,7 +397,24 @@ def _training_transform(preprocessing: Preprocessing, augmentation: Augmentation
     )
     if augmentation.crop_padding is not None and not augmentation.no_aug:
         transform.transforms[0] = _padded_crop(augmentation.crop_padding, preprocessing)
-    return transform
+    return transform if augmentation.auto_augment is None else _ByPolicy(transform, augmentation.auto_augment)
+
+
+@dataclass(frozen=True)
+class _ByPolicy:
+    """A transform with a policy of timm's; some ask Pillow for what it refuses, such as to keep 0 bits of a color."""
+
+    transform: Callable[[Image.Image], Any]
+    policy: str
+
+    def __call__(self, image: Image.Image) -> Any:
+        try:
+            return self.transform(image)
+        except ValueError as error:
+            raise UsageError(
+                f"The policy {self.policy} (--aa) failed on an image: {error}.",
+                hint="Try a stronger one, or one whose strength only rises: rand-m9-mstd0.5-inc1",
+            ) from error
 
 
 def _evaluation_transform(preprocessing: Preprocessing) -> Any:
@@ -483,7 +500,7 @@ class _Part:
     samples: list[tuple[Tensor, int]] = field(default_factory=list)
     failures: list[Unreadable] = field(default_factory=list)
     remarks: list[_Remark] = field(default_factory=list)
-    error: LoaderError | None = None
+    error: FixifyError | None = None
     batch: list[Tensor] = field(default_factory=list)
 
 
@@ -525,7 +542,7 @@ class _TransformedImages(Dataset[Any]):
             try:
                 for index, seed in keys:
                     self._add(part, index, seed)
-            except LoaderError as error:
+            except (LoaderError, UsageError) as error:
                 part.error = error
             except (MemoryError, OSError, RuntimeError) as error:
                 part.error = _resource_error(error)

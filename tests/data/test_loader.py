@@ -16,7 +16,7 @@ from timm.data.loader import PrefetchLoader
 
 from fixify.data import Augmentation, OpenedData, Shard, make_loader, open_data
 from fixify.data.idx import ArrayImages
-from fixify.errors import DataError
+from fixify.errors import DataError, UsageError
 
 RGB = {
     "input_size": (3, 16, 16),
@@ -36,6 +36,10 @@ def digits() -> OpenedData:
     pixels = np.random.default_rng(0).integers(0, 256, (22, 20, 20), dtype=np.uint8)
     names = ("a", "b", "c", "d")
     return OpenedData(ArrayImages(pixels, np.arange(22) % 4), names, "", "", "digits", "train")
+
+
+def refuse(_image: Any) -> None:
+    raise ValueError("bits must be between or equal to 1 and 8")
 
 
 def epoch(loader: Any, number: int = 0, first_batch: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -187,6 +191,18 @@ def test_timms_prefetcher_gives_the_same_batches(
     for (ours, labels), (theirs, their_labels) in zip(plain, prefetched, strict=True):
         assert torch.equal(labels, their_labels)
         assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_policy_that_pillow_refuses_is_a_usage_error(digits: OpenedData, workers: int) -> None:
+    # At such a strength timm's posterize keeps 0 bits. Pillow 13 refuses that; older versions make the image black.
+    loader = make_loader(
+        digits, GRAY, training=True, batch_size=4, workers=workers, augmentation=Augmentation(auto_augment="rand-m0")
+    )
+    loader._loader.dataset.transform = replace(loader._loader.dataset.transform, transform=refuse)
+    with pytest.raises(UsageError) as caught:
+        list(loader)
+    assert "rand-m0" in caught.value.message and "rand-m9-mstd0.5-inc1" in str(caught.value.hint)
 
 
 class TestEvaluation:
