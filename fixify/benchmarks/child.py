@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,9 +85,28 @@ def run_in_children(
         return [_answer(process, timeout, until) for process in started]
     finally:
         for process in started:
-            if process.poll() is None:
-                process.kill()
-            process.communicate()  # which closes the pipes
+            _end(process)
+
+
+@contextlib.contextmanager
+def child(
+    function: Callable[..., Mapping[str, Any]], arguments: Mapping[str, Any], *, num_threads: int
+) -> Iterator[Callable[[], dict[str, Any] | Failure]]:
+    """Call a function in a new process while the block runs; see `run_in_child`.
+
+    The block gets a function that waits for the result. The process ends with the block, finished or not.
+    """
+    process = _start(function, arguments, num_threads, {})
+    try:
+        yield lambda: _answer(process, None, None)
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        process.kill()
+    process.communicate()  # which closes the pipes
 
 
 def _start(

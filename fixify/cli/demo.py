@@ -12,14 +12,13 @@ from fixify.cli.output import Output
 
 if TYPE_CHECKING:
     from fixify.cli.progress import TrainingDisplay
-    from fixify.demo.run import DemoEvent, Stage
+    from fixify.demo.run import DemoEvent
 
 
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where everything is written.")] = Path("fixify-demo"),
     epochs: Annotated[
-        int | None,
-        typer.Option(min=0, help="Epochs of the whole network after the last blocks. Default: 0.", show_default=False),
+        int | None, typer.Option(min=1, help="Epochs of fine-tuning. Default: 2.", show_default=False)
     ] = None,
     control: Annotated[
         bool, typer.Option("--control/--no-control", help="Train the learned classifier in the same way, to compare.")
@@ -64,17 +63,14 @@ class _DemoDisplay:
     def __init__(self, output: Output, training: TrainingDisplay) -> None:
         self.output = output
         self.training = training
-        self.stage: Stage | None = None
         self.images = training.view.add_hidden("images")
 
     def __call__(self, event: DemoEvent) -> None:
         """Show an event of the demo."""
         from fixify.demo.run import Counted, StageStarted
-        from fixify.training import Evaluated
 
         view = self.training.view
         if isinstance(event, StageStarted):
-            self.stage = event.stage
             view.hide(view.epoch, view.whole)
             self.output.say(f"{event.text} ...", style="bold")
         elif isinstance(event, Counted):
@@ -82,7 +78,5 @@ class _DemoDisplay:
                 view.show_bar(self.images, event.done, event.total, note="images")
             else:
                 view.hide(self.images)
-        elif isinstance(event, Evaluated) and self.stage == "control":
-            self.output.say(f"before training: top-1 {event.metrics.top1:.2f} %, loss {event.metrics.loss:.4f}")
         else:
             self.training(event)

@@ -147,3 +147,19 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
             f"{path} is damaged: its header says {shape.tolist()}, but it holds {counted(len(body), 'byte')}."
         )
     return np.frombuffer(body, dtype=np.uint8).reshape(shape)
+
+
+def write_idx(folder: Path, split: Split, pixels: NDArray[np.uint8], labels: NDArray[np.uint8]) -> None:
+    """Write the two files of a split, as `open_idx` reads them.
+
+    Args:
+        folder: Where to write.
+        split: Whose names the files have.
+        pixels: Gray images, [num_images, height, width].
+        labels: [num_images].
+    """
+    for kind, array in (("images-idx3", pixels), ("labels-idx1", labels)):
+        header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, dtype=">u4").tobytes()
+        with (folder / f"{_STEMS[split]}-{kind}-ubyte").open("wb") as file:
+            file.write(header)
+            array.tofile(file)

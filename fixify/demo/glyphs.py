@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
+from fixify.data.idx import write_idx
 from fixify.errors import DataError, OutputError, OutputExistsError
 
 Split = Literal["train", "val"]
@@ -47,6 +48,8 @@ ALL_FACES = tuple(sorted(TRAIN_FACES + VAL_FACES))
 FACES: Faces = {"train": TRAIN_FACES, "val": VAL_FACES}
 # Images per class and face. More validation images give a more reliable figure; more training images take longer.
 VARIANTS: Mapping[Split, int] = {"train": 2, "val": 2}
+# Codes that are not learned need many images, or they end below a learned classifier (tests/benchmarks/README.md).
+LETTER_VARIANTS: Mapping[Split, int] = {"train": 108, "val": 8}
 
 # The list of classes is a file, because the labels of the shipped checkpoint must not depend on how this machine's
 # FreeType rounds. `tests/tools/demo_classes.py` made it.
@@ -67,6 +70,7 @@ _STROKE = (-0.35, 0.6)  # fraction of one pixel of the drawing that is eroded (-
 _PAPER = (170.0, 255.0)
 _INK = (0.0, 90.0)
 _NOISE = (0.0, 14.0)  # standard deviation
+_AT_ONCE = 64  # drawings that fit into a processor's cache
 
 
 @dataclass(frozen=True, order=True)
@@ -109,16 +113,13 @@ def glyph_classes() -> tuple[GlyphClass, ...]:
     return tuple(GlyphClass(name, int(code_point, 16)) for code_point, name in (line.split() for line in lines))
 
 
-_SCRIPTS = ("armenian", "cyrillic", "digit", "georgian", "greek", "latin")
-
-
 def letter_labels() -> tuple[int, ...]:
-    """List the labels of the letters and digits: fewer classes than the shipped network has features (256).
+    """List the labels of the Latin letters and digits: half as many classes as the shipped network has features (256).
 
     >>> len(letter_labels())
-    224
+    132
     """
-    return tuple(label for label, entry in enumerate(glyph_classes()) if entry.name.partition("_")[0] in _SCRIPTS)
+    return tuple(label for label, entry in enumerate(glyph_classes()) if entry.name.startswith(("digit_", "latin_")))
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,10 @@ class GlyphData:
     """A data set on disk.
 
     Attributes:
-        folder: Holds train/ and val/ with one folder per class.
+        folder: Holds train/ and val/ with one folder per class, or the four files of MNIST's format.
         num_classes: Number of classes.
-        train_images: Number of images in train/.
-        val_images: Number of images in val/, all of faces that train/ does not have.
+        train_images: Number of training images.
+        val_images: Number of validation images, all of faces that no training image has.
         reused: Whether the data set was there already.
     """
 
@@ -141,62 +142,97 @@ class GlyphData:
 
 
 def write_dataset(
-    folder: Path,
-    *,
-    faces: Faces = FACES,
-    labels: Sequence[int] | None = None,
-    on_progress: Callable[[int, int], object] | None = None,
+    folder: Path, *, faces: Faces = FACES, on_progress: Callable[[int, int], object] | None = None
 ) -> GlyphData:
     """Write train/ and val/ with one folder per class below `folder`, unless they are there already.
 
-    Everything is written to a temporary folder next to `folder` and renamed at the end, so `folder` is complete or
-    absent.
-
     Args:
-        folder: Where to write; its parent must exist.
+        folder: Where to write; its parent must exist. It is complete or absent.
         faces: The typefaces of each split.
-        labels: The classes to write, rising; their images are the same as among all. None: all.
         on_progress: Called with the number of images written and the number of all images.
 
     Raises:
         OutputExistsError: `folder` is something else, or was written by another version of fixify.
         OutputError: the disk is full, or the folder cannot be written.
     """
-    kept = list(range(len(glyph_classes())) if labels is None else labels)
-    classes = [glyph_classes()[label] for label in kept]
-    counts = {split: len(faces[split]) * VARIANTS[split] * len(classes) for split in VARIANTS}
+
+    def write(temporary: Path, advance: Callable[[int], None]) -> None:
+        for split, variants in VARIANTS.items():
+            folders = [temporary / split / entry.name for entry in glyph_classes()]
+            for class_folder in folders:
+                class_folder.mkdir(parents=True)
+            for face in faces[split]:
+                for variant, images in enumerate(face_images(split, face, variants=variants)):
+                    for class_folder, image in zip(folders, images, strict=True):
+                        Image.fromarray(image).save(class_folder / f"{face}-{variant}.png", compress_level=1)
+                    advance(len(images))
+
+    return _write_once(folder, faces, VARIANTS, None, write, on_progress)
+
+
+def write_letter_images(
+    folder: Path, *, faces: Faces = FACES, on_progress: Callable[[int, int], object] | None = None
+) -> GlyphData:
+    """Write many images of the letters and digits in MNIST's format (idx), unless they are there already.
+
+    Class c is `letter_labels()[c]`. Arguments and errors are those of `write_dataset`.
+    """
+    labels = letter_labels()
+
+    def write(temporary: Path, advance: Callable[[int], None]) -> None:
+        for split, variants in LETTER_VARIANTS.items():
+            drawn = []
+            for face in faces[split]:
+                for images in face_images(split, face, labels, variants=variants):
+                    drawn.append(images)
+                    advance(len(images))
+            numbers = np.tile(np.arange(len(labels), dtype=np.uint8), len(drawn))
+            write_idx(temporary, split, np.concatenate(drawn), numbers)
+
+    return _write_once(folder, faces, LETTER_VARIANTS, labels, write, on_progress)
+
+
+def _write_once(
+    folder: Path,
+    faces: Faces,
+    variants: Mapping[Split, int],
+    labels: Sequence[int] | None,
+    write: Callable[[Path, Callable[[int], None]], None],
+    on_progress: Callable[[int, int], object] | None,
+) -> GlyphData:
+    """Let `write` fill a temporary folder next to `folder`, and rename it; do nothing if the same data are there."""
+    num_classes = len(glyph_classes() if labels is None else labels)
+    counts = {split: len(faces[split]) * count * num_classes for split, count in variants.items()}
     manifest = {
         "fixify.glyphs": VERSION,
         "image_size": IMAGE_SIZE,
-        "num_classes": len(classes),
+        "num_classes": num_classes,
         "images": counts,
-        "faces": {split: list(faces[split]) for split in VARIANTS},
-        **({} if labels is None else {"labels": kept}),
+        "faces": {split: list(faces[split]) for split in variants},
+        **({} if labels is None else {"labels": list(labels)}),
     }
-    data = GlyphData(folder, len(classes), counts["train"], counts["val"], reused=folder.exists())
+    data = GlyphData(folder, num_classes, counts["train"], counts["val"], reused=folder.exists())
     if data.reused:
         _check_manifest(folder, manifest)
         return data
+    done, total = 0, sum(counts.values())
+
+    def advance(images: int) -> None:
+        nonlocal done
+        done += images
+        if on_progress is not None:
+            on_progress(done, total)
+
     try:
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     except OSError as error:
         raise OutputError(f"Cannot write in {folder.parent}: {error.strerror}.") from error
     try:
-        done = 0
-        for split in VARIANTS:
-            folders = [temporary / split / entry.name for entry in classes]
-            for class_folder in folders:
-                class_folder.mkdir(parents=True)
-            for face in faces[split]:
-                for variant, images in enumerate(face_images(split, face)):
-                    for class_folder, image in zip(folders, images[kept], strict=True):
-                        Image.fromarray(image).save(class_folder / f"{face}-{variant}.png", compress_level=1)
-                    done += len(classes)
-                    if on_progress is not None:
-                        on_progress(done, sum(counts.values()))
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        temporary.chmod((temporary / "train").stat().st_mode)  # mkdtemp's mode 0700 would lock other users out
-        temporary.rename(folder)
+        whole = temporary / folder.name  # not `temporary` itself, whose mode 0700 would lock other users out
+        whole.mkdir()
+        write(whole, advance)
+        (whole / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        whole.rename(folder)
     except OSError as error:
         raise OutputError(f"Cannot write {folder}: {error.strerror or error}.", hint="Nothing was changed.") from error
     finally:
@@ -214,10 +250,14 @@ def _check_manifest(folder: Path, manifest: dict[str, object]) -> None:
         raise OutputExistsError(f"{folder} holds the data set of another version of the demo.", hint=hint)
 
 
-def face_images(split: Split, face: str) -> Iterator[Images]:
-    """Draw the images of one face: [500, 32, 32] in label order, once per variant."""
-    drawn = draw(face, [entry.code_point for entry in glyph_classes()])
-    for variant in range(VARIANTS[split]):
+def face_images(
+    split: Split, face: str, labels: Sequence[int] | None = None, *, variants: int | None = None
+) -> Iterator[Images]:
+    """Draw some classes (default: all) in one face, [C, 32, 32] in label order, once per variant of the split."""
+    classes = glyph_classes()
+    chosen = classes if labels is None else [classes[label] for label in labels]
+    drawn = draw(face, [entry.code_point for entry in chosen])
+    for variant in range(VARIANTS[split] if variants is None else variants):
         yield distort(drawn, generator(VERSION, *f"{split}/{face}/{variant}".encode()))
 
 
@@ -292,13 +332,34 @@ def distort(drawn: Images, rng: np.random.Generator) -> Images:
     row_y = torch.stack([sin, shear * sin + cos, down * to_unit], dim=1)
     grid = F.affine_grid(torch.stack([row_x, row_y], dim=1), [n, 1, IMAGE_SIZE, IMAGE_SIZE], align_corners=False)
 
-    ink = torch.from_numpy(drawn).unsqueeze(1).float() / 255
-    stroke = uniform(*_STROKE).reshape(n, 1, 1, 1)
-    thick = F.max_pool2d(ink, 3, stride=1, padding=1)
-    thin = -F.max_pool2d(-ink, 3, stride=1, padding=1)
-    ink = ink + stroke.clamp(min=0) * (thick - ink) + stroke.clamp(max=0) * (ink - thin)
-    ink = F.grid_sample(ink, grid, mode="bilinear", padding_mode="zeros", align_corners=False).squeeze(1)
+    stroke = uniform(*_STROKE)
+    parts = zip(torch.from_numpy(drawn).split(_AT_ONCE), stroke.split(_AT_ONCE), grid.split(_AT_ONCE), strict=True)
+    ink = torch.cat([_inked(*part) for part in parts])
 
     paper, black = uniform(*_PAPER).reshape(n, 1, 1), uniform(*_INK).reshape(n, 1, 1)
     noise = torch.from_numpy(rng.standard_normal(ink.shape, dtype=np.float32)) * uniform(*_NOISE).reshape(n, 1, 1)
     return (paper + (black - paper) * ink + noise).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def _inked(drawn: torch.Tensor, stroke: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """Erode or dilate drawings [n, 64, 64] by `stroke` [n] and sample them at `grid`: ink from 0 to 1, [n, 32, 32]."""
+    ink, thick, thin = (
+        each.unsqueeze(1).float() / 255
+        for each in (drawn, _spread(drawn, torch.maximum), _spread(drawn, torch.minimum))
+    )
+    stroke = stroke.reshape(-1, 1, 1, 1)
+    ink = ink + stroke.clamp(min=0) * (thick - ink) + stroke.clamp(max=0) * (ink - thin)
+    return F.grid_sample(ink, grid, mode="bilinear", padding_mode="zeros", align_corners=False).squeeze(1)
+
+
+def _spread(pixels: torch.Tensor, choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Take the largest or the smallest of each pixel and its eight neighbours, [n, height, width]."""
+    for dim in (1, 2):
+        length = pixels.shape[dim]
+        before, after = pixels.narrow(dim, 0, length - 1), pixels.narrow(dim, 1, length - 1)
+        chosen = pixels.clone()
+        chosen.narrow(dim, 1, length - 1).copy_(choose(after, before))
+        end = chosen.narrow(dim, 0, length - 1)
+        end.copy_(choose(end, after))
+        pixels = chosen
+    return pixels

@@ -7,10 +7,12 @@ plots the accuracy against the bytes per class.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +23,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from fixify._files import atomic_path, write_atomic
+from fixify.benchmarks.child import Failure, child
 from fixify.checkpoints.open import OpenModel, open_model
 from fixify.checkpoints.slim import load
 from fixify.conversion import Conversion, convert
 from fixify.data import OpenedData, make_loader, open_train_val
-from fixify.demo.glyphs import FACES, Faces, GlyphData, letter_labels, write_dataset
-from fixify.errors import OutputError, OutputExistsError
+from fixify.demo.glyphs import FACES, Faces, GlyphData, letter_labels, write_dataset, write_letter_images
+from fixify.errors import OutputError, OutputExistsError, ResourceError
 from fixify.heads import FixedClassifier, kind_of
 from fixify.metrics import Metrics, evaluate
 from fixify.savings import Savings
@@ -41,28 +44,15 @@ from fixify.training import (
     finetune,
     train_model,
 )
-from fixify.training.teacher import open_reference
 
 SHIPPED = Path(__file__).with_name("glyphs500.pth")
 DEFAULT_FOLDER = Path("fixify-demo")
-LETTERS = "letters224"
-"""Name of the checkpoint that reads letters and digits: C = 224 classes, N = 256 features."""
-LAST_BLOCK_EPOCHS, LAST_BLOCK_RATE = 60, 0.02
-"""Epochs of the last blocks alone, which cost little because features are computed once; and their learning rate."""
-BATCH_SIZE, WEIGHT_DECAY = 32, 3e-3
-"""Small batches and a strong decay, which help on typefaces that no training has seen."""
-LAST_BLOCK_COPIES, TEACHING = 6, 0.9
-"""Augmented copies of each image that the last blocks learn from; and the weight of the original's answers."""
-EPOCHS, RATE = 0, 0.005
-"""Epochs of the whole network after that, which does not gain from them; and their learning rate."""
-MANY: dict[str, Any] = {
-    "last_block_epochs": 20,
-    "last_block_copies": 0,
-    "lr": 0.1,
-    "batch_size": 64,
-    "weight_decay": 1e-4,
-}
-"""Options with more classes than features and twice as many images; there the features are divided by their norm."""
+LETTERS = "letters132"
+"""Name of the checkpoint that reads letters and digits: C = 132 classes, N = 256 features."""
+EPOCHS, RATE = 2, 0.01
+"""Epochs and learning rate of fine-tuning, for Hadamard codes and the learned classifier; no other rate is better."""
+MANY_EPOCHS = 20
+"""Epochs with more classes than features; only the last blocks are trained there, on far fewer images."""
 UNTRAINED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("64-signs", "64 signs per class", {"bits_per_class": 64}),
     ("128-signs", "128 signs per class", {"bits_per_class": 128}),
@@ -76,7 +66,7 @@ _CALIBRATION_IMAGES = 1024
 _MARK = "fixify.demo"
 _FIXED, _LEARNED, _QUIET = "#0b6e99", "#c2571a", "#6b7280"  # colours of the plot
 
-Stage = Literal["draw", "convert", "original", "one-shot", "finetune", "control", "reload", "many"]
+Stage = Literal["draw", "convert", "original", "one-shot", "finetune", "reload", "beside"]
 
 
 @dataclass(frozen=True)
@@ -154,10 +144,9 @@ class DemoResult:
         one_shot_metrics: Metrics of the file `one_shot`.
         finetuned_metrics: Metrics of the file `finetuned`, read back from disk.
         history: Fine-tuning, epoch by epoch.
-        control_history: Fine-tuning of the original with its learned classifier, on the same images, with the same
-            number of steps and the same teacher, at the learning rate that `finetune` has for a learned head. Empty if
-            the control was left out.
-        scales: (step, alpha) after each step of the whole network.
+        control_history: Fine-tuning of the original with its learned classifier, on the same images with the same
+            options. Empty if the control was left out.
+        scales: (step, alpha) after each step.
         many: The same with more classes than features; None if it was left out.
         seconds: Duration of the whole demo.
     """
@@ -202,27 +191,23 @@ class DemoResult:
         return plain
 
 
-def demo_options(epochs: int = EPOCHS, *, seed: int = 0) -> FinetuneOptions:
+def demo_options(epochs: int = EPOCHS, *, lr: float = RATE, seed: int = 0) -> FinetuneOptions:
     """Return the options with which the demo fine-tunes.
 
-    A mirrored letter is another letter, so images are not flipped, and they are cropped only a little. With 0 epochs
-    only the last blocks are trained.
+    The images are distorted enough when they are drawn. The stem and the first two stages, which have 15 % of the
+    weights and take more than half of the time, stay as they are.
     """
     return FinetuneOptions.create(
         epochs=epochs,
         seed=seed,
-        batch_size=BATCH_SIZE,
-        weight_decay=WEIGHT_DECAY,
-        lr=RATE if epochs else LAST_BLOCK_RATE,
-        warmup_epochs=0.25,
-        last_block_epochs=0 if epochs else LAST_BLOCK_EPOCHS,
-        last_block_copies=LAST_BLOCK_COPIES,
-        distill_weight=TEACHING,
-        scale=(0.8, 1.0),
-        ratio=(0.9, 1.1),
-        hflip=0.0,
-        color_jitter=0.0,
-        interpolation="bilinear",
+        batch_size=256,
+        opt="adamw",
+        lr=lr,
+        weight_decay=0.05,
+        head_lr_scale=0.1,
+        freeze=3,
+        no_aug=True,
+        workers=0,
         channels_last=True,
         device="cpu",
     )
@@ -242,7 +227,7 @@ def run_demo(
 
     Args:
         folder: Where all files go; it is made if it is missing. Images that an earlier demo drew there are used again.
-        epochs: Epochs of the whole network, after the last blocks were trained alone.
+        epochs: Epochs of fine-tuning, at least 1.
         control: Also fine-tune the original with its learned classifier, to show what training alone gains.
         many: Also show what more classes than features cost.
         faces: The typefaces of each split.
@@ -282,43 +267,48 @@ class _Demo:
         self.scales: list[tuple[int, float]] = []
 
     def run(self, *, control: bool, many: bool, force: bool) -> DemoResult:
+        """Run the stages here, what they are compared with in processes beside this one, and write the result."""
         started = time.perf_counter()
         folder, tell = self.folder, self.tell
         _claim(folder, force=force)
-        tell(StageStarted("draw", "Drawing letters and digits"))
-        data = self._draw("letters", letter_labels())
+        with ExitStack() as beside:
+            costs = beside.enter_context(_beside(run_many, folder, faces=self.faces)) if many else None
+            tell(StageStarted("draw", "Drawing letters and digits"))
+            data = write_letter_images(
+                folder / "letters", faces=self.faces, on_progress=lambda done, total: tell(Counted(done, total))
+            )
+            original = folder / f"{LETTERS}.pth"
+            write_part(original, letter_labels())
+            controlled = beside.enter_context(_beside(run_control, folder, epochs=self.epochs)) if control else None
 
-        tell(StageStarted("convert", "Converting the checkpoint, calibrated on images without labels"))
-        original = folder / f"{LETTERS}.pth"
-        write_letters(original)
-        conversion = _convert(original, folder / f"{LETTERS}.fixed.safetensors", data, normalize=False)
-        untrained = {
-            end: _convert(original, folder / f"{LETTERS}-{end}.fixed.safetensors", data, head="binary", **options).path
-            for end, _, options in UNTRAINED
-        }
+            tell(StageStarted("convert", "Converting the checkpoint, calibrated on images without labels"))
+            conversion = _convert(original, folder / f"{LETTERS}.fixed.safetensors", data.folder, normalize=False)
+            untrained = {
+                end: _convert(
+                    original, folder / f"{LETTERS}-{end}.fixed.safetensors", data.folder, head="binary", **options
+                ).path
+                for end, _, options in UNTRAINED
+            }
 
-        tell(StageStarted("original", "Evaluating the original"))
-        opened = open_model(original)
-        train, val = open_train_val(str(data.folder))
-        original_metrics = _evaluate(opened, val, tell)
+            tell(StageStarted("original", "Evaluating the original"))
+            opened = open_model(original)
+            _, val = open_train_val(str(data.folder))
+            original_metrics = _evaluate(opened, val, tell)
 
-        tell(StageStarted("one-shot", "Evaluating signs, without any training"))
-        one_shot = {end: _evaluate(open_model(path), val, tell) for end, path in untrained.items()}
+            tell(StageStarted("one-shot", "Evaluating signs, without any training"))
+            one_shot = {end: _evaluate(open_model(path), val, tell) for end, path in untrained.items()}
 
-        tell(StageStarted("finetune", "Fine-tuning the Hadamard codes; the original teaches"))
-        first = tuned = self._finetune(conversion.path, data, original, demo_options(0), "finetuned")
-        history = first.history
-        if self.epochs > 0:
-            tuned = self._finetune(first.best_path, data, original, demo_options(self.epochs), "whole-network")
-            history += tuned.history
-        controlled: tuple[EpochRecord, ...] = ()
-        if control:
-            tell(StageStarted("control", "Fine-tuning the original in the same way, as a control"))
-            controlled = self._control(opened, train, val, original)
+            also = "; beside it, the original with its learned classifier as a control" if control else ""
+            tell(StageStarted("finetune", f"Fine-tuning the Hadamard codes{also}"))
+            tuned = self._finetune(conversion.path, data)
 
-        tell(StageStarted("reload", "Reading the slim checkpoint back and evaluating it"))
-        reloaded = _evaluate(open_model(tuned.best_path), val, tell)
-        costs = self._many() if many else None
+            tell(StageStarted("reload", "Reading the slim checkpoint back and evaluating it"))
+            reloaded = _evaluate(open_model(tuned.best_path), val, tell)
+
+            if control or many:
+                tell(StageStarted("beside", "Waiting for what runs beside it"))
+            control_history = [] if controlled is None else controlled()["history"]
+            many_classes = None if costs is None else ManyClasses(**costs())
         plot = folder / "plot.png"
         classifiers = [Classifier("original, float16", _bytes_per_class(opened.model), original_metrics.top1)]
         for end, name, _ in UNTRAINED:
@@ -337,68 +327,107 @@ class _Demo:
             classifiers=tuple(classifiers),
             savings=conversion.savings,
             original_metrics=original_metrics,
-            converted_metrics=first.before,
+            converted_metrics=tuned.before,
             one_shot_metrics=one_shot[ONE_SHOT],
             finetuned_metrics=reloaded,
-            history=history,
-            control_history=controlled,
+            history=tuned.history,
+            control_history=tuple(EpochRecord(**each) for each in control_history),
             scales=tuple(self.scales),
-            many=costs,
+            many=many_classes,
             seconds=time.perf_counter() - started,
         )
         write_atomic(folder / RESULTS, json.dumps({_MARK: 1, **result.to_dict()}, indent=2) + "\n")
         return result
 
-    def _draw(self, name: str, labels: Sequence[int] | None) -> GlyphData:
-        return write_dataset(
-            self.folder / name,
-            faces=self.faces,
-            labels=labels,
-            on_progress=lambda done, total: self.tell(Counted(done, total)),
-        )
-
-    def _finetune(
-        self, slim: Path, data: GlyphData, teacher: Path, options: FinetuneOptions, name: str
-    ) -> FinetuneResult:
+    def _finetune(self, slim: Path, data: GlyphData) -> FinetuneResult:
         def listen(event: Event) -> None:
             if isinstance(event, Step) and event.scale is not None:
                 self.scales.append((event.step, event.scale))
             self.tell(event)
 
         return finetune(
-            slim, str(data.folder), self.folder / name, options, distill=teacher, force=True, on_event=listen
+            slim,
+            str(data.folder),
+            self.folder / "finetuned",
+            demo_options(self.epochs),
+            distill=False,
+            force=True,
+            on_event=listen,
         )
 
-    def _control(
-        self, opened: OpenModel, train: OpenedData, val: OpenedData, original: Path
-    ) -> tuple[EpochRecord, ...]:
-        """Fine-tune the learned classifier; it is only measured, so nothing is saved."""
-        options = demo_options(self.epochs).replace(lr=None, last_block_epochs=LAST_BLOCK_EPOCHS)
-        return train_model(
-            opened.model,
-            OpenedInputs(train, val, opened.preprocessing, teacher=open_reference(original, val, options)),
-            options,
-            RunOutput(self.folder / "control", save=lambda _model, _path, _record: None, force=True),
-            on_event=self.tell,
-        ).history
 
-    def _many(self) -> ManyClasses:
-        """Convert and fine-tune the whole network, which has about twice as many classes as features."""
-        self.tell(StageStarted("many", "More classes than features: all 500 characters"))
-        data = self._draw("glyphs", None)
-        original = self.folder / SHIPPED.name
-        with atomic_path(original) as temporary:
-            shutil.copyfile(SHIPPED, temporary)
-        conversion = _convert(original, self.folder / f"{SHIPPED.stem}.fixed.safetensors", data)
-        opened = open_model(original)
-        metrics = _evaluate(opened, open_train_val(str(data.folder))[1], self.tell)
-        options = demo_options(0).replace(**MANY)
-        tuned = self._finetune(conversion.path, data, original, options, "many")
-        return ManyClasses(data.num_classes, metrics.top1, tuned.after.val_top1, MANY["last_block_epochs"])
+# What runs in processes beside the demo's own.
 
 
-def _convert(source: Path, out: Path, data: GlyphData, **options: Any) -> Conversion:
-    images = data.folder / "train"
+@contextmanager
+def _beside(function: Callable[..., Mapping[str, Any]], folder: Path, **options: Any) -> Iterator[Callable[[], Any]]:
+    """Call a function of this module in another process; the block gets a function that waits for its result.
+
+    Raises:
+        ResourceError: the process ended without a result.
+    """
+    arguments = {"folder": str(folder), "parent": os.getpid(), **options}
+    with child(function, arguments, num_threads=1) as answer:
+
+        def wait() -> dict[str, Any]:
+            found = answer()
+            if isinstance(found, Failure):
+                raise ResourceError(f"A process beside the demo has no result: {found.reason}")
+            return found
+
+        yield wait
+
+
+def _while_running(parent: int) -> Callable[[object], None]:
+    """Make a listener that ends this process if its parent has ended."""
+
+    def check(_event: object) -> None:
+        if os.getppid() != parent:
+            sys.exit(1)
+
+    return check
+
+
+def run_control(folder: str, parent: int, epochs: int) -> dict[str, Any]:
+    """Fine-tune the learned classifier as the demo fine-tunes the codes; it is only measured, so nothing is saved."""
+    root = Path(folder)
+    opened = open_model(root / f"{LETTERS}.pth")
+    train, val = open_train_val(str(root / "letters"))
+    history = train_model(
+        opened.model,
+        OpenedInputs(train, val, opened.preprocessing),
+        demo_options(epochs),
+        RunOutput(root / "control", save=lambda _model, _path, _record: None, force=True),
+        on_event=_while_running(parent),
+    ).history
+    return {"history": [record.to_dict() for record in history]}
+
+
+def run_many(folder: str, parent: int, faces: Faces) -> dict[str, Any]:
+    """Convert and fine-tune the whole network, which has about twice as many classes as features."""
+    root, tell = Path(folder), _while_running(parent)
+    data = write_dataset(root / "glyphs", faces=faces, on_progress=lambda done, _total: tell(done))
+    original = root / SHIPPED.name
+    with atomic_path(original) as temporary:
+        shutil.copyfile(SHIPPED, temporary)
+    conversion = _convert(original, root / f"{SHIPPED.stem}.fixed.safetensors", data.folder / "train")
+    metrics = _evaluate(open_model(original), open_train_val(str(data.folder))[1], tell)
+    options = FinetuneOptions.create(
+        epochs=0,
+        last_block_epochs=MANY_EPOCHS,
+        lr=0.1,
+        warmup_epochs=0.25,
+        distill_weight=0.9,
+        channels_last=True,
+        device="cpu",
+    )
+    tuned = finetune(
+        conversion.path, str(data.folder), root / "many", options, distill=original, force=True, on_event=tell
+    )
+    return asdict(ManyClasses(data.num_classes, metrics.top1, tuned.after.val_top1, MANY_EPOCHS))
+
+
+def _convert(source: Path, out: Path, images: Path, **options: Any) -> Conversion:
     return convert(
         source, out, calibrate=images, calibrate_images=_CALIBRATION_IMAGES, device="cpu", force=True, **options
     )
@@ -415,14 +444,14 @@ def _bytes_per_class(model: torch.nn.Module) -> float:
     return 2.0 * learned.in_features
 
 
-def write_letters(path: Path) -> None:
-    """Write the letters and digits of the shipped network as a checkpoint of its own.
+def write_part(path: Path, labels: Sequence[int]) -> None:
+    """Write the shipped network with some of its classes only, as a checkpoint of its own.
 
     Raises:
         OutputError: it cannot be written.
     """
     content = torch.load(SHIPPED, weights_only=True)
-    kept, weights = list(letter_labels()), content["state_dict"]
+    kept, weights = list(labels), content["state_dict"]
     chosen = {name: weights[name][kept].clone() for name in ("classifier.weight", "classifier.bias")}
     args = {**content["args"], "num_classes": len(kept)}
     with atomic_path(path) as temporary:
@@ -497,8 +526,8 @@ def write_plot(classifiers: Sequence[Classifier], num_images: int, path: Path) -
         label = f"{each.name}{state}\n{each.top1:.2f} %, {each.bytes_per_class:g} bytes"
         place = (each.bytes_per_class, each.top1)
         side, offset = ("right", (8, -24)) if each is original else ("left", (6, -22))
-        if place == untrained[-1]:
-            offset = (6, 8)  # below it, it would meet the label of the size before
+        if place == untrained[-1] or each.top1 > original.top1:
+            offset = (6, 8)  # below it, it would meet the label of the size before, or the original's line
         axes.annotate(label, place, offset, textcoords="offset points", ha=side, fontsize=8)
     axes.set_xscale("log", base=2)
     axes.set_xlim(1, 1024)

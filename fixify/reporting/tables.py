@@ -318,7 +318,7 @@ def demo_table(result: DemoResult) -> Table:
     if result.control is not None:
         control = result.control
         made.add_row("control: original, trained too", epochs, _percent(control.val_top1), _percent(control.val_top5))
-    notes = ["held-out typefaces; best epoch of each, after the last blocks alone"]
+    notes = ["typefaces that no training has seen; the best epoch of each"]
     notes += [] if result.control else ["no control was run"]
     if result.many is not None:
         many = result.many

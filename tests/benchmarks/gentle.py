@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from fixify.checkpoints.open import open_model
 from fixify.data import OpenedData, make_loader, open_train_val
 from fixify.data.idx import ArrayImages
-from fixify.demo.glyphs import write_dataset
-from fixify.demo.run import SHIPPED, letter_labels, write_letters
+from fixify.demo.glyphs import glyph_classes, write_dataset
+from fixify.demo.run import SHIPPED, write_part
 from fixify.heads import HeadSpec, replacement
 from fixify.metrics import evaluate
 from fixify.training import FinetuneOptions, OpenedInputs, ReferenceModel, RunOutput, train_model
@@ -43,6 +43,8 @@ from fixify.training.events import best_of
 from fixify.training.options import USUAL_TEACHING
 
 TEACHERS = ("none", "original", "start")
+SCRIPTS = ("armenian", "cyrillic", "digit", "georgian", "greek", "latin")
+LABELS = tuple(label for label, entry in enumerate(glyph_classes()) if entry.name.partition("_")[0] in SCRIPTS)
 DATA = ("glyphs", "letters", "kanji-200", "fashion-mnist", "kanji")
 HEADS = ("learned", "binary", "hadamard")
 CPU = torch.device("cpu")
@@ -69,7 +71,7 @@ class Task:
             return open_model(SHIPPED).model
         if self.name == "letters":
             path = self.cache / "letters224.pth"
-            write_letters(path)
+            write_part(path, LABELS)
             return open_model(path).model
         model = new_model(read_task(self.name, self.cache), 256, 0)
         model.load_state_dict(torch.load(self.cache / f"{self.name}-256-0.pth"))
@@ -95,12 +97,12 @@ def read(name: str, cache: Path) -> Task:
     """Read a data set."""
     preprocessing = PLAIN
     if name in ("glyphs", "letters"):
-        labels = None if name == "glyphs" else letter_labels()
-        write_dataset(cache / name, labels=labels)
+        write_dataset(cache / "glyphs")
         preprocessing = dict(open_model(SHIPPED).preprocessing)
-        splits = open_train_val(str(cache / name))
-        names = splits[0].class_names
-        (train, train_labels), (held_out, val_labels) = map(_arrays, splits)
+        splits = open_train_val(str(cache / "glyphs"))
+        chosen = np.arange(splits[0].num_classes) if name == "glyphs" else np.array(LABELS)
+        names = tuple(splits[0].class_names[label] for label in chosen)
+        (train, train_labels), (held_out, val_labels) = (_arrays(split, chosen) for split in splits)
         kept = np.arange(0, len(train), -(-len(train) // TRAIN_IMAGES))
     else:
         task = read_task(name, cache)
@@ -119,9 +121,12 @@ def read(name: str, cache: Path) -> Task:
     return Task(name, *opened, preprocessing, cache)
 
 
-def _arrays(data: OpenedData) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(data: OpenedData, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Read the images of some classes; their labels count from 0."""
     loaded = [data.images.load(index) for index in range(len(data))]
-    return np.stack([np.asarray(image) for image, _ in loaded]), np.array([label for _, label in loaded])
+    pixels, labels = np.stack([np.asarray(image) for image, _ in loaded]), np.array([label for _, label in loaded])
+    kept = np.isin(labels, chosen)
+    return pixels[kept], np.searchsorted(chosen, labels[kept])
 
 
 def _opened(name: str, names: tuple[str, ...], pixels: np.ndarray, labels: np.ndarray, split: str) -> OpenedData:

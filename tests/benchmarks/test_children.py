@@ -34,6 +34,14 @@ def test_a_child_answers_or_says_why_not() -> None:
     assert run_in_child(convert.measure_conversion, arguments, num_threads=1, timeout=0.01) == Failure("over 0 s")
 
 
+def test_a_child_ends_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, start = [], child._start
+    monkeypatch.setattr(child, "_start", lambda *given: started.append(start(*given)) or started[-1])
+    with child.child(convert.measure_conversion, {}, num_threads=1):
+        assert started[0].poll() is None
+    assert started[0].returncode == -9
+
+
 def test_the_peak_of_a_block() -> None:
     size = 64_000_000
     with PeakMemory() as memory:

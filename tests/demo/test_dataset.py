@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from fixify.data import open_train_val
 from fixify.demo import glyphs
-from fixify.demo.glyphs import MANIFEST, glyph_classes, write_dataset
+from fixify.demo.glyphs import MANIFEST, face_images, glyph_classes, write_dataset, write_letter_images
 from fixify.errors import OutputError, OutputExistsError
 
 FEW = {"train": ("DejaVuSans",), "val": ("DejaVuSerif-BoldItalic",)}
@@ -38,15 +39,28 @@ def test_layout_is_what_finetune_reads(folder: Path) -> None:
     assert sorted(path.name for path in folder.parent.iterdir()) == ["glyphs"]  # nothing temporary is left
 
 
-def test_some_classes_have_the_same_images_as_among_all(folder: Path, tmp_path: Path) -> None:
-    some = write_dataset(tmp_path / "some", faces=FEW, labels=[1, 3])
-    assert (some.num_classes, some.train_images, some.val_images) == (2, 4, 4)
-    written = sorted(path.relative_to(some.folder) for path in some.folder.glob("*/*/*.png"))
-    assert {path.parent.name for path in written} == {CLASSES[1].name, CLASSES[3].name} and len(written) == 8
-    assert all((some.folder / path).read_bytes() == (folder / path).read_bytes() for path in written)
-    assert write_dataset(tmp_path / "some", faces=FEW, labels=[1, 3]).reused
+def test_letters_are_what_finetune_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(glyphs, "LETTER_VARIANTS", {"train": 3, "val": 2})
+    monkeypatch.setattr(glyphs, "letter_labels", lambda: (1, 3))
+    seen: list[tuple[int, int]] = []
+    written = write_letter_images(tmp_path / "letters", faces=FEW, on_progress=lambda *counts: seen.append(counts))
+    assert (written.num_classes, written.train_images, written.val_images) == (2, 6, 4)
+    assert seen[-1] == (10, 10) and (tmp_path / "letters").stat().st_mode & 0o777 == tmp_path_mode(tmp_path)
+    train, val = open_train_val(str(written.folder))
+    assert (len(train), len(val), train.num_classes) == (6, 4, 2)
+    drawn = next(face_images("val", FEW["val"][0], (1, 3), variants=1))
+    for index in range(2):
+        image, label = val.images.load(index)
+        assert label == index and np.array_equal(np.asarray(image), drawn[index])
+    assert write_letter_images(tmp_path / "letters", faces=FEW).reused
     with pytest.raises(OutputExistsError):
-        write_dataset(tmp_path / "some", faces=FEW, labels=[1, 2])
+        write_dataset(tmp_path / "letters", faces=FEW)
+
+
+def tmp_path_mode(parent: Path) -> int:
+    """The mode of an ordinary new folder."""
+    (parent / "ordinary").mkdir()
+    return (parent / "ordinary").stat().st_mode & 0o777
 
 
 def test_it_is_reused(folder: Path) -> None:
