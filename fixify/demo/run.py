@@ -41,6 +41,7 @@ from fixify.training import (
     OpenedInputs,
     RunOutput,
     Step,
+    TrainingInterrupted,
     finetune,
     train_model,
 )
@@ -345,15 +346,12 @@ class _Demo:
                 self.scales.append((event.step, event.scale))
             self.tell(event)
 
-        return finetune(
-            slim,
-            str(data.folder),
-            self.folder / "finetuned",
-            demo_options(self.epochs),
-            distill=False,
-            force=True,
-            on_event=listen,
-        )
+        out, options = self.folder / "finetuned", demo_options(self.epochs)
+        try:
+            return finetune(slim, str(data.folder), out, options, distill=False, force=True, on_event=listen)
+        except TrainingInterrupted as stopped:
+            stopped.hint = "Run the same command again: the demo starts anew, with the images that are drawn."
+            raise
 
 
 # What runs in processes beside the demo's own.

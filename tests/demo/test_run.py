@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from fixify.checkpoints.open import open_model
 from fixify.demo import glyphs, run
 from fixify.demo.run import SHIPPED, DemoResult, StageStarted, run_demo
 from fixify.errors import OutputExistsError, ResourceError
+from fixify.training import TrainingInterrupted
 
 FEW = {"train": ("DejaVuSerif-Bold",), "val": ("DejaVuSerif-BoldItalic",)}
 
@@ -82,6 +84,19 @@ def test_a_process_beside_the_demo_that_fails_says_why(tmp_path: Path) -> None:
     with run._beside(run.run_control, tmp_path, epochs=1) as wait, pytest.raises(ResourceError) as caught:
         wait()
     assert "letters132.pth" in caught.value.message
+
+
+def test_an_interrupted_demo_says_how_to_go_on(
+    result: DemoResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_args: object, **_options: object) -> None:
+        raise TrainingInterrupted("Stopped.", number=signal.SIGINT, hint="Resume with --resume.")
+
+    monkeypatch.setattr(run, "finetune", stop)
+    monkeypatch.setattr(run, "_evaluate", lambda *_args: result.original_metrics)
+    with pytest.raises(TrainingInterrupted) as caught:
+        run_demo(tmp_path / "here", faces=FEW, control=False, many=False)
+    assert caught.value.exit_code == 130 and "--resume" not in str(caught.value)
 
 
 def test_results_are_replaced_only_with_force(result: DemoResult, monkeypatch: pytest.MonkeyPatch) -> None:
