@@ -98,10 +98,7 @@ class StoredState:
             if name not in self.content and name == "machine":
                 continue
             if not isinstance(self.content.get(name), kind):
-                raise TrainingError(
-                    f"{self.path} is damaged: its {name} is no {kind.__name__}.",
-                    hint=_DAMAGED_HINT,
-                )
+                raise TrainingError(f"{self.path} is damaged: its {name} is no {kind.__name__}.", hint=_DAMAGED_HINT)
 
     def check_same(
         self, what: str, stored: Mapping[str, Any], given: Mapping[str, Any], *, ignored: Iterable[str] = ()
