@@ -41,7 +41,7 @@ from retrofit import (
 )
 from torch import Tensor, nn
 
-from fixify.heads import FixedClassifier, HeadSpec, feature_statistics, replacement
+from fixify.heads import FixedClassifier, HeadSpec, default_blocks, feature_statistics, replacement
 from fixify.heads.fitting import level_moment
 from fixify.heads.kinds import BINARY
 from fixify.heads.learned_signs import signs_of
@@ -154,7 +154,9 @@ class Trial:
         """Count all that is stored: codes, lengths, biases, statistics of the features, and what is learned beside."""
         if self.signs == 0:
             return 4.0 * (n + 1)
-        codes = (0.0 if self.scratch else 4.0) if self.signs < 0 else math.ceil(self.signs / 8) + self.gains
+        codes = math.ceil(self.signs / 8) + self.gains
+        if self.signs < 0:
+            codes = 0 if self.scratch and not self.rematch else 4  # codes in order are not stored
         of_features = 4 * n / c * (2 if self.signs < 0 else 1)
         of_features += (n + 4) * self.signs / c if self.project else 0
         return codes + 4 * (self.bias or self.signs < 0) + of_features + 2 * self.rank * (c + n) / c
@@ -215,6 +217,8 @@ TRIALS = {
         Trial(signs=-1, head_rate=30, rematch=EARLY),
         Trial(scratch=True, signs=0),
         Trial(scratch=True, signs=-1),
+        Trial(scratch=True, signs=-1, rematch=EARLY),
+        Trial(scratch=True, rematch=EARLY),
         Trial(scratch=True, signs=256, warmup=0.1),
         Trial(scratch=True, learn=1.0),
         Trial(scratch=True, learn=1.0, margin=0.1),
@@ -457,7 +461,8 @@ def rematch_(model: nn.Module, means: Tensor) -> None:
         projected = centered @ head.directions
         head.latent.copy_(projected / projected.abs().mean(dim=1, keepdim=True))
         return
-    spec = replace(head.spec, digest=None)
+    c, n = means.shape
+    spec = replace(head.spec, digest=None, matched=True, blocks=default_blocks(n, c))
     std = head.std if head.std is not None else torch.ones(means.shape[1])
     new = replacement(spec, means / std, None, scale=float(head.scale)).head
     new.scale, new.bias = head.scale, head.bias  # those that the optimiser knows
