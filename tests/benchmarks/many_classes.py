@@ -215,6 +215,7 @@ TRIALS = {
         replace(LEARNED, begin="tree"),
         Trial(signs=-1, head_rate=30),
         Trial(signs=-1, head_rate=30, rematch=EARLY),
+        Trial(signs=0, budget=3),
         Trial(scratch=True, signs=0),
         Trial(scratch=True, signs=-1),
         Trial(scratch=True, signs=-1, rematch=EARLY),
