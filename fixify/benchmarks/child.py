@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,14 +92,22 @@ def run_in_children(
 @contextlib.contextmanager
 def child(
     function: Callable[..., Mapping[str, Any]], arguments: Mapping[str, Any], *, num_threads: int
-) -> Iterator[Callable[[], dict[str, Any] | Failure]]:
-    """Call a function in a new process while the block runs; see `run_in_child`.
+) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Call a function in a new process while the block runs; arguments as for `run_in_child`.
 
-    The block gets a function that waits for the result. The process ends with the block, finished or not.
+    The block gets a function that waits for the result and returns it, or raises a ResourceError that says why there is
+    none. The process ends with the block, finished or not.
     """
     process = _start(function, arguments, num_threads, {})
+
+    def result() -> dict[str, Any]:
+        found = _answer(process, None, None)
+        if isinstance(found, Failure):
+            raise ResourceError(f"A process that ran beside this one has no result: {found.reason}")
+        return found
+
     try:
-        yield lambda: _answer(process, None, None)
+        yield result
     finally:
         _end(process)
 
@@ -112,7 +121,12 @@ def _end(process: subprocess.Popen[str]) -> None:
 def _start(
     function: Callable[..., Mapping[str, Any]], arguments: Mapping[str, Any], num_threads: int, extra: Mapping[str, str]
 ) -> subprocess.Popen[str]:
-    task = {"module": function.__module__, "function": function.__name__, "arguments": dict(arguments)}
+    task = {
+        "module": function.__module__,
+        "function": function.__name__,
+        "arguments": dict(arguments),
+        "parent": os.getpid(),
+    }
     environment = os.environ | {"OMP_NUM_THREADS": str(num_threads)} | dict(extra)
     command = [sys.executable, "-c", "from fixify.benchmarks.child import main; main()", json.dumps(task)]
     return subprocess.Popen(
@@ -138,18 +152,28 @@ def _answer(process: subprocess.Popen[str], timeout: float | None, until: float 
 def main() -> None:
     """Do the task that the command line holds, and print the answer for `run_in_child`."""
     task = json.loads(sys.argv[1])
+    threading.Thread(target=_end_with, args=(task["parent"],), daemon=True).start()
+    print(_ANSWER + json.dumps(_done(task)), flush=True)
+
+
+def _done(task: Mapping[str, Any]) -> dict[str, Any]:
     function = getattr(importlib.import_module(task["module"]), task["function"])
     try:
-        answer = {"result": function(**task["arguments"])}
+        return {"result": function(**task["arguments"])}
     except (FixifyError, RuntimeError, MemoryError) as error:
         problem = resource_problem(error)
         if isinstance(error, FixifyError):
-            answer = {"failure": error.message}
-        elif problem is not None or isinstance(error, MemoryError):
-            answer = {"failure": "out of memory"}
-        else:
-            raise
-    print(_ANSWER + json.dumps(answer), flush=True)
+            return {"failure": error.message}
+        if problem is not None or isinstance(error, MemoryError):
+            return {"failure": "out of memory"}
+        raise
+
+
+def _end_with(parent: int) -> None:
+    """End this process soon after its parent, also if that was killed and could not end it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 class PeakMemory:

@@ -402,7 +402,7 @@ def _training_transform(preprocessing: Preprocessing, augmentation: Augmentation
 
 @dataclass(frozen=True)
 class _ByPolicy:
-    """A transform with a policy of timm's; some ask Pillow for what it refuses, such as to keep 0 bits of a color."""
+    """A transform with a policy of timm's; some ask Pillow for what it refuses, such as to keep 0 bits of a colour."""
 
     transform: Callable[[Image.Image], Any]
     policy: str

@@ -7,29 +7,25 @@ plots the accuracy against the bytes per class.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from fixify._files import atomic_path, write_atomic
-from fixify.benchmarks.child import Failure, child
+from fixify.benchmarks.child import child
 from fixify.checkpoints.open import OpenModel, open_model
 from fixify.checkpoints.slim import load
 from fixify.conversion import Conversion, convert
 from fixify.data import OpenedData, make_loader, open_train_val
 from fixify.demo.glyphs import FACES, Faces, GlyphData, letter_labels, write_dataset, write_letter_images
-from fixify.errors import OutputError, OutputExistsError, ResourceError
+from fixify.demo.plot import Classifier, write_plot
+from fixify.errors import OutputError, OutputExistsError
 from fixify.heads import FixedClassifier, kind_of
 from fixify.metrics import Metrics, evaluate
 from fixify.savings import Savings
@@ -51,7 +47,7 @@ DEFAULT_FOLDER = Path("fixify-demo")
 LETTERS = "letters132"
 """Name of the checkpoint that reads letters and digits: C = 132 classes, N = 256 features."""
 EPOCHS, RATE = 2, 0.01
-"""Epochs and learning rate of fine-tuning, for Hadamard codes and the learned classifier; no other rate is better."""
+"""Epochs and learning rate of fine-tuning, for Hadamard codes and for the learned classifier."""
 MANY_EPOCHS = 20
 """Epochs with more classes than features; only the last blocks are trained there, on far fewer images."""
 UNTRAINED: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -65,7 +61,6 @@ ONE_SHOT = "signs"
 RESULTS = "demo.json"
 _CALIBRATION_IMAGES = 1024
 _MARK = "fixify.demo"
-_FIXED, _LEARNED, _QUIET = "#0b6e99", "#c2571a", "#6b7280"  # colours of the plot
 
 Stage = Literal["draw", "convert", "original", "one-shot", "finetune", "reload", "beside"]
 
@@ -105,23 +100,6 @@ class ManyClasses:
     original_top1: float
     top1: float
     epochs: int
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """One point of the plot.
-
-    Attributes:
-        name: What kind of classifier it is.
-        bytes_per_class: What it stores for each class, without the bias.
-        top1: Its top-1 on the held-out typefaces, percent.
-        trained: Whether it was fine-tuned.
-    """
-
-    name: str
-    bytes_per_class: float
-    top1: float
-    trained: bool = False
 
 
 @dataclass(frozen=True)
@@ -192,7 +170,7 @@ class DemoResult:
         return plain
 
 
-def demo_options(epochs: int = EPOCHS, *, lr: float = RATE, seed: int = 0) -> FinetuneOptions:
+def demo_options(epochs: int = EPOCHS, *, seed: int = 0) -> FinetuneOptions:
     """Return the options with which the demo fine-tunes.
 
     The images are distorted enough when they are drawn. The stem and the first two stages, which have 15 % of the
@@ -203,7 +181,7 @@ def demo_options(epochs: int = EPOCHS, *, lr: float = RATE, seed: int = 0) -> Fi
         seed=seed,
         batch_size=256,
         opt="adamw",
-        lr=lr,
+        lr=RATE,
         weight_decay=0.05,
         head_lr_scale=0.1,
         freeze=3,
@@ -273,14 +251,18 @@ class _Demo:
         folder, tell = self.folder, self.tell
         _claim(folder, force=force)
         with ExitStack() as beside:
-            costs = beside.enter_context(_beside(run_many, folder, faces=self.faces)) if many else None
+
+            def start(function: Callable[..., dict[str, Any]], **given: Any) -> Callable[[], dict[str, Any]]:
+                return beside.enter_context(child(function, {"folder": str(folder), **given}, num_threads=1))
+
+            costs = start(run_many, faces=dict(self.faces)) if many else None
             tell(StageStarted("draw", "Drawing letters and digits"))
             data = write_letter_images(
                 folder / "letters", faces=self.faces, on_progress=lambda done, total: tell(Counted(done, total))
             )
             original = folder / f"{LETTERS}.pth"
             write_part(original, letter_labels())
-            controlled = beside.enter_context(_beside(run_control, folder, epochs=self.epochs)) if control else None
+            controlled = start(run_control, epochs=self.epochs) if control else None
 
             tell(StageStarted("convert", "Converting the checkpoint, calibrated on images without labels"))
             conversion = _convert(original, folder / f"{LETTERS}.fixed.safetensors", data.folder, normalize=False)
@@ -357,36 +339,7 @@ class _Demo:
 # What runs in processes beside the demo's own.
 
 
-@contextmanager
-def _beside(function: Callable[..., Mapping[str, Any]], folder: Path, **options: Any) -> Iterator[Callable[[], Any]]:
-    """Call a function of this module in another process; the block gets a function that waits for its result.
-
-    Raises:
-        ResourceError: the process ended without a result.
-    """
-    arguments = {"folder": str(folder), "parent": os.getpid(), **options}
-    with child(function, arguments, num_threads=1) as answer:
-
-        def wait() -> dict[str, Any]:
-            found = answer()
-            if isinstance(found, Failure):
-                raise ResourceError(f"A process beside the demo has no result: {found.reason}")
-            return found
-
-        yield wait
-
-
-def _while_running(parent: int) -> Callable[[object], None]:
-    """Make a listener that ends this process if its parent has ended."""
-
-    def check(_event: object) -> None:
-        if os.getppid() != parent:
-            sys.exit(1)
-
-    return check
-
-
-def run_control(folder: str, parent: int, epochs: int) -> dict[str, Any]:
+def run_control(folder: str, epochs: int) -> dict[str, Any]:
     """Fine-tune the learned classifier as the demo fine-tunes the codes; it is only measured, so nothing is saved."""
     root = Path(folder)
     opened = open_model(root / f"{LETTERS}.pth")
@@ -396,20 +349,19 @@ def run_control(folder: str, parent: int, epochs: int) -> dict[str, Any]:
         OpenedInputs(train, val, opened.preprocessing),
         demo_options(epochs),
         RunOutput(root / "control", save=lambda _model, _path, _record: None, force=True),
-        on_event=_while_running(parent),
     ).history
     return {"history": [record.to_dict() for record in history]}
 
 
-def run_many(folder: str, parent: int, faces: Faces) -> dict[str, Any]:
+def run_many(folder: str, faces: Faces) -> dict[str, Any]:
     """Convert and fine-tune the whole network, which has about twice as many classes as features."""
-    root, tell = Path(folder), _while_running(parent)
-    data = write_dataset(root / "glyphs", faces=faces, on_progress=lambda done, _total: tell(done))
+    root = Path(folder)
+    data = write_dataset(root / "glyphs", faces=faces)
     original = root / SHIPPED.name
     with atomic_path(original) as temporary:
         shutil.copyfile(SHIPPED, temporary)
     conversion = _convert(original, root / f"{SHIPPED.stem}.fixed.safetensors", data.folder / "train")
-    metrics = _evaluate(open_model(original), open_train_val(str(data.folder))[1], tell)
+    metrics = _evaluate(open_model(original), open_train_val(str(data.folder))[1])
     options = FinetuneOptions.create(
         epochs=0,
         last_block_epochs=MANY_EPOCHS,
@@ -419,9 +371,7 @@ def run_many(folder: str, parent: int, faces: Faces) -> dict[str, Any]:
         channels_last=True,
         device="cpu",
     )
-    tuned = finetune(
-        conversion.path, str(data.folder), root / "many", options, distill=original, force=True, on_event=tell
-    )
+    tuned = finetune(conversion.path, str(data.folder), root / "many", options, distill=original, force=True)
     return asdict(ManyClasses(data.num_classes, metrics.top1, tuned.after.val_top1, MANY_EPOCHS))
 
 
@@ -456,7 +406,7 @@ def write_part(path: Path, labels: Sequence[int]) -> None:
         torch.save({"arch": content["arch"], "state_dict": {**weights, **chosen}, "args": args}, temporary)
 
 
-def _evaluate(opened: OpenModel, val: OpenedData, tell: DemoListener) -> Metrics:
+def _evaluate(opened: OpenModel, val: OpenedData, tell: DemoListener = lambda _event: None) -> Metrics:
     loader = make_loader(val, opened.preprocessing, training=False, batch_size=250, workers=0)
     return evaluate(
         opened.model.to(memory_format=torch.channels_last),
@@ -494,49 +444,3 @@ def _read_results(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def write_plot(classifiers: Sequence[Classifier], num_images: int, path: Path) -> None:
-    """Draw the accuracy of classifiers against the bytes that they store for each class, and write it as PNG.
-
-    Args:
-        classifiers: The original first.
-        num_images: Number of held-out images behind each accuracy.
-        path: Where to write.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    figure = Figure(figsize=(7.2, 4.0), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    original, *heads = classifiers
-    axes.axhline(original.top1, color=_QUIET, linewidth=1, linestyle=(0, (5, 3)), zorder=1)
-    untrained = sorted((each.bytes_per_class, each.top1) for each in heads if not each.trained)
-    axes.plot(*zip(*untrained, strict=True), color=_FIXED, linewidth=1.5, zorder=2)
-    for each in classifiers:
-        colour = _LEARNED if each is original else _FIXED
-        axes.plot(
-            [each.bytes_per_class], [each.top1], marker="s" if each.trained else "o", markersize=7, color=colour,
-            linestyle="none", zorder=3,
-        )  # fmt: skip
-        state = "" if each is original else ", fine-tuned" if each.trained else ", untrained"
-        label = f"{each.name}{state}\n{each.top1:.2f} %, {each.bytes_per_class:g} bytes"
-        place = (each.bytes_per_class, each.top1)
-        side, offset = ("right", (8, -24)) if each is original else ("left", (6, -22))
-        if place == untrained[-1] or each.top1 > original.top1:
-            offset = (6, 8)  # below it, it would meet the label of the size before, or the original's line
-        axes.annotate(label, place, offset, textcoords="offset points", ha=side, fontsize=8)
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(1, 1024)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
-    lowest, highest = (choose(each.top1 for each in classifiers) for choose in (min, max))
-    margin = max(0.1, highest - lowest)
-    axes.set_ylim(lowest - 0.35 * margin, highest + 0.25 * margin)
-    axes.set_xlabel("bytes per class")
-    axes.set_title(f"top-1 on typefaces held out ({num_images:,} images), %", loc="left", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e5e7eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from fixify._values import counted
 from fixify.errors import HeadSpecError
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ class Kind(ABC):
 
     def description(self, spec: SpecFields) -> str:
         """Describe the codes and their size, for example "88 bits per class (12 bytes with its length)"."""
-        return f"{self.summary} ({in_bytes(self.bytes_per_class(spec))} per class)"
+        return f"{self.summary} ({counted(self.bytes_per_class(spec), 'byte')} per class)"
 
     def default_options(
         self,
@@ -200,8 +201,3 @@ class Kind(ABC):
     def _refuse_stored(self, stored: ArrayLike | None) -> None:
         if stored is not None:
             raise HeadSpecError(f"A head of kind {self.name!r} has no code indices; none can be given.")
-
-
-def in_bytes(size: int) -> str:
-    """Write a number of bytes: "1 byte", "33 bytes"."""
-    return f"{size} byte" if size == 1 else f"{size} bytes"

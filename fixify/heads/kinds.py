@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fixify._values import counted
 from fixify.errors import HeadSpecError
-from fixify.heads.base_kind import ITEM_BYTES, MAX_DENSE_NUMBERS, MAX_SIGNS, Kind, SpecFields, StoredTensor, in_bytes
+from fixify.heads.base_kind import ITEM_BYTES, MAX_DENSE_NUMBERS, MAX_SIGNS, Kind, SpecFields, StoredTensor
 from fixify.heads.constructions import (
     Construction,
     factorise,
@@ -150,7 +150,7 @@ class Hadamard(Kind):
     def description(self, spec: SpecFields) -> str:
         """Describe the codes and their size; matched codes have a size."""
         codes = "rows of a Hadamard matrix, matched to an old classifier" if spec.matched else self.summary
-        return f"{codes} ({in_bytes(self.bytes_per_class(spec))} per class)"
+        return f"{codes} ({counted(self.bytes_per_class(spec), 'byte')} per class)"
 
     def planned_bytes_per_class(self, num_features: int, num_classes: int) -> int:
         """Compute the bytes of one code index, as matching stores it."""
@@ -452,7 +452,7 @@ class Binary(Kind):
 
     def description(self, spec: SpecFields) -> str:
         """Describe the signs or levels and their size, as "88 bits per class (12 bytes with its length)"."""
-        size, length = in_bytes(self.bytes_per_class(spec)), " with its length" if spec.gains else ""
+        size, length = counted(self.bytes_per_class(spec), "byte"), " with its length" if spec.gains else ""
         if spec.bits_per_weight is not None:
             return f"{spec.bits_per_weight:g} bits per weight ({size} per class{length})"
         if spec.planes is not None:

@@ -27,7 +27,7 @@ from fixify.heads.projection import Projection
 from fixify.heads.spec import AVERAGE_WITHOUT_BUFFERS, HeadSpec
 from fixify.heads.state_dict import from_reference_code, projection_in, stored_problems
 from fixify.heads.statistics import MOMENTUM, exact_statistics, floor_std, update_running_
-from fixify.heads.top_k import LOGITS_AT_ONCE, TopK, largest_by_block, largest_by_sample
+from fixify.heads.top_k import TopK, fits_at_once, largest_by_block, largest_by_sample
 from fixify.heads.training_step import OneBlockLogits
 
 
@@ -519,7 +519,7 @@ class FixedClassifier(nn.Module):
         if not 1 <= k <= self.out_features:
             raise HeadSpecError(f"k must be between 1 and the {self.out_features} classes, got {k}.")
         x = self._channels_last(x)
-        by_block = torch.compiler.is_compiling() or self.out_features > LOGITS_AT_ONCE
+        by_block = torch.compiler.is_compiling() or not fits_at_once(self.out_features)
         prepared = None if by_block else self._prepare(x)
         if prepared is not None and prepared.is_compiled:  # all logits of some samples take less time than some of all
             samples = x.reshape(-1, self.in_features)

@@ -15,6 +15,11 @@ LOGITS_AT_ONCE = 1 << 22
 """Logits that are held at a time: those of some samples, or of a block of classes."""
 
 
+def fits_at_once(num_classes: int) -> bool:
+    """Check that all logits of at least one sample may be held at a time."""
+    return num_classes <= LOGITS_AT_ONCE
+
+
 class TopK(NamedTuple):
     """The largest logits or probabilities of some samples, largest first, and their classes."""
 

@@ -57,7 +57,7 @@ def trial(folder: Path, row: str, seed: int, lr: float) -> dict:
     inputs = OpenedInputs(train, val, opened.preprocessing)
     with tempfile.TemporaryDirectory() as out:
         output = RunOutput(Path(out), save=lambda *_saved: None, force=True)
-        train_model(opened.model, inputs, demo_options(lr=lr, seed=seed), output)
+        train_model(opened.model, inputs, demo_options(seed=seed).replace(lr=lr), output)
     found = {"row": row, "seed": seed, "lr": lr}
     for name, images in (("demo", val), ("others", other_drawings(val))):
         loader = make_loader(images, opened.preprocessing, training=False, batch_size=250, workers=0)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -42,6 +45,20 @@ def test_a_child_ends_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
     assert started[0].returncode == -9
 
 
+@pytest.mark.skipif(os.name != "posix", reason="processes have no parent to lose")
+def test_a_child_ends_after_a_parent_that_was_killed() -> None:
+    parent = (
+        "import os, json, subprocess, sys\n"
+        "task = {'module': 'signal', 'function': 'pause', 'arguments': {}, 'parent': os.getpid()}\n"
+        "code = 'from fixify.benchmarks.child import main; print(1, flush=True); main()'\n"
+        "subprocess.run([sys.executable, '-c', code, json.dumps(task)])\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"1\n"
+        process.kill()
+        process.communicate(timeout=120)  # the child holds the pipe until it ends
+
+
 def test_the_peak_of_a_block() -> None:
     size = 64_000_000
     with PeakMemory() as memory:
@@ -51,15 +68,13 @@ def test_the_peak_of_a_block() -> None:
     assert resident_bytes() > size
 
 
-def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_memory(**_: Any) -> Mapping[str, Any]:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 400 bytes.")
 
     monkeypatch.setattr(convert, "measure_conversion", without_memory)
     task = {"module": convert.__name__, "function": "measure_conversion", "arguments": {}}
-    monkeypatch.setattr("sys.argv", ["-c", json.dumps(task)])
-    child.main()
-    assert json.loads(capsys.readouterr().out.partition(":")[2]) == {"failure": "out of memory"}
+    assert child._done(task) == {"failure": "out of memory"}
 
 
 # Conversions.

@@ -14,6 +14,7 @@ from PIL import Image
 from tools.demo_checkpoint import held_out_accuracy
 
 import fixify
+from fixify.benchmarks.child import child
 from fixify.checkpoints.open import open_model
 from fixify.demo import glyphs, run
 from fixify.demo.run import SHIPPED, DemoResult, StageStarted, run_demo
@@ -81,8 +82,9 @@ def test_the_letters_keep_the_weights_of_their_classes(result: DemoResult) -> No
 
 
 def test_a_process_beside_the_demo_that_fails_says_why(tmp_path: Path) -> None:
-    with run._beside(run.run_control, tmp_path, epochs=1) as wait, pytest.raises(ResourceError) as caught:
-        wait()
+    given = {"folder": str(tmp_path), "epochs": 1}
+    with child(run.run_control, given, num_threads=1) as result_of, pytest.raises(ResourceError) as caught:
+        result_of()
     assert "letters132.pth" in caught.value.message
 
 

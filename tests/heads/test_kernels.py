@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from fixify.comparing.running import memory_bytes
 from fixify.heads import FixedClassifier, HeadSpec, kernels, top_k
-from fixify.heads import layer as layer_module
 from fixify.heads import prepared as prepared_module
 from fixify.heads.levels import LEVELS, SIGNS
 from fixify.heads.signs import pack_levels
@@ -159,8 +158,7 @@ def test_a_feature_that_is_no_number_spoils_its_sample_alone(bad, kind, batch):
 @pytest.mark.parametrize("probabilities", [True, False])
 @pytest.mark.parametrize("batch", [0, 1, 40])
 def test_the_largest_logits_are_found_for_some_samples_at_a_time(batch, probabilities, monkeypatch):
-    for module in (layer_module, top_k):
-        monkeypatch.setattr(module, "LOGITS_AT_ONCE", 3000)
+    monkeypatch.setattr(top_k, "LOGITS_AT_ONCE", 3000)
     head = make(HeadSpec("binary", 320, 900, bits_per_class=320))
     x = torch.randn(batch, 320, generator=torch.Generator().manual_seed(1))
     found = head.top_k(x, 5, probabilities=probabilities)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 import fixify
 from fixify.checkpoints.slim import read_info
 from fixify.data import make_loader, open_data, open_train_val
-from fixify.data.idx import DEBIAN_FOLDER, FASHION_CLASSES, read_idx
+from fixify.data.idx import DEBIAN_FOLDER, FASHION_CLASSES, read_idx, write_idx
 from fixify.errors import DataError, TrainingError, UsageError
 from fixify.metrics import evaluate
 from fixify.training import EpochEnded, FinetuneOptions, FinetuneResult, OpenedInputs, RunOutput, finetune, train_model
@@ -32,11 +31,9 @@ def _write_fashion(folder: Path, num_train: int, num_val: int) -> Path:
     if not DEBIAN_FOLDER.is_dir():
         pytest.skip("dataset-fashion-mnist is not installed")
     folder.mkdir()
-    for stem, count in (("train", num_train), ("t10k", num_val)):
-        for kind in ("images-idx3", "labels-idx1"):
-            array = read_idx(DEBIAN_FOLDER / f"{stem}-{kind}-ubyte.gz")[:count]
-            header = b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
-            (folder / f"{stem}-{kind}-ubyte").write_bytes(header + array.tobytes())
+    for split, stem, count in (("train", "train", num_train), ("val", "t10k", num_val)):
+        kinds = ("images-idx3", "labels-idx1")
+        write_idx(folder, split, *(read_idx(DEBIAN_FOLDER / f"{stem}-{kind}-ubyte.gz")[:count] for kind in kinds))
     return folder
 
 
